@@ -1,0 +1,14 @@
+"""From raw pictures to batches. Needs no accelerator and no deep-learning library.
+
+Reading order:
+
+  transforms.py   encoded bytes <-> uint8 pixels, fitted to a size
+  buckets.py      the few sizes a batch can have
+  tokenizer.py    prompt templates and byte-level BPE
+  drawing.py      anti-aliased masks of letters, digits and shapes
+  glyphs.py       the embedded data set: exact pictures, exact captions, an automatic check
+  emoji.py        an optional one: emoji with names in a hundred languages
+  records.py      writing and reading data sets (TFDS, ArrayRecord)
+  order.py        shuffles and shares that can be asked at any point
+  loader.py       batch k of a run, and one pass for evaluation
+"""

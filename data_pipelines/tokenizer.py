@@ -1,0 +1,162 @@
+"""Prompts to token ids, in the templates of the Qwen-Image-2.x pipelines (diffusers 0.42.1).
+
+A prompt is wrapped in three chat turns. The first, the system turn, is the same for every prompt: the network sees it,
+and its `num_system_tokens` features are dropped after encoding. The wrapped string is tokenised as it stands, special
+tokens included; the same words inside a user's prompt are plain text, so that no caption can close its own turn or
+open an image slot.
+"""
+
+import collections
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                  "<|image_pad|>", "<|video_pad|>")
+SYSTEM_PROMPT = "Comprehend and analyze the provided prompt."
+
+_PAD, _START, _END, _VISION_START, _VISION_END, _, _IMAGE, _ = SPECIAL_TOKENS
+_SYSTEM_TURN = (_START, f"system\n{SYSTEM_PROMPT}", _END, "\n")
+_REPLY = (_END, "\n", _START, "assistant\n")
+
+# Where words are cut before merging, as in Qwen's tokenizer.json.
+_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+          r"|\s+")
+
+
+def format_prompt(prompt: str, num_images: int = 0) -> str:
+  """Returns the literal string that is tokenised: text to image, or editing with `num_images` condition images.
+
+  An empty prompt becomes one space, because Qwen has no begin-of-text token to stand in for it.
+  """
+  return "".join(_SYSTEM_TURN + tuple(_user_turn(prompt, num_images)) + _REPLY)
+
+
+def _user_turn(prompt: str, num_images: int) -> list[str]:
+  """Returns the parts of the user turn: plain text at odd places, special tokens at even ones."""
+  parts, text = [_START], "user\n"
+  for number in range(1, num_images + 1):
+    # One space between image groups, none before the instruction.
+    text += f"<image{number}>" if number == 1 else f" <image{number}>"
+    parts += [text, _VISION_START, "", _IMAGE, "", _VISION_END]
+    text = ""
+  return parts + [text + (prompt or " ")]
+
+
+# How often the template counts in training, enough to rank its words among the first thousands of merges.
+_TEMPLATE_COUNT = 10000
+
+
+class PromptTokenizer:
+  """Qwen's byte-level BPE with the templates around it. Loses no text: every byte has a token."""
+
+  def __init__(self, tokenizer: tokenizers.Tokenizer, name: str = "tokenizer"):
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    if missing:
+      raise ValueError(f"{name} has no token {missing[0]}: take the tokenizer.json of a Qwen-VL model or train one.")
+    # From here on special tokens inside a text are text; ours are looked up by name.
+    tokenizer.encode_special_tokens = True
+    self._tokenizer = tokenizer
+    self._special = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    self._system = self._encode_parts(_SYSTEM_TURN, ())
+    self._reply = self._encode_parts(_REPLY, ())
+    self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    self.pad_id = self._special[_PAD]
+    self.image_token_id = self._special[_IMAGE]
+    self.num_system_tokens = len(self._system)
+
+  @classmethod
+  def load(cls, path: str) -> "PromptTokenizer":
+    """Returns the tokenizer of a tokenizer.json or of a folder that holds one; `ValueError` if there is none."""
+    path = os.fspath(path)
+    file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+      raise ValueError(f"No tokenizer at {file}: give a tokenizer.json, or the folder of a prepared data set.")
+    try:
+      tokenizer = tokenizers.Tokenizer.from_file(file)
+    except Exception as error:  # The Rust library raises this bare type for every kind of broken file.
+      raise ValueError(f"{file} is not a tokenizer.json ({error}): fetch it again.") from error
+    return cls(tokenizer, file)
+
+  def save(self, path: str) -> None:
+    """Writes a tokenizer.json to `path`, which other libraries read too."""
+    self._tokenizer.save(os.fspath(path))
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    """Returns the text of the ids, special tokens included; padding is not removed."""
+    return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+  def decode_prompt(self, tokens: Sequence[int]) -> str:
+    """Returns the user's text out of the ids of a whole template, padded or not."""
+    text = self.decode(tokens[self.num_system_tokens:])
+    return text.removeprefix(f"{_START}user\n").split(f"{_END}\n{_START}assistant\n")[0]
+
+  def encode(self, prompt: str, source_grids: Sequence[tuple[int, int]] = ()) -> list[int]:
+    """Returns the ids of the whole template, system turn included.
+
+    `source_grids` holds one (h, w) per condition image, in slots of the vision encoder: its image token stands h * w
+    times.
+    """
+    return self._system + self._encode_parts(_user_turn(prompt, len(source_grids)), source_grids) + self._reply
+
+  def encode_batch(self, prompts: Sequence[str], length: int,
+                   source_grids: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens B length int32, right-padded with `pad_id`; token_count B int32).
+
+    All prompts share the source grids. A prompt that does not fit is a `ValueError`; nothing is cut.
+    """
+    tokens = np.full((len(prompts), length), self.pad_id, np.int32)
+    token_count = np.zeros(len(prompts), np.int32)
+    for row, prompt in enumerate(prompts):
+      ids = self.encode(prompt, source_grids)
+      if len(ids) > length:
+        raise ValueError(f"The prompt {_shorten(prompt)!r} has {len(ids)} tokens with its template, more than the "
+                         f"{length} of the bucket: raise num_tokens or shorten the prompt.")
+      tokens[row, :len(ids)], token_count[row] = ids, len(ids)
+    return tokens, token_count
+
+  def _encode_parts(self, parts, source_grids) -> list[int]:
+    ids, grids = [], iter(source_grids)
+    for place, part in enumerate(parts):
+      if place % 2:
+        ids += self._tokenizer.encode(part, add_special_tokens=False).ids if part else []
+      else:
+        height, width = next(grids) if part == _IMAGE else (1, 1)
+        ids += [self._special[part]] * (height * width)
+    return ids
+
+  def __getstate__(self):
+    return self._tokenizer.to_str()
+
+  def __setstate__(self, state):
+    self.__init__(tokenizers.Tokenizer.from_str(state))
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PromptTokenizer:
+  """Returns a byte-level BPE tokenizer with at most `vocab_size` ids, the same for the same captions in any order.
+
+  The template is counted along with the captions, so that its words become one token each.
+  """
+  smallest = len(SPECIAL_TOKENS) + 256
+  if vocab_size < smallest:
+    raise ValueError(f"vocab_size={vocab_size} is below {smallest}, the special tokens and one id per byte: raise it.")
+  counts = collections.Counter(captions)
+  times = min(max(2, sum(counts.values())), _TEMPLATE_COUNT)
+  template = [part for part in _SYSTEM_TURN[1::2] + _REPLY[1::2] + ("user\n",) for _ in range(times)]
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+      vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+  tokenizer.train_from_iterator(template + sorted(counts.elements()), trainer)
+  return PromptTokenizer(tokenizer)
+
+
+def _shorten(text: str, length: int = 60) -> str:
+  return text if len(text) <= length else text[:length] + "..."

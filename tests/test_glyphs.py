@@ -1,0 +1,143 @@
+"""Captions fix the picture, the split is clean, and the check can tell right from wrong."""
+
+import collections
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import glyphs
+from data_pipelines.glyphs import Attributes
+from data_pipelines.transforms import decode_image
+
+
+def all_attributes():
+  looks = [(g, "sans") for g in glyphs.GLYPHS] + [(g, "serif") for g in glyphs.LETTERS + glyphs.DIGITS]
+  for (glyph, face), ink, paper, size, position in itertools.product(
+      looks, glyphs.INKS, glyphs.PAPERS, glyphs.SIZES, glyphs.POSITIONS):
+    yield Attributes(glyph, ink, paper, size, position, face)
+
+
+def random_attributes(num, seed=0):
+  rng = np.random.default_rng(seed)
+  return [glyphs.sample_attributes(rng) for _ in range(num)]
+
+
+def test_distinct_attributes_have_distinct_captions():
+  meaning = {}
+  for attributes in all_attributes():
+    for template in range(len(glyphs.TEMPLATES)):
+      assert meaning.setdefault(glyphs.caption(attributes, template), attributes) == attributes
+  # Ten wordings differ from each other as well.
+  assert len(meaning) == 10 * len(set(meaning.values())) == 10 * 80 * 8 * 6 * 3 * 5
+
+
+def test_captions_are_tidy():
+  for attributes in random_attributes(200):
+    for template in range(len(glyphs.TEMPLATES)):
+      text = glyphs.caption(attributes, template)
+      assert "  " not in text and " ," not in text and text == text.strip() and "{" not in text
+
+
+def test_renders_are_distinct_and_inside_the_canvas():
+  for height, width in glyphs.CANVASES:
+    for size, position in itertools.product(glyphs.SIZES, glyphs.POSITIONS):
+      seen = set()
+      for glyph in glyphs.GLYPHS:
+        image = glyphs.render(Attributes(glyph, "black", "white", size, position), height, width)
+        assert image.shape == (height, width, 3) and image.dtype == np.uint8
+        edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        assert (edge == 255).all() and image.min() < 60
+        seen.add(image.tobytes())
+      assert len(seen) == len(glyphs.GLYPHS)
+
+
+def test_position_is_where_the_ink_is():
+  for position, (down, right) in glyphs.POSITIONS.items():
+    ink = glyphs.render(Attributes("W", "black", "white", "medium", position), 64, 128)[..., 0] < 128
+    rows, columns = np.nonzero(ink)
+    assert np.sign(np.round(rows.mean() - 31.5, -1)) == down and np.sign(np.round(columns.mean() - 63.5, -1)) == right
+
+
+def test_inks_and_papers_share_no_name_or_colour():
+  assert not set(glyphs.INKS) & set(glyphs.PAPERS)
+  for ink, paper in itertools.product(glyphs.INKS.values(), glyphs.PAPERS.values()):
+    assert np.linalg.norm(np.subtract(ink, paper)) > 80
+
+
+@pytest.mark.parametrize("canvas,size", [((96, 96), (64, 64)), ((64, 128), (48, 96)), ((128, 64), (128, 64))])
+def test_clean_pictures_score_right_after_a_resize(canvas, size):
+  right = 0
+  for attributes in random_attributes(300):
+    image = Image.fromarray(glyphs.render(attributes, *canvas)).resize(size[::-1], Image.Resampling.LANCZOS)
+    right += all(glyphs.score(np.array(image), attributes).values())
+  assert right > 0.99 * 300
+
+
+def test_score_equals_a_brute_force_search():
+  rng = np.random.default_rng(0)
+  for attributes in random_attributes(4):
+    image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    distance = {}
+    for glyph, ink, paper in itertools.product(glyphs.GLYPHS, glyphs.INKS, glyphs.PAPERS):
+      face = "sans" if glyph in glyphs.SHAPES else attributes.typeface
+      clean = glyphs.render(Attributes(glyph, ink, paper, attributes.size, attributes.position, face), 32, 32)
+      distance[glyph, ink, paper] = ((image.astype(float) - clean) ** 2).sum()
+    glyph, ink, paper = min(distance, key=distance.get)
+    assert all(glyphs.score(image, dataclasses.replace(attributes, glyph=glyph, ink=ink, paper=paper)).values())
+
+
+@pytest.mark.parametrize("change", ["glyph", "ink", "paper"])
+def test_wrong_pictures_score_wrong(change):
+  other = {"glyph": "B", "ink": "green", "paper": "pink"}[change]
+  asked = Attributes("E", "blue", "white")
+  shown = glyphs.render(dataclasses.replace(asked, **{change: other}), 64, 64)
+  assert glyphs.score(shown, asked) == {"glyph": True, "ink": True, "paper": True} | {change: False}
+
+
+def test_a_misplaced_glyph_and_plain_noise_do_not_pass():
+  asked = Attributes("E", "blue", "white", "small", "top left")
+  shown = glyphs.render(dataclasses.replace(asked, position="bottom right"), 64, 64)
+  assert not all(glyphs.score(shown, asked).values())
+  noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  assert sum(all(glyphs.score(noise, attributes).values()) for attributes in random_attributes(200)) < 5
+
+
+def test_splits_share_no_triple():
+  triples = collections.defaultdict(set)
+  for split in ("train", "validation"):
+    for record in glyphs.examples(split, 500, seed=0):
+      a = Attributes(**json.loads(record["attributes"]))
+      triples[split].add((a.glyph, a.ink, a.paper))
+      assert glyphs.is_validation(a.glyph, a.ink, a.paper) == (split == "validation")
+  assert triples["train"] and triples["validation"] and not triples["train"] & triples["validation"]
+  share = np.mean([glyphs.is_validation(*t) for t in itertools.product(glyphs.GLYPHS, glyphs.INKS, glyphs.PAPERS)])
+  assert 0.08 < share < 0.12
+
+
+def test_each_example_is_a_function_of_seed_and_id():
+  many = list(glyphs.examples("train", 40, seed=3))
+  assert many[7] == glyphs.example(7, seed=3) == list(glyphs.examples("train", 8, seed=3))[7]
+  assert many[7]["image"] != glyphs.example(7, seed=4)["image"]
+
+
+def test_clean_examples_are_the_render_and_spoiled_ones_say_so():
+  records = list(glyphs.examples("train", 200, seed=0))
+  for record in records + list(glyphs.examples("validation", 200, seed=0)):
+    attributes = Attributes(**json.loads(record["attributes"]))
+    clean = glyphs.render(attributes, record["height"], record["width"])
+    assert (decode_image(record["image"]) == clean).all() == (record["quality"] == 1.0)
+    assert all(text in {glyphs.caption(attributes, i) for i in range(10)} for text in record["captions"])
+  assert 0.15 < np.mean([record["quality"] < 1 for record in records]) < 0.35
+  assert min(record["quality"] for record in records) >= 0.3
+
+
+def test_held_out_prompts_come_from_validation():
+  prompts = glyphs.held_out_prompts(50, seed=1)
+  assert prompts == glyphs.held_out_prompts(60, seed=1)[:50] != glyphs.held_out_prompts(50, seed=2)
+  for text, a, height, width in prompts:
+    assert glyphs.is_validation(a.glyph, a.ink, a.paper) and (height, width) in glyphs.CANVASES
+    assert text in [glyphs.caption(a, i) for i in range(10)]

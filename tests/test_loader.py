@@ -1,0 +1,203 @@
+"""Batch k is a function of (seed, mixture, k): of nothing else, and of all of these."""
+
+import collections
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+
+from data_pipelines import glyphs, records
+from data_pipelines.glyphs import Attributes
+from data_pipelines.loader import DatasetSpec, Loader, Resolution
+
+RATIOS = ("1:1", "1:2", "2:1")
+DEFAULT = (Resolution(64, 8, RATIOS, multiple=16),)
+NUM_TRAIN = 90
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Two data sets of 90 training records each, with different pictures."""
+  folders = [tmp_path_factory.mktemp(name) for name in "ab"]
+  for seed, folder in enumerate(folders):
+    records.prepare("glyphs", folder, num_examples=NUM_TRAIN, seed=seed)
+  return folders
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data):
+  return records.load_tokenizer(data[0], "glyphs")
+
+
+def make(data, tokenizer, seed=0, sets=1, weights=(1.0, 3.0), resolutions=DEFAULT, **options):
+  spec_options = {key: options.pop(key) for key in ("min_quality", "languages", "split", "task") if key in options}
+  datasets = [DatasetSpec(str(folder), "glyphs", weight=w, **spec_options) for folder, w in zip(data[:sets], weights)]
+  return Loader(datasets, resolutions, 64, tokenizer, seed, **options)
+
+
+def assert_same(first, second):
+  assert first[0] == second[0] and first[1].keys() == second[1].keys()
+  for name in first[1]:
+    np.testing.assert_array_equal(first[1][name], second[1][name])
+
+
+def test_batch_contract(data, tokenizer):
+  loader = make(data, tokenizer)
+  assert sorted((b.height, b.width) for b in loader.buckets) == [(48, 96), (64, 64), (96, 48)]
+  bucket, batch = loader.batch(0)
+  shape = loader.buckets[bucket]
+  assert batch["target"].shape == (8, shape.height, shape.width, 3) and batch["target"].dtype == np.uint8
+  assert batch["sources"] == () and batch["tokens"].shape == (8, 64) and batch["tokens"].dtype == np.int32
+  assert batch["token_count"].dtype == np.int32 and batch["sample_id"].dtype == np.int64
+  assert set(batch) == {"target", "sources", "tokens", "token_count", "sample_id"}
+
+
+def test_rows_hold_the_picture_and_a_caption_of_their_sample(data, tokenizer):
+  loader = make(data, tokenizer, resolutions=[Resolution(96, 8, RATIOS)], min_quality=1.0, caption_dropout=0.0)
+  picked = set()
+  for k in range(12):
+    _, batch = loader.batch(k)
+    for row, sample_id in enumerate(batch["sample_id"]):
+      record = glyphs.example(int(sample_id), seed=0)
+      assert record["quality"] == 1.0
+      text = tokenizer.decode(batch["tokens"][row, :batch["token_count"][row]])
+      place = [i for i, caption in enumerate(record["captions"]) if f"user\n{caption}<|im_end|>" in text]
+      assert len(place) == 1
+      picked.update(place)
+      attributes = Attributes(**json.loads(record["attributes"]))
+      assert (batch["target"][row] == glyphs.render(attributes, record["height"], record["width"])).all()
+  assert picked == {0, 1, 2, 3}
+
+
+def test_each_record_comes_exactly_once_per_epoch(data, tokenizer):
+  loader = make(data, tokenizer)
+  streams = collections.defaultdict(list)
+  for k in range(120):
+    bucket, _, rows = loader.plan(k)
+    streams[bucket] += rows.tolist()
+  sizes = {(c.height, c.width): c.kept for c in loader.counts}
+  assert sum(sizes.values()) == NUM_TRAIN
+  union = set()
+  for bucket, stream in streams.items():
+    num = sizes[loader.buckets[bucket].height, loader.buckets[bucket].width]
+    epochs = [stream[i:i + num] for i in range(0, len(stream) - num + 1, num)]
+    assert len(epochs) >= 2 and all(len(set(epoch)) == num for epoch in epochs)
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1 and epochs[0] != epochs[1]
+    union |= set(epochs[0])
+  assert union == set(range(NUM_TRAIN))
+
+
+def test_shares_follow_the_weights(data, tokenizer):
+  loader = make(data, tokenizer, sets=2, resolutions=[
+      Resolution(32, 8, ("1:1",), weight=1.0), Resolution(64, 4, ("1:1",), weight=4.0)], max_crop=0.6)
+  cycle = sum(loader._schedule.turns)
+  seen = collections.Counter()
+  for k in range(3 * cycle, 4 * cycle):
+    bucket, dataset, rows = loader.plan(k)
+    assert len(rows) == loader.buckets[bucket].batch_size
+    seen[dataset, loader.buckets[bucket].height] += 1
+  share = {key: count / cycle for key, count in seen.items()}
+  assert share == {(0, 32): 0.05, (0, 64): 0.2, (1, 32): 0.15, (1, 64): 0.6}
+
+
+def test_hosts_share_the_global_batch(data, tokenizer):
+  whole = make(data, tokenizer)
+  for count in (2, 4):
+    parts = [make(data, tokenizer, process_index=i, process_count=count) for i in range(count)]
+    for k in (0, 7, 10**9):
+      bucket, expected = whole.batch(k)
+      batches = [part.batch(k) for part in parts]
+      joined = {name: np.concatenate([b[name] for _, b in batches]) for name in expected if name != "sources"}
+      assert {b for b, _ in batches} == {bucket}
+      assert_same((bucket, expected), (bucket, joined | {"sources": ()}))
+
+
+def test_resume_equals_no_interruption_and_seed_matters(data, tokenizer):
+  loader = make(data, tokenizer, sets=2)
+  whole = list(itertools.islice(loader.iterate(), 9))
+  resumed = list(itertools.islice(make(data, tokenizer, sets=2).iterate(5), 4))
+  for first, second in zip(whole[5:], resumed, strict=True):
+    assert_same(first, second)
+  for k, batch in enumerate(whole):
+    assert_same(batch, loader.batch(k))
+  other = make(data, tokenizer, sets=2, seed=1)
+  assert any((other.plan(k)[2] != loader.plan(k)[2]).any() for k in range(3))
+
+
+def test_worker_processes_change_nothing(data, tokenizer):
+  flags.FLAGS.mark_as_parsed()
+  plain = itertools.islice(make(data, tokenizer).iterate(3), 5)
+  workers = itertools.islice(make(data, tokenizer, num_workers=2).iterate(3), 5)
+  for first, second in zip(plain, workers, strict=True):
+    assert_same(first, second)
+
+
+def test_dropout_empties_the_asked_share_of_captions(data, tokenizer):
+  empty = len(tokenizer.encode(""))
+  for dropout in (0.0, 0.3, 1.0):
+    loader = make(data, tokenizer, caption_dropout=dropout)
+    counts = np.concatenate([loader.batch(k)[1]["token_count"] for k in range(40)])
+    assert abs((counts == empty).mean() - dropout) < (0.1 if 0 < dropout < 1 else 1e-9)
+
+
+def test_left_out_records_are_counted(data, tokenizer):
+  loader = make(data, tokenizer, min_quality=1.0, resolutions=[Resolution(64, 8, ("1:1", "1:2"), multiple=16)])
+  index = records.open_split(data[0], "glyphs", "train")[1]
+  for count in loader.counts:
+    assert count.records == count.kept + count.low_quality + count.no_language + count.cropped
+  assert sum(c.records for c in loader.counts) == NUM_TRAIN
+  assert sum(c.low_quality for c in loader.counts) == (index["quality"] < 1).sum() > 0
+  # The wide pictures are nearest to the square and would lose half of their area.
+  wide = (index["width"] > index["height"]) & (index["quality"] == 1)
+  assert sum(c.cropped for c in loader.counts) == wide.sum() > 0
+
+
+def test_evaluation_is_one_pass_with_weights(data, tokenizer):
+  loader = make(data, tokenizer, caption_dropout=1.0)
+  batches = list(loader.evaluation_batches())
+  real = [(b, i) for b, batch in batches for i, w in zip(batch["sample_id"], batch["weight"]) if w == 1]
+  assert sorted(i for _, i in real) == list(range(NUM_TRAIN))
+  for bucket in range(3):
+    ids = [i for b, i in real if b == bucket]
+    assert ids == sorted(ids)
+  for bucket, batch in batches:
+    assert batch["target"].shape[0] == batch["weight"].shape[0] == 8 and batch["weight"].dtype == np.float32
+    filler = batch["sample_id"][batch["weight"] == 0]
+    assert set(filler) <= set(batch["sample_id"][batch["weight"] == 1])
+    for row, sample_id in enumerate(batch["sample_id"]):
+      first = glyphs.example(int(sample_id), seed=0)["captions"][0]
+      assert batch["tokens"][row, :batch["token_count"][row]].tolist() == tokenizer.encode(first)
+
+
+def test_evaluation_can_be_short_and_shared(data, tokenizer):
+  loader = make(data, tokenizer)
+  kept = [i for _, b in loader.evaluation_batches(20) for i, w in zip(b["sample_id"], b["weight"]) if w]
+  assert sorted(kept) == list(range(20))
+  halves = [list(make(data, tokenizer, process_index=i, process_count=2).evaluation_batches(20)) for i in (0, 1)]
+  for (_, whole), (_, first), (_, second) in zip(loader.evaluation_batches(20), *halves, strict=True):
+    for name in ("target", "weight", "sample_id"):
+      np.testing.assert_array_equal(whole[name], np.concatenate([first[name], second[name]]))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"process_count": 3}, "batch_size=8 at 64 px does not divide over 3 processes"),
+    ({"process_index": 2, "process_count": 2}, "process_index=2"),
+    ({"languages": ("fr",)}, "No record of 'glyphs' .* is left by"),
+    ({"min_quality": 1.1}, "No record"),
+    ({"split": "test"}, "no split 'test'"),
+    ({"task": "ti2i"}, "task='ti2i'"),
+    ({"weights": (0.0,)}, "weight=0.0"),
+    ({"seed": -1}, "seed=-1"),
+    ({"caption_dropout": 2.0}, "caption_dropout=2.0"),
+    ({"resolutions": []}, "at least one"),
+])
+def test_user_errors(data, tokenizer, options, message):
+  with pytest.raises(ValueError, match=message):
+    make(data, tokenizer, **options)
+
+
+def test_no_tensorflow():
+  assert "tensorflow" not in sys.modules
