@@ -1,0 +1,107 @@
+"""The layers that all three networks share, as functions of arrays.
+
+Weights arrive in float32 and are cast to the compute type at use. Norms, softmax and rotary embeddings work in float32. Letters: B batch,
+S sequence, D width, H heads, G key/value heads, K head dim, F MLP width.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1) -> jax.Array:
+  """`x` times `weight`, contracting the last `num_dims` dimensions of `x` with the first of `weight`; result in the type of `x`."""
+  return jax.lax.dot_general(x, weight.astype(x.dtype), ((tuple(range(x.ndim - num_dims, x.ndim)), tuple(range(num_dims))), ((), ())))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
+  """`x` over its root mean square along the last dimension, times `weight` (arXiv 1910.07467)."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array | None = None, bias: jax.Array | None = None, eps: float = 1e-6) -> jax.Array:
+  """`x` centred and scaled to unit variance along the last dimension, then the affine map where one is given (arXiv 1607.06450)."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  if weight is not None:
+    y = y * weight.astype(jnp.float32)
+  if bias is not None:
+    y = y + bias.astype(jnp.float32)
+  return y.astype(x.dtype)
+
+
+def swiglu(x: jax.Array, gate: jax.Array, proj: jax.Array, out: jax.Array) -> jax.Array:
+  """(SiLU(x·gate) ⊙ (x·proj))·out with gate, proj [D, F] and out [F, D] (arXiv 2002.05202)."""
+  return linear(jax.nn.silu(linear(x, gate)) * linear(x, proj), out)
+
+
+def rope_frequencies(dim: int, theta: float) -> jax.Array:
+  """theta^(-2j/dim) for j < dim/2: the angle per position of each rotated pair (arXiv 2104.09864)."""
+  return theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+
+
+def rotate_pairs(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """`x` [B, S, H, K] with its adjacent pairs (2j, 2j+1) turned by `angles` [B, S, K/2]."""
+  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+  turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+  return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_halves(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """`x` [B, S, H, K] with its pairs (j, j+K/2) turned by `angles` [B, S, K/2]."""
+  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Scaled dot-product attention [B, S, H, K] with scale 1/sqrt(K) and softmax in float32.
+
+  Args:
+    query: [B, S, H, K].
+    key, value: [B, T, G, K]; G divides H, and each of them serves H/G query heads.
+    mask: bool, broadcastable to [B, S, T]; True where a query may see a key. None: every query sees every key.
+  """
+  B, S, H, K = query.shape
+  G = key.shape[2]
+  query = query.reshape(B, S, G, H // G, K)
+  logits = jnp.einsum("bsgrk,btgk->bgrst", query, key, preferred_element_type=jnp.float32) / math.sqrt(K)
+  if mask is not None:
+    mask = jnp.broadcast_to(mask, (B, S, key.shape[1]))[:, None, None]  # B 1 1 S T
+    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  return jnp.einsum("bgrst,btgk->bsgrk", weights, value).reshape(B, S, H, K)
+
+
+def sinusoid(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
+  """Sinusoidal features [..., dim] of `t` [...], float32: cosines in the first half, sines in the second (arXiv 1706.03762)."""
+  frequencies = max_period ** (-jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+  angles = t.astype(jnp.float32)[..., None] * frequencies
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def checkpoint_layer(layer, policy: str):
+  """`layer` under a named rematerialisation policy.
+
+  Args:
+    layer: the function that `jax.lax.scan` runs per layer.
+    policy: "none" keeps every activation; "full" keeps only the layer's input; "dots" keeps the results of matrix products with weights.
+
+  Raises:
+    ValueError: an unknown policy.
+  """
+  policies = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+  if policy not in policies:
+    raise ValueError(f"Unknown remat policy {policy!r}: choose one of {', '.join(policies)}.")
+  return layer if policy == "none" else jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)
+
+
+def concat_angles(positions: Sequence[jax.Array], dims: Sequence[int], theta: float) -> jax.Array:
+  """Rotary angles [..., sum(dims)/2] when axis i of a position, `positions[i]` [...], turns `dims[i]` of the head's dimensions."""
+  return jnp.concatenate([p.astype(jnp.float32)[..., None] * rope_frequencies(dim, theta) for p, dim in zip(positions, dims)], axis=-1)

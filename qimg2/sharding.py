@@ -1,0 +1,135 @@
+"""The device mesh, and which mesh axis each logical axis of an array lies on.
+
+Mesh axes, outermost first: `data` (whole copies; slices of a multi-slice job), `fsdp` (weights gathered at use), `context` (the token axis)
+and `tensor` (heads and MLP width). All four always exist, most of size one, so that one program runs on one device and on a pod. Axes are
+`AxisType.Auto`: the compiler propagates, and `shard` states what the model means.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qimg2 import params as P
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+Rules = Mapping[str, tuple[str, ...]]
+Shard = Callable[..., jax.Array]
+
+RULES: dict[str, Rules] = {
+    "fsdp_tensor": {
+        "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp",), "heads": ("tensor",), "kv_heads": ("tensor",),
+        "mlp": ("tensor",), "vocab": ("tensor",), "channel": ("fsdp",), "layer": (),
+    },
+    "replicated": {
+        "batch": ("data", "fsdp"), "token": ("context",), "embed": (), "heads": (), "kv_heads": (), "mlp": (), "vocab": (), "channel": (),
+        "layer": (),
+    },
+}
+
+
+def identity(x: jax.Array, *axes: str | None) -> jax.Array:
+  """`x` unchanged: the `shard` argument of a model that runs without a mesh."""
+  del axes
+  return x
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """The mesh of a run. `sizes` maps mesh axes to sizes; at most one may be -1, which takes the devices that are left.
+
+  Devices of several slices (those with different `slice_index`) are split over `data`, the only axis that crosses the data-centre network.
+
+  Raises:
+    ValueError: an unknown axis, or sizes that do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  unknown = sorted(set(sizes) - set(MESH_AXES))
+  if unknown:
+    raise ValueError(f"Unknown mesh axis {unknown[0]!r}: the axes are {', '.join(MESH_AXES)}.")
+  shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+  if shape.count(-1) > 1:
+    raise ValueError(f"Mesh {dict(sizes)}: only one axis may be -1.")
+  if -1 in shape:
+    shape[shape.index(-1)] = max(1, len(devices) // -math.prod(shape))
+  if math.prod(shape) != len(devices):
+    raise ValueError(f"Mesh {dict(zip(MESH_AXES, shape))} asks for {math.prod(shape)} devices, but there are {len(devices)}: "
+                     "set one axis to -1 or change the sizes.")
+  return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(shape: list[int], devices: list[Any]) -> np.ndarray:
+  num_slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if num_slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  if shape[0] % num_slices:
+    raise ValueError(f"The data axis has size {shape[0]}, which {num_slices} slices do not divide: make it a multiple of the slices.")
+  inner = [shape[0] // num_slices, *shape[1:]]
+  return mesh_utils.create_hybrid_device_mesh(inner, [num_slices, 1, 1, 1], devices, allow_split_physical_axes=True)
+
+
+def partition_spec(axes: Sequence[str | None], rules: Rules, name: str = "array") -> PartitionSpec:
+  """The PartitionSpec of an array with logical `axes`.
+
+  Raises:
+    ValueError: a logical axis without a rule, or a mesh axis used for two dimensions.
+  """
+  used: set[str] = set()
+  entries = []
+  for axis in axes:
+    if axis is not None and axis not in rules:
+      raise ValueError(f"{name}: logical axis {axis!r} has no sharding rule; the rules know {', '.join(sorted(rules))}.")
+    mesh_axes = rules[axis] if axis is not None else ()
+    twice = used & set(mesh_axes)
+    if twice:
+      raise ValueError(f"{name}: mesh axis {sorted(twice)[0]!r} is used for two of the dimensions {tuple(axes)}.")
+    used |= set(mesh_axes)
+    entries.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+  return PartitionSpec(*entries)
+
+
+def array_sharding(mesh: Mesh, axes: Sequence[str | None], rules: Rules, shape: Sequence[int] | None = None, name: str = "array") -> NamedSharding:
+  """The NamedSharding of an array with logical `axes`; given its `shape`, dimensions must divide.
+
+  Raises:
+    ValueError: as `partition_spec`, and for a dimension that its mesh axes do not divide.
+  """
+  spec = partition_spec(axes, rules, name)
+  for dim, entry in enumerate(spec if shape is not None else ()):
+    parts = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+    if shape[dim] % parts:
+      raise ValueError(f"{name} of shape {tuple(shape)}: dimension {dim} ({axes[dim]}) is not divisible by the {parts} parts of mesh axis "
+                       f"{entry}; choose a smaller mesh axis or other sizes.")
+  return NamedSharding(mesh, spec)
+
+
+def param_shardings(specs: dict, mesh: Mesh, rules: Rules) -> dict:
+  """A tree of NamedSharding for the weights in `specs`."""
+  return P.map_with_path(lambda path, p: array_sharding(mesh, p.axes, rules, p.shape, path), specs)
+
+
+def make_shard(mesh: Mesh, rules: Rules) -> Shard:
+  """`shard(x, *axes)`: constrains an activation to the layout of its logical axes."""
+  def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules, f"activation {x.shape}")))
+  return shard
+
+
+def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+  """The sharding of every array of a batch: rows over `data` and `fsdp`, the rest whole."""
+  return NamedSharding(mesh, partition_spec(("batch",), rules))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: dict, mesh: Mesh, rules: Rules) -> dict:
+  """A batch of numpy arrays (this process's rows) as global arrays, rows sharded over the batch axes."""
+  sharding = batch_sharding(mesh, rules)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
