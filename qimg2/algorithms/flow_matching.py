@@ -1,0 +1,57 @@
+"""Flow matching: regress the velocity of the straight path between data and noise (equations 1 and 2 of `qimg2.flow`).
+
+  loss = mean over examples of mean over dimensions of (v(x_t, t, c) - (noise - x_0))²,   t from the schedule's density
+
+The loss covers target tokens alone; prompt and condition images enter clean. Validation is deterministic: noise and time bin of a held-out
+sample are functions of its `sample_id`, and the mean of eight per-bin means is the figure to compare (protocol of MLPerf's text-to-image
+benchmark). Left out: weights over t other than one.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from qimg2 import flow
+from qimg2.algorithms import Algorithm
+from qimg2.sampler import sample_noise
+
+NUM_TIME_BINS = 8
+VALIDATION_SEED = 20_2
+
+
+def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.0) -> Algorithm:
+  """The algorithm that trains role "model" with frozen "encoder" and "vae".
+
+  Args:
+    schedule: gives the times of training and validation.
+    ema_decay: decay per step of the slow copy "ema"; 0 keeps none.
+  """
+  def loss(params, nets, batch, key):
+    key_time, key_noise = jax.random.split(key)
+    x_0, cond = latents_and_condition(params, nets, batch)
+    t = schedule.training_times(key_time, x_0.shape[0], x_0.shape[1] * x_0.shape[2])
+    noise = jax.random.normal(key_noise, x_0.shape)
+    per_example = squared_error(nets, params, x_0, cond, t, noise)
+    return jnp.mean(per_example), {"latent_std": jnp.std(x_0)}
+
+  def validation(params, nets, batch, key):
+    del key  # every draw depends on sample_id alone
+    x_0, cond = latents_and_condition(params, nets, batch)
+    bins = (batch["sample_id"] % NUM_TIME_BINS).astype(jnp.int32)
+    t = schedule.validation_times(bins, NUM_TIME_BINS, x_0.shape[1] * x_0.shape[2])
+    noise = sample_noise(jax.random.key(VALIDATION_SEED), batch["sample_id"], x_0.shape[1:])
+    return {"loss": squared_error(nets, params, x_0, cond, t, noise)}, bins
+
+  track = {"ema": ("model", ema_decay)} if ema_decay else {}
+  return Algorithm(losses={"model": loss}, frozen=("encoder", "vae"), validation=validation, num_bins=NUM_TIME_BINS, track=track)
+
+
+def latents_and_condition(params: dict, nets, batch: dict):
+  """(x_0 [B, h, w, C], condition) of a batch, both without gradients."""
+  x_0 = jax.lax.stop_gradient(nets.encode(params["vae"], batch["target"]))
+  return x_0, nets.condition(params, batch)
+
+
+def squared_error(nets, params: dict, x_0: jax.Array, cond, t: jax.Array, noise: jax.Array) -> jax.Array:
+  """[B] mean squared error of the velocity of each example."""
+  velocity = nets.velocity(params["model"], flow.interpolate(x_0, noise, t), t, cond)
+  return jnp.mean(jnp.square(velocity - flow.velocity_target(x_0, noise)), axis=(1, 2, 3))
