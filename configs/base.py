@@ -1,0 +1,84 @@
+"""What all configs share: every key that a run may have, with its default. A config file starts here and changes what it means to.
+
+`Stage` keys are complete in every stage, so that a stage can be read alone and any of them can be overridden on the command line:
+  --config.stages[1].num_steps=10
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sizes
+
+
+def base() -> ConfigDict:
+  """A run without stages."""
+  cfg = ConfigDict()
+  cfg.seed = 0
+  cfg.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
+  cfg.rules = "fsdp_tensor"
+  cfg.data_dir = "runs/data"  # where launch.prepare_data wrote; the embedded data sets are made here when missing
+  cfg.prepare = ConfigDict(dict(num_examples=None, seed=0))  # None: the data set's own size
+  cfg.num_tokens = 48  # longest prompt in tokens, system turn included
+  cfg.num_workers = 0
+  cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
+  cfg.schedule = ConfigDict(dict(density="logit_normal", shift="resolution", terminal=0.02))
+  cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, num_images=16))
+  cfg.check = ConfigDict(dict(name="", num_prompts=0, num_candidates=0))  # an automatic check of the last stage's samples
+  cfg.stages = ()
+  return cfg
+
+
+def stage(name: str, method: str, **changes) -> ConfigDict:
+  """A stage with every key. `changes` replaces values; nested sections take dicts.
+
+  Raises:
+    ValueError: a key that no stage has.
+  """
+  generator = method != "reconstruction"
+  cfg = ConfigDict(dict(
+      name=name,
+      algorithm=dict(name=method, ema_decay=0.999 if generator else 0.0),
+      start_from="",  # "" from scratch, the name of an earlier stage, or the folder of a stage of another run
+      frozen=dict(encoder="", vae="vae") if generator else {},  # role -> "" random by seed, or as start_from
+      num_steps=100,
+      resolutions=(dict(base_px=64, batch_size=32, ratios=("1:1",), weight=1.0, multiple=32),),
+      mixture=(dict(name="glyphs", split="train", weight=1.0, min_quality=0.0, languages=()),),
+      evaluation=dict(name="glyphs", split="validation", num_samples=256),
+      caption_dropout=0.1 if generator else 0.0,
+      optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="constant", final_ratio=0.0, b1=0.9, b2=0.95, weight_decay=0.001,
+                     clip_norm=1.0, accumulate=1),
+      log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200, keep=2,
+      num_image_rows=2,
+  ))
+  for key, value in changes.items():
+    if key not in cfg:
+      raise ValueError(f"A stage has no key {key!r}: it has {', '.join(sorted(cfg))}.")
+    if isinstance(cfg[key], ConfigDict) and key != "frozen":
+      cfg[key].update(value)
+    else:
+      cfg[key] = ConfigDict(value) if isinstance(value, dict) else value
+  # Parts of a tuple are sections too, so that --config.stages[0].resolutions[0].batch_size=8 works.
+  cfg.resolutions, cfg.mixture = (tuple(ConfigDict(dict(part)) for part in parts) for parts in (cfg.resolutions, cfg.mixture))
+  return cfg
+
+
+def smoke(cfg: ConfigDict) -> ConfigDict:
+  """The same run at two steps per stage, with tiny networks and batches: for tests, on a CPU."""
+  cfg.model.update(dict(width=32, num_layers=2, num_heads=2, head_dim=16, rope_dims=(4, 6, 6), context_width=32, latent_channels=8,
+                        remat="none", dtype="float32"))
+  cfg.encoder.update(dict(vocab_size=1024, width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64, dtype="float32"))
+  cfg.encoder.mrope_sections, cfg.encoder.vision = (4, 2, 2), None
+  cfg.vae.update(dict(base_dim=4, decoder_base_dim=4, latent_channels=8, temporal_weights=False, dtype="float32"))
+  cfg.vae.latents_mean, cfg.vae.latents_std = (0.0,) * 8, (1.0,) * 8
+  cfg.data_dir = f"{cfg.data_dir}_smoke"
+  cfg.prepare.num_examples = 1600
+  cfg.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
+  cfg.sampling.update(dict(num_steps=2, num_images=8))
+  if cfg.check.name:
+    cfg.check.num_prompts, cfg.check.num_candidates = 8, min(8, cfg.check.num_candidates)
+  for one in cfg.stages:
+    one.num_steps, one.log_every_steps, one.eval_every_steps, one.sample_every_steps, one.save_every_steps = 2, 1, 2, 2, 1
+    one.evaluation.num_samples = 32
+    for resolution in one.resolutions:
+      resolution.batch_size, resolution.base_px = 8, min(resolution.base_px, 96)
+    one.optimizer.accumulate = 1
+  return cfg

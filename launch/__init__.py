@@ -1,0 +1,1 @@
+"""Command lines: each module has absl flags and one function that tests and notebooks can call too."""

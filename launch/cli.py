@@ -1,0 +1,41 @@
+"""How every launcher starts: flags are defined, parsed and handed on, and a user's mistake ends in one sentence instead of a traceback."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+
+
+def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:
+  """Runs `main(argv)` under absl and exits.
+
+  A `ValueError`, a missing file or a loss that is no number prints its message on stderr and exits with 1; a wrong flag, a config file that
+  is missing or a key that the config does not have, with 2. Anything else is a defect of the program and keeps its traceback.
+  """
+  define_flags()
+
+  def guarded(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      _fail(f"What is {argv[1]!r}? Every argument is a flag, --name=value; --help lists them.", 2)
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # libraries log every file they touch
+    try:
+      main(argv)
+    except USER_ERRORS as error:
+      _fail(" ".join(str(error).split()), 1)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  try:
+    return app.parse_flags_with_usage(list(argv))
+  except (AttributeError, KeyError, OSError, ValueError, TypeError, IndexError, flags.Error) as error:
+    _fail(f"The flags cannot be used: {' '.join(str(error).split())}", 2)
+
+
+def _fail(sentence: str, code: int) -> None:
+  print(f"error: {sentence}", file=sys.stderr)
+  sys.exit(code)

@@ -1,0 +1,282 @@
+"""A run: its config turned into dataclasses once, its mesh, its networks, its data, and the weights in its folder.
+
+  workdir/
+    config.json                  the resolved config, package versions, device kind
+    frozen/<role>/               weights of frozen roles that were drawn from the seed
+    <stage>/checkpoints/<step>/  see qimg2.checkpoint
+    <stage>/metrics.jsonl ...    see qimg2.metrics
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from data_pipelines.loader import DatasetSpec, Loader, Resolution
+from data_pipelines.records import prepare
+from data_pipelines.tokenizer import PromptTokenizer
+from qimg2 import conditioning, flow, optim, sharding
+from qimg2 import params as P
+from qimg2.algorithms import Algorithm
+from qimg2.algorithms.flow_matching import flow_matching
+from qimg2.algorithms.reconstruction import reconstruction
+from qimg2.checkpoint import Checkpoints, restore_weights, save_weights
+from qimg2.models import mmdit, qwen3_vl, vae
+from qimg2.models.qwen3_vl_vision import VisionConfig
+
+Dataclass = TypeVar("Dataclass")
+EMBEDDED = ("glyphs", "emoji")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "check",
+             "num_image_rows", "num_steps", "data_dir", "mesh")
+
+
+def plain(value: Any) -> Any:
+  """`value` with every ConfigDict as a dict, at any depth."""
+  if isinstance(value, (ConfigDict, dict)):
+    return {key: plain(item) for key, item in value.items()}
+  return tuple(plain(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def from_section(cls: type[Dataclass], section: Any, where: str) -> Dataclass:
+  """A frozen dataclass from a config section.
+
+  Raises:
+    ValueError: a key that the dataclass does not have, with the nearest that it has.
+  """
+  values, names = plain(section), [field.name for field in dataclasses.fields(cls)]
+  for key in values:
+    if key not in names:
+      near = difflib.get_close_matches(key, names, 1)
+      raise ValueError(f"config.{where} has no key {key!r}" + (f": did you mean {near[0]!r}?" if near else f": it has {', '.join(names)}."))
+  return cls(**values)
+
+
+def model_configs(cfg: ConfigDict) -> tuple[mmdit.Config, qwen3_vl.Config, vae.Config]:
+  """The three networks' configs.
+
+  Raises:
+    ValueError: sizes that do not fit each other.
+  """
+  model = from_section(mmdit.Config, cfg.model, "model")
+  encoder = dict(plain(cfg.encoder))
+  if encoder.get("vision") is not None:
+    encoder["vision"] = from_section(VisionConfig, encoder["vision"], "encoder.vision")
+  encoder = from_section(qwen3_vl.Config, encoder, "encoder")
+  autoencoder = from_section(vae.Config, cfg.vae, "vae")
+  if model.context_width != encoder.width:
+    raise ValueError(f"config.model.context_width is {model.context_width}, but config.encoder.width is {encoder.width}: make them equal.")
+  if model.latent_channels != autoencoder.latent_channels:
+    raise ValueError(f"config.model.latent_channels is {model.latent_channels}, but config.vae.latent_channels is "
+                     f"{autoencoder.latent_channels}: make them equal.")
+  return model, encoder, autoencoder
+
+
+def make_algorithm(section: ConfigDict, schedule: flow.Schedule) -> Algorithm:
+  """The algorithm that a stage names, with its settings."""
+  settings = dict(plain(section))
+  name = settings.pop("name")
+  if name == "flow_matching":
+    return flow_matching(schedule, **settings)
+  if name == "reconstruction":
+    return reconstruction(**settings)
+  raise ValueError(f"Unknown algorithm {name!r}: choose flow_matching or reconstruction.")
+
+
+class Run:
+  """A config and a folder, and what both together give."""
+
+  def __init__(self, cfg: ConfigDict, workdir: str | pathlib.Path):
+    """Raises: ValueError for a config that does not fit together."""
+    self.cfg, self.workdir = cfg, pathlib.Path(workdir)
+    self.mesh = sharding.make_mesh(plain(cfg.mesh))
+    if cfg.rules not in sharding.RULES:
+      raise ValueError(f"config.rules is {cfg.rules!r}: choose one of {', '.join(sharding.RULES)}.")
+    self.rules = sharding.RULES[cfg.rules]
+    self.schedule = from_section(flow.Schedule, cfg.schedule, "schedule")
+    self.stages = {stage.name: stage for stage in cfg.stages}
+    if len(self.stages) != len(cfg.stages):
+      raise ValueError("config.stages: two stages have the same name; give each its own.")
+    self._ensure_data()
+    self.tokenizer = PromptTokenizer.load(pathlib.Path(cfg.data_dir) / cfg.stages[0].mixture[0]["name"])
+    model, encoder, autoencoder = model_configs(cfg)
+    if self.tokenizer.vocab_size > encoder.vocab_size:
+      raise ValueError(f"The tokenizer in {cfg.data_dir} has {self.tokenizer.vocab_size} tokens, but config.encoder.vocab_size is "
+                       f"{encoder.vocab_size}: raise it.")
+    encoder = dataclasses.replace(encoder, image_token_id=self.tokenizer.image_token_id)
+    self.nets = conditioning.Networks(model, encoder, autoencoder, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
+    self.specs = self.nets.specs()
+
+  def _ensure_data(self) -> None:
+    for name in sorted({part["name"] for stage in self.cfg.stages for part in stage.mixture}):
+      if name in EMBEDDED:
+        prepare(name, self.cfg.data_dir, num_examples=self.cfg.prepare.num_examples, seed=self.cfg.prepare.seed)
+      elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
+        raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
+
+  # Data.
+
+  def loader(self, stage: ConfigDict) -> Loader:
+    """The training data of a stage."""
+    datasets = [DatasetSpec(data_dir=self.cfg.data_dir, **plain(part)) for part in stage.mixture]
+    return self._loader(stage, datasets, stage.caption_dropout)
+
+  def evaluation_batches(self, stage: ConfigDict) -> list[dict]:
+    """The held-out batches of a stage as global arrays."""
+    section = stage.evaluation
+    loader = self._loader(stage, [DatasetSpec(data_dir=self.cfg.data_dir, name=section.name, split=section.split)], 0.0)
+    return [self.put(batch) for _, batch in loader.evaluation_batches(section.num_samples)]
+
+  def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float) -> Loader:
+    resolutions = [from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions]
+    return Loader(datasets, resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
+                  caption_dropout=caption_dropout, process_index=jax.process_index(), process_count=jax.process_count(),
+                  num_workers=self.cfg.num_workers)
+
+  def put(self, batch: dict) -> dict:
+    """This process's rows as global arrays on the mesh."""
+    return sharding.put_batch(batch, self.mesh, self.rules)
+
+  def batch_shapes(self, loader: Loader) -> tuple[dict, ...]:
+    """The abstract global batch of each bucket."""
+    rows = sharding.batch_sharding(self.mesh, self.rules)
+    def shape(dims, dtype):
+      return jax.ShapeDtypeStruct(dims, jax.dtypes.canonicalize_dtype(dtype), sharding=rows)
+    return tuple({"target": shape((b.batch_size, b.height, b.width, 3), np.uint8),
+                  "sources": tuple(shape((b.batch_size, h, w, 3), np.uint8) for h, w in b.source_sizes),
+                  "tokens": shape((b.batch_size, b.num_tokens), np.int32), "token_count": shape((b.batch_size,), np.int32),
+                  "sample_id": shape((b.batch_size,), np.int64)} for b in loader.buckets)
+
+  # Methods.
+
+  def algorithm(self, stage: ConfigDict) -> Algorithm:
+    """The stage's algorithm."""
+    return make_algorithm(stage.algorithm, self.schedule)
+
+  def optimizer_config(self, stage: ConfigDict) -> optim.Config:
+    """The stage's optimizer settings."""
+    return from_section(optim.Config, stage.optimizer, f"stages[{stage.name}].optimizer")
+
+  def key(self, name: str) -> jax.Array:
+    """The PRNG key of a stage or of a role's initialisation: the run's seed and the name alone decide it."""
+    return jax.random.key(fold_name(self.cfg.seed, name))
+
+  # Weights.
+
+  def abstract(self, role: str) -> dict:
+    """Shapes and shardings of a role's weights."""
+    return P.abstract(self.specs[role], sharding.param_shardings(self.specs[role], self.mesh, self.rules))
+
+  def random_weights(self, role: str) -> dict:
+    """A role's weights drawn from the run's seed."""
+    shardings = sharding.param_shardings(self.specs[role], self.mesh, self.rules)
+    return jax.jit(lambda key: P.init(self.specs[role], key), out_shardings=shardings)(self.key(role))
+
+  def trained_weights(self, source: str, role: str, copy: str = "") -> dict:
+    """A role's weights from the newest checkpoint of `source`, a stage of this run or the folder of a stage elsewhere.
+
+    Args:
+      source: name or folder.
+      role: which weights.
+      copy: name of a slow copy to read in place of the weights themselves.
+
+    Raises:
+      ValueError: `source` is neither a stage nor a folder, or holds no such weights.
+    """
+    folder = self.workdir / source if source in self.stages else pathlib.Path(source)
+    if not (folder / "checkpoints").is_dir():
+      known = ", ".join(self.stages)
+      raise ValueError(f"There is no checkpoint of {source!r} at {folder}: train it first, or name one of the stages {known} or a stage's folder.")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    weights = checkpoints.restore_item(f"slow.{copy}" if copy else f"params.{role}", self.abstract(role))
+    checkpoints.close()
+    return weights
+
+  def frozen_weights(self, stage: ConfigDict) -> dict[str, dict]:
+    """The weights of the stage's frozen roles. Those drawn from the seed are saved with the run, and read from there ever after."""
+    weights = {}
+    for role in self.algorithm(stage).frozen:
+      source, _, copy = stage.frozen[role].partition(":")
+      weights[role] = self.trained_weights(source, role, copy) if source else self._saved_random_weights(role)
+    return weights
+
+  def _saved_random_weights(self, role: str) -> dict:
+    folder = self.workdir / "frozen" / role
+    if not folder.is_dir():
+      save_weights(folder, self.random_weights(role))
+    return restore_weights(folder, self.abstract(role))
+
+  def start_weights(self, stage: ConfigDict) -> tuple[dict[str, dict], dict[str, dict]]:
+    """(weights of each trained role, slow copies) that a stage starts from: those of `start_from`, or random ones."""
+    algorithm = self.algorithm(stage)
+    if not stage.start_from:
+      return {role: self.random_weights(role) for role in algorithm.losses}, {}
+    params = {role: self.trained_weights(stage.start_from, role) for role in algorithm.losses}
+    return params, {name: self.trained_weights(stage.start_from, role, name) for name, (role, _) in algorithm.track.items()}
+
+
+def fold_name(seed: int, name: str) -> int:
+  """A seed below 2**31 that depends on `seed` and `name`."""
+  return zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
+
+
+# The record of a run.
+
+
+def save_config(cfg: ConfigDict, workdir: pathlib.Path, allow_change: bool = False) -> None:
+  """Writes config.json. What is there already must agree, apart from lengths, logging and the mesh.
+
+  Raises:
+    ValueError: the config changed in a way that matters and `allow_change` is False.
+  """
+  path, config = workdir / "config.json", json.loads(json.dumps(plain(cfg)))
+  if path.exists() and not allow_change:
+    changes = list(differences(json.loads(path.read_text(encoding="utf-8"))["config"], config))
+    if changes:
+      raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
+                       "--allow_config_change to go on with the new one.")
+  workdir.mkdir(parents=True, exist_ok=True)
+  record = {"config": config, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps(record, indent=1), encoding="utf-8")
+  part.replace(path)
+
+
+def differences(old: Any, new: Any, path: str = "config") -> Iterator[str]:
+  """The places where two JSON configs differ, apart from FREE_KEYS, as readable strings."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted((set(old) | set(new)) - set(FREE_KEYS)):
+      yield from differences(old.get(key), new.get(key), f"{path}.{key}")
+  elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    for number, pair in enumerate(zip(old, new)):
+      yield from differences(*pair, f"{path}[{number}]")
+  elif old != new:
+    yield f"{path} was {old!r} and is {new!r}"
+
+
+def load_run(workdir: str | pathlib.Path) -> Run:
+  """The run that was trained in a folder.
+
+  Raises:
+    ValueError: the folder holds no run.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.is_file():
+    raise ValueError(f"There is no run in {workdir}: {path} is missing. Give the --workdir of launch.train.")
+  config = json.loads(path.read_text(encoding="utf-8"))["config"]
+  return Run(_to_config(config), workdir)
+
+
+def _to_config(value: Any) -> Any:
+  if isinstance(value, dict):
+    return ConfigDict({key: _to_config(item) for key, item in value.items()})
+  return tuple(_to_config(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,114 @@
+"""Trains the stages of a config, one after the other, and goes on where an earlier call was stopped.
+
+  python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.stages[1].num_steps=10]
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from launch import cli, report
+from launch.check import check, describe
+from launch.pictures import grid, save_png
+from launch.run import Run, plain, save_config
+from launch.sample import Generator
+from qimg2.evaluate import Evaluator
+from qimg2.metrics import MetricsWriter
+from qimg2.state import make_optimizers
+from qimg2.trainer import Stage, train_stage
+
+def train(cfg: ConfigDict, workdir: str | pathlib.Path, allow_config_change: bool = False) -> Run:
+  """Trains every stage that is not finished, writes the report, runs the config's check, and returns the run."""
+  workdir = pathlib.Path(workdir)
+  run = Run(cfg, workdir)
+  save_config(cfg, workdir, allow_config_change)
+  for section in cfg.stages:
+    train_one(run, section)
+    report.write_report(run)
+  if cfg.check.name:
+    print(describe(check(run)))
+  report.write_report(run)
+  return run
+
+
+def train_one(run: Run, section: ConfigDict) -> None:
+  """Trains one stage."""
+  algorithm = run.algorithm(section)
+  loader = run.loader(section)
+  settings = run.optimizer_config(section)
+  frozen = run.frozen_weights(section)
+  batches = run.evaluation_batches(section)
+  hooks = [(section.eval_every_steps, evaluation_hook(run, section, batches)),
+           (section.sample_every_steps, picture_hook(run, section, batches))]
+  stage = Stage(
+      section.name, algorithm, make_optimizers(algorithm, run.specs, settings, section.num_steps), run.specs, section.num_steps,
+      run.batch_shapes(loader), tuple(hooks), settings.accumulate, section.log_every_steps, section.save_every_steps, section.keep,
+      plain(section))
+  report.save_counts(run, section, loader)
+  train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(section.name), lambda: run.start_weights(section), frozen,
+              lambda: batches)
+
+
+def evaluation_hook(run: Run, section: ConfigDict, batches: list[dict]):
+  """A hook that logs the validation metrics of the weights and of each slow copy."""
+  algorithm = run.algorithm(section)
+  evaluator = Evaluator(algorithm, run.nets, batches)
+
+  def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
+    del step, writer
+    scalars = evaluator(weights)
+    for name, (role, _) in algorithm.track.items():
+      scalars |= {f"{name}/{key}": value for key, value in evaluator({**weights, role: weights[name]}).items()}
+    return scalars
+  return hook
+
+
+def picture_hook(run: Run, section: ConfigDict, batches: list[dict]):
+  """A hook that draws held-out samples beside what they should be: reconstructions, or pictures for the prompts."""
+  algorithm = run.algorithm(section)
+  num = min(run.cfg.sampling.num_images, batches[0]["target"].shape[0])
+  targets = np.asarray(jax.device_get(batches[0]["target"]))[:num]
+  if "vae" in algorithm.losses:
+    rebuild = jax.jit(lambda weights, pixels: run.nets.decode(weights, run.nets.encode(weights, pixels)))
+    draw = lambda weights: np.asarray(jax.device_get(rebuild(weights["vae"], batches[0]["target"])))[:num]
+    captions = ()
+  else:
+    prompts = [run.tokenizer.decode_prompt(tokens) for tokens in np.asarray(jax.device_get(batches[0]["tokens"]))[:num]]
+    generator = Generator(run, *targets.shape[1:3], run.cfg.sampling.num_steps, run.cfg.sampling.guidance, num)
+    draw = lambda weights: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts)
+    captions = [caption for prompt in prompts for caption in (prompt, "(as rendered)")]
+
+  def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
+    pairs = [image for drawn, target in zip(draw(weights), targets) for image in (drawn[..., :3], target)]
+    sheet = grid(pairs, 8, captions)
+    if jax.process_index() == 0:
+      save_png(sheet, run.workdir / section.name / "samples" / f"{step:08d}.png")
+      writer.write_image(step, "samples", sheet)
+    return {}
+  return hook
+
+
+def define_flags() -> None:
+  """The flags of this launcher."""
+  config_flags.DEFINE_config_file("config", None, "File of the config, such as configs/quickstart.py or configs/quickstart.py:smoke.")
+  flags.mark_flag_as_required("config")
+  flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.", required=True)
+  flags.DEFINE_bool("allow_config_change", False, "Go on although the config differs from the one that started the run.")
+  flags.DEFINE_string("compilation_cache", "~/.cache/qimg2", "Folder of compiled programs, kept between runs; empty for none.")
+
+
+def main(_) -> None:
+  """Trains as the flags say."""
+  args = flags.FLAGS
+  if args.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compilation_cache).expanduser()))
+  run = train(args.config, args.workdir, args.allow_config_change)
+  print(f"Report: {run.workdir / 'report.html'}")
+  print(f"Samples: {run.workdir}/<stage>/samples/")
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)
