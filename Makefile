@@ -1,0 +1,34 @@
+# Both targets need only Python 3.11 or later, pip and make.
+PYTHON ?= python3
+RUN := runs/quickstart
+export JAX_PLATFORMS ?= cpu
+# Keep freed memory in the process: training allocates the same large arrays at every step.
+FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+
+.PHONY: quickstart test test-fast
+
+quickstart: .venv/.installed
+	.venv/bin/python -m launch.prepare_data --dataset=glyphs --out=runs/data
+	$(FAST) .venv/bin/python -m launch.train --config=configs/quickstart.py --workdir=$(RUN)
+	.venv/bin/python -m launch.sample --workdir=$(RUN) --out=$(RUN)/grid.png \
+	  --prompt="a large green letter K on yellow paper, in the center" --prompt="blue star on white" \
+	  --prompt="pink paper with a large black digit 7 in the center" --prompt="red heart on cyan, at the top left"
+
+test: .venv/.installed-dev
+	.venv/bin/python -m pytest -q tests
+
+test-fast: .venv/.installed-dev
+	.venv/bin/python -m pytest -q tests -m "not slow"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+# torchvision's wheels name a torch build of their own; its Python code is all that the tests need.
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	.venv/bin/python -m pip install -q -r requirements-dev.txt
+	.venv/bin/python -m pip install -q --no-deps torchvision
+	touch $@
