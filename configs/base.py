@@ -63,9 +63,10 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
 
 def smoke(cfg: ConfigDict) -> ConfigDict:
   """The same run at two steps per stage, with tiny networks and batches: for tests, on a CPU."""
-  cfg.model.update(dict(width=32, num_layers=2, num_heads=2, head_dim=16, rope_dims=(4, 6, 6), context_width=32, latent_channels=8,
+  cfg.model.update(dict(width=32, num_layers=2, num_heads=4, head_dim=8, rope_dims=(4, 2, 2), context_width=32, latent_channels=8,
                         remat="none", dtype="float32"))
-  cfg.encoder.update(dict(vocab_size=1024, width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64, dtype="float32"))
+  cfg.encoder.update(dict(vocab_size=min(cfg.encoder.vocab_size, 8192), width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+                          mlp_width=64, dtype="float32"))
   cfg.encoder.mrope_sections, cfg.encoder.vision = (4, 2, 2), None
   cfg.vae.update(dict(base_dim=4, decoder_base_dim=4, latent_channels=8, temporal_weights=False, dtype="float32"))
   cfg.vae.latents_mean, cfg.vae.latents_std = (0.0,) * 8, (1.0,) * 8

@@ -164,6 +164,22 @@ def _combinations(split: str) -> list[tuple[str, int]]:
           if (paper == _held_out_paper(character)) == (split == "validation")]
 
 
+def held_out_prompts(num: int, seed: int) -> list[tuple[str, str, str]]:
+  """Returns `num` prompts of different emoji no training picture answers: (English caption, emoji, paper).
+
+  Raises `ValueError` if so many emoji have no held-out paper.
+  """
+  combinations = _combinations("validation")
+  if num > len(combinations):
+    raise ValueError(f"There are {len(combinations)} emoji with a held-out paper, fewer than {num}: ask for fewer prompts.")
+  chosen = np.random.default_rng((seed, 4)).permutation(len(combinations))[:num]
+  prompts = []
+  for character, paper_index in (combinations[i] for i in chosen):
+    paper = list(PAPERS)[paper_index]
+    prompts.append((captions(character, paper)[0][0], character, paper))
+  return prompts
+
+
 def examples(split: str, num_examples: int | None, seed: int) -> Iterator[dict]:
   """Returns the records of a split in order: all, or `num_examples` of training and a ninth of validation."""
   combinations = _combinations(split)

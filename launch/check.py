@@ -71,8 +71,20 @@ def check_glyphs(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[n
 
 
 def check_emoji(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np.ndarray], list[str]]:
-  """(share of pictures nearest to the prompted emoji, pictures, captions)."""
-  raise ValueError("emoji")
+  """(share of pictures nearest to the prompted emoji among `num_candidates`, pictures, captions).
+
+  Raises:
+    ValueError: more prompts than candidates.
+  """
+  num, num_candidates = run.cfg.check.num_prompts, run.cfg.check.num_candidates
+  if num > num_candidates:
+    raise ValueError(f"config.check asks {num} prompts among {num_candidates} candidates: every prompt needs its own candidate.")
+  prompts = emoji.held_out_prompts(num_candidates, SEED)
+  candidates = tuple(character for _, character, _ in prompts)
+  images = draw(run, stage_name, weights, [(caption, emoji.SIDE_PX, emoji.SIDE_PX) for caption, _, _ in prompts[:num]])
+  found = [emoji.nearest_emoji(image, candidates, paper) for image, (_, _, paper) in zip(images, prompts)]
+  marks = ["" if place == right else f" [nearest: {prompts[place][0].rpartition(', on ')[0]}]" for right, place in enumerate(found)]
+  return {"emoji": float(np.mean(np.equal(found, np.arange(num))))}, images, [prompt[0] + mark for prompt, mark in zip(prompts, marks)]
 
 
 def define_flags() -> None:

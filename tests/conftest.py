@@ -1,4 +1,4 @@
-"""Eight simulated devices on the CPU, and small things that several tests share."""
+"""Eight simulated devices on the CPU, and a run of the smoke config that several tests look at."""
 
 import os
 
@@ -7,3 +7,37 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+import pytest
+
+from configs import quickstart
+from launch.train import train
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Programs that one test compiled are read by the next."""
+  folder = os.environ.get("QIMG2_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  """Where prepared data sets lie."""
+  return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def smoke_config(data_dir):
+  """The quickstart's smoke config."""
+  cfg = quickstart.get_config("smoke")
+  cfg.data_dir = str(data_dir)
+  return cfg
+
+
+@pytest.fixture(scope="session")
+def smoke_run(smoke_config, tmp_path_factory):
+  """The quickstart's smoke run, trained."""
+  return train(smoke_config, tmp_path_factory.mktemp("smoke"))

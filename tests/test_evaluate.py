@@ -1,0 +1,94 @@
+"""Validation: the mean of bin means over held-out rows, the same to the last bit every time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qimg2 import flow
+from qimg2.algorithms import Algorithm
+from qimg2.algorithms.flow_matching import NUM_TIME_BINS, flow_matching
+from qimg2.algorithms.reconstruction import reconstruction
+from qimg2.evaluate import Evaluator
+
+
+def test_mean_of_bin_means_without_filler():
+  validation = lambda params, nets, batch, key: ({"loss": params["scale"] * batch["x"]}, batch["bin"])
+  rows = lambda x, bins, weight: {"x": jnp.array(x, jnp.float32), "bin": jnp.array(bins), "weight": jnp.array(weight, jnp.float32)}
+  batches = [rows([1, 2, 3], [0, 1, 1], [1, 1, 1]), rows([6, 100, 100], [0, 0, 1], [1, 0, 0])]
+  result = Evaluator(Algorithm(losses={}, validation=validation, num_bins=2), None, batches)({"scale": 2.0})
+  assert result == {"val_loss": pytest.approx(6.0), "val_loss_bin0": pytest.approx(7.0), "val_loss_bin1": pytest.approx(5.0)}
+  with pytest.raises(ValueError, match="No evaluation sample falls into time bin 2"):
+    Evaluator(Algorithm(losses={}, validation=validation, num_bins=3), None, batches)({"scale": 2.0})
+  with pytest.raises(ValueError, match="no evaluation samples"):
+    Evaluator(Algorithm(losses={}), None, [])
+
+
+class Nets:
+  """Latents are the pixels; the velocity is a gain times x_t."""
+
+  def encode(self, params, pixels):
+    return pixels
+
+  def condition(self, params, batch):
+    return None
+
+  def velocity(self, params, x_t, t, cond):
+    return params * x_t
+
+
+def batch(ids, seed=0):
+  x = np.random.default_rng(seed).normal(size=(64, 2, 2, 3)).astype(np.float32)
+  return {"target": jnp.asarray(x[ids]), "sample_id": jnp.asarray(ids), "weight": jnp.ones(len(ids))}
+
+
+PARAMS = {"model": jnp.float32(0.5), "vae": None}
+
+
+def test_flow_matching_validation_is_fixed_per_sample():
+  algorithm = flow_matching(flow.Schedule())
+  whole = Evaluator(algorithm, Nets(), [batch(np.arange(32))])(PARAMS)
+  assert whole == Evaluator(algorithm, Nets(), [batch(np.arange(32))])(PARAMS)
+  assert len(whole) == 1 + NUM_TIME_BINS
+  order = np.random.default_rng(1).permutation(32)
+  shuffled = Evaluator(algorithm, Nets(), [batch(order[:8]), batch(order[8:])])(PARAMS)
+  assert shuffled == pytest.approx(whole, rel=1e-6)
+  # A known case: with v = 0 the loss is E|noise - x_0|², about 1 + |x_0|².
+  zero = Evaluator(algorithm, Nets(), [batch(np.arange(64))])({**PARAMS, "model": jnp.float32(0)})
+  assert zero["val_loss"] == pytest.approx(2.0, rel=0.15)
+
+
+def test_flow_matching_loss_is_the_mean_over_its_times():
+  algorithm = flow_matching(flow.Schedule(shift="none", density="uniform"))
+  loss = jax.jit(lambda key: algorithm.losses["model"](PARAMS, Nets(), batch(np.arange(64)), key)[0])
+  mean = np.mean([loss(key) for key in jax.random.split(jax.random.key(0), 200)])
+  # v = x_t / 2: E over t of (t/2 - 1)² Var(noise) + ((1 - t)/2 + 1)² E[x_0²].
+  power = float(np.mean(np.square(batch(np.arange(64))["target"])))
+  expected = np.mean([(t / 2 - 1) ** 2 + ((1 - t) / 2 + 1) ** 2 * power for t in np.linspace(0, 1, 1001)])
+  assert mean == pytest.approx(expected, rel=0.03)
+
+
+class Identity:
+  """An autoencoder that adds `params` to every value."""
+
+  def autoencode(self, params, pixels, key=None):
+    original = pixels / 127.5 - 1
+    class Posterior:
+      mode = mean = original
+    return original + params["vae"]["shift"], original, Posterior
+
+
+def test_reconstruction_metrics_and_statistics():
+  pixels = np.random.default_rng(0).uniform(60, 200, (8, 4, 4, 3)).astype(np.float32)
+  rows = {"target": jnp.asarray(pixels), "sample_id": jnp.arange(8), "weight": jnp.ones(8)}
+  zero = {"mean": jnp.zeros(3), "std": jnp.ones(3)}
+  algorithm = reconstruction(l1_weight=0.5, l2_weight=2.0)
+  params = {"vae": {"shift": jnp.float32(0.1), "statistics": zero}}
+  loss, _ = algorithm.losses["vae"](params, Identity(), rows, jax.random.key(0))
+  assert float(loss) == pytest.approx(0.5 * 0.1 + 2 * 0.01, rel=1e-3)
+  result = Evaluator(algorithm, Identity(), [rows])(params)
+  assert result["val_psnr_db"] == pytest.approx(10 * np.log10(4 / 0.01), abs=0.01) and result["val_loss"] == pytest.approx(0.1, rel=1e-3)
+  measured = algorithm.finish(params, Identity(), [rows])["vae"]["statistics"]
+  latents = pixels / 127.5 - 1
+  np.testing.assert_allclose(measured["mean"], latents.mean((0, 1, 2)), rtol=1e-4)
+  np.testing.assert_allclose(measured["std"], latents.std((0, 1, 2)), rtol=1e-4)

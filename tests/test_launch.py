@@ -1,0 +1,103 @@
+"""The launchers as a user meets them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import pretrain, quickstart
+from launch import describe, report
+from launch.run import load_run
+from launch.sample import Generator, sampling_weights
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def launch(*arguments):
+  return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True)
+
+
+def test_describe_prints_the_published_counts():
+  result = launch("launch.describe", "--config=configs/pretrain.py", "--json")
+  assert result.returncode == 0, result.stderr
+  totals = json.loads(result.stdout)["totals"]
+  assert (totals["model"], totals["vae/encoder"], totals["vae/decoder"], totals["vae/temporal"]) == (7_115_124_736, 78_692_192, 259_048_212, 6_753_216)
+
+
+def test_describe_divides_over_the_mesh():
+  cfg = pretrain.get_config()
+  one = describe.describe(cfg)
+  assert one["mesh"] == {"data": 1, "fsdp": 64, "context": 1, "tensor": 2}
+  row = next(row for row in one["weights"] if row["path"] == "model/blocks/mlp/gate")
+  assert row["shape"] == [32, 4096, 12288] and row["axes"] == ["layer", "embed", "mlp"]
+  assert row["bytes_per_device"] * 128 == row["count"] * 4
+  text = describe.table(one)
+  assert "7,115,124,736" in text and "model/blocks/attn/q" in text
+
+
+def test_quickstart_fits_eight_devices():
+  cfg = quickstart.get_config()
+  cfg.mesh.update(dict(fsdp=4, tensor=2))
+  assert describe.describe(cfg)["totals"]["model"] > 1e6
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (("launch.train", "--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.stages[1].num_stepz=3"), 2, "num_stepz"),
+    (("launch.train", "--config=configs/nothing.py", "--workdir=/tmp/x"), 2, "configs/nothing.py"),
+    (("launch.train", "--config=configs/quickstart.py"), 1, "workdir"),
+    (("launch.sample", "--workdir=/nowhere", "--prompt=x"), 1, "There is no run in /nowhere"),
+    (("launch.prepare_data", "--out=/tmp/x", "extra"), 2, "'extra'"),
+])
+def test_mistakes_end_in_one_sentence(arguments, code, message):
+  result = launch(*arguments)
+  assert result.returncode == code and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("module", ["prepare_data", "train", "sample", "describe", "check"])
+def test_help(module):
+  result = launch(f"launch.{module}", "--help")
+  assert "--[no]" in result.stdout or "--" in result.stdout
+  assert f"python -m launch.{module}" in result.stdout
+
+
+def test_a_picture_depends_on_its_own_prompt_alone(smoke_run):
+  _, weights = sampling_weights(smoke_run)
+  prompts = ["red star on white", "a large black letter K on yellow paper, in the center", "blue heart on pink"]
+  generator = Generator(smoke_run, 64, 96, num_steps=2, guidance=2.0, batch_size=8)
+  together = generator(weights, prompts, seed=3)
+  assert together.shape == (3, 64, 96, 3) and together.dtype == np.uint8
+  other = generator(weights, [prompts[0], prompts[1], "teal zero"], seed=3)
+  assert np.abs(together[:2].astype(int) - other[:2]).max() <= 1
+  with pytest.raises(ValueError, match="picture of 64 x 40 px cannot be drawn"):
+    Generator(smoke_run, 64, 40, 2)
+
+
+def test_sampling_by_command(smoke_run, tmp_path):
+  out = tmp_path / "sheets" / "grid.png"
+  result = launch("launch.sample", f"--workdir={smoke_run.workdir}", "--stage=low_resolution", "--prompt=red star on white", "--prompt=blue A",
+                  f"--out={out}", "--seed=1", "--num_steps=2", "--guidance=1.5")
+  assert result.returncode == 0, result.stderr
+  assert "2 pictures of stage low_resolution" in result.stdout
+  assert Image.open(out).size[0] > 2 * 48
+  result = launch("launch.sample", f"--workdir={smoke_run.workdir}", "--stage=vae", "--prompt=x")
+  assert result.returncode == 1 and "no generator to sample from; trained are: low_resolution, high_resolution, sft" in result.stderr
+
+
+def test_a_run_can_be_loaded_from_its_folder(smoke_run):
+  again = load_run(smoke_run.workdir)
+  assert again.cfg.to_json() == smoke_run.cfg.to_json()
+
+
+def test_report_holds_everything_itself(smoke_run):
+  report.write_report(smoke_run)
+  text = (smoke_run.workdir / "report.html").read_text(encoding="utf-8")
+  for stage in smoke_run.cfg.stages:
+    assert stage.name in text
+  assert text.count("data:image/png;base64,") >= 8 and "src='http" not in text and 'src="http' not in text
+  for word in ("Data", "Config", "samples/s", "time bin"):
+    assert word.lower() in text.lower(), word

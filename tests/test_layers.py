@@ -1,0 +1,64 @@
+"""The layers against plain numpy, and rotary embeddings by what they are for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qimg2 import layers
+
+
+def normal(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_attention_equals_the_definition(num_kv_heads):
+  q, k, v = normal(2, 5, 4, 8), normal(2, 7, num_kv_heads, 8, seed=1), normal(2, 7, num_kv_heads, 8, seed=2)
+  mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 5, 7)).at[:, :, 0].set(True)
+  ours = layers.attention(q, k, v, mask)
+  for b in range(2):
+    for h in range(4):
+      g = h // (4 // num_kv_heads)
+      logits = np.where(mask[b], np.asarray(q[b, :, h] @ k[b, :, g].T) / np.sqrt(8), -np.inf)
+      weights = np.exp(logits - logits.max(-1, keepdims=True))
+      weights /= weights.sum(-1, keepdims=True)
+      np.testing.assert_allclose(ours[b, :, h], weights @ np.asarray(v[b, :, g]), atol=1e-5)
+
+
+@pytest.mark.parametrize("rotate", [layers.rotate_pairs, layers.rotate_halves])
+def test_rotary_products_depend_on_distance_alone(rotate):
+  q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
+  at = lambda position: jnp.full((1, 1), position, jnp.float32)[..., None] * layers.rope_frequencies(8, 100.0)
+  product = lambda m, n: float(jnp.sum(rotate(q, at(m)) * rotate(k, at(n))))
+  assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
+  assert abs(product(7, 3) - product(7, 4)) > 1e-3
+  np.testing.assert_allclose(rotate(q, at(0)), q)
+
+
+def test_norms():
+  x = 5 + 3 * normal(4, 16)
+  y = np.asarray(layers.layer_norm(x))
+  np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
+  np.testing.assert_allclose(y.std(-1), 1, atol=1e-4)
+  np.testing.assert_allclose(np.square(layers.rms_norm(x, jnp.ones(16))).mean(-1), 1, atol=1e-4)
+  assert layers.rms_norm(x.astype(jnp.bfloat16), jnp.ones(16)).dtype == jnp.bfloat16
+
+
+def test_sinusoid_has_cosines_first():
+  features = layers.sinusoid(jnp.array([0.0, 250.0]), 256)
+  np.testing.assert_array_equal(features[0], np.repeat([1.0, 0.0], 128))
+  angle = 250 * np.exp(-np.log(10_000) * 5 / 128)
+  np.testing.assert_allclose(features[1, [5, 133]], [np.cos(angle), np.sin(angle)], atol=1e-4)
+
+
+def test_remat_policies_change_no_gradient():
+  w, x = normal(3, 4, 4), normal(2, 4, seed=1)
+  def loss(w, policy):
+    step = lambda x, weight: (jnp.tanh(layers.linear(x, weight)), None)
+    return jnp.sum(jax.lax.scan(layers.checkpoint_layer(step, policy), x, w)[0])
+  plain = jax.grad(loss)(w, "none")
+  for policy in ("full", "dots"):
+    np.testing.assert_allclose(jax.grad(loss)(w, policy), plain, rtol=1e-5, atol=1e-7)
+  with pytest.raises(ValueError, match="Unknown remat policy 'some'"):
+    layers.checkpoint_layer(lambda x: x, "some")

@@ -1,0 +1,54 @@
+"""Metrics survive a crash as if it had not happened."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qimg2 import metrics
+
+
+def write(folder, start, steps):
+  writer = metrics.MetricsWriter(folder, start)
+  for step in steps:
+    writer.write(step, {"loss": np.float32(1 / step)})
+    writer.write_timing(step, {"samples_per_second": 7.0})
+  writer.sync()
+  writer.close()
+
+
+def test_rows_after_the_checkpoint_are_written_again(tmp_path):
+  write(tmp_path / "whole", 0, range(1, 9))
+  write(tmp_path / "cut", 0, range(1, 7))
+  with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+    file.write('{"step": 7, "lo')  # killed in the middle of a line
+  write(tmp_path / "cut", 4, range(5, 9))
+  whole, cut = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "cut"))
+  assert whole == cut
+  assert [row["step"] for row in metrics.read_rows(tmp_path / "cut" / "timing.jsonl")] == list(range(1, 9))
+  assert list((tmp_path / "cut").glob("events.out.tfevents.*"))
+
+
+def test_a_damaged_line_is_named(tmp_path):
+  write(tmp_path, 0, [1, 2])
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("nonsense\n" + path.read_text())
+  with pytest.raises(ValueError, match="metrics.jsonl, line 1 is no JSON"):
+    metrics.MetricsWriter(tmp_path, 2)
+
+
+def test_other_processes_write_nothing(tmp_path):
+  writer = metrics.MetricsWriter(tmp_path / "x", 0, active=False)
+  writer.write(1, {"loss": 1.0})
+  writer.write_image(1, "a", np.zeros((2, 2, 3), np.uint8))
+  writer.sync()
+  writer.close()
+  assert not (tmp_path / "x").exists()
+
+
+def test_values_keep_all_their_bits(tmp_path):
+  value = float(np.float32(0.1) / np.float32(3))
+  writer = metrics.MetricsWriter(tmp_path, 0)
+  writer.write(1, {"loss": value})
+  writer.close()
+  assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == value

@@ -1,0 +1,47 @@
+"""An exact velocity lands on the data; guidance is the formula; noise belongs to its sample."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qimg2 import sampler
+from qimg2.flow import Schedule
+
+SIGMAS = Schedule().sigmas(7, 12)
+
+
+def test_an_exact_velocity_lands_on_the_data():
+  data, noise = (jax.random.normal(jax.random.key(i), (3, 2, 4, 5)) for i in (0, 1))
+  net = lambda params, x, t, cond: (x - cond) / t[:, None, None, None]  # the velocity when the data is one point
+  np.testing.assert_allclose(sampler.sample(net, {}, noise, data, SIGMAS), data, atol=1e-5)
+
+
+def test_euler_error_falls_with_the_steps():
+  # dx/dt = x has the solution x(0) = x(1)/e.
+  net = lambda params, x, t, cond: x
+  error = [abs(float(sampler.sample(net, {}, jnp.ones((1, 1, 1, 1)), None, np.linspace(1, 0, n + 1))[0, 0, 0, 0]) - np.exp(-1)) for n in (8, 16, 64)]
+  assert error[0] > 1.8 * error[1] > 6 * error[2]
+
+
+def test_guidance_extrapolates_and_one_runs_no_second_pass():
+  shapes = []
+  def net(params, x, t, cond):
+    shapes.append(x.shape)
+    return cond * jnp.ones_like(x)
+  noise = jnp.zeros((2, 1, 1, 1))
+  cond, uncond = jnp.array([3.0, 5.0]).reshape(2, 1, 1, 1), jnp.ones((2, 1, 1, 1))
+  guided = sampler.sample(net, {}, noise, cond, SIGMAS, uncond, guidance=4.0)
+  np.testing.assert_allclose(guided.ravel(), [-(1 + 4 * 2), -(1 + 4 * 4)], rtol=1e-5)
+  plain = sampler.sample(net, {}, noise, cond, SIGMAS)
+  np.testing.assert_allclose(plain.ravel(), [-3, -5], rtol=1e-5)
+  assert set(shapes) == {(4, 1, 1, 1), (2, 1, 1, 1)}
+  with pytest.raises(ValueError, match="guidance is 2.0, which needs"):
+    sampler.sample(net, {}, noise, cond, SIGMAS, guidance=2.0)
+
+
+def test_noise_belongs_to_its_sample():
+  key = jax.random.key(0)
+  some = sampler.sample_noise(key, jnp.array([5, 9, 2]), (4, 4, 8))
+  np.testing.assert_array_equal(some[1], sampler.sample_noise(key, jnp.array([9]), (4, 4, 8))[0])
+  assert (some[0] != some[1]).any() and abs(float(some.std()) - 1) < 0.1

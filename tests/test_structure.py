@@ -1,0 +1,70 @@
+"""Imports point one way and files stay short."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+OURS = {"qimg2", "configs", "launch", "data_pipelines", "tests"}
+ALLOWED = {
+    "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "tokenizers", "matplotlib", "tqdm", "etils"},
+    "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX"},
+    "configs": {"configs", "ml_collections"},
+}
+# A module of qimg2 may import those in earlier rows.
+ORDER = [["params"], ["sharding", "layers", "pretrained"], ["models"], ["names", "conditioning"], ["flow"], ["sampler"], ["algorithms"], ["optim"],
+         ["state"], ["checkpoint", "metrics"], ["evaluate"], ["trainer"]]
+FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path):
+  """Dotted names of everything a file imports."""
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield node.module
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_folders_import_what_they_may(folder):
+  for path in (ROOT / folder).rglob("*.py"):
+    odd = {name.split(".")[0] for name in imports(path)} - ALLOWED[folder] - sys.stdlib_module_names
+    assert not odd, f"{path} imports {sorted(odd)}"
+
+
+def test_qimg2_imports_point_one_way():
+  rank = {name: number for number, row in enumerate(ORDER) for name in row}
+  for path in (ROOT / "qimg2").rglob("*.py"):
+    mine = path.relative_to(ROOT / "qimg2").parts[0].removesuffix(".py")
+    if mine == "__init__":
+      continue
+    for name in imports(path):
+      if name.startswith("qimg2."):
+        theirs = name.split(".")[1]
+        assert theirs == mine or rank[theirs] < rank[mine], f"{path} imports {name}"
+
+
+def test_algorithms_never_import_a_model_and_the_trainer_no_method():
+  for path in (ROOT / "qimg2" / "algorithms").glob("*.py"):
+    assert not [name for name in imports(path) if name.startswith("qimg2.models")], path
+  assert not [name for name in imports(ROOT / "qimg2" / "trainer.py") if name.startswith(("qimg2.algorithms.", "qimg2.models"))
+              and name != "qimg2.algorithms.Algorithm"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_documented(path):
+  lines = path.read_text(encoding="utf-8").splitlines()
+  assert len(lines) <= 400
+  assert max(map(len, lines), default=0) <= 150
+  assert not lines or ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_functions_fit_a_screen():
+  for path in FILES:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

@@ -1,0 +1,172 @@
+"""The main job: every stage trains, and nothing that happens to a run changes its numbers."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import emoji, pretrain, quickstart
+from launch.train import train
+from qimg2.metrics import read_rows
+from test_emoji import needs_packages
+
+ROOT = pathlib.Path(__file__).parent.parent
+STAGES = ("vae", "low_resolution")
+NUM_STEPS = 20
+CONFIG = """
+from configs import quickstart
+
+def get_config(arg=""):
+  cfg = quickstart.get_config("smoke")
+  cfg.data_dir = {data_dir!r}
+  cfg.check.name = ""
+  cfg.stages = cfg.stages[:2]
+  for stage in cfg.stages:
+    stage.num_steps, stage.save_every_steps, stage.eval_every_steps, stage.sample_every_steps = {num_steps}, 3, 7, 10
+    stage.optimizer.warmup_steps = 5
+  return cfg
+"""
+
+
+def files(run):
+  return {str(path.relative_to(run.workdir)) for path in run.workdir.rglob("*") if path.is_file()}
+
+
+def test_smoke_writes_what_it_promises(smoke_run):
+  names = files(smoke_run)
+  assert {"config.json", "report.html", "check.json", "check.png"} <= names
+  for stage in smoke_run.cfg.stages:
+    assert {f"{stage.name}/metrics.jsonl", f"{stage.name}/timing.jsonl", f"{stage.name}/samples/00000002.png"} <= names
+    rows = read_rows(smoke_run.workdir / stage.name / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert any("val_loss" in row for row in rows)
+  result = json.loads((smoke_run.workdir / "check.json").read_text())
+  assert result["num_prompts"] == 8 and {"glyph", "ink", "paper"} <= set(result)
+
+
+def test_training_again_changes_nothing(smoke_run, smoke_config):
+  before = {stage.name: (smoke_run.workdir / stage.name / "metrics.jsonl").read_bytes() for stage in smoke_config.stages}
+  train(smoke_config, smoke_run.workdir)
+  for name, content in before.items():
+    assert (smoke_run.workdir / name / "metrics.jsonl").read_bytes() == content
+
+
+def test_each_stage_starts_from_the_one_it_names(smoke_run):
+  stage = smoke_run.stages["sft"]
+  started, slow = smoke_run.start_weights(stage)
+  previous = smoke_run.trained_weights("high_resolution", "model")
+  jax.tree.map(np.testing.assert_array_equal, started["model"], previous)
+  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.trained_weights("high_resolution", "model", "ema"))
+  frozen = smoke_run.frozen_weights(stage)
+  jax.tree.map(np.testing.assert_array_equal, frozen["vae"], smoke_run.trained_weights("vae", "vae"))
+  assert np.std(frozen["vae"]["statistics"]["std"]) > 0  # measured, not the initial ones
+
+
+def test_a_changed_config_is_refused(smoke_run, smoke_config):
+  cfg = smoke_config.copy_and_resolve_references()
+  cfg.model.num_layers = 3
+  with pytest.raises(ValueError, match="started with another config: config.model.num_layers was 2 and is 3"):
+    train(cfg, smoke_run.workdir)
+
+
+@pytest.mark.parametrize("stage, message", [(0, "resolutions has no key 'multipel': did you mean 'multiple'"), (1, "Unknown algorithm 'flow'")])
+def test_config_mistakes_are_named(smoke_config, tmp_path, stage, message):
+  cfg = smoke_config.copy_and_resolve_references()
+  if stage:
+    cfg.stages[1].algorithm.name = "flow"
+  else:
+    with cfg.stages[0].resolutions[0].unlocked():
+      cfg.stages[0].resolutions[0].multipel = 16
+  with pytest.raises(ValueError, match=message):
+    train(cfg, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [pretrain, pytest.param(emoji, marks=needs_packages)])
+def test_smoke_of_the_other_configs(module, data_dir, tmp_path):
+  cfg = module.get_config("smoke")
+  cfg.data_dir = str(data_dir)
+  run = train(cfg, tmp_path)
+  for stage in cfg.stages:
+    assert [row["step"] for row in read_rows(tmp_path / stage.name / "metrics.jsonl") if "loss" in row] == [1, 2]
+  assert (run.workdir / "report.html").is_file()
+
+
+# Real processes.
+
+
+def command(config, workdir, *more):
+  return [sys.executable, "-m", "launch.train", f"--config={config}", f"--workdir={workdir}", *more]
+
+
+def environment(cache, num_devices=1):
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_COMPILATION_CACHE_DIR": cache,
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+@pytest.fixture(scope="module")
+def config_file(data_dir, tmp_path_factory):
+  path = tmp_path_factory.mktemp("config") / "short.py"
+  path.write_text(CONFIG.format(data_dir=str(data_dir), num_steps=NUM_STEPS))
+  return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config_file, compilation_cache, tmp_path_factory):
+  """Folder of a run that nothing stopped, on one device."""
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  subprocess.run(command(config_file, workdir, "--compilation_cache="), cwd=ROOT, env=environment(compilation_cache), check=True)
+  return workdir
+
+
+def kill_at(process, path, num_rows, delay):
+  """Kills the process -9 when `path` holds `num_rows` rows, and `delay` seconds later."""
+  while process.poll() is None:
+    if path.exists() and path.read_bytes().count(b"\n") >= num_rows:
+      time.sleep(delay)
+      process.send_signal(signal.SIGKILL)
+      break
+    time.sleep(0.001)
+  return process.wait()
+
+
+def final_weights(workdir, stage):
+  folder = workdir / stage / "checkpoints" / str(NUM_STEPS)
+  items = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "meta")
+  assert len(items) >= 2
+  return {path.name: ocp.PyTreeCheckpointer().restore(path) for path in items}
+
+
+@pytest.mark.slow
+def test_killed_runs_end_bit_identical(config_file, uninterrupted, compilation_cache, tmp_path):
+  """Killed in each stage at steps before, at and after a save, and once while a save is being written."""
+  rng = np.random.default_rng(0)
+  plan = [("vae", 2), ("vae", 3), ("vae", 11), ("vae", NUM_STEPS), ("low_resolution", 1), ("low_resolution", 9), ("low_resolution", 16)]
+  for stage, rows in plan:
+    process = subprocess.Popen(command(config_file, tmp_path, "--compilation_cache="), cwd=ROOT, env=environment(compilation_cache),
+                               stderr=subprocess.DEVNULL)
+    code = kill_at(process, tmp_path / stage / "metrics.jsonl", rows, rng.uniform(0, 0.05))
+    assert code == -signal.SIGKILL, f"it ended with {code} before row {rows} of {stage}"
+  subprocess.run(command(config_file, tmp_path, "--compilation_cache="), cwd=ROOT, env=environment(compilation_cache), check=True)
+  for stage in STAGES:
+    assert (tmp_path / stage / "metrics.jsonl").read_bytes() == (uninterrupted / stage / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, final_weights(tmp_path, stage), final_weights(uninterrupted, stage))
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_losses_of_one(config_file, uninterrupted, compilation_cache, tmp_path):
+  more = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--compilation_cache=")
+  subprocess.run(command(config_file, tmp_path, *more), cwd=ROOT, env=environment(compilation_cache, 8), check=True)
+  for stage in STAGES:
+    one, eight = ([row["loss"] for row in read_rows(folder / stage / "metrics.jsonl") if "loss" in row] for folder in (uninterrupted, tmp_path))
+    assert len(one) == NUM_STEPS
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
