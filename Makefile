@@ -11,8 +11,8 @@ quickstart: .venv/.installed
 	.venv/bin/python -m launch.prepare_data --dataset=glyphs --out=runs/data
 	$(FAST) .venv/bin/python -m launch.train --config=configs/quickstart.py --workdir=$(RUN)
 	.venv/bin/python -m launch.sample --workdir=$(RUN) --out=$(RUN)/grid.png \
-	  --prompt="a large green letter K on yellow paper, in the center" --prompt="blue star on white" \
-	  --prompt="pink paper with a large black digit 7 in the center" --prompt="red heart on cyan, at the top left"
+	  --prompt="a large green K on yellow paper, centered" --prompt="blue star on white" \
+	  --prompt="pink paper with a large black 7, centered" --prompt="red heart on cyan, top left"
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest -q tests

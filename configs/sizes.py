@@ -11,8 +11,8 @@ def mmdit_7b() -> ConfigDict:
 
 def mmdit_tiny() -> ConfigDict:
   """A generator that learns the embedded data sets on two CPU cores in minutes."""
-  return ConfigDict(dict(latent_channels=32, width=192, num_layers=4, num_heads=3, head_dim=64, mlp_ratio=3, context_width=64,
-                         rope_dims=(8, 28, 28), attention="block_causal", condition_time="zero", remat="none", dtype="float32"))
+  return ConfigDict(dict(latent_channels=32, width=192, num_layers=4, num_heads=4, head_dim=48, mlp_ratio=3, context_width=64,
+                         rope_dims=(8, 20, 20), attention="block_causal", condition_time="zero", remat="none", dtype="float32"))
 
 
 def qwen3_vl_8b() -> ConfigDict:

@@ -181,7 +181,8 @@ class Run:
     return jax.jit(lambda key: P.init(self.specs[role], key), out_shardings=shardings)(self.key(role))
 
   def trained_weights(self, source: str, role: str, copy: str = "") -> dict:
-    """A role's weights from the newest checkpoint of `source`, a stage of this run or the folder of a stage elsewhere.
+    """A role's weights from the newest checkpoint of `source`, a stage of this run or the folder of a stage elsewhere, or from a folder of
+    weights alone, such as another run's frozen/<role>.
 
     Args:
       source: name or folder.
@@ -192,6 +193,8 @@ class Run:
       ValueError: `source` is neither a stage nor a folder, or holds no such weights.
     """
     folder = self.workdir / source if source in self.stages else pathlib.Path(source)
+    if (folder / "_METADATA").is_file() and not copy:
+      return restore_weights(folder, self.abstract(role))
     if not (folder / "checkpoints").is_dir():
       known = ", ".join(self.stages)
       raise ValueError(f"There is no checkpoint of {source!r} at {folder}: train it first, or name one of the stages {known} or a stage's folder.")

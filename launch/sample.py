@@ -1,6 +1,6 @@
 """Draws pictures for prompts with a trained run.
 
-  python -m launch.sample --workdir=runs/quickstart --prompt="a large green letter K on yellow paper" --out=grid.png
+  python -m launch.sample --workdir=runs/quickstart --prompt="a large green K on yellow paper, centered" --out=grid.png
 """
 
 from collections.abc import Sequence

@@ -83,7 +83,7 @@ def picture_hook(run: Run, section: ConfigDict, batches: list[dict]):
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
     pairs = [image for drawn, target in zip(draw(weights), targets) for image in (drawn[..., :3], target)]
-    sheet = grid(pairs, 8, captions)
+    sheet = grid(pairs, 8, captions, scale=max(1, 96 // pairs[0].shape[0]))
     if jax.process_index() == 0:
       save_png(sheet, run.workdir / section.name / "samples" / f"{step:08d}.png")
       writer.write_image(step, "samples", sheet)

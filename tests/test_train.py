@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import emoji, pretrain, quickstart
+from launch.run import Run
 from launch.train import train
 from qimg2.metrics import read_rows
 from test_emoji import needs_packages
@@ -69,6 +70,21 @@ def test_each_stage_starts_from_the_one_it_names(smoke_run):
   frozen = smoke_run.frozen_weights(stage)
   jax.tree.map(np.testing.assert_array_equal, frozen["vae"], smoke_run.trained_weights("vae", "vae"))
   assert np.std(frozen["vae"]["statistics"]["std"]) > 0  # measured, not the initial ones
+
+
+def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path):
+  cfg = smoke_config.copy_and_resolve_references()
+  stage = cfg.stages[1]
+  stage.frozen.encoder, stage.frozen.vae = str(smoke_run.workdir / "frozen" / "encoder"), str(smoke_run.workdir / "vae")
+  stage.start_from = str(smoke_run.workdir / "sft")
+  run = Run(cfg, tmp_path)
+  frozen, (started, slow) = run.frozen_weights(stage), run.start_weights(stage)
+  theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
+  jax.tree.map(np.testing.assert_array_equal, frozen, theirs)
+  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.trained_weights("sft", "model"))
+  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.trained_weights("sft", "model", "ema"))
+  with pytest.raises(ValueError, match="There is no checkpoint of 'nowhere'"):
+    run.trained_weights("nowhere", "model")
 
 
 def test_a_changed_config_is_refused(smoke_run, smoke_config):
