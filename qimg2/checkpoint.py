@@ -60,7 +60,7 @@ class Checkpoints:
     if step is None:
       raise FileNotFoundError(f"There is no checkpoint in {self.folder}: train that stage first.")
     if not (self.folder / str(step) / name).is_dir():
-      items = sorted(p.name for p in (self.folder / str(step)).iterdir() if "." in p.name)
+      items = sorted(p.name for p in (self.folder / str(step)).iterdir() if p.is_dir() and "." in p.name)
       raise ValueError(f"The checkpoint {self.folder / str(step)} holds no {name!r}: it has {', '.join(items)}.")
     return _read(self._manager, step, ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}), self.folder)[name]
 

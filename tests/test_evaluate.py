@@ -75,7 +75,7 @@ class Identity:
     original = pixels / 127.5 - 1
     class Posterior:
       mode = mean = original
-    return original + params["vae"]["shift"], original, Posterior
+    return original + params["shift"], original, Posterior
 
 
 def test_reconstruction_metrics_and_statistics():

@@ -27,9 +27,13 @@ def test_sampling_times_equal_the_published_scheduler():
   from diffusers import FlowMatchEulerDiscreteScheduler
   theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential", base_image_seq_len=256, base_shift=0.5,
                                            max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02)
-  for num_steps, num_tokens in ((1, 9), (4, 300), (40, 4096), (50, 20_000)):
+  for num_steps, num_tokens in ((2, 9), (4, 300), (40, 4096), (50, 20_000)):
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps), mu=Schedule().mu(num_tokens))
     np.testing.assert_allclose(Schedule().sigmas(num_steps, num_tokens), theirs.sigmas.numpy(), atol=1e-6)
+
+
+def test_one_step_goes_from_noise_to_data():
+  np.testing.assert_array_equal(Schedule().sigmas(1, 9), [1.0, 0.0])  # the published stretch divides by zero here
 
 
 def test_distilled_times_pass_through():

@@ -19,14 +19,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def launch(*arguments):
-  return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True)
+  env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
+  return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def test_describe_prints_the_published_counts():
   result = launch("launch.describe", "--config=configs/pretrain.py", "--json")
   assert result.returncode == 0, result.stderr
   totals = json.loads(result.stdout)["totals"]
-  assert (totals["model"], totals["vae/encoder"], totals["vae/decoder"], totals["vae/temporal"]) == (7_115_124_736, 78_692_192, 259_048_212, 6_753_216)
+  parts = ("model", "vae/encoder", "vae/decoder", "vae/temporal")
+  assert [totals[part] for part in parts] == [7_115_124_736, 78_692_192, 259_048_212, 6_753_216]
 
 
 def test_describe_divides_over_the_mesh():
