@@ -31,7 +31,10 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
 
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
-    return app.parse_flags_with_usage(list(argv))
+    rest = app.parse_flags_with_usage(list(argv))
+    if getattr(flags.FLAGS, "config", None) is not None:
+      flags.FLAGS.config.keys()  # a missing file is only reported when the config is first read
+    return rest
   except (AttributeError, KeyError, OSError, ValueError, TypeError, IndexError, flags.Error) as error:
     _fail(f"The flags cannot be used: {' '.join(str(error).split())}", 2)
 

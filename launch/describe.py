@@ -16,7 +16,7 @@ from qimg2 import params as P
 from qimg2 import sharding
 from qimg2.models import mmdit, qwen3_vl, vae
 
-TEMPORAL = "time_conv"
+TEMPORAL = "/time/"
 
 
 def describe(cfg: ConfigDict, num_devices: int = 0) -> dict:

@@ -1,5 +1,6 @@
 """The main job: every stage trains, and nothing that happens to a run changes its numbers."""
 
+import copy
 import json
 import os
 import pathlib
@@ -73,7 +74,7 @@ def test_each_stage_starts_from_the_one_it_names(smoke_run):
 
 
 def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path):
-  cfg = smoke_config.copy_and_resolve_references()
+  cfg = copy.deepcopy(smoke_config)
   stage = cfg.stages[1]
   stage.frozen.encoder, stage.frozen.vae = str(smoke_run.workdir / "frozen" / "encoder"), str(smoke_run.workdir / "vae")
   stage.start_from = str(smoke_run.workdir / "sft")
@@ -88,7 +89,7 @@ def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path):
 
 
 def test_a_changed_config_is_refused(smoke_run, smoke_config):
-  cfg = smoke_config.copy_and_resolve_references()
+  cfg = copy.deepcopy(smoke_config)
   cfg.model.num_layers = 3
   with pytest.raises(ValueError, match="started with another config: config.model.num_layers was 2 and is 3"):
     train(cfg, smoke_run.workdir)
@@ -96,7 +97,7 @@ def test_a_changed_config_is_refused(smoke_run, smoke_config):
 
 @pytest.mark.parametrize("stage, message", [(0, "resolutions has no key 'multipel': did you mean 'multiple'"), (1, "Unknown algorithm 'flow'")])
 def test_config_mistakes_are_named(smoke_config, tmp_path, stage, message):
-  cfg = smoke_config.copy_and_resolve_references()
+  cfg = copy.deepcopy(smoke_config)
   if stage:
     cfg.stages[1].algorithm.name = "flow"
   else:
