@@ -68,7 +68,7 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
   cfg.encoder.update(dict(vocab_size=min(cfg.encoder.vocab_size, 8192), width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
                           mlp_width=64, dtype="float32"))
   cfg.encoder.mrope_sections, cfg.encoder.vision = (4, 2, 2), None
-  cfg.vae.update(dict(base_dim=4, decoder_base_dim=4, latent_channels=8, temporal_weights=False, dtype="float32"))
+  cfg.vae.update(dict(base_dim=4, decoder_base_dim=4, num_res_blocks=1, latent_channels=8, temporal_weights=False, dtype="float32"))
   cfg.vae.latents_mean, cfg.vae.latents_std = (0.0,) * 8, (1.0,) * 8
   cfg.data_dir = f"{cfg.data_dir}_smoke"
   cfg.prepare.num_examples = 1600
@@ -80,6 +80,6 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
     one.num_steps, one.log_every_steps, one.eval_every_steps, one.sample_every_steps, one.save_every_steps = 2, 1, 2, 2, 1
     one.evaluation.num_samples = 32
     for resolution in one.resolutions:
-      resolution.batch_size, resolution.base_px = 8, min(resolution.base_px, 96)
+      resolution.batch_size, resolution.base_px, resolution.ratios = 8, min(resolution.base_px, 96), resolution.ratios[:2]
     one.optimizer.accumulate = 1
   return cfg

@@ -7,7 +7,7 @@ import pytest
 
 from qimg2 import flow
 from qimg2.algorithms import Algorithm
-from qimg2.algorithms.flow_matching import NUM_TIME_BINS, flow_matching
+from qimg2.algorithms.flow_matching import NUM_TIME_BINS, flow_matching, time_bins
 from qimg2.algorithms.reconstruction import reconstruction
 from qimg2.evaluate import Evaluator
 
@@ -56,6 +56,14 @@ def test_flow_matching_validation_is_fixed_per_sample():
   # A known case: with v = 0 the loss is E|noise - x_0|², about 1 + |x_0|².
   zero = Evaluator(algorithm, Nets(), [batch(np.arange(64))])({**PARAMS, "model": jnp.float32(0)})
   assert zero["val_loss"] == pytest.approx(2.0, rel=0.15)
+
+
+@pytest.mark.parametrize("first", [0, 2**30, 2**31 - 256])
+def test_time_bins_are_even_for_neighbours_and_spread_structured_ids(first):
+  bins = np.asarray(time_bins(jnp.arange(256, dtype=jnp.int32) + first))
+  assert all(sorted(block) == list(range(8)) for block in bins.reshape(-1, 8))
+  variants = np.asarray(time_bins(jnp.arange(32, dtype=jnp.int32) * 8 + first % 8))  # one variant of eight per picture
+  assert np.bincount(variants, minlength=8).min() >= 1
 
 
 def test_flow_matching_loss_is_the_mean_over_its_times():
