@@ -7,7 +7,9 @@ Reading order:
   tokenizer.py    prompt templates and byte-level BPE
   drawing.py      anti-aliased masks of letters, digits and shapes
   glyphs.py       the embedded data set: exact pictures, exact captions, an automatic check
+  glyph_edits.py  its editing pairs: a picture, an instruction, the picture after it
   emoji.py        an optional one: emoji with names in a hundred languages
+  emoji_pairs.py  its editing pairs: skin tone, gender, direction
   records.py      writing and reading data sets (TFDS, ArrayRecord)
   order.py        shuffles and shares that can be asked at any point
   loader.py       batch k of a run, and one pass for evaluation

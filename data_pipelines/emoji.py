@@ -5,8 +5,8 @@ One record is one emoji on one paper colour; its captions are, per language, "<n
 <keyword>, <keyword>, on white paper". The paper is said in English everywhere. For most emoji one paper is held out
 for validation: the emoji and the colour are known from training, the two together are not.
 
-Left out: emoji of several code points (flags, families, skin tones), which need a shaping library that is not on every
-machine, and characters the font does not draw; `describe` counts both.
+Left out: emoji of several code points (flags, families, skin tones), which `emoji_pairs` draws, and characters the font
+does not draw; `describe` counts both.
 """
 
 import functools
@@ -44,25 +44,31 @@ def find_files() -> tuple[str, str]:
 
 
 @functools.cache
-def _annotations() -> dict[str, dict[str, tuple[str, tuple[str, ...]]]]:
+def annotations() -> dict[str, dict[str, tuple[str, tuple[str, ...]]]]:
   """Returns language -> character -> (name, keywords). Regional files, such as de_CH, only amend: left out."""
   table = {}
   for path in sorted(glob.glob(os.path.join(find_files()[1], "*.xml"))):
     language = os.path.basename(path).removesuffix(".xml").replace("_", "-")
-    names, keywords = {}, {}
-    for element in xml.etree.ElementTree.parse(path).iter("annotation"):
-      character, text = element.get("cp"), (element.text or "").strip()
-      if element.get("type") == "tts":
-        names[character] = text
-      else:
-        keywords[character] = tuple(word.strip() for word in text.split("|"))
+    named = read_annotations(path)
     # Subtags of four letters are scripts, those of two or three are regions.
     is_regional = any(len(subtag) < 4 for subtag in language.split("-")[1:])
-    if len(names) >= _MIN_NAMES and not is_regional:
-      table[language] = {c: (name, keywords.get(c, ())[:_MAX_KEYWORDS]) for c, name in names.items()}
+    if len(named) >= _MIN_NAMES and not is_regional:
+      table[language] = named
   if "en" not in table:
     raise ValueError(f"{ANNOTATIONS} has no usable en.xml: reinstall the Debian package unicode-cldr-core.")
   return table
+
+
+def read_annotations(path: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+  """Returns emoji -> (name, keywords) of one CLDR file."""
+  names, keywords = {}, {}
+  for element in xml.etree.ElementTree.parse(path).iter("annotation"):
+    character, text = element.get("cp"), (element.text or "").strip()
+    if element.get("type") == "tts":
+      names[character] = text
+    else:
+      keywords[character] = tuple(word.strip() for word in text.split("|"))
+  return {c: (name, keywords.get(c, ())[:_MAX_KEYWORDS]) for c, name in names.items()}
 
 
 @functools.cache
@@ -71,7 +77,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 @functools.lru_cache(maxsize=4096)
-def _draw(character: str) -> Image.Image | None:
+def draw(character: str) -> Image.Image | None:
   """Returns the emoji as drawn, cut to what is visible, RGBA; None if the font does not draw it."""
   image = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
   ImageDraw.Draw(image).text((0, 0), character, font=_font(), embedded_color=True)
@@ -82,25 +88,30 @@ def _draw(character: str) -> Image.Image | None:
 @functools.cache
 def list_emoji() -> tuple[str, ...]:
   """Returns every character that CLDR names in English and the font draws alone."""
-  return tuple(c for c in _annotations()["en"] if len(c) == 1 and _draw(c))
+  return tuple(c for c in annotations()["en"] if len(c) == 1 and draw(c))
 
 
 def describe() -> dict[str, int]:
   """Returns counts: emoji, languages, and named characters left out as sequences or as not in the font."""
-  named = _annotations()["en"]
+  named = annotations()["en"]
   sequences = sum(len(c) > 1 for c in named)
   emoji = len(list_emoji())
-  return {"emoji": emoji, "languages": len(_annotations()), "skipped_sequences": sequences,
+  return {"emoji": emoji, "languages": len(annotations()), "skipped_sequences": sequences,
           "skipped_not_in_font": len(named) - sequences - emoji}
 
 
 def render(character: str, paper: str, side_px: int = SIDE_PX) -> np.ndarray:
   """Returns the clean picture of an emoji centred on paper, uint8 side_px side_px 3; `ValueError` if there is none."""
-  drawn = _draw(character)
+  drawn = draw(character)
   if drawn is None:
     raise ValueError(f"{FONT} does not draw {character!r} as one emoji: choose one of list_emoji().")
   if paper not in PAPERS:
     raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(PAPERS)}.")
+  return lay_on_paper(drawn, paper, side_px)
+
+
+def lay_on_paper(drawn: Image.Image, paper: str, side_px: int = SIDE_PX) -> np.ndarray:
+  """Returns a picture of `draw` centred on paper, uint8 side_px side_px 3."""
   scale = _DRAWN_PX / SIDE_PX * side_px / max(drawn.size)
   width, height = (round(side * scale) for side in drawn.size)
   drawn = drawn.resize((width, height), Image.Resampling.LANCZOS)
@@ -129,15 +140,15 @@ def _unit(image: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _languages() -> tuple[str, ...]:
-  return tuple(sorted(_annotations(), key=lambda code: (code != "en", code)))
+  return tuple(sorted(annotations(), key=lambda code: (code != "en", code)))
 
 
 def captions(character: str, paper: str) -> tuple[list[str], list[str]]:
   """Returns (captions, the language of each), English first, then the languages by code."""
   texts, languages = [], []
   for language in _languages():
-    if character in _annotations()[language]:
-      name, keywords = _annotations()[language][character]
+    if character in annotations()[language]:
+      name, keywords = annotations()[language][character]
       texts.append(f"{name}, on {paper} paper")
       languages.append(language)
       if keywords:
@@ -154,14 +165,14 @@ def tokenizer_texts(texts: Iterable[str]) -> Iterator[str]:
     yield f"{words}, on {papers[i % len(papers)]}"
 
 
-def _held_out_paper(character: str) -> int:
+def held_out_paper(character: str) -> int:
   """Returns the place in PAPERS of the paper kept for validation, or one past the end or more for none."""
   return zlib.crc32(character.encode()) % 10
 
 
 def _combinations(split: str) -> list[tuple[str, int]]:
   return [(character, paper) for character in list_emoji() for paper in range(len(PAPERS))
-          if (paper == _held_out_paper(character)) == (split == "validation")]
+          if (paper == held_out_paper(character)) == (split == "validation")]
 
 
 def held_out_prompts(num: int, seed: int) -> list[tuple[str, str, str]]:
@@ -197,7 +208,7 @@ def example(character: str, paper_index: int) -> dict:
   """Returns one record. Its id is made of the code point and the paper, so it never changes."""
   paper = list(PAPERS)[paper_index]
   texts, languages = captions(character, paper)
-  attributes = {"emoji": character, "name": _annotations()["en"][character][0], "paper": paper}
+  attributes = {"emoji": character, "name": annotations()["en"][character][0], "paper": paper}
   return {"image": encode_png(render(character, paper)), "height": SIDE_PX, "width": SIDE_PX, "quality": 1.0,
           "sample_id": ord(character) * 8 + paper_index, "captions": texts, "languages": languages,
           "attributes": json.dumps(attributes, ensure_ascii=False)}

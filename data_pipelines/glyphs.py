@@ -154,28 +154,33 @@ def held_out_prompts(num: int, seed: int) -> list[tuple[str, Attributes, int, in
   for number in range(num):
     rng = np.random.default_rng((seed, 2, number))
     attributes = _sample_of_split(rng, "validation")
-    height, width = _sample_canvas(rng)
+    height, width = sample_canvas(rng)
     prompts.append((caption(attributes, int(rng.integers(len(TEMPLATES)))), attributes, height, width))
   return prompts
 
 
-def _sample_canvas(rng: np.random.Generator) -> tuple[int, int]:
+def sample_canvas(rng: np.random.Generator) -> tuple[int, int]:
+  """Returns (height, width) in px: square in half of the cases."""
   return CANVASES[rng.choice(3, p=(0.5, 0.25, 0.25))]
 
 
-def examples(split: str, num_examples: int | None, seed: int) -> Iterator[dict]:
-  """Returns the records of a split in order; `num_examples` counts training, validation has a 25th of it."""
+def num_records(split: str, num_examples: int | None) -> int:
+  """Returns the number of pictures of a split; `num_examples` counts training, validation has a 25th of it."""
   num_train = NUM_TRAIN if num_examples is None else num_examples
-  if split == "train":
-    return (example(sample_id, seed) for sample_id in range(num_train))
-  return (example(_FIRST_VALIDATION_ID + i, seed) for i in range(max(1, num_train // 25)))
+  return num_train if split == "train" else max(1, num_train // 25)
+
+
+def examples(split: str, num_examples: int | None, seed: int) -> Iterator[dict]:
+  """Returns the records of a split in order, as many as `num_records` says."""
+  first = 0 if split == "train" else _FIRST_VALIDATION_ID
+  return (example(first + i, seed) for i in range(num_records(split, num_examples)))
 
 
 def example(sample_id: int, seed: int) -> dict:
   """Returns one record, a function of (seed, sample_id) alone. Ids from 2^30 on are validation."""
   split = "validation" if sample_id >= _FIRST_VALIDATION_ID else "train"
   rng = np.random.default_rng((seed, sample_id))
-  attributes, (height, width) = _sample_of_split(rng, split), _sample_canvas(rng)
+  attributes, (height, width) = _sample_of_split(rng, split), sample_canvas(rng)
   image, quality = render(attributes, height, width), 1.0
   if split == "train" and rng.random() < _SPOILED_SHARE:
     image, quality = _spoil(image, rng)

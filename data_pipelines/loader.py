@@ -7,7 +7,8 @@ epoch p div n, and each epoch is a permutation of the n records of its own. So e
 epoch of its cell, any k can be asked at once, and neither hosts nor workers enter: each process loads its rows of the
 global batch. The state of a run is the integer k.
 
-Left out: condition images. Records hold none yet, so a batch's `sources` is empty and the one task is "t2i".
+Two tasks: "t2i" takes the records without condition images, "ti2i" (editing) those with some. A condition image keeps its own aspect ratio: it
+is fitted to the nearest size of the resolution's area, in multiples of one vision slot, and the tuple of these sizes is part of the bucket.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ from data_pipelines.records import has_language, open_split
 from data_pipelines.tokenizer import PromptTokenizer
 from data_pipelines.transforms import decode_image, resize_crop
 
-TASKS = ("t2i",)
+TASKS = ("t2i", "ti2i")
+SLOT_PX = 32  # side of one vision slot
 _ENDLESS = 2**62
 
 
@@ -55,10 +57,11 @@ class Resolution:
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-  """What became of the records nearest to one bucket: kept + low_quality + no_language + cropped = records."""
+  """What became of a task's records nearest to one bucket: kept + low_quality + no_language + cropped = records."""
 
   dataset: str
   split: str
+  task: str
   base_px: int
   height: int
   width: int
@@ -80,8 +83,8 @@ class _Cell:
 class Loader:
   """The batches of a mixture; see the module docstring.
 
-  A batch is a dict: target B H W 3 uint8, sources (), tokens B M int32, token_count B int32, sample_id B int64, where
-  B is this process's share of the bucket's batch size. `buckets` and `counts` are the same on every process.
+  A batch is a dict: target B H W 3 uint8, sources (a tuple of B h w 3 uint8, in prompt order), tokens B M int32, token_count B int32,
+  sample_id B int64, where B is this process's share of the bucket's batch size. `buckets` and `counts` are the same on every process.
   """
 
   def __init__(self, datasets: Sequence[DatasetSpec], resolutions: Sequence[Resolution], num_tokens: int,
@@ -111,7 +114,7 @@ class Loader:
           if len(records):
             cells.append(_Cell(places.setdefault(bucket, len(places)), d, r, records))
       if len(cells) == kept_before:
-        raise ValueError(f"No record of {spec.name!r} ({spec.split}) is left by min_quality={spec.min_quality}, "
+        raise ValueError(f"No record of {spec.name!r} ({spec.split}) is left by task={spec.task}, min_quality={spec.min_quality}, "
                          f"languages={spec.languages} and max_crop={self._max_crop}: loosen one or add ratios.")
     self.buckets: tuple[Bucket, ...] = tuple(places)
     self.counts: tuple[Count, ...] = tuple(counts)
@@ -121,19 +124,28 @@ class Loader:
     """Yields (bucket, positions of its records, count) for one data set at one resolution."""
     choice = sizes.make_buckets(spec.task, resolution.base_px, resolution.ratios, self._num_tokens,
                                 resolution.batch_size, resolution.multiple)
-    height, width = index["height"], index["width"]
-    nearest = sizes.nearest_bucket(height, width, choice)
+    slots = sizes.make_buckets(spec.task, resolution.base_px, resolution.ratios, 0, 1, SLOT_PX)
+    nearest, lost = _fit(index["height"], index["width"], choice)
+    source_nearest, source_lost = _fit(index["source_sizes"][..., 0], index["source_sizes"][..., 1], slots)
+    lost = np.maximum(lost, source_lost.max(axis=1, initial=0))
+    own = (source_nearest >= 0).any(axis=1) == (spec.task == "ti2i")
     # Each record left out is counted under the first reason that holds.
     low_quality = index["quality"] < np.float32(spec.min_quality)
     no_language = ~low_quality & ~has_language(index, spec.languages)
-    for b, bucket in enumerate(choice):
-      here = nearest == b
-      too_much = sizes.crop_fraction(height, width, bucket.height, bucket.width) > self._max_crop
-      cropped = here & too_much & ~low_quality & ~no_language
+    cropped = (lost > self._max_crop) & ~low_quality & ~no_language
+    keys = np.concatenate([nearest[:, None], source_nearest], axis=1)
+    for key in np.unique(keys[own], axis=0):
+      here = own & (keys == key).all(axis=1)
       kept = here & ~low_quality & ~no_language & ~cropped
+      bucket = self._with_sources(choice[key[0]], tuple((slots[i].height, slots[i].width) for i in key[1:] if i >= 0))
       yield bucket, np.flatnonzero(kept).astype(np.int32), Count(
-          spec.name, spec.split, resolution.base_px, bucket.height, bucket.width, int(here.sum()), int(kept.sum()),
-          int((here & low_quality).sum()), int((here & no_language).sum()), int(cropped.sum()))
+          spec.name, spec.split, spec.task, resolution.base_px, bucket.height, bucket.width, int(here.sum()), int(kept.sum()),
+          int((here & low_quality).sum()), int((here & no_language).sum()), int((here & cropped).sum()))
+
+  def _with_sources(self, bucket: Bucket, source_sizes: tuple[tuple[int, int], ...]) -> Bucket:
+    """Returns the bucket with condition images and room for their tokens: `num_tokens` counts text."""
+    extra = self._tokenizer.num_image_tokens(source_grids(source_sizes))
+    return dataclasses.replace(bucket, source_sizes=source_sizes, num_tokens=bucket.num_tokens + extra)
 
   def _weights(self) -> list[fractions.Fraction]:
     """Returns the share of the batches of each cell, not normalised. Decimal text keeps 0.3 exactly 3/10."""
@@ -219,13 +231,13 @@ class Loader:
     records = self._read(rows)
     prompts = [self._pick_caption(record, self._datasets[d], None if draws is None else draws[i])
                for i, ((d, _), record) in enumerate(zip(rows, records))]
-    target = np.empty((len(rows), bucket.height, bucket.width, 3), np.uint8)
-    for i, ((d, _), record) in enumerate(zip(rows, records)):
-      name = f"sample {record['sample_id']} of data set {self._datasets[d].name!r}"
-      target[i] = resize_crop(decode_image(record["image"], name), bucket.height, bucket.width)
-    tokens, token_count = self._tokenizer.encode_batch(prompts, bucket.num_tokens)
+    names = [f"sample {record['sample_id']} of data set {self._datasets[d].name!r}" for (d, _), record in zip(rows, records)]
+    target = _decode([record["image"] for record in records], names, bucket.height, bucket.width)
+    sources = tuple(_decode([record["sources"][slot] for record in records], [f"condition image {slot + 1} of {name}" for name in names], *size)
+                    for slot, size in enumerate(bucket.source_sizes))
+    tokens, token_count = self._tokenizer.encode_batch(prompts, bucket.num_tokens, source_grids(bucket.source_sizes))
     sample_id = np.array([record["sample_id"] for record in records], np.int64)
-    return {"target": target, "sources": (), "tokens": tokens, "token_count": token_count, "sample_id": sample_id}
+    return {"target": target, "sources": sources, "tokens": tokens, "token_count": token_count, "sample_id": sample_id}
 
   def _read(self, rows: list[tuple[int, int]]) -> list[dict]:
     """Returns the records in the order of `rows`, read with one request per data set."""
@@ -243,6 +255,28 @@ class Loader:
     captions = [text for text, language in zip(record["captions"], record["languages"])
                 if not wanted or language in wanted]
     return captions[0 if draw is None else int(draw[1] * len(captions))].decode()
+
+
+def source_grids(source_sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+  """Returns (rows, columns) of vision slots of condition images of (height, width) px."""
+  return tuple((height // SLOT_PX, width // SLOT_PX) for height, width in source_sizes)
+
+
+def _fit(height: np.ndarray, width: np.ndarray, choice: Sequence[Bucket]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (index of the nearest size, share of the picture that fitting it cuts off); -1 and 0 where there is no picture."""
+  there = height > 0
+  height, width = np.where(there, height, 1), np.where(there, width, 1)
+  nearest = sizes.nearest_bucket(height, width, tuple(choice))
+  tall, wide = (np.array([getattr(bucket, side) for bucket in choice])[nearest] for side in ("height", "width"))
+  return np.where(there, nearest, -1), np.where(there, sizes.crop_fraction(height, width, tall, wide), 0.0)
+
+
+def _decode(images: Sequence[bytes], names: Sequence[str], height: int, width: int) -> np.ndarray:
+  """Returns the pictures fitted to one size, uint8 B height width 3."""
+  pixels = np.empty((len(images), height, width, 3), np.uint8)
+  for i, (image, name) in enumerate(zip(images, names)):
+    pixels[i] = resize_crop(decode_image(image, name), height, width)
+  return pixels
 
 
 @functools.cache

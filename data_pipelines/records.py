@@ -10,6 +10,8 @@ A record holds an encoded image and its labels:
   attributes  text           JSON: what a checker needs
   quality     float32        0 to 1; 1 is clean
   sample_id   int64          stable, unique in the data set, below 2^31
+  sources     list of bytes  condition images of an editing record, in prompt order; none for text-to-image
+  source_height, source_width   list of int32   px
 
 Beside the records each split has `index-<split>.npz`, the columns a loader needs to choose records without opening
 them. A data set is built in a hidden folder and renamed when complete, so a folder that is there is whole:
@@ -30,11 +32,12 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_pipelines import emoji, glyphs
+from data_pipelines import emoji, emoji_pairs, glyph_edits, glyphs
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 
 SPLITS = ("train", "validation")
-_VERSION = "1.0.0"
+_VERSION = "1.1.0"
+_NO_SOURCES = {"sources": [], "source_height": [], "source_width": []}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +54,13 @@ class Source:
   tokenizer_texts: Callable[[Iterable[str]], Iterable[str]] = iter
 
 
+def _one_after_the_other(*parts: Callable) -> Callable:
+  return lambda split, num_examples, seed: itertools.chain.from_iterable(part(split, num_examples, seed) for part in parts)
+
+
 SOURCES = {
-    "glyphs": Source(glyphs.examples, vocab_size=1024),
-    "emoji": Source(emoji.examples, vocab_size=8192, describe=emoji.describe,
+    "glyphs": Source(_one_after_the_other(glyphs.examples, glyph_edits.examples), vocab_size=1024),
+    "emoji": Source(_one_after_the_other(emoji.examples, emoji_pairs.examples), vocab_size=8192, describe=emoji_pairs.describe,
                     tokenizer_texts=emoji.tokenizer_texts),
 }
 
@@ -74,7 +81,9 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     record = features.FeaturesDict({
         "image": features.Scalar(np.object_), "height": np.int32, "width": np.int32, "quality": np.float32,
         "captions": features.Sequence(features.Text()), "languages": features.Sequence(features.Text()),
-        "attributes": features.Text(), "sample_id": np.int64})
+        "attributes": features.Text(), "sample_id": np.int64,
+        "sources": features.Sequence(features.Scalar(np.object_)),
+        "source_height": features.Sequence(np.int32), "source_width": features.Sequence(np.int32)})
     # The loader shuffles; written order must equal the order of the index file.
     return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=record, disable_shuffling=True)
 
@@ -83,7 +92,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _generate_examples(self, split: str):
     for position, record in enumerate(self._examples[split]):
-      yield position, record
+      yield position, _NO_SOURCES | record
 
 
 class Glyphs(Records):
@@ -168,7 +177,8 @@ def _build(request: dict, partial: str) -> dict:
     columns[split].save(_index_path(folder, split))
   tokenizer = train_tokenizer(source.tokenizer_texts(columns["train"].captions), request["vocab_size"])
   tokenizer.save(os.path.join(folder, "tokenizer.json"))
-  facts = {split: len(columns[split]) for split in SPLITS} | source.describe() | _token_facts(tokenizer, columns)
+  counts = {split: len(columns[split]) for split in SPLITS} | {f"{split}_edits": columns[split].num_edits for split in SPLITS}
+  facts = counts | source.describe() | _token_facts(tokenizer, columns)
   with open(os.path.join(folder, "dataset.json"), "w", encoding="utf-8") as file:
     json.dump({"request": request, "facts": facts}, file, indent=2)
   return facts
@@ -201,15 +211,21 @@ class _Columns:
     self.captions: set[str] = set()
     self._rows: list[tuple] = []
     self._languages: list[tuple[str, ...]] = []
+    self._source_sizes: list[tuple[tuple[int, int], ...]] = []
 
   def __len__(self) -> int:
     return len(self._rows)
+
+  @property
+  def num_edits(self) -> int:
+    return sum(map(bool, self._source_sizes))
 
   def watch(self, records: Iterable[dict]) -> Iterable[dict]:
     for record in records:
       self._rows.append((record["height"], record["width"], record["quality"], record["sample_id"]))
       # Equal tuples are kept once: a few distinct ones serve all records.
       self._languages.append(tuple(sys.intern(language) for language in dict.fromkeys(record["languages"])))
+      self._source_sizes.append(tuple(zip(record.get("source_height", ()), record.get("source_width", ()))))
       self.captions.update(record["captions"])
       yield record
 
@@ -220,7 +236,10 @@ class _Columns:
     present = np.zeros((len(self), len(names)), bool)
     for row, languages in enumerate(self._languages):
       present[row, [place[language] for language in languages]] = True
-    np.savez(path, height=np.array(height, np.int32), width=np.array(width, np.int32),
+    source_sizes = np.zeros((len(self), max(map(len, self._source_sizes)), 2), np.int32)
+    for row, sizes in enumerate(self._source_sizes):
+      source_sizes[row, :len(sizes)] = np.array(sizes, np.int32).reshape(-1, 2)
+    np.savez(path, source_sizes=source_sizes, height=np.array(height, np.int32), width=np.array(width, np.int32),
              quality=np.array(quality, np.float32), sample_id=np.array(sample_id, np.int64),
              language_names=np.array(names), languages=np.packbits(present, axis=1))
 
@@ -239,8 +258,9 @@ def has_language(index: dict[str, np.ndarray], wanted: Sequence[str]) -> np.ndar
 
 
 def open_split(data_dir: str, name: str, split: str) -> tuple[Sequence[dict], dict[str, np.ndarray]]:
-  """Returns (records by position, as dicts; the index: height, width, quality, sample_id, languages by position).
+  """Returns (records by position, as dicts; the index: height, width, quality, sample_id, languages, source_sizes by position).
 
+  `source_sizes` [n, most sources, 2] int32 holds (height, width) in px of each condition image, and zeros where there is none.
   Texts come as UTF-8 bytes and images as encoded files. `ValueError` if the data set or the split is not there.
   """
   folder = os.path.join(data_dir, name)

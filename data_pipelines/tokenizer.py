@@ -102,6 +102,10 @@ class PromptTokenizer:
     """
     return self._system + self._encode_parts(_user_turn(prompt, len(source_grids)), source_grids) + self._reply
 
+  def num_image_tokens(self, source_grids: Sequence[tuple[int, int]]) -> int:
+    """Returns how many tokens condition images of (h, w) slots add to a prompt, with the words around them."""
+    return len(self.encode("", source_grids)) - len(self.encode(""))
+
   def encode_batch(self, prompts: Sequence[str], length: int,
                    source_grids: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens B length int32, right-padded with `pad_id`; token_count B int32).

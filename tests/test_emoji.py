@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import emoji, records
+from data_pipelines import emoji, emoji_pairs, records
+from data_pipelines.transforms import decode_image
 
 try:
   emoji.find_files()
@@ -71,9 +72,10 @@ def test_the_check_finds_the_asked_emoji_at_another_size():
 @needs_packages
 def test_a_small_set_is_prepared(tmp_path):
   facts = records.prepare("emoji", tmp_path, num_examples=18, vocab_size=600)
-  assert (facts["train"], facts["validation"]) == (18, 2)
+  assert (facts["train"], facts["train_edits"], facts["validation"], facts["validation_edits"]) == (27, 9, 3, 1)
+  assert facts["pairs_skin_tone"] > 1000
   source, index = records.open_split(tmp_path, "emoji", "train")
-  assert len(set(index["sample_id"].tolist())) == 18
+  assert len(set(index["sample_id"].tolist())) == 27
   attributes = json.loads(source[3]["attributes"])
   assert source[3]["sample_id"] == ord(attributes["emoji"]) * 8 + list(emoji.PAPERS).index(attributes["paper"])
   english = records.has_language(index, ("en",))
@@ -95,3 +97,46 @@ def test_held_out_prompts_are_of_different_emoji():
   assert all((character, paper) in held_out and caption == emoji.captions(character, paper)[0][0] for caption, character, paper in prompts)
   with pytest.raises(ValueError, match="fewer than 5000"):
     emoji.held_out_prompts(5000, seed=0)
+
+
+# Editing pairs.
+
+
+@needs_packages
+def test_pairs_change_tone_gender_or_direction():
+  pairs = {pair[:2]: pair[2:4] for split in records.SPLITS for pair in emoji_pairs.list_pairs(split)}
+  assert pairs["👋", "👋🏿"] == ("skin tone", "dark") and pairs["👋🏿", "👋🏻"] == ("skin tone", "light")
+  assert pairs["👈", "👉"] == ("direction", "right") and pairs["👦", "👧"] == ("gender", "girl") and pairs["👩‍🚒", "👨‍🚒"] == ("gender", "man")
+  assert ("👋🏿", "👋") not in pairs  # no tone is named for a yellow hand
+  assert {change for change, _ in pairs.values()} == {"skin tone", "gender", "direction"}
+
+
+@needs_packages
+def test_sequences_are_drawn_as_one_picture_and_differ():
+  pictures = [emoji.lay_on_paper(emoji_pairs.draw(sequence), "white") for sequence in ("👋", "👋🏻", "👋🏿", "👩‍🚒", "👨‍🚒")]
+  for i, one in enumerate(pictures):
+    assert one.shape == (96, 96, 3) and all((one != other).any() for other in pictures[:i])
+  # The same hand in two tones: the outline agrees, the colour does not.
+  light, dark = pictures[1].astype(int), pictures[2].astype(int)
+  shape = [(picture < 250).any(2) for picture in (light, dark)]
+  assert (shape[0] == shape[1]).mean() > 0.97 and dark[shape[1]].mean() < light[shape[0]].mean() - 50
+  assert emoji_pairs.draw("\U0010ffff\u200d👋") is None
+
+
+@needs_packages
+def test_no_pair_shows_a_held_out_paper_in_training():
+  train, validation = (emoji_pairs.list_pairs(split) for split in records.SPLITS)
+  assert len(train) > 4 * len(validation) > 400
+  assert all(paper not in (emoji.held_out_paper(source), emoji.held_out_paper(target)) for source, target, _, _, paper in train)
+  assert all(paper == emoji.held_out_paper(target) for _, target, _, _, paper in validation)
+  assert not {row[:2] for row in train} & {row[:2] for row in validation}
+  ids = [record["sample_id"] for split in records.SPLITS for record in emoji_pairs.examples(split, 400, 0)]
+  assert len(set(ids)) == len(ids) and max(ids) < 2**31
+
+
+@needs_packages
+def test_a_pair_lies_on_one_paper_and_says_what_changes():
+  record = emoji_pairs.example("👋", "👋🏿", "skin tone", "dark", list(emoji.PAPERS).index("pink"))
+  source, target = decode_image(record["sources"][0]), decode_image(record["image"])
+  assert (source[0, 0] == emoji.PAPERS["pink"]).all() and (target[0, 0] == source[0, 0]).all() and (source != target).any()
+  assert record["captions"][0] == "change the skin tone to dark" and record["source_height"] == [96]

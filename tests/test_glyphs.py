@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import glyphs
+from data_pipelines import glyph_edits, glyphs
 from data_pipelines.glyphs import Attributes
 from data_pipelines.transforms import decode_image
 
@@ -138,3 +138,36 @@ def test_held_out_prompts_come_from_validation():
   for text, a, height, width in prompts:
     assert glyphs.is_validation(a.glyph, a.ink, a.paper) and (height, width) in glyphs.CANVASES
     assert text in [glyphs.caption(a, i) for i in range(len(glyphs.TEMPLATES))]
+
+
+# Editing pairs.
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_pairs_differ_in_the_one_attribute_that_is_named(split):
+  seen = collections.Counter()
+  for record in glyph_edits.examples(split, 400 if split == "train" else 10_000, seed=0):
+    about = json.loads(record["attributes"])
+    source, target = Attributes(**about["source"]), Attributes(**about["target"])
+    assert [f.name for f in dataclasses.fields(Attributes) if getattr(source, f.name) != getattr(target, f.name)] == [about["change"]]
+    assert (decode_image(record["image"]) == glyphs.render(target, record["height"], record["width"])).all()
+    assert (decode_image(record["sources"][0]) == glyphs.render(source, record["source_height"][0], record["source_width"][0])).all()
+    assert all(str(getattr(target, about["change"])) in caption and "{" not in caption for caption in record["captions"])
+    assert glyphs.is_validation(target.glyph, target.ink, target.paper) == (split == "validation")
+    assert split == "validation" or not glyphs.is_validation(source.glyph, source.ink, source.paper)
+    seen[about["change"]] += 1
+  assert len(seen) == 4 and min(seen.values()) > 0.15 * seen.total()
+
+
+def test_ids_of_pairs_meet_no_other():
+  ids = [record["sample_id"] for split in ("train", "validation") for part in (glyphs, glyph_edits) for record in part.examples(split, 60, 0)]
+  assert len(set(ids)) == len(ids) == 60 + 30 + 2 + 1 and max(ids) < 2**31
+
+
+def test_held_out_edits_come_from_validation():
+  edits = glyph_edits.held_out_edits(30, seed=1)
+  assert edits == glyph_edits.held_out_edits(40, seed=1)[:30] != glyph_edits.held_out_edits(30, seed=2)
+  for text, source, target, height, width in edits:
+    assert glyphs.is_validation(target.glyph, target.ink, target.paper) and (height, width) in glyphs.CANVASES
+    changed = [name for name in glyph_edits.CHOICES if getattr(source, name) != getattr(target, name)]
+    assert len(changed) == 1 and str(getattr(target, changed[0])) in text

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from data_pipelines import glyphs, records
+from data_pipelines import glyph_edits, glyphs, records
 from data_pipelines.glyphs import Attributes
-from data_pipelines.loader import DatasetSpec, Loader, Resolution
+from data_pipelines.loader import DatasetSpec, Loader, Resolution, source_grids
+from data_pipelines.transforms import encode_png
 
 RATIOS = ("1:1", "1:2", "2:1")
 DEFAULT = (Resolution(64, 8, RATIOS, multiple=16),)
@@ -135,6 +136,58 @@ def test_worker_processes_change_nothing(data, tokenizer):
     assert_same(first, second)
 
 
+def test_edits_bring_their_source_and_instruction(data, tokenizer):
+  loader = make(data, tokenizer, task="ti2i", caption_dropout=0.0, resolutions=[Resolution(96, 8, RATIOS, multiple=32)])
+  assert all(bucket.task == "ti2i" and bucket.source_sizes == ((bucket.height, bucket.width),) for bucket in loader.buckets)
+  seen = set()
+  for k in range(8):
+    b, batch = loader.batch(k)
+    bucket = loader.buckets[b]
+    (source,) = batch["sources"]
+    assert source.shape == batch["target"].shape and source.dtype == np.uint8
+    assert bucket.num_tokens == batch["tokens"].shape[1] == 64 + tokenizer.num_image_tokens(source_grids(bucket.source_sizes))
+    assert ((batch["tokens"] == tokenizer.image_token_id).sum(1) == bucket.height * bucket.width // 32**2).all()
+    for row, sample_id in enumerate(batch["sample_id"]):
+      record = glyph_edits.example(int(sample_id), "train", seed=0)
+      attributes = json.loads(record["attributes"])
+      for image, name in ((source, "source"), (batch["target"], "target")):
+        assert (image[row] == glyphs.render(Attributes(**attributes[name]), record["height"], record["width"])).all()
+      text = tokenizer.decode(batch["tokens"][row, :batch["token_count"][row]])
+      assert any(text.endswith(f"<|vision_end|>{caption}<|im_end|>\n<|im_start|>assistant\n") for caption in record["captions"])
+      seen.add(attributes["change"])
+  assert seen == {"ink", "paper", "glyph", "position"}
+
+
+def test_tasks_share_a_data_set_without_overlap(data, tokenizer):
+  specs = [DatasetSpec(str(data[0]), "glyphs", weight=weight, task=task) for task, weight in (("t2i", 0.75), ("ti2i", 0.25))]
+  loader = Loader(specs, DEFAULT, 64, tokenizer, 0)
+  records_of = {task: sum(c.records for c in loader.counts if c.task == task) for task in ("t2i", "ti2i")}
+  assert records_of == {"t2i": NUM_TRAIN, "ti2i": NUM_TRAIN // 2}
+  cycle = sum(loader._schedule.turns)
+  tasks = [loader.buckets[loader.plan(k)[0]].task for k in range(cycle)]
+  assert tasks.count("ti2i") == cycle // 4
+
+
+def test_sources_of_another_shape_and_number_make_buckets_of_their_own(data, tokenizer, monkeypatch):
+  def examples(split, num_examples, seed):
+    for i, shapes in enumerate([((40, 90),), ((40, 90), (64, 64)), ((64, 64), (40, 90)), ((40, 90),)]):
+      pictures = [encode_png(np.full((*shape, 3), 40 * (slot + 1), np.uint8)) for slot, shape in enumerate(shapes)]
+      yield {"image": pictures[0], "height": 40, "width": 90, "quality": 1.0, "sample_id": i + (100 if split == "validation" else 0),
+             "captions": ["join them"], "languages": ["en"], "attributes": "{}", "sources": pictures,
+             "source_height": [h for h, _ in shapes], "source_width": [w for _, w in shapes]}
+  monkeypatch.setitem(records.SOURCES, "glyphs", records.Source(examples, vocab_size=300))
+  folder = data[0] / "several"
+  records.prepare("glyphs", folder, num_examples=4)
+  loader = Loader([DatasetSpec(str(folder), "glyphs", task="ti2i")], [Resolution(64, 2, RATIOS)], 64, tokenizer, 0, max_crop=0.5)
+  wide, square = (32, 96), (64, 64)
+  assert {bucket.source_sizes: count.kept for bucket, count in zip(loader.buckets, loader.counts)} == {
+      (wide,): 2, (wide, square): 1, (square, wide): 1}
+  for k in range(4):
+    b, batch = loader.batch(k)
+    assert [image.shape[1:3] for image in batch["sources"]] == list(loader.buckets[b].source_sizes)
+    assert [int(image.mean()) for image in batch["sources"]] == [40 * (i + 1) for i in range(len(batch["sources"]))]
+
+
 def test_dropout_empties_the_asked_share_of_captions(data, tokenizer):
   empty = len(tokenizer.encode(""))
   for dropout in (0.0, 0.3, 1.0):
@@ -151,7 +204,7 @@ def test_left_out_records_are_counted(data, tokenizer):
   assert sum(c.records for c in loader.counts) == NUM_TRAIN
   assert sum(c.low_quality for c in loader.counts) == (index["quality"] < 1).sum() > 0
   # The wide pictures are nearest to the square and would lose half of their area.
-  wide = (index["width"] > index["height"]) & (index["quality"] == 1)
+  wide = (index["width"] > index["height"]) & (index["quality"] == 1) & ~index["source_sizes"].any((1, 2))
   assert sum(c.cropped for c in loader.counts) == wide.sum() > 0
 
 
@@ -188,7 +241,7 @@ def test_evaluation_can_be_short_and_shared(data, tokenizer):
     ({"languages": ("fr",)}, "No record of 'glyphs' .* is left by"),
     ({"min_quality": 1.1}, "No record"),
     ({"split": "test"}, "no split 'test'"),
-    ({"task": "ti2i"}, "task='ti2i'"),
+    ({"task": "video"}, "task='video'"),
     ({"weights": (0.0,)}, "weight=0.0"),
     ({"seed": -1}, "seed=-1"),
     ({"caption_dropout": 2.0}, "caption_dropout=2.0"),

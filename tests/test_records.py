@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import glyphs, records
+from data_pipelines import records
 from data_pipelines.transforms import decode_image
 
 
@@ -20,13 +20,14 @@ def prepared(tmp_path_factory):
 
 def test_facts(prepared):
   out, facts = prepared
-  assert facts["train"] == 50 and facts["validation"] == 2 and not facts["reused"]
+  assert facts["train"] == 75 and facts["validation"] == 3 and not facts["reused"]
+  assert facts["train_edits"] == 25 and facts["validation_edits"] == 1
   assert facts["path"] == os.path.join(out, "glyphs") and sorted(os.listdir(out)) == ["glyphs"]
   tokenizer = records.load_tokenizer(out, "glyphs")
   assert tokenizer.vocab_size == facts["vocab_size"] and tokenizer.num_system_tokens == facts["num_system_tokens"]
   lengths = []
   for split in records.SPLITS:
-    for record in glyphs.examples(split, 50, 1):
+    for record in records.SOURCES["glyphs"].examples(split, 50, 1):
       lengths += [len(tokenizer.encode(text)) for text in record["captions"]]
   assert facts["longest_caption_tokens"] == max(lengths)
 
@@ -34,7 +35,7 @@ def test_facts(prepared):
 @pytest.mark.parametrize("split", records.SPLITS)
 def test_records_and_index_agree_with_the_source(prepared, split):
   source, index = records.open_split(prepared[0], "glyphs", split)
-  made = list(glyphs.examples(split, 50, seed=1))
+  made = list(records.SOURCES["glyphs"].examples(split, 50, 1))
   assert len(source) == len(made) == len(index["sample_id"])
   for i, expected in enumerate(made):
     read = source[i]
@@ -45,6 +46,9 @@ def test_records_and_index_agree_with_the_source(prepared, split):
     for column in ("height", "width", "sample_id"):
       assert read[column] == index[column][i] == expected[column]
     assert index["quality"][i] == np.float32(expected["quality"])
+    assert list(read["sources"]) == expected.get("sources", [])
+    there = index["source_sizes"][i][(index["source_sizes"][i] > 0).all(1)].tolist()
+    assert there == [list(size) for size in zip(expected.get("source_height", []), expected.get("source_width", []))]
     assert decode_image(read["image"]).shape == (read["height"], read["width"], 3)
 
 
@@ -70,7 +74,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
       records.prepare("glyphs", tmp_path, num_examples=3)
   assert os.listdir(tmp_path) == []
-  assert records.prepare("glyphs", tmp_path, num_examples=3)["train"] == 3
+  assert records.prepare("glyphs", tmp_path, num_examples=3)["train"] == 4
 
 
 def test_a_faster_process_wins_without_harm(tmp_path, monkeypatch):
@@ -113,7 +117,7 @@ def test_launcher_prepares_and_explains(tmp_path):
   done = launch("--dataset=glyphs", f"--out={tmp_path}", "--num_examples=2")
   assert done.returncode == 0 and f"Wrote {tmp_path}/glyphs" in done.stdout, done.stderr
   with open(tmp_path / "glyphs" / "dataset.json", encoding="utf-8") as file:
-    assert json.load(file)["facts"]["train"] == 2
+    assert json.load(file)["facts"]["train"] == 3
   again = launch("--dataset=glyphs", f"--out={tmp_path}", "--num_examples=3")
   assert again.returncode != 0 and again.stdout == "" and "Traceback" not in again.stderr
   assert "num_examples=2, not num_examples=3" in again.stderr

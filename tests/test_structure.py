@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 OURS = {"qimg2", "configs", "launch", "data_pipelines", "tests"}
 ALLOWED = {
-    "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "tokenizers", "matplotlib", "tqdm", "etils"},
+    "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "tokenizers", "matplotlib", "fontTools", "tqdm", "etils"},
     "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX"},
     "configs": {"configs", "ml_collections"},
 }
