@@ -28,10 +28,12 @@ class Condition:
     text: [B, M, E] states of the condition encoder without the system turn.
     images: [B, I, C] normalised latents of the condition images, or None.
     layout: the joint sequence.
+    cache: keys and values of the prefix, made by `Networks.cache`; they stand for `text` and `images`.
   """
-  text: jax.Array
+  text: jax.Array | None
   images: jax.Array | None
   layout: mmdit.Layout
+  cache: mmdit.Cache | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,17 @@ class Networks:
 
   def velocity(self, params: dict, x_t: jax.Array, t: jax.Array, cond: Condition) -> jax.Array:
     """The generator's velocity [B, h, w, C] at `x_t` and times `t` [B]; `params` are the weights of role "model"."""
-    v = mmdit.apply(self.model, params, flatten_grid(x_t), t, cond.text, cond.images, cond.layout, shard=self.shard)
+    x = flatten_grid(x_t)
+    if cond.cache is None:
+      v = mmdit.apply(self.model, params, x, t, cond.text, cond.images, cond.layout, shard=self.shard)
+    else:
+      v = mmdit.apply_cached(self.model, params, x, t, cond.cache, cond.layout, shard=self.shard)
     return v.reshape(x_t.shape)
+
+  def cache(self, params: dict, cond: Condition) -> Condition:
+    """`cond` with the prefix computed once for all sampling steps; `params` are the weights of role "model"."""
+    cache = mmdit.prefix_cache(self.model, params, cond.text, cond.images, cond.layout, shard=self.shard)
+    return Condition(None, None, cond.layout, cache)
 
 
 def vae_specs(cfg: vae.Config) -> dict:

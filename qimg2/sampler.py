@@ -2,7 +2,8 @@
 
   x <- x + (sigma_next - sigma) v,   v = v_uncond + w (v_cond - v_uncond) under classifier-free guidance with scale w (arXiv 2207.12598)
 
-At w = 1 the unconditional pass is not run. Both passes of a guided step are one batch of twice the rows.
+At w = 1 the unconditional pass is not run. Both passes of a guided step are one batch of twice the rows. "Unconditional" may be the empty
+prompt or a negative one.
 """
 
 from collections.abc import Callable
@@ -15,30 +16,22 @@ import numpy as np
 Net = Callable[[dict, jax.Array, jax.Array, Any], jax.Array]
 
 
-def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarray, uncond: Any = None, guidance: float = 1.0) -> jax.Array:
+def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarray, guidance: float = 1.0) -> jax.Array:
   """Latents at t = 0, of the shape of `noise`, float32.
 
   Args:
     net: `net(params, x, t, cond)`, the velocity.
     params: weights for `net`.
     noise: [B, h, w, C] standard normal.
-    cond: condition tree, rows first.
+    cond: condition tree of the B rows; with guidance, of 2B rows, the unconditional ones after the conditional ones.
     sigmas: [T + 1] times from 1 down to 0, see `flow.Schedule.sigmas`.
-    uncond: condition tree of the empty prompt; needed when guidance is not 1.
     guidance: scale w.
-
-  Raises:
-    ValueError: guidance without `uncond`.
   """
-  if guidance != 1.0 and uncond is None:
-    raise ValueError(f"guidance is {guidance}, which needs the condition of the empty prompt: give uncond, or guidance 1.")
-  both = None if guidance == 1.0 else jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, uncond)
-
   def velocity(x, sigma):
-    if both is None:
+    if guidance == 1.0:
       return net(params, x, jnp.full(x.shape[:1], sigma), cond)
     t = jnp.full((2 * x.shape[0],), sigma)
-    v_cond, v_uncond = jnp.split(net(params, jnp.concatenate([x, x]), t, both), 2)
+    v_cond, v_uncond = jnp.split(net(params, jnp.concatenate([x, x]), t, cond), 2)
     return v_uncond + guidance * (v_cond - v_uncond)
 
   def step(x, pair):
@@ -59,5 +52,3 @@ def sample_noise(key: jax.Array, sample_ids: jax.Array, shape: tuple[int, ...]) 
     shape: of one sample.
   """
   return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(sample_ids)
-
-

@@ -152,6 +152,27 @@ def test_prefix_never_sees_the_target():
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_cached_prefix_gives_the_same_velocity(case):
+  ids, grids, target = CASES[case]
+  params = random_params(CFG)
+  batch = [inputs(CFG, ids, grids, target, seed, length=len(ids) + 3) for seed in range(2)]
+  latents, t, text, images, layout = jax.tree.map(lambda *rows: jnp.concatenate(rows), *batch)
+  cache = jax.jit(mmdit.prefix_cache, static_argnums=0)(CFG, params, text, images, layout)
+  assert cache.key.shape == (CFG.num_layers, 2, layout.index.shape[1], CFG.num_heads, CFG.head_dim)
+  cached = jax.jit(mmdit.apply_cached, static_argnums=0)
+  for step in (0.0, 0.2):  # one cache for all times and latents
+    now = latents + step, t - step
+    assert reference.relative_error(cached(CFG, params, *now, cache, layout), apply(CFG, params, *now, text, images, layout)) < 1e-5
+
+
+def test_a_prefix_that_sees_the_target_is_not_cached():
+  _, _, text, images, layout = inputs(CFG, *CASES["text"])
+  for change in ({"attention": "full"}, {"condition_time": "shared"}):
+    with pytest.raises(ValueError, match="can only be cached with"):
+      mmdit.prefix_cache(dataclasses.replace(CFG, **change), {}, text, images, layout)
+
+
 def test_scan_equals_a_loop_and_remat_changes_nothing():
   ids, grids, target = CASES["one_image"]
   arguments = inputs(CFG, ids, grids, target)

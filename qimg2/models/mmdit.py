@@ -9,7 +9,10 @@ The four modulation vectors are one linear map of the time embedding, shared by 
 RMS-normalised per head and rotated by MSRoPE: a position is (frame, height, width), text has the same number on all three, an image block
 keeps its frame and centres its grid on zero. The last tokens are the target; their output is the velocity.
 
-Left out: the clipping that float16 needs (use bfloat16), and a cache of the prefix keys and values.
+With "block_causal" attention and prefix tokens at t = 0 nothing of the target reaches the prefix, so its keys and values are the same at
+every sampling step: `prefix_cache` computes them once, and `apply_cached` runs the target alone.
+
+Left out: the clipping that float16 needs (use bfloat16).
 """
 
 import dataclasses
@@ -67,6 +70,11 @@ class Config:
     if self.condition_time not in ("zero", "shared"):
       raise ValueError(f"model.condition_time is {self.condition_time!r}: choose 'zero' or 'shared'.")
 
+  @property
+  def prefix_is_fixed(self) -> bool:
+    """True if prefix tokens depend neither on the target nor on its time, so that their keys and values can be cached."""
+    return self.attention == "block_causal" and self.condition_time == "zero"
+
 
 @flax.struct.dataclass
 class Layout:
@@ -82,6 +90,13 @@ class Layout:
   positions: jax.Array
   block: jax.Array
   valid: jax.Array
+
+
+@flax.struct.dataclass
+class Cache:
+  """Keys (rotated) and values of the prefix in every layer, [L, B, P, H, K] each."""
+  key: jax.Array
+  value: jax.Array
 
 
 def specs(cfg: Config) -> dict:
@@ -139,23 +154,59 @@ def apply(cfg: Config, params: dict, target: jax.Array, t: jax.Array, text: jax.
   """
   prefix = _embed_prefix(cfg, params, text, images, layout)
   x = jnp.concatenate([prefix, layers.linear(target.astype(cfg.dtype), params["img_in"])], axis=1)  # B S D
-  x = shard(x, "batch", "token", None)
-  modulation, scale_out = _modulate(cfg, params, t, prefix.shape[1], x.shape[1])
-  angles = layers.concat_angles(jnp.moveaxis(layout.positions, -1, 0), cfg.rope_dims, cfg.rope_theta)  # B S K/2
-  mask = attention_mask(cfg, layout)
+  times = jnp.stack([jnp.zeros_like(t) if cfg.condition_time == "zero" else t, t])
+  is_target = (jnp.arange(x.shape[1]) >= prefix.shape[1])[:, None]  # S 1
+  *modulation, scale_out = [jnp.where(is_target, m[1][:, None], m[0][:, None]) for m in _modulate(cfg, params, times)]  # B S D
+  x, _ = _run_blocks(cfg, params, x, modulation, layout.positions, attention_mask(cfg, layout), shard)
+  num_target = target.shape[1]
+  return _project_out(cfg, params, x[:, -num_target:], scale_out[:, -num_target:])
 
-  def block(x, weights):
-    scale1, gate1, scale2, gate2 = modulation
+
+def prefix_cache(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout, shard: Shard = identity) -> Cache:
+  """The prefix's keys and values in every layer, for `apply_cached`; arguments as in `apply`.
+
+  Raises:
+    ValueError: the config lets the prefix depend on the target.
+  """
+  if not cfg.prefix_is_fixed:
+    raise ValueError("The prefix can only be cached with model.attention 'block_causal' and model.condition_time 'zero', but the config has "
+                     f"{cfg.attention!r} and {cfg.condition_time!r}: sample without a cache.")
+  x = _embed_prefix(cfg, params, text, images, layout)  # B P D
+  alone = jax.tree.map(lambda leaf: leaf[:, :x.shape[1]], layout)
+  *modulation, _ = [m[0][:, None] for m in _modulate(cfg, params, jnp.zeros((1, x.shape[0])))]  # B 1 D
+  _, cache = _run_blocks(cfg, params, x, modulation, alone.positions, attention_mask(cfg, alone), shard, keep=True)
+  return cache
+
+
+def apply_cached(cfg: Config, params: dict, target: jax.Array, t: jax.Array, cache: Cache, layout: Layout, shard: Shard = identity) -> jax.Array:
+  """`apply` with the prefix in place of its text and images: the same velocity [B, N, C], at the cost of the target tokens alone."""
+  x = layers.linear(target.astype(cfg.dtype), params["img_in"])  # B N D
+  *modulation, scale_out = [m[0][:, None] for m in _modulate(cfg, params, t[None])]  # B 1 D
+  visible = layout.valid[:, None, :]  # the target comes last and sees everything
+  x, _ = _run_blocks(cfg, params, x, modulation, layout.positions[:, -x.shape[1]:], visible, shard, cache)
+  return _project_out(cfg, params, x, scale_out)
+
+
+def _run_blocks(cfg: Config, params: dict, x: jax.Array, modulation: list[jax.Array], positions: jax.Array, mask: jax.Array, shard: Shard,
+                past: Cache | None = None, keep: bool = False) -> tuple[jax.Array, Cache | None]:
+  """(tokens [B, S, D] after the last block, their keys and values of every layer if `keep`); `past` tokens come before these."""
+  angles = layers.concat_angles(jnp.moveaxis(positions, -1, 0), cfg.rope_dims, cfg.rope_theta)  # B S K/2
+  scale1, gate1, scale2, gate2 = modulation
+
+  def block(x, inputs):
+    weights, past = inputs
     a = layers.layer_norm(x, eps=cfg.eps) * (1 + scale1)
-    x = x + jnp.tanh(gate1) * _attend(cfg, weights["attn"], a, angles, mask, shard)
+    attended, own = _attend(cfg, weights["attn"], a, angles, mask, past, shard)
+    x = x + jnp.tanh(gate1) * attended
     b = layers.layer_norm(x, eps=cfg.eps) * (1 + scale2)
     x = x + jnp.tanh(gate2) * layers.swiglu(b, weights["mlp"]["gate"], weights["mlp"]["proj"], weights["mlp"]["out"])
-    return shard(x, "batch", "token", None), None
+    return shard(x, "batch", "token", None), own if keep else None
 
-  x, _ = jax.lax.scan(layers.checkpoint_layer(block, cfg.remat), x, params["blocks"])
-  num_target = target.shape[1]
-  y = layers.layer_norm(x[:, -num_target:], eps=cfg.eps) * (1 + scale_out[:, -num_target:])
-  return layers.linear(y, params["proj_out"]).astype(jnp.float32)
+  return jax.lax.scan(layers.checkpoint_layer(block, cfg.remat), shard(x, "batch", "token", None), (params["blocks"], past))
+
+
+def _project_out(cfg: Config, params: dict, x: jax.Array, scale: jax.Array) -> jax.Array:
+  return layers.linear(layers.layer_norm(x, eps=cfg.eps) * (1 + scale), params["proj_out"]).astype(jnp.float32)
 
 
 def _embed_prefix(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout) -> jax.Array:
@@ -168,15 +219,10 @@ def _embed_prefix(cfg: Config, params: dict, text: jax.Array, images: jax.Array 
   return jnp.take_along_axis(x, layout.index[..., None], axis=1)  # B P D
 
 
-def _modulate(cfg: Config, params: dict, t: jax.Array, num_prefix: int, num_tokens: int) -> tuple[list[jax.Array], jax.Array]:
-  """The four modulation vectors and the output scale, each [B, S, D]: prefix tokens take them at their own time."""
-  t_prefix = jnp.zeros_like(t) if cfg.condition_time == "zero" else t
-  temb = _embed_time(cfg, params["time"], jnp.stack([t_prefix, t]))  # 2 B D
-  active = jax.nn.silu(temb)
-  per_time = [layers.linear(active, params["modulation"][:, i]) for i in range(NUM_MODULATIONS)] + [layers.linear(active, params["norm_out"])]
-  is_target = (jnp.arange(num_tokens) >= num_prefix)[:, None]  # S 1
-  *modulation, scale_out = [jnp.where(is_target, m[1][:, None], m[0][:, None]) for m in per_time]  # B S D
-  return modulation, scale_out
+def _modulate(cfg: Config, params: dict, times: jax.Array) -> list[jax.Array]:
+  """The four modulation vectors and the output scale, each [..., B, D], at `times` [..., B]."""
+  active = jax.nn.silu(_embed_time(cfg, params["time"], times))
+  return [layers.linear(active, params["modulation"][:, i]) for i in range(NUM_MODULATIONS)] + [layers.linear(active, params["norm_out"])]
 
 
 def _embed_time(cfg: Config, params: dict, t: jax.Array) -> jax.Array:
@@ -184,11 +230,13 @@ def _embed_time(cfg: Config, params: dict, t: jax.Array) -> jax.Array:
   return layers.linear(jax.nn.silu(layers.linear(x, params["in"])), params["out"])
 
 
-def _attend(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: jax.Array, shard: Shard) -> jax.Array:
+def _attend(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: jax.Array, past: Cache | None,
+            shard: Shard) -> tuple[jax.Array, Cache]:
   q, k, v = (shard(layers.linear(x, params[name]), "batch", "token", "heads", None) for name in ("q", "k", "v"))  # B S H K
   q = layers.rotate_pairs(layers.rms_norm(q, params["norm_q"], cfg.eps), angles)
-  k = layers.rotate_pairs(layers.rms_norm(k, params["norm_k"], cfg.eps), angles)
-  return layers.linear(layers.attention(q, k, v, mask), params["out"], num_dims=2)
+  own = Cache(layers.rotate_pairs(layers.rms_norm(k, params["norm_k"], cfg.eps), angles), v)
+  seen = own if past is None else jax.tree.map(lambda before, now: jnp.concatenate([before, now], axis=1), past, own)
+  return layers.linear(layers.attention(q, seen.key, seen.value, mask), params["out"], num_dims=2), own
 
 
 def attention_mask(cfg: Config, layout: Layout) -> jax.Array:
