@@ -17,7 +17,8 @@ def base() -> ConfigDict:
   cfg.rules = "fsdp_tensor"
   cfg.data_dir = "runs/data"  # where launch.prepare_data wrote; the embedded data sets are made here when missing
   cfg.prepare = ConfigDict(dict(num_examples=None, seed=0))  # None: the data set's own size
-  cfg.num_tokens = 48  # longest prompt in tokens, system turn included
+  cfg.tokenizer = ""  # a tokenizer.json, its folder, or diffusers:DIR; empty for that of the first stage's first data set
+  cfg.num_tokens = 48  # longest prompt in tokens, system turn included, condition images not counted
   cfg.num_workers = 0
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
   cfg.schedule = ConfigDict(dict(density="logit_normal", shift="resolution", terminal=0.02))
@@ -37,12 +38,12 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
   cfg = ConfigDict(dict(
       name=name,
       algorithm=dict(name=method, ema_decay=0.999 if generator else 0.0),
-      start_from="",  # "" from scratch, the name of an earlier stage, or the folder of a stage of another run
-      frozen=dict(encoder="", vae="vae") if generator else {},  # role -> "" random by seed, or as start_from
+      start_from="",  # "" from scratch, the name of an earlier stage, the folder of a stage of another run, or diffusers:DIR
+      frozen=dict(encoder="", vae="vae") if generator else {},  # role -> as start_from; "" from its diffusers:DIR, or random by seed
       num_steps=100,
       resolutions=(dict(base_px=64, batch_size=32, ratios=("1:1",), weight=1.0, multiple=32),),
-      mixture=(dict(name="glyphs", split="train", weight=1.0, min_quality=0.0, languages=()),),
-      evaluation=dict(name="glyphs", split="validation", num_samples=256),
+      mixture=(part("glyphs"),),
+      evaluation=dict(split="validation", num_samples=256),  # of the mixture's data sets, per task
       caption_dropout=0.1 if generator else 0.0,
       optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="constant", final_ratio=0.0, b1=0.9, b2=0.95, weight_decay=0.001,
                      clip_norm=1.0, accumulate=1),
@@ -61,25 +62,31 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
   return cfg
 
 
+def part(name: str, weight: float = 1.0, task: str = "t2i", split: str = "train", min_quality: float = 0.0,
+         languages: tuple[str, ...] = ()) -> dict:
+  """A data set in a mixture; `weight` is its share of the batches, `task` "t2i" (text to image) or "ti2i" (editing)."""
+  return dict(name=name, split=split, weight=weight, task=task, min_quality=min_quality, languages=languages)
+
+
 def smoke(cfg: ConfigDict) -> ConfigDict:
   """The same run at two steps per stage, with tiny networks and batches: for tests, on a CPU."""
   cfg.model.update(dict(width=32, num_layers=2, num_heads=4, head_dim=8, rope_dims=(4, 2, 2), context_width=32, latent_channels=8,
                         remat="none", dtype="float32"))
   cfg.encoder.update(dict(vocab_size=min(cfg.encoder.vocab_size, 8192), width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
-                          mlp_width=64, dtype="float32"))
-  cfg.encoder.mrope_sections, cfg.encoder.vision = (4, 2, 2), None
-  cfg.vae.update(dict(base_dim=4, decoder_base_dim=4, num_res_blocks=1, latent_channels=8, temporal_weights=False, dtype="float32"))
+                          mlp_width=64, dtype="float32", tie_embeddings=False))
+  cfg.encoder.mrope_sections, cfg.encoder.image_token_id, cfg.encoder.vision = (4, 2, 2), sizes.IMAGE_TOKEN, sizes.vision_tiny(32)
+  cfg.vae.update(dict(base_dim=4, decoder_base_dim=4, num_res_blocks=1, latent_channels=8, image_channels=4, dtype="float32"))
   cfg.vae.latents_mean, cfg.vae.latents_std = (0.0,) * 8, (1.0,) * 8
   cfg.data_dir = f"{cfg.data_dir}_smoke"
-  cfg.prepare.num_examples = 1600
+  cfg.prepare.num_examples = 4800
   cfg.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
   cfg.sampling.update(dict(num_steps=2, num_images=8))
   if cfg.check.name:
     cfg.check.num_prompts, cfg.check.num_candidates = 8, min(8, cfg.check.num_candidates)
   for one in cfg.stages:
     one.num_steps, one.log_every_steps, one.eval_every_steps, one.sample_every_steps, one.save_every_steps = 2, 1, 2, 2, 1
-    one.evaluation.num_samples = 32
+    one.evaluation.num_samples = 64
     for resolution in one.resolutions:
-      resolution.batch_size, resolution.base_px, resolution.ratios = 8, min(resolution.base_px, 96), resolution.ratios[:2]
+      resolution.batch_size, resolution.base_px, resolution.ratios = 8, min(resolution.base_px, 96), resolution.ratios[-1:]
     one.optimizer.accumulate = 1
   return cfg

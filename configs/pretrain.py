@@ -11,7 +11,7 @@
 The report does not say how the steps divide over the resolutions of a stage. Here each resolution of pre-training is a stage (the data stages
 S1 and S3 of section 2.3), and the later stages mix their resolutions in equal shares of steps. Not stated either, and chosen here: betas
 (0.9, 0.95), 1,000 steps of warm-up in every stage, a constant rate, EMA 0.9999, logit-normal times with the resolution shift. K is 1,024.
-The share of editing data is stated in `t2i_share`; the mixtures hold text-to-image data until editing records exist.
+The VAE learns from the text-to-image pictures.
 
 What it costs: a pod for weeks. `python -m launch.describe --config=configs/pretrain.py` lists every weight; `:smoke` runs all stages here.
 
@@ -24,8 +24,6 @@ from ml_collections import ConfigDict
 from configs import base, sizes
 
 K = 1024
-T2I = dict(name="t2i", split="train", weight=0.9, task="t2i", min_quality=0.0, languages=())
-EDIT = dict(name="ti2i", split="train", weight=0.1, task="ti2i", min_quality=0.0, languages=())
 RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "1:3", "3:1")
 
 
@@ -36,10 +34,10 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.data_dir = "data"
   cfg.num_tokens = 1024
   cfg.num_workers = 8
-  cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_7b(), sizes.qwen3_vl_8b(), sizes.vae_f16c64(image_channels=4)
+  cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_7b(), sizes.qwen3_vl("8B"), sizes.vae_f16c64(image_channels=4)
   cfg.stages = (
       autoencoder(),
-      generator("pretrain_256_t2i", "", 250_000, 1e-4, (256,), (dict(T2I, weight=1.0),)),  # S1
+      generator("pretrain_256_t2i", "", 250_000, 1e-4, (256,), (base.part("t2i"),)),  # S1
       generator("pretrain_256", "pretrain_256_t2i", 200_000, 1e-4, (256,), mixture(0.9)),  # S2
       generator("pretrain_512", "pretrain_256", 250_000, 1e-4, (512,), mixture(0.9)),  # S3
       generator("cpt_1024", "pretrain_512", 125_000, 2e-5, (512, 1024), mixture(0.7)),  # S4
@@ -51,14 +49,14 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def mixture(t2i_share: float) -> tuple[dict, dict]:
   """Text-to-image and editing records in the shares t2i_share and 1 - t2i_share."""
-  return dict(T2I, weight=t2i_share), dict(EDIT, weight=1 - t2i_share)
+  return base.part("t2i", t2i_share), base.part("ti2i", round(1 - t2i_share, 6), "ti2i")
 
 
 def autoencoder() -> ConfigDict:
   """The VAE's stage. The report gives its losses and data but neither steps nor rates: those are VA-VAE's kind of numbers."""
   return base.stage(
       "vae", "reconstruction", num_steps=300_000, resolutions=(dict(base_px=256, batch_size=K, ratios=RATIOS, weight=1.0),),
-      mixture=(dict(T2I, weight=1.0),), evaluation=dict(name="t2i", split="validation", num_samples=4096),
+      mixture=(base.part("t2i"),), evaluation=dict(num_samples=4096),
       optimizer=dict(learning_rate=1e-4, warmup_steps=1000), log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000,
       save_every_steps=1000, keep=3)
 
@@ -69,7 +67,7 @@ def generator(name: str, start_from: str, num_steps: int, learning_rate: float, 
       name, "flow_matching", start_from=start_from, num_steps=num_steps,
       algorithm=dict(ema_decay=0.9999),
       resolutions=tuple(dict(base_px=px, batch_size=32 * K * 256 // px, ratios=RATIOS, weight=1.0) for px in base_px),
-      mixture=parts, evaluation=dict(name="t2i", split="validation", num_samples=4096), caption_dropout=0.1,
+      mixture=parts, evaluation=dict(num_samples=4096), caption_dropout=0.1,
       optimizer=dict(learning_rate=learning_rate, warmup_steps=1000, schedule="constant", weight_decay=0.001, clip_norm=1.0),
       log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000, save_every_steps=1000, keep=3)
 
@@ -78,7 +76,8 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
   """Two steps of every stage on the embedded glyphs."""
   cfg.data_dir, cfg.num_workers, cfg.num_tokens = "runs/data", 0, 64
   for stage in cfg.stages:
-    stage.mixture, stage.resolutions = stage.mixture[:1], stage.resolutions[:1]
-    stage.mixture[0].name = stage.evaluation.name = "glyphs"
+    stage.resolutions = stage.resolutions[:1]
     stage.resolutions[0].ratios = ("1:1", "2:1", "1:2")
+    for part in stage.mixture:
+      part.name = "glyphs"
   return base.smoke(cfg)

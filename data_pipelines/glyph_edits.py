@@ -43,8 +43,8 @@ def sample_pair(rng: np.random.Generator, split: str) -> tuple[Attributes, Attri
 
 
 def examples(split: str, num_examples: int | None, seed: int) -> Iterator[dict]:
-  """Returns the pairs of a split in order, half as many as `glyphs.examples` gives pictures."""
-  num = glyphs.num_records(split, num_examples) // 2
+  """Returns the pairs of a split in order: half as many as `glyphs.examples` gives pictures in training, as many in validation."""
+  num = glyphs.num_records(split, num_examples) // (2 if split == "train" else 1)
   return (example(_FIRST_ID[split] + i, split, seed) for i in range(num))
 
 

@@ -90,9 +90,11 @@ class PromptTokenizer:
     return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
 
   def decode_prompt(self, tokens: Sequence[int]) -> str:
-    """Returns the user's text out of the ids of a whole template, padded or not."""
-    text = self.decode(tokens[self.num_system_tokens:])
-    return text.removeprefix(f"{_START}user\n").split(f"{_END}\n{_START}assistant\n")[0]
+    """Returns the user's text out of the ids of a whole template, padded or not, without the groups of condition images."""
+    turn = [int(token) for token in tokens[self.num_system_tokens:]]
+    turn = turn[:turn.index(self._special[_END])]
+    images = [place for place, token in enumerate(turn) if token == self._special[_VISION_END]]
+    return self.decode(turn[images[-1] + 1:]) if images else self.decode(turn[1:]).removeprefix("user\n")
 
   def encode(self, prompt: str, source_grids: Sequence[tuple[int, int]] = ()) -> list[int]:
     """Returns the ids of the whole template, system turn included.

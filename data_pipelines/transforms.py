@@ -14,28 +14,30 @@ from PIL import Image, ImageOps
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-  """Returns the pixels of an encoded image, uint8 H W 3.
+def decode_image(data: bytes, name: str = "image", keep_alpha: bool = False) -> np.ndarray:
+  """Returns the pixels of an encoded image, uint8 H W 3; H W 4 if it has transparency and `keep_alpha` asks for it.
 
-  The EXIF rotation is applied, and transparency is composited on white. A broken or cut file is a `ValueError` that
-  names `name`.
+  The EXIF rotation is applied, and transparency is otherwise composited on white. A broken or cut file is a
+  `ValueError` that names `name`.
   """
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("error", Image.DecompressionBombWarning)
       image = Image.open(io.BytesIO(data))
       ImageOps.exif_transpose(image, in_place=True)
-      return np.array(_on_white(image))
+      if not image.has_transparency_data:
+        return np.array(image.convert("RGB"))
+      pixels = np.array(image.convert("RGBA"))
   except _BROKEN as error:
     raise ValueError(
         f"Cannot decode {name} ({len(data)} bytes): {error}; replace the file or remove the record.") from error
+  return pixels if keep_alpha else composite_on_white(pixels)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-  if not image.has_transparency_data:
-    return image.convert("RGB")
-  image = image.convert("RGBA")
-  return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+def composite_on_white(pixels: np.ndarray) -> np.ndarray:
+  """Returns uint8 H W 4 pixels laid on white paper, uint8 H W 3."""
+  image = Image.fromarray(pixels)
+  return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
 def resize_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:

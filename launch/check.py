@@ -1,21 +1,27 @@
 """Automatic checks: prompts whose right answer is known are drawn, and the pictures are compared with clean renders.
 
-  glyphs   200 held-out (glyph, ink, paper) triples: is the nearest of all clean renders the prompted one, in glyph, ink and paper?
+  glyphs   200 held-out (glyph, ink, paper) triples: is the nearest of all clean renders the prompted one, in glyph, ink and paper? And the
+           same for 100 held-out edits, where the stage learns them: does the edited picture show what it should, changed and unchanged?
   emoji    is the picture nearest, by pixel correlation, to the prompted emoji among 100 candidates?
 
   python -m launch.check --workdir=runs/quickstart
 """
 
+import dataclasses
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
 
-from data_pipelines import emoji, glyphs
+from data_pipelines import emoji, glyph_edits, glyphs
+from data_pipelines.buckets import Bucket, nearest_bucket
+from data_pipelines.transforms import composite_on_white, resize_crop
 from launch import cli
+from launch.generator import Generator, Size
 from launch.pictures import grid, save_png
 from launch.run import Run, load_run
-from launch.sample import Generator, sampling_weights
+from launch.sample import sampling_weights
 
 SEED = 7
 NUM_SHOWN = 48
@@ -32,7 +38,7 @@ def check(run: Run, stage_name: str = "") -> dict:
     raise ValueError(f"config.check.name is {run.cfg.check.name!r}: choose one of {', '.join(checks)}.")
   name, weights = sampling_weights(run, stage_name)
   shares, images, captions = checks[run.cfg.check.name](run, name, weights)
-  result = {"stage": name, "check": run.cfg.check.name, "num_prompts": len(images), **shares}
+  result = {"stage": name, "check": run.cfg.check.name, "num_prompts": run.cfg.check.num_prompts, **shares}
   (run.workdir / "check.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
   save_png(grid(images[:NUM_SHOWN], 8, captions[:NUM_SHOWN]), run.workdir / "check.png")
   return result
@@ -41,33 +47,67 @@ def check(run: Run, stage_name: str = "") -> dict:
 def describe(result: dict) -> str:
   """One line that states a check's result."""
   shares = ", ".join(f"{name} right in {share:.1%}" for name, share in result.items() if isinstance(share, float))
-  return f"Check of stage {result['stage']} on {result['num_prompts']} held-out prompts ({result['check']}): {shares}."
+  edits = f" and {result['num_edits']} held-out edits" if "num_edits" in result else ""
+  return f"Check of stage {result['stage']} on {result['num_prompts']} held-out prompts{edits} ({result['check']}): {shares}."
 
 
-def draw(run: Run, stage_name: str, weights: dict, prompts: list[tuple[str, int, int]]) -> list[np.ndarray]:
-  """One picture per (prompt, height, width); each shape is one compiled program. Sizes are those of the stage's nearest bucket."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One picture to draw: a prompt, the canvas in px, and the condition images [h, w, 3] uint8."""
+  prompt: str
+  height: int
+  width: int
+  sources: tuple[np.ndarray, ...] = ()
+
+
+def draw(run: Run, stage_name: str, weights: dict, tasks: Sequence[Task]) -> list[np.ndarray]:
+  """One picture [H, W, 3] uint8 per task; each shape is one compiled program. Sizes are those of the stage's nearest bucket of the same kind."""
   buckets = run.loader(run.stages[stage_name]).buckets
-  nearest = [min(range(len(buckets)), key=lambda b: abs(np.log(w / h) - np.log(buckets[b].width / buckets[b].height))) for _, h, w in prompts]
-  images: list = [None] * len(prompts)
+  nearest = [_nearest(buckets, task) for task in tasks]
+  images: list = [None] * len(tasks)
   for number, bucket in enumerate(buckets):
     mine = [i for i, b in enumerate(nearest) if b == number]
     if not mine:
       continue
-    generator = Generator(run, bucket.height, bucket.width, run.cfg.sampling.num_steps, run.cfg.sampling.guidance, batch_size=min(50, len(mine)))
-    for i, image in zip(mine, generator(weights, [prompts[i][0] for i in mine], SEED)):
-      images[i] = image
+    size = Size(bucket.height, bucket.width, bucket.num_tokens, bucket.source_sizes, min(50, len(mine)))
+    generator = Generator(run, size, run.cfg.sampling.num_steps, run.cfg.sampling.guidance)
+    sources = [np.stack([resize_crop(tasks[i].sources[slot], *shape) for i in mine]) for slot, shape in enumerate(bucket.source_sizes)]
+    for i, image in zip(mine, generator(weights, [tasks[i].prompt for i in mine], SEED, images=sources)):
+      images[i] = image if image.shape[-1] == 3 else composite_on_white(image)
   return images
 
 
+def _nearest(buckets: Sequence[Bucket], task: Task) -> int:
+  """Index of the bucket nearest in aspect ratio among those with as many condition images."""
+  own = [i for i, bucket in enumerate(buckets) if len(bucket.source_sizes) == len(task.sources)]
+  return own[int(nearest_bucket(task.height, task.width, tuple(buckets[i] for i in own)))]
+
+
 def check_glyphs(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np.ndarray], list[str]]:
-  """(shares right of glyph, ink, paper and all three, pictures, captions)."""
-  prompts = glyphs.held_out_prompts(run.cfg.check.num_prompts, SEED)
-  images = draw(run, stage_name, weights, [(caption, height, width) for caption, _, height, width in prompts])
-  scores = [glyphs.score(image, attributes) for image, (_, attributes, _, _) in zip(images, prompts)]
-  shares = {name: float(np.mean([score[name] for score in scores])) for name in ("glyph", "ink", "paper")}
-  shares["all three"] = float(np.mean([all(score.values()) for score in scores]))
+  """(shares right of glyph, ink, paper and all three, and of edits where the stage learns them; pictures, captions)."""
+  num, tasks = run.cfg.check.num_prompts, {part["task"] for part in run.stages[stage_name].mixture}
+  prompts = glyphs.held_out_prompts(num, SEED) if "t2i" in tasks else []
+  images = draw(run, stage_name, weights, [Task(text, height, width) for text, _, height, width in prompts])
+  shares, captions = _score(images, [attributes for _, attributes, _, _ in prompts], [text for text, *_ in prompts], "")
+  if "ti2i" not in tasks:
+    return shares, images, captions
+  edits = glyph_edits.held_out_edits(num // 2, SEED)
+  edited = draw(run, stage_name, weights, [Task(text, h, w, (glyphs.render(source, h, w),)) for text, source, _, h, w in edits])
+  more, texts = _score(edited, [target for _, _, target, _, _ in edits], [text for text, *_ in edits], "edit: ")
+  pairs = [image for (_, source, _, h, w), image in zip(edits, edited) for image in (glyphs.render(source, h, w), image)]
+  texts = [caption for text in texts for caption in ("(source)", text)]
+  return {**shares, **more, "num_edits": len(edits)}, images[:NUM_SHOWN // 2] + pairs, captions[:NUM_SHOWN // 2] + texts
+
+
+def _score(images: list[np.ndarray], asked: list[glyphs.Attributes], texts: list[str], prefix: str) -> tuple[dict, list[str]]:
+  """(share right of each attribute and of all three, captions that name what is wrong)."""
+  if not images:
+    return {}, []
+  scores = [glyphs.score(image, attributes) for image, attributes in zip(images, asked)]
+  shares = {prefix + name: float(np.mean([score[name] for score in scores])) for name in ("glyph", "ink", "paper")}
+  shares[f"{prefix}all three"] = float(np.mean([all(score.values()) for score in scores]))
   marks = ["" if all(score.values()) else " [wrong: " + ", ".join(k for k, right in score.items() if not right) + "]" for score in scores]
-  return shares, images, [prompt[0] + mark for prompt, mark in zip(prompts, marks)]
+  return shares, [prefix + text + mark for text, mark in zip(texts, marks)]
 
 
 def check_emoji(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np.ndarray], list[str]]:
@@ -81,7 +121,7 @@ def check_emoji(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np
     raise ValueError(f"config.check asks {num} prompts among {num_candidates} candidates: every prompt needs its own candidate.")
   prompts = emoji.held_out_prompts(num_candidates, SEED)
   candidates = tuple(character for _, character, _ in prompts)
-  images = draw(run, stage_name, weights, [(caption, emoji.SIDE_PX, emoji.SIDE_PX) for caption, _, _ in prompts[:num]])
+  images = draw(run, stage_name, weights, [Task(caption, emoji.SIDE_PX, emoji.SIDE_PX) for caption, _, _ in prompts[:num]])
   found = [emoji.nearest_emoji(image, candidates, paper) for image, (_, _, paper) in zip(images, prompts)]
   marks = ["" if place == right else f" [nearest: {prompts[place][0].rpartition(', on ')[0]}]" for right, place in enumerate(found)]
   return {"emoji": float(np.mean(np.equal(found, np.arange(num))))}, images, [prompt[0] + mark for prompt, mark in zip(prompts, marks)]

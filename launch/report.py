@@ -60,7 +60,8 @@ def _check(workdir: pathlib.Path) -> str:
     return ""
   result = json.loads(path.read_text(encoding="utf-8"))
   shares = [(f"{name} right", f"{share:.1%}") for name, share in result.items() if isinstance(share, float)]
-  return (f"<h2>Check: {html.escape(result['check'])}</h2><p>{result['num_prompts']} held-out prompts, drawn by stage "
+  edits = f" and {result['num_edits']} held-out edits" if "num_edits" in result else ""
+  return (f"<h2>Check: {html.escape(result['check'])}</h2><p>{result['num_prompts']} held-out prompts{edits}, drawn by stage "
           f"<b>{html.escape(result['stage'])}</b> and compared with clean renders.</p>" + _table(("question", "share"), shares)
           + _image((workdir / "check.png").read_bytes()))
 
@@ -84,7 +85,7 @@ def _stage(run: Run, stage: ConfigDict) -> Iterable[str]:
   folder = run.workdir / stage.name
   rows = read_rows(folder / "metrics.jsonl")
   yield f"<h2>Stage {html.escape(stage.name)}</h2>"
-  curves = {name: _series(rows, name) for name in ("loss", "val_loss", "ema/val_loss")}
+  curves = {name: _series(rows, name) for name in ("loss", "val_loss", "ema/val_loss", "ti2i/val_loss", "ti2i/ema/val_loss")}
   yield _plot({name: curve for name, curve in curves.items() if curve[0]}, "loss", log=True)
   bins = {key for row in rows for key in row if re.fullmatch(r"val_loss_bin\d+", key)}
   if bins:
@@ -94,9 +95,11 @@ def _stage(run: Run, stage: ConfigDict) -> Iterable[str]:
   yield "<h3>Throughput</h3>" + _plot({"samples/s": _series(timing, "samples_per_second")}, "samples per second", log=False)
   yield "<h3>Data</h3>" + _counts(folder)
   sheets = sorted((folder / "samples").glob("*.png"))
-  kind = "Reconstructions, each left of its original" if stage.algorithm.name == "reconstruction" else "Samples, each left of the held-out picture"
-  for sheet in _spread(sheets, MAX_SHEETS):
-    yield f"<h3>{kind}: step {int(sheet.stem)}</h3>{_image(sheet.read_bytes())}"
+  kinds = {"": "Reconstructions, each left of its original" if stage.algorithm.name == "reconstruction" else
+           "Samples, each left of the held-out picture", "ti2i": "Edits, each between its source and the held-out picture"}
+  for task, kind in kinds.items():
+    for sheet in _spread([path for path in sheets if path.stem.partition("_")[2] == task], MAX_SHEETS):
+      yield f"<h3>{kind}: step {int(sheet.stem.partition('_')[0])}</h3>{_image(sheet.read_bytes())}"
 
 
 def _counts(folder: pathlib.Path) -> str:

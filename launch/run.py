@@ -31,9 +31,11 @@ from qimg2.algorithms.reconstruction import reconstruction
 from qimg2.checkpoint import Checkpoints, restore_weights, save_weights
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
+from qimg2.pipeline_folder import check_configs, load_weights, open_folder
 
 Dataclass = TypeVar("Dataclass")
 EMBEDDED = ("glyphs", "emoji")
+DIFFUSERS = "diffusers:"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "check",
              "num_image_rows", "num_steps", "data_dir", "mesh")
@@ -67,10 +69,7 @@ def model_configs(cfg: ConfigDict) -> tuple[mmdit.Config, qwen3_vl.Config, vae.C
     ValueError: sizes that do not fit each other.
   """
   model = from_section(mmdit.Config, cfg.model, "model")
-  encoder = dict(plain(cfg.encoder))
-  if encoder.get("vision") is not None:
-    encoder["vision"] = from_section(VisionConfig, encoder["vision"], "encoder.vision")
-  encoder = from_section(qwen3_vl.Config, encoder, "encoder")
+  encoder = encoder_config(cfg.encoder)
   autoencoder = from_section(vae.Config, cfg.vae, "vae")
   if model.context_width != encoder.width:
     raise ValueError(f"config.model.context_width is {model.context_width}, but config.encoder.width is {encoder.width}: make them equal.")
@@ -78,6 +77,14 @@ def model_configs(cfg: ConfigDict) -> tuple[mmdit.Config, qwen3_vl.Config, vae.C
     raise ValueError(f"config.model.latent_channels is {model.latent_channels}, but config.vae.latent_channels is "
                      f"{autoencoder.latent_channels}: make them equal.")
   return model, encoder, autoencoder
+
+
+def encoder_config(section: ConfigDict) -> qwen3_vl.Config:
+  """The condition encoder's config; `vision` is a section of its own, None for a text-only encoder, or absent for the published one."""
+  values = dict(plain(section))
+  if values.get("vision") is not None:
+    values["vision"] = from_section(VisionConfig, values["vision"], "encoder.vision")
+  return from_section(qwen3_vl.Config, values, "encoder")
 
 
 def make_algorithm(section: ConfigDict, schedule: flow.Schedule) -> Algorithm:
@@ -106,10 +113,10 @@ class Run:
     if len(self.stages) != len(cfg.stages):
       raise ValueError("config.stages: two stages have the same name; give each its own.")
     self._ensure_data()
-    self.tokenizer = PromptTokenizer.load(pathlib.Path(cfg.data_dir) / cfg.stages[0].mixture[0]["name"])
+    self.tokenizer = PromptTokenizer.load(self._tokenizer_path())
     model, encoder, autoencoder = model_configs(cfg)
     if self.tokenizer.vocab_size > encoder.vocab_size:
-      raise ValueError(f"The tokenizer in {cfg.data_dir} has {self.tokenizer.vocab_size} tokens, but config.encoder.vocab_size is "
+      raise ValueError(f"The tokenizer in {self._tokenizer_path()} has {self.tokenizer.vocab_size} tokens, but config.encoder.vocab_size is "
                        f"{encoder.vocab_size}: raise it.")
     encoder = dataclasses.replace(encoder, image_token_id=self.tokenizer.image_token_id)
     self.nets = conditioning.Networks(model, encoder, autoencoder, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
@@ -122,6 +129,11 @@ class Run:
       elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
         raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
 
+  def _tokenizer_path(self) -> pathlib.Path:
+    if self.cfg.tokenizer.startswith(DIFFUSERS):
+      return open_folder(self.cfg.tokenizer.removeprefix(DIFFUSERS)).tokenizer
+    return pathlib.Path(self.cfg.tokenizer or pathlib.Path(self.cfg.data_dir) / self.cfg.stages[0].mixture[0]["name"])
+
   # Data.
 
   def loader(self, stage: ConfigDict) -> Loader:
@@ -129,11 +141,15 @@ class Run:
     datasets = [DatasetSpec(data_dir=self.cfg.data_dir, **plain(part)) for part in stage.mixture]
     return self._loader(stage, datasets, stage.caption_dropout)
 
-  def evaluation_batches(self, stage: ConfigDict) -> list[dict]:
-    """The held-out batches of a stage as global arrays."""
-    section = stage.evaluation
-    loader = self._loader(stage, [DatasetSpec(data_dir=self.cfg.data_dir, name=section.name, split=section.split)], 0.0)
-    return [self.put(batch) for _, batch in loader.evaluation_batches(section.num_samples)]
+  def evaluation_batches(self, stage: ConfigDict) -> dict[str, list[dict]]:
+    """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture."""
+    batches = {}
+    for task in dict.fromkeys(part["task"] for part in stage.mixture):
+      parts = {part["name"]: DatasetSpec(self.cfg.data_dir, part["name"], stage.evaluation.split, task=task, languages=tuple(part["languages"]))
+               for part in stage.mixture if part["task"] == task}
+      loader = self._loader(stage, list(parts.values()), 0.0)
+      batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
+    return batches
 
   def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float) -> Loader:
     resolutions = [from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions]
@@ -181,17 +197,19 @@ class Run:
     return jax.jit(lambda key: P.init(self.specs[role], key), out_shardings=shardings)(self.key(role))
 
   def trained_weights(self, source: str, role: str, copy: str = "") -> dict:
-    """A role's weights from the newest checkpoint of `source`, a stage of this run or the folder of a stage elsewhere, or from a folder of
-    weights alone, such as another run's frozen/<role>.
+    """A role's weights from the newest checkpoint of `source`, a stage of this run or the folder of a stage elsewhere; from a folder of
+    weights alone, such as another run's frozen/<role>; or from "diffusers:DIR", a folder in the published layout.
 
     Args:
-      source: name or folder.
+      source: name, folder, or "diffusers:DIR".
       role: which weights.
       copy: name of a slow copy to read in place of the weights themselves.
 
     Raises:
       ValueError: `source` is neither a stage nor a folder, or holds no such weights.
     """
+    if source.startswith(DIFFUSERS):
+      return self._published_weights(source.removeprefix(DIFFUSERS), role)
     folder = self.workdir / source if source in self.stages else pathlib.Path(source)
     if (folder / "_METADATA").is_file() and not copy:
       return restore_weights(folder, self.abstract(role))
@@ -203,13 +221,30 @@ class Run:
     checkpoints.close()
     return weights
 
+  def _published_weights(self, folder: str, role: str) -> dict:
+    published = open_folder(folder)
+    configs = {"model": self.nets.model, "encoder": self.nets.encoder, "vae": self.nets.vae}
+    check_configs(published, *(config if name == role else None for name, config in configs.items()))
+    return load_weights(published, role, self.specs[role], sharding.param_shardings(self.specs[role], self.mesh, self.rules))
+
   def frozen_weights(self, stage: ConfigDict) -> dict[str, dict]:
-    """The weights of the stage's frozen roles. Those drawn from the seed are saved with the run, and read from there ever after."""
+    """The weights of the stage's frozen roles.
+
+    A role without a source of its own comes from the published folder that the stage, or the stages before it, started from. Without such a
+    folder its weights are drawn from the seed, saved with the run, and read from there ever after.
+    """
     weights = {}
     for role in self.algorithm(stage).frozen:
-      source, _, copy = stage.frozen[role].partition(":")
+      source, copy = split_source(stage.frozen[role] or self._published_root(stage))
       weights[role] = self.trained_weights(source, role, copy) if source else self._saved_random_weights(role)
     return weights
+
+  def _published_root(self, stage: ConfigDict) -> str:
+    """The "diffusers:DIR" at which the chain of `start_from` ends, or ""."""
+    source = stage.start_from
+    while source in self.stages:
+      source = self.stages[source].start_from
+    return source if source.startswith(DIFFUSERS) else ""
 
   def _saved_random_weights(self, role: str) -> dict:
     folder = self.workdir / "frozen" / role
@@ -218,12 +253,23 @@ class Run:
     return restore_weights(folder, self.abstract(role))
 
   def start_weights(self, stage: ConfigDict) -> tuple[dict[str, dict], dict[str, dict]]:
-    """(weights of each trained role, slow copies) that a stage starts from: those of `start_from`, or random ones."""
+    """(weights of each trained role, slow copies) that a stage starts from: those of `start_from`, or random ones. Slow copies
+    that the source does not hold start as copies of the weights."""
     algorithm = self.algorithm(stage)
     if not stage.start_from:
       return {role: self.random_weights(role) for role in algorithm.losses}, {}
     params = {role: self.trained_weights(stage.start_from, role) for role in algorithm.losses}
+    if stage.start_from.startswith(DIFFUSERS):
+      return params, {}
     return params, {name: self.trained_weights(stage.start_from, role, name) for name, (role, _) in algorithm.track.items()}
+
+
+def split_source(text: str) -> tuple[str, str]:
+  """(where weights come from, name of the slow copy) of "SOURCE", "SOURCE:ema" or "diffusers:DIR"."""
+  if text.startswith(DIFFUSERS):
+    return text, ""
+  source, _, copy = text.partition(":")
+  return source, copy
 
 
 def fold_name(seed: int, name: str) -> int:
@@ -266,8 +312,8 @@ def differences(old: Any, new: Any, path: str = "config") -> Iterator[str]:
     yield f"{path} was {old!r} and is {new!r}"
 
 
-def load_run(workdir: str | pathlib.Path) -> Run:
-  """The run that was trained in a folder.
+def load_run(workdir: str | pathlib.Path, dtype: str | None = None) -> Run:
+  """The run that was trained in a folder, with another compute type where `dtype` names one.
 
   Raises:
     ValueError: the folder holds no run.
@@ -275,8 +321,10 @@ def load_run(workdir: str | pathlib.Path) -> Run:
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
     raise ValueError(f"There is no run in {workdir}: {path} is missing. Give the --workdir of launch.train.")
-  config = json.loads(path.read_text(encoding="utf-8"))["config"]
-  return Run(_to_config(config), workdir)
+  config = _to_config(json.loads(path.read_text(encoding="utf-8"))["config"])
+  for section in (config.model, config.encoder, config.vae) if dtype else ():
+    section.dtype = dtype
+  return Run(config, workdir)
 
 
 def _to_config(value: Any) -> Any:

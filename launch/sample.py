@@ -1,56 +1,97 @@
-"""Draws pictures for prompts with a trained run.
+"""Draws pictures for prompts, and edits pictures, with a trained run or a published folder.
 
   python -m launch.sample --workdir=runs/quickstart --prompt="a large green K on yellow paper, centered" --out=grid.png
+  python -m launch.sample --workdir=runs/quickstart --image=k.png --prompt="make it red" --out=edited.png
+  python -m launch.sample --pretrained=DIR --prompt="a poster" --output_resolution=1024 --dtype=bfloat16 --out=poster.png
 """
 
+import dataclasses
+import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from absl import flags
 
+from data_pipelines.buckets import bucket_size
+from data_pipelines.loader import SLOT_PX, source_grids
 from launch import cli
+from launch.generator import Generator, Size, Source, load_condition_image
 from launch.pictures import grid, save_png
+from launch.pretrained import Pretrained
 from launch.run import Run, load_run
-from qimg2 import sampler
 
-class Generator:
-  """Turns prompts into pictures of one size; compiled at the first call, for a fixed number of rows."""
+MAX_BATCH = 16
+TOKEN_STEP = 16  # prompt lengths are rounded up to multiples of it, so that few programs are compiled
 
-  def __init__(self, run: Run, height: int, width: int, num_steps: int, guidance: float = 1.0, batch_size: int = 16):
-    """Raises: ValueError for a size that is no multiple of the VAE's factor."""
-    factor = run.nets.vae.spatial_factor
-    if height % factor or width % factor or min(height, width) < factor:
-      raise ValueError(f"A picture of {height} x {width} px cannot be drawn: height and width must be positive multiples of {factor}.")
-    self._run, self._size = run, (height, width)
-    rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    self._batch_size = -(-batch_size // rows) * rows
-    shape = (height // factor, width // factor, run.nets.vae.latent_channels)
-    sigmas = run.schedule.sigmas(num_steps, shape[0] * shape[1])
 
-    def generate(weights, batch, empty, seed):
-      cond = run.nets.condition(weights, batch)
-      uncond = run.nets.condition(weights, empty) if guidance != 1.0 else None
-      noise = sampler.sample_noise(jax.random.key(seed), batch["sample_id"], shape)
-      latents = sampler.sample(run.nets.velocity, weights["model"], noise, cond, sigmas, uncond, guidance)
-      return run.nets.decode(weights["vae"], latents)
-    self._generate = jax.jit(generate)
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to draw: the flags of this launcher, see `--help`. Zero or None takes the default of the run or folder."""
+  prompts: tuple[str, ...]
+  images: tuple[str, ...] = ()
+  negative_prompt: str = ""
+  num_images_per_prompt: int = 1
+  seed: int = 0
+  num_steps: int = 0
+  guidance: float | None = None
+  sigmas: tuple[float, ...] = ()
+  height: int = 0
+  width: int = 0
+  output_resolution: int = 0
+  noise: str = ""
+  cache: bool = True
 
-  def __call__(self, weights: dict, prompts: Sequence[str], seed: int = 0) -> np.ndarray:
-    """[n, H, W, C] uint8, one picture per prompt; picture i depends on seed, i and its prompt, never on the other prompts."""
-    pieces = [self._piece(weights, prompts, start, seed) for start in range(0, len(prompts), self._batch_size)]
-    return np.concatenate(pieces)[:len(prompts)]
 
-  def _piece(self, weights: dict, prompts: Sequence[str], start: int, seed: int) -> np.ndarray:
-    rows = np.arange(start, start + self._batch_size)
-    texts = [prompts[min(row, len(prompts) - 1)] for row in rows]
-    pixels = self._generate(weights, self._batch(texts, rows), self._batch([""] * len(rows), rows), seed)
-    return np.asarray(jax.device_get(pixels))
+def sample(source: Source, weights: dict, request: Request, defaults: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
+  """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8, captions), `num_images_per_prompt` for each prompt in turn.
 
-  def _batch(self, prompts: Sequence[str], rows: np.ndarray) -> dict:
-    tokens, token_count = self._run.tokenizer.encode_batch(prompts, self._run.cfg.num_tokens)
-    target = np.zeros((len(prompts), *self._size, 3), np.uint8)  # only its shape is read
-    return self._run.put({"target": target, "sources": (), "tokens": tokens, "token_count": token_count, "sample_id": rows})
+  Args:
+    source: networks and tokenizer.
+    weights: of all roles.
+    request: what to draw.
+    defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open.
+
+  Raises:
+    ValueError: an image, a noise file or a size that does not fit.
+  """
+  resolution = request.output_resolution or defaults["output_resolution"]
+  images = [load_condition_image(path, resolution, source.nets.vae.image_channels) for path in request.images]
+  sizes = tuple(image.shape[:2] for image in images)
+  height, width = _picture_size(request, images, resolution, defaults)
+  prompts = [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)]
+  longest = max(len(source.tokenizer.encode(text, source_grids(sizes))) for text in (*request.prompts, request.negative_prompt))
+  base_times = request.sigmas or defaults["sigmas"]
+  num_steps = len(base_times) if base_times else request.num_steps or defaults["num_steps"]
+  guidance = defaults["guidance"] if request.guidance is None else request.guidance
+  size = Size(height, width, -(-longest // TOKEN_STEP) * TOKEN_STEP, sizes, min(MAX_BATCH, len(prompts)))
+  generator = Generator(source, size, num_steps, guidance, base_times or None, request.cache)
+  latents, pictures = generator.draw(weights, prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
+                                     request.negative_prompt, _load_noise(request.noise, len(prompts)))
+  return latents, pictures, prompts
+
+
+def _picture_size(request: Request, images: Sequence[np.ndarray], resolution: int, defaults: dict) -> tuple[int, int]:
+  """(height, width) as asked; else of the last condition image's aspect ratio, or the default."""
+  if images:
+    height, width = bucket_size(resolution, images[-1].shape[1] / images[-1].shape[0], SLOT_PX)
+  elif request.output_resolution:
+    height = width = resolution
+  else:
+    height, width = defaults["height"], defaults["width"]
+  return request.height or height, request.width or width
+
+
+def _load_noise(path: str, num: int) -> np.ndarray | None:
+  """[num, h, w, C] float32 from a file of that shape, or of [h, w, C], which then serves for every picture."""
+  if not path:
+    return None
+  try:
+    noise = np.load(path, allow_pickle=False)
+  except (OSError, ValueError) as error:
+    raise ValueError(f"The noise file {path} cannot be read ({error}): write it with numpy.save as h w C float32.") from error
+  if noise.dtype != np.float32 or noise.ndim not in (3, 4):
+    raise ValueError(f"The noise file {path} holds {noise.dtype} of shape {noise.shape}: it must be float32, h w C or n h w C in latents.")
+  return noise if noise.ndim == 4 else np.stack([noise] * num)
 
 
 def sampling_weights(run: Run, stage_name: str = "", copy: str = "ema") -> tuple[str, dict]:
@@ -69,30 +110,92 @@ def sampling_weights(run: Run, stage_name: str = "", copy: str = "ema") -> tuple
   return name, {**run.frozen_weights(stage), "model": run.trained_weights(name, "model", copy)}
 
 
+def run_defaults(run: Run, stage_name: str) -> dict:
+  """What a run's config says of sampling, with the size of the stage's first bucket and its last resolution."""
+  stage = run.stages[stage_name]
+  bucket = run.loader(stage).buckets[0]
+  return {"height": bucket.height, "width": bucket.width, "output_resolution": stage.resolutions[-1].base_px,
+          "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": ()}
+
+
+def pretrained_defaults(pretrained: Pretrained, resolution: int = 1024) -> dict:
+  """The published pipeline's defaults: 1024 px, 40 steps or the folder's own times, no guidance."""
+  return {"height": resolution, "width": resolution, "output_resolution": resolution, "num_steps": 40, "guidance": 1.0,
+          "sigmas": tuple(pretrained.sample_sigmas or ())}
+
+
 def define_flags() -> None:
   """The flags of this launcher."""
-  flags.DEFINE_string("workdir", None, "Folder of the run, as given to launch.train.", required=True)
+  flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
+  flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
   flags.DEFINE_string("copy", "ema", "Slow copy of the weights to use where the stage keeps one; empty for the weights themselves.")
   flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for more.", required=True)
-  flags.DEFINE_string("out", "grid.png", "PNG file to write: one sheet of all pictures.")
+  flags.DEFINE_multi_string("image", [], "A condition image (PNG, JPEG, WebP) that every prompt sees; repeat the flag for more, in prompt order.")
+  flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+  flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures for each prompt.", lower_bound=1)
+  flags.DEFINE_string("out", "grid.png", "PNG file to write: the picture, or one sheet of all pictures.")
+  flags.DEFINE_string("pictures", "", "Folder for each picture as a PNG of its own.")
+  flags.DEFINE_string("save_latents", "", "File for the final latents, .npy: h w C float32, n h w C for several pictures.")
   flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-  flags.DEFINE_integer("num_steps", 40, "Sampling steps.", lower_bound=1)
-  flags.DEFINE_float("guidance", 1.0, "Scale of classifier-free guidance; 1 runs no second pass.", lower_bound=0)
-  flags.DEFINE_integer("height", 0, "Height in px; 0 takes the stage's first bucket.", lower_bound=0)
-  flags.DEFINE_integer("width", 0, "Width in px; 0 takes the stage's first bucket.", lower_bound=0)
+  flags.DEFINE_string("noise", "", "File of the initial noise, .npy: h w C float32 in latents, or n h w C, one for each picture.")
+  flags.DEFINE_integer("num_steps", 0, "Sampling steps; 0 takes the run's, or 40.", lower_bound=0)
+  flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 runs no second pass. Default: the run's, or 1.", lower_bound=0)
+  flags.DEFINE_list("sigmas", [], "Sampling times before the shift, from 1 down, comma-separated, without the last 0; their number is that of steps.")
+  flags.DEFINE_integer("height", 0, "Height in px; 0 takes the default.", lower_bound=0)
+  flags.DEFINE_integer("width", 0, "Width in px; 0 takes the default.", lower_bound=0)
+  flags.DEFINE_integer("output_resolution", 0, "Side of the square whose area pictures and condition images take; 0: the default.",
+                       lower_bound=0)
+  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type of the networks; default: the run's, or float32.")
+  flags.DEFINE_bool("cache", True, "Compute keys and values of the prefix once.")
+
+
+def request_from_flags(args: flags.FlagValues) -> Request:
+  """The request that the flags state.
+
+  Raises:
+    ValueError: a sampling time that is no number.
+  """
+  try:
+    sigmas = tuple(float(text) for text in args.sigmas)
+  except ValueError as error:
+    raise ValueError(f"--sigmas={','.join(args.sigmas)} is not understood ({error}): give numbers such as 1.0,0.9,0.6.") from error
+  if any(not 0 < sigma <= 1 for sigma in sigmas) or list(sigmas) != sorted(sigmas, reverse=True):
+    raise ValueError(f"--sigmas={','.join(args.sigmas)} must fall from at most 1 and stay above 0.")
+  return Request(tuple(args.prompt), tuple(args.image), args.negative_prompt, args.num_images_per_prompt, args.seed, args.num_steps, args.guidance,
+                 sigmas, args.height, args.width, args.output_resolution, args.noise, args.cache)
 
 
 def main(_) -> None:
   """Samples as the flags say."""
   args = flags.FLAGS
-  run = load_run(args.workdir)
-  name, weights = sampling_weights(run, args.stage, args.copy)
-  bucket = run.loader(run.stages[name]).buckets[0]
-  generator = Generator(run, args.height or bucket.height, args.width or bucket.width, args.num_steps, args.guidance, min(16, len(args.prompt)))
-  images = generator(weights, args.prompt, args.seed)
-  save_png(grid(list(images), min(4, len(images)), args.prompt, scale=2), args.out)
-  print(f"{len(images)} pictures of stage {name} are in {args.out}")
+  if bool(args.workdir) == bool(args.pretrained):
+    raise ValueError("Give either --workdir, the folder of a run, or --pretrained, a published folder.")
+  request = request_from_flags(args)
+  if args.pretrained:
+    source, where = Pretrained(args.pretrained, args.dtype or "float32"), args.pretrained
+    weights, defaults = source.load(), pretrained_defaults(source)
+  else:
+    source = load_run(args.workdir, args.dtype)
+    name, weights = sampling_weights(source, args.stage, args.copy)
+    where, defaults = f"stage {name}", run_defaults(source, name)
+  latents, pictures, captions = sample(source, weights, request, defaults)
+  write(args, latents, pictures, captions)
+  print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} of {where} {'are' if len(pictures) > 1 else 'is'} in {args.out}")
+
+
+def write(args: flags.FlagValues, latents: np.ndarray, pictures: np.ndarray, captions: Sequence[str]) -> None:
+  """Writes what the flags ask for."""
+  scale = max(1, 96 // pictures.shape[1])
+  save_png(pictures[0] if len(pictures) == 1 else grid(list(pictures), min(4, len(pictures)), captions, scale), args.out)
+  if args.pictures:
+    for number, picture in enumerate(pictures):
+      save_png(picture, pathlib.Path(args.pictures) / f"{number:04d}.png")
+  if args.save_latents:
+    path = pathlib.Path(args.save_latents)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+      np.save(file, latents[0] if len(latents) == 1 else latents)
 
 
 if __name__ == "__main__":

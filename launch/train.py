@@ -6,19 +6,21 @@
 import pathlib
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import cli, report
 from launch.check import check, describe
+from launch.generator import Generator, Size
 from launch.pictures import grid, save_png
 from launch.run import Run, plain, save_config
-from launch.sample import Generator
 from qimg2.evaluate import Evaluator
 from qimg2.metrics import MetricsWriter
 from qimg2.state import make_optimizers
 from qimg2.trainer import Stage, train_stage
+
+PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
+
 
 def train(cfg: ConfigDict, workdir: str | pathlib.Path, allow_config_change: bool = False) -> Run:
   """Trains every stage that is not finished, writes the report, runs the config's check, and returns the run."""
@@ -41,52 +43,57 @@ def train_one(run: Run, section: ConfigDict) -> None:
   settings = run.optimizer_config(section)
   frozen = run.frozen_weights(section)
   batches = run.evaluation_batches(section)
-  hooks = [(section.eval_every_steps, evaluation_hook(run, section, batches)),
-           (section.sample_every_steps, picture_hook(run, section, batches))]
+  hooks = [(section.eval_every_steps, evaluation_hook(run, section, batches))]
+  hooks += [(section.sample_every_steps, picture_hook(run, section, task, some)) for task, some in batches.items()]
   stage = Stage(
       section.name, algorithm, make_optimizers(algorithm, run.specs, settings, section.num_steps), run.specs, section.num_steps,
       run.batch_shapes(loader), tuple(hooks), settings.accumulate, section.log_every_steps, section.save_every_steps, section.keep,
       plain(section))
   report.save_counts(run, section, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(section.name), lambda: run.start_weights(section), frozen,
-              lambda: batches)
+              lambda: next(iter(batches.values())))
 
 
-def evaluation_hook(run: Run, section: ConfigDict, batches: list[dict]):
-  """A hook that logs the validation metrics of the weights and of each slow copy."""
+def evaluation_hook(run: Run, section: ConfigDict, batches: dict[str, list[dict]]):
+  """A hook that logs the validation metrics of the weights and of each slow copy; those of editing have the prefix "ti2i/"."""
   algorithm = run.algorithm(section)
-  evaluator = Evaluator(algorithm, run.nets, batches)
+  evaluators = {PREFIXES[task]: Evaluator(algorithm, run.nets, some) for task, some in batches.items()}
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
     del step, writer
-    scalars = evaluator(weights)
-    for name, (role, _) in algorithm.track.items():
-      scalars |= {f"{name}/{key}": value for key, value in evaluator({**weights, role: weights[name]}).items()}
+    scalars = {}
+    for prefix, evaluator in evaluators.items():
+      scalars |= {f"{prefix}{key}": value for key, value in evaluator(weights).items()}
+      for name, (role, _) in algorithm.track.items():
+        scalars |= {f"{prefix}{name}/{key}": value for key, value in evaluator({**weights, role: weights[name]}).items()}
     return scalars
   return hook
 
 
-def picture_hook(run: Run, section: ConfigDict, batches: list[dict]):
-  """A hook that draws held-out samples beside what they should be: reconstructions, or pictures for the prompts."""
-  algorithm = run.algorithm(section)
-  num = min(run.cfg.sampling.num_images, batches[0]["target"].shape[0])
-  targets = np.asarray(jax.device_get(batches[0]["target"]))[:num]
-  if "vae" in algorithm.losses:
+def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
+  """A hook that draws held-out samples beside what they should be: reconstructions, pictures for the prompts, or edits after their sources."""
+  first = jax.device_get(batches[0])
+  num = min(run.cfg.sampling.num_images, first["target"].shape[0])
+  targets, sources = first["target"][:num], [source[:num] for source in first["sources"]]
+  if "vae" in run.algorithm(section).losses:
     rebuild = jax.jit(lambda weights, pixels: run.nets.decode(weights, run.nets.encode(weights, pixels)))
-    draw = lambda weights: np.asarray(jax.device_get(rebuild(weights["vae"], batches[0]["target"])))[:num]
+    draw = lambda weights: jax.device_get(rebuild(weights["vae"], batches[0]["target"]))[:num]
     captions = ()
   else:
-    prompts = [run.tokenizer.decode_prompt(tokens) for tokens in np.asarray(jax.device_get(batches[0]["tokens"]))[:num]]
-    generator = Generator(run, *targets.shape[1:3], run.cfg.sampling.num_steps, run.cfg.sampling.guidance, num)
-    draw = lambda weights: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts)
-    captions = [caption for prompt in prompts for caption in (prompt, "(as rendered)")]
+    prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
+    size = Size(*targets.shape[1:3], first["tokens"].shape[1], tuple(source.shape[1:3] for source in sources), num)
+    generator = Generator(run, size, run.cfg.sampling.num_steps, run.cfg.sampling.guidance)
+    draw = lambda weights: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts, images=sources)
+    captions = [caption for prompt in prompts for caption in ("(source)",) * len(sources) + (prompt, "(as rendered)")]
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
-    pairs = [image for drawn, target in zip(draw(weights), targets) for image in (drawn[..., :3], target)]
-    sheet = grid(pairs, 8, captions, scale=max(1, 96 // pairs[0].shape[0]))
+    rows = [image for row in zip(*sources, draw(weights), targets) for image in row]
+    per_row = len(sources) + 2
+    sheet = grid(rows, 8 // per_row * per_row, captions, scale=max(1, 96 // targets.shape[1]))
     if jax.process_index() == 0:
-      save_png(sheet, run.workdir / section.name / "samples" / f"{step:08d}.png")
-      writer.write_image(step, "samples", sheet)
+      name = f"{step:08d}.png" if task == "t2i" else f"{step:08d}_{task}.png"
+      save_png(sheet, run.workdir / section.name / "samples" / name)
+      writer.write_image(step, f"{PREFIXES[task]}samples", sheet)
     return {}
   return hook
 

@@ -6,14 +6,17 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import pretrain, quickstart
 from launch import describe, report
+from launch.generator import Generator, Size
 from launch.run import load_run, plain
-from launch.sample import Generator, sampling_weights
+from launch.sample import sampling_weights
+from qimg2 import params as P
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -70,13 +73,31 @@ def test_help(module):
 def test_a_picture_depends_on_its_own_prompt_alone(smoke_run):
   _, weights = sampling_weights(smoke_run)
   prompts = ["red star on white", "a large black K on yellow paper, centered", "blue heart on pink"]
-  generator = Generator(smoke_run, 64, 96, num_steps=2, guidance=2.0, batch_size=8)
+  generator = Generator(smoke_run, Size(64, 96, 31, batch_size=8), num_steps=2, guidance=2.0)
   together = generator(weights, prompts, seed=3)
-  assert together.shape == (3, 64, 96, 3) and together.dtype == np.uint8
+  assert together.shape == (3, 64, 96, 4) and together.dtype == np.uint8
   other = generator(weights, [prompts[0], prompts[1], "green A"], seed=3)
   assert np.abs(together[:2].astype(int) - other[:2]).max() <= 1
   with pytest.raises(ValueError, match="picture of 64 x 40 px cannot be drawn"):
-    Generator(smoke_run, 64, 40, 2)
+    Generator(smoke_run, Size(64, 40, 31))
+  with pytest.raises(ValueError, match=r"noise has shape \(1, 4, 4, 8\), but 3 picture\(s\) of 64 x 96 px need \(3, 4, 6, 8\)"):
+    generator(weights, prompts, noise=np.zeros((1, 4, 4, 8), np.float32))
+
+
+def test_an_edit_sees_its_own_image(smoke_run):
+  _, weights = sampling_weights(smoke_run)
+  # A fresh modulation of zero hides everything: use weights at which blocks act.
+  shake = lambda path, p: 0.2 * jax.random.normal(jax.random.fold_in(jax.random.key(1), len(path)), p.shape) + ("norm_" in path)
+  weights = {**weights, "model": jax.device_put(P.map_with_path(shake, smoke_run.specs["model"]),
+                                                jax.tree.map(lambda x: x.sharding, weights["model"]))}
+  prompts, size = ["make it red", "make it red"], Size(64, 64, 41, ((64, 32),), 8)
+  assert size.num_tokens >= 31 + smoke_run.tokenizer.num_image_tokens([(2, 1)])
+  generator, rng = Generator(smoke_run, size, num_steps=2), np.random.default_rng(0)
+  images, noise = rng.integers(0, 256, (2, 64, 32, 3), np.uint8), np.stack([rng.standard_normal((4, 4, 8)).astype(np.float32)] * 2)
+  latents, _ = generator.draw(weights, prompts, images=[images], noise=noise)
+  assert np.abs(latents[0] - latents[1]).max() > 1e-2
+  swapped, _ = generator.draw(weights, prompts, images=[images[::-1]], noise=noise)
+  np.testing.assert_allclose(swapped, latents[::-1], atol=1e-4)
 
 
 def test_sampling_by_command(smoke_run, tmp_path):
@@ -101,5 +122,5 @@ def test_report_holds_everything_itself(smoke_run):
   for stage in smoke_run.cfg.stages:
     assert stage.name in text
   assert text.count("data:image/png;base64,") >= 8 and "src='http" not in text and 'src="http' not in text
-  for word in ("Data", "Config", "samples/s", "time bin"):
+  for word in ("Data", "Config", "samples/s", "time bin", "Edits, each between its source"):
     assert word.lower() in text.lower(), word

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import reference
+from configs import sizes
+from launch.run import encoder_config
 from qimg2 import params as P
 from qimg2 import pretrained, sharding
 from qimg2.models import qwen3_vl
@@ -17,14 +19,7 @@ from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.names import qwen3_vl as names
 
 TOLERANCE = 2e-5
-SMALL_VISION = dict(width=1024, num_layers=24, mlp_width=4096, deepstack_layers=(5, 11, 17))
-SIZES = {
-    "2B": qwen3_vl.Config(width=2048, num_layers=28, num_heads=16, mlp_width=6144, tie_embeddings=True,
-                          vision=VisionConfig(out_width=2048, **SMALL_VISION)),
-    "4B": qwen3_vl.Config(width=2560, mlp_width=9728, tie_embeddings=True, vision=VisionConfig(out_width=2560, **SMALL_VISION)),
-    "8B": qwen3_vl.Config(),
-    "32B": qwen3_vl.Config(width=5120, num_layers=64, num_heads=64, mlp_width=25_600, vision=VisionConfig(out_width=5120)),
-}
+SIZES = {size: dataclasses.replace(encoder_config(sizes.qwen3_vl(size)), dtype="float32") for size in ("2B", "4B", "8B", "32B")}
 PUBLISHED_COUNT = {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696, "32B": 33_357_390_064}
 RANDOM = qwen3_vl.Config(vocab_size=300, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=192,
                          mrope_sections=(4, 2, 2), image_token_id=299, vision=None)
@@ -91,6 +86,7 @@ def test_names_map_strictly_both_ways(tied):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_count_of_published_size(size):
+  assert qwen3_vl.Config() == SIZES["8B"]
   cfg = SIZES[size]
   assert P.count(qwen3_vl.specs(cfg)) == PUBLISHED_COUNT[size]
   assert sum(p.numel() for p in on_meta_device(cfg).parameters()) == PUBLISHED_COUNT[size]

@@ -20,8 +20,8 @@ def prepared(tmp_path_factory):
 
 def test_facts(prepared):
   out, facts = prepared
-  assert facts["train"] == 75 and facts["validation"] == 3 and not facts["reused"]
-  assert facts["train_edits"] == 25 and facts["validation_edits"] == 1
+  assert facts["train"] == 75 and facts["validation"] == 4 and not facts["reused"]
+  assert facts["train_edits"] == 25 and facts["validation_edits"] == 2
   assert facts["path"] == os.path.join(out, "glyphs") and sorted(os.listdir(out)) == ["glyphs"]
   tokenizer = records.load_tokenizer(out, "glyphs")
   assert tokenizer.vocab_size == facts["vocab_size"] and tokenizer.num_system_tokens == facts["num_system_tokens"]

@@ -10,12 +10,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 OURS = {"qimg2", "configs", "launch", "data_pipelines", "tests"}
 ALLOWED = {
     "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "tokenizers", "matplotlib", "fontTools", "tqdm", "etils"},
-    "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX"},
+    "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors"},
     "configs": {"configs", "ml_collections"},
 }
 # A module of qimg2 may import those in earlier rows.
-ORDER = [["params"], ["sharding", "layers", "pretrained"], ["models"], ["names", "conditioning"], ["flow"], ["sampler"], ["algorithms"], ["optim"],
-         ["state"], ["checkpoint", "metrics"], ["evaluate"], ["trainer"]]
+ORDER = [["params"], ["sharding", "layers", "pretrained"], ["models"], ["names", "conditioning"], ["flow"], ["pipeline_folder"], ["export"],
+         ["sampler"], ["algorithms"], ["optim"], ["state"], ["checkpoint", "metrics"], ["evaluate"], ["trainer"]]
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
 

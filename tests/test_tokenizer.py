@@ -44,6 +44,15 @@ def test_ids_equal_those_of_the_raw_string(tokenizer, tmp_path, prompt, num_imag
   assert tokenizer.encode(prompt, [(1, 1)] * num_images) == plain.encode(format_prompt(prompt, num_images)).ids
 
 
+@pytest.mark.parametrize("prompt", [text for text in PROMPTS if text] + ["<|vision_end|> in words <|im_end|>"])
+@pytest.mark.parametrize("grids", [(), ((1, 1),), ((1, 2), (2, 1))])
+def test_a_prompt_comes_back_without_its_images(tokenizer, prompt, grids):
+  tokens, _ = tokenizer.encode_batch([prompt], 200, grids)
+  assert tokenizer.decode_prompt(tokens[0]) == prompt
+  assert len(tokenizer.encode(prompt, grids)) >= len(tokenizer.encode(prompt)) + 3 * len(grids)
+  assert tokenizer.num_image_tokens(grids) == len(tokenizer.encode("", grids)) - len(tokenizer.encode(""))
+
+
 def test_system_turn_is_a_prefix_of_known_length(tokenizer):
   prefix = tokenizer.encode("x")[:tokenizer.num_system_tokens]
   assert tokenizer.decode(prefix) == SYSTEM

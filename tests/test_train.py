@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import emoji, pretrain, quickstart
+from launch.export import export
 from launch.run import Run
 from launch.train import train
 from qimg2.metrics import read_rows
@@ -51,8 +52,10 @@ def test_smoke_writes_what_it_promises(smoke_run):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert any("val_loss" in row for row in rows)
+    edits = "ti2i" in {part.task for part in stage.mixture}
+    assert edits == any("ti2i/ema/val_loss" in row for row in rows) == (f"{stage.name}/samples/00000002_ti2i.png" in names)
   result = json.loads((smoke_run.workdir / "check.json").read_text())
-  assert result["num_prompts"] == 8 and {"glyph", "ink", "paper"} <= set(result)
+  assert result["num_prompts"] == 8 and {"glyph", "ink", "paper", "edit: all three"} <= set(result)
 
 
 def test_training_again_changes_nothing(smoke_run, smoke_config):
@@ -93,6 +96,39 @@ def test_a_changed_config_is_refused(smoke_run, smoke_config):
   cfg.model.num_layers = 3
   with pytest.raises(ValueError, match="started with another config: config.model.num_layers was 2 and is 3"):
     train(cfg, smoke_run.workdir)
+
+
+@pytest.fixture(scope="module")
+def published(smoke_run, tmp_path_factory):
+  """A folder in the published layout, of the networks of the smoke run."""
+  return export(smoke_run, tmp_path_factory.mktemp("published") / "pipeline", dtype="float32")
+
+
+def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, published, tmp_path):
+  cfg = copy.deepcopy(smoke_config)
+  cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[2:], "", f"diffusers:{published}"
+  cfg.stages[0].start_from = f"diffusers:{published}"
+  for stage in cfg.stages:
+    stage.frozen.vae = ""  # with the encoder, from where the chain of start_from begins
+  run = Run(cfg, tmp_path)
+  theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
+  for stage in cfg.stages:
+    jax.tree.map(np.testing.assert_array_equal, run.frozen_weights(stage), theirs)
+  started, slow = run.start_weights(cfg.stages[0])
+  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.trained_weights("sft", "model", "ema"))
+  assert not slow
+  cfg.model.mlp_ratio = 2
+  with pytest.raises(ValueError, match="config.model.mlp_ratio is 2, but the pipeline in .* has 3"):
+    Run(cfg, tmp_path).start_weights(cfg.stages[0])
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_published_folder(smoke_config, published, tmp_path):
+  cfg = copy.deepcopy(smoke_config)
+  cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[3:], "", f"diffusers:{published}"
+  cfg.stages[0].start_from, cfg.stages[0].frozen.vae = f"diffusers:{published}", ""
+  train(cfg, tmp_path)
+  assert [row["step"] for row in read_rows(tmp_path / "sft" / "metrics.jsonl") if "loss" in row] == [1, 2]
 
 
 @pytest.mark.parametrize("stage, message", [(0, "resolutions has no key 'multipel': did you mean 'multiple'"), (1, "Unknown algorithm 'flow'")])

@@ -1,5 +1,6 @@
 """Published names of Qwen3-VL (`Qwen3VLForConditionalGeneration`), and its published config."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from qimg2.models import qwen3_vl
@@ -16,6 +17,22 @@ LANGUAGE_NORMS = {
 }
 VISION = {"attn/qkv": ("attn.qkv", 1), "attn/out": ("attn.proj", 2), "mlp/in": ("mlp.linear_fc1", 1), "mlp/out": ("mlp.linear_fc2", 1)}
 MERGER = {"mlp/in": ("linear_fc1", 1), "mlp/out": ("linear_fc2", 1)}
+CLASS = "Qwen3VLForConditionalGeneration"
+TEXT_FIELDS = {
+    "vocab_size": "vocab_size", "width": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_width": "intermediate_size", "eps": "rms_norm_eps",
+}
+VISION_FIELDS = {
+    "width": "hidden_size", "num_layers": "depth", "num_heads": "num_heads", "mlp_width": "intermediate_size", "num_channels": "in_channels",
+    "patch_px": "patch_size", "num_frames": "temporal_patch_size", "merge": "spatial_merge_size", "num_positions": "num_position_embeddings",
+    "out_width": "out_hidden_size",
+}
+VISION_ACTIVATION = "gelu_pytorch_tanh"
+SPECIAL_TOKENS = {
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+MAX_POSITIONS = 262_144  # the published context; rotary positions have no table, so nothing depends on it
 
 
 def table(cfg: qwen3_vl.Config) -> dict[str, Entry]:
@@ -65,27 +82,63 @@ def config(published: dict[str, Any], **overrides: Any) -> qwen3_vl.Config:
     raise ValueError(f"The text encoder's config.json is of model_type {published.get('model_type')!r}: it must be 'qwen3_vl'.")
   try:
     fields = _language_fields(published["text_config"]) | {"vision": _vision_config(published["vision_config"])}
+    fields |= {"tie_embeddings": published.get("tie_word_embeddings", False), "image_token_id": published["image_token_id"]}
   except KeyError as error:
     raise ValueError(f"The text encoder's config.json lacks the field {error}.") from error
-  tied = published.get("tie_word_embeddings", False)
-  return qwen3_vl.Config(**{**fields, "tie_embeddings": tied, "image_token_id": published["image_token_id"], **overrides})
+  return qwen3_vl.Config(**{**fields, **overrides})
 
 
 def _language_fields(text: dict[str, Any]) -> dict[str, Any]:
   rope = text.get("rope_parameters") or text.get("rope_scaling") or {}  # transformers 5, transformers 4
   if text.get("attention_bias") or text.get("hidden_act", "silu") != "silu" or rope.get("rope_type", "default") != "default":
     raise ValueError("The text encoder's config.json asks for attention biases, an activation other than silu or scaled rope: unsupported.")
-  return {
-      "vocab_size": text["vocab_size"], "width": text["hidden_size"], "num_layers": text["num_hidden_layers"],
-      "num_heads": text["num_attention_heads"], "num_kv_heads": text["num_key_value_heads"], "head_dim": text["head_dim"],
-      "mlp_width": text["intermediate_size"], "eps": text["rms_norm_eps"],
-      "rope_theta": rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"], "mrope_sections": tuple(rope["mrope_section"]),
-  }
+  theta = rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"]
+  return {ours: text[name] for ours, name in TEXT_FIELDS.items()} | {"rope_theta": theta, "mrope_sections": tuple(rope["mrope_section"])}
 
 
 def _vision_config(vision: dict[str, Any]) -> VisionConfig:
-  return VisionConfig(
-      width=vision["hidden_size"], num_layers=vision["depth"], num_heads=vision["num_heads"], mlp_width=vision["intermediate_size"],
-      num_channels=vision["in_channels"], patch_px=vision["patch_size"], num_frames=vision["temporal_patch_size"],
-      merge=vision["spatial_merge_size"], num_positions=vision["num_position_embeddings"], out_width=vision["out_hidden_size"],
-      deepstack_layers=tuple(vision["deepstack_visual_indexes"]))
+  if vision.get("hidden_act", VISION_ACTIVATION) != VISION_ACTIVATION:
+    raise ValueError(f"The text encoder's config.json asks for the vision activation {vision['hidden_act']!r}: only {VISION_ACTIVATION!r} is "
+                     "supported.")
+  theta = (vision.get("rope_parameters") or {}).get("rope_theta", VisionConfig.rope_theta)
+  return VisionConfig(**{ours: vision[name] for ours, name in VISION_FIELDS.items()}, rope_theta=theta,
+                      deepstack_layers=tuple(vision["deepstack_visual_indexes"]))
+
+
+def published_config(cfg: qwen3_vl.Config, token_ids: Mapping[str, int]) -> dict[str, Any]:
+  """The published `config.json` of `cfg`, as a dict in the form of transformers 5; the inverse of `config`.
+
+  Args:
+    cfg: the encoder.
+    token_ids: ids of the special tokens by their text, at least those of SPECIAL_TOKENS.
+
+  Raises:
+    ValueError: `cfg` has no vision part, or an epsilon or image token that the published class or the tokenizer does not have.
+  """
+  if cfg.vision is None:
+    raise ValueError("encoder.vision is None, but the published text encoder always has a vision part: this encoder cannot be exported.")
+  if cfg.vision.eps != VisionConfig.eps:
+    raise ValueError(f"encoder.vision.eps is {cfg.vision.eps}, but the published class knows only {VisionConfig.eps}: this encoder cannot be "
+                     "exported.")
+  missing = [text for text in SPECIAL_TOKENS.values() if text not in token_ids]
+  if missing:
+    raise ValueError(f"The tokenizer has no token {missing[0]}, which the published text encoder's config names: take Qwen-VL's tokenizer.")
+  if cfg.image_token_id != token_ids[SPECIAL_TOKENS["image_token_id"]]:
+    raise ValueError(f"encoder.image_token_id is {cfg.image_token_id}, but the tokenizer's {SPECIAL_TOKENS['image_token_id']} is "
+                     f"{token_ids[SPECIAL_TOKENS['image_token_id']]}: make them equal.")
+  ids = {name: token_ids[text] for name, text in SPECIAL_TOKENS.items()}
+  return {"architectures": [CLASS], "model_type": "qwen3_vl", "text_config": _published_text(cfg),
+          "vision_config": _published_vision(cfg.vision), "tie_word_embeddings": cfg.tie_embeddings, **ids}
+
+
+def _published_text(cfg: qwen3_vl.Config) -> dict[str, Any]:
+  rope = {"rope_type": "default", "rope_theta": cfg.rope_theta, "mrope_interleaved": True, "mrope_section": list(cfg.mrope_sections)}
+  return {"model_type": "qwen3_vl_text", **{name: getattr(cfg, ours) for ours, name in TEXT_FIELDS.items()}, "hidden_act": "silu",
+          "attention_bias": False, "attention_dropout": 0.0, "max_position_embeddings": MAX_POSITIONS, "rope_parameters": rope,
+          "tie_word_embeddings": cfg.tie_embeddings}
+
+
+def _published_vision(cfg: VisionConfig) -> dict[str, Any]:
+  rope = {"rope_type": "axial", "rope_theta": cfg.rope_theta}
+  return {"model_type": "qwen3_vl_vision", **{name: getattr(cfg, ours) for ours, name in VISION_FIELDS.items()},
+          "hidden_act": VISION_ACTIVATION, "deepstack_visual_indexes": list(cfg.deepstack_layers), "rope_parameters": rope}

@@ -1,0 +1,49 @@
+"""A published folder, ready to draw: its networks and tokenizer, and its weights on a mesh."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from data_pipelines.tokenizer import PromptTokenizer
+from qimg2 import conditioning, sharding
+from qimg2 import params as P
+from qimg2.pipeline_folder import load_weights, open_folder
+
+
+class Pretrained:
+  """Networks, schedule and tokenizer of a folder in the published layout; see `launch.generator.Source`."""
+
+  def __init__(self, folder: str | pathlib.Path, dtype: str = "float32", rules: str = "fsdp_tensor",
+               devices: Sequence[Any] | None = None):
+    """Args:
+      folder: with model_index.json, transformer/, vae/, text_encoder/, processor/ and scheduler/.
+      dtype: compute type, in which the weights are also kept.
+      rules: sharding rules.
+      devices: over which weights and rows are spread; all of them when None.
+
+    Raises:
+      ValueError: the folder is no such pipeline.
+    """
+    self.folder = open_folder(folder, dtype=dtype)
+    self.mesh, self.rules = sharding.make_mesh({"fsdp": -1}, devices), sharding.RULES[rules]
+    self.schedule, self.sample_sigmas = self.folder.schedule, self.folder.sample_sigmas
+    self.tokenizer = PromptTokenizer.load(self.folder.tokenizer)
+    self.nets = conditioning.Networks(self.folder.model, self.folder.encoder, self.folder.vae, self.tokenizer.num_system_tokens,
+                                      sharding.make_shard(self.mesh, self.rules))
+    self._dtype = jnp.dtype(dtype)
+
+  def put(self, batch: dict) -> dict:
+    """Rows on the mesh."""
+    return sharding.put_batch(batch, self.mesh, self.rules)
+
+  def load(self) -> dict[str, dict]:
+    """The weights of all roles, read tensor by tensor onto the mesh."""
+    weights = {}
+    for role, declared in self.nets.specs().items():
+      stored = lambda path, p: p if path.startswith("statistics") else dataclasses.replace(p, dtype=self._dtype)
+      specs = P.map_with_path(stored, declared)
+      weights[role] = load_weights(self.folder, role, specs, sharding.param_shardings(specs, self.mesh, self.rules))
+    return weights

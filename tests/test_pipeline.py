@@ -1,0 +1,206 @@
+"""Drawing and editing against the published pipeline: same weights, prompts, images and noise, same latents and pixels."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+import reference
+import torch
+from PIL import Image
+
+from launch.generator import Generator, Size, load_condition_image
+from launch.pretrained import Pretrained
+from launch.sample import Request, pretrained_defaults, sample
+
+ROOT = pathlib.Path(__file__).parent.parent
+NUM_STEPS, RESOLUTION, NUM_TOKENS = 8, 64, 96
+PROMPTS = ("a poster", 'make the word "blue" red,\nplease 蓝 🦊', "")
+SOURCE_SIZES = ((90, 60), (64, 64), (50, 120))  # width, height in px
+LATENTS_TOLERANCE, PIXELS_TOLERANCE = 1e-4, 1 / 255
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """`folder(seed)`: the published folder of a tiny random pipeline."""
+  root = tmp_path_factory.mktemp("published")
+  @functools.cache
+  def folder(seed):
+    reference.tiny_pipeline(seed).save_pretrained(root / str(seed))
+    return root / str(seed)
+  return folder
+
+
+@functools.cache
+def pipeline(folder):
+  from diffusers import QwenImage21Pipeline
+  pipe = QwenImage21Pipeline.from_pretrained(folder)
+  pipe.set_progress_bar_config(disable=True)
+  return pipe
+
+
+@functools.cache
+def pictures(num):
+  rng = np.random.default_rng(num)
+  return [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for size in SOURCE_SIZES[:num]]
+
+
+def run_published(folder, prompt, noise, images=(), guidance=1.0, negative_prompt="", **options):
+  """(latents [h, w, C], pixels [H, W, 4] in [0, 1]) of one prompt by the published pipeline."""
+  last = {}
+  def keep(pipe, step, t, values):
+    last.update(values)
+    return values
+  height, width, channels = noise.shape
+  packed = torch.from_numpy(noise).reshape(1, -1, channels)
+  out = pipeline(folder)(prompt, image=list(images) or None, latents=packed, height=16 * height, width=16 * width, output_type="np",
+                         negative_prompt=negative_prompt if guidance != 1 else None, true_cfg_scale=guidance, output_resolution=RESOLUTION,
+                         callback_on_step_end=keep, **({"num_inference_steps": NUM_STEPS} | options))
+  return last["latents"].numpy().reshape(noise.shape), out.images[0]
+
+
+@functools.cache
+def generator(folder, num_sources, guidance, cache=True, num_devices=1, height=64, width=96):
+  """(networks, generator of a batch of three prompts)."""
+  source = Pretrained(folder, devices=jax.devices()[:num_devices])
+  sizes = tuple(load(image, source).shape[:2] for image in pictures(num_sources))
+  return source, Generator(source, Size(height, width, NUM_TOKENS, sizes, 3), NUM_STEPS, guidance, cache=cache)
+
+
+def load(image, source):
+  """A PIL picture through the file that a user would give."""
+  with tempfile.NamedTemporaryFile(suffix=".png") as file:
+    image.save(file.name)
+    return load_condition_image(file.name, RESOLUTION, source.nets.vae.image_channels)
+
+
+@functools.cache
+def weights_of(folder, num_devices=1):
+  return Pretrained(folder, devices=jax.devices()[:num_devices]).load()
+
+
+def compare(first, folder, seed, num_sources, guidance, rows=(0, 1, 2), cache=True, num_devices=1):
+  """Draws a batch of three prompts of different length and compares `rows` of it with the pipeline, which draws each alone."""
+  source, draw = generator(first, num_sources, guidance, cache, num_devices)
+  images = pictures(num_sources)
+  noise = np.random.default_rng(seed).standard_normal((3, 4, 6, 8)).astype(np.float32)
+  latents, pixels = draw.draw(weights_of(folder, num_devices), PROMPTS, images=[np.stack([load(image, source)] * 3) for image in images],
+                              negative_prompt="blue", noise=noise)
+  for row in rows:
+    theirs, picture = run_published(folder, PROMPTS[row], noise[row], images, guidance, "blue")
+    assert np.std(theirs) > 0.1
+    assert reference.relative_error(latents[row], theirs) <= LATENTS_TOLERANCE
+    assert np.abs(pixels[row] / 255 - picture).max() <= PIXELS_TOLERANCE
+
+
+@pytest.mark.parametrize("num_sources, guidance", [(0, 3.0), (2, 1.0)])
+def test_latents_and_pixels_equal_the_pipeline(folders, num_sources, guidance):
+  compare(folders(0), folders(0), 0, num_sources, guidance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("num_sources", [0, 1, 2, 3])
+def test_ten_seeds_equal_the_pipeline(folders, num_sources, guidance):
+  for seed in range(10):
+    compare(folders(0), folders(seed), seed, num_sources, guidance, rows=(seed % 3,))
+
+
+def test_no_cache_on_eight_devices_gives_the_same(folders):
+  compare(folders(0), folders(0), 1, 1, 2.0, rows=(1,), cache=False, num_devices=8)
+
+
+def test_own_sampling_times_and_a_static_shift(folders, tmp_path):
+  """The turbo form: eight given times, static shift, no terminal stretch."""
+  times = [1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568]
+  pipe = reference.tiny_pipeline(3, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+  pipe.register_to_config(sample_sigmas=times)
+  pipe.save_pretrained(tmp_path / "turbo")
+  source = Pretrained(tmp_path / "turbo")
+  assert pretrained_defaults(source)["sigmas"] == tuple(times)
+  noise = np.random.default_rng(0).standard_normal((4, 4, 8)).astype(np.float32)
+  np.save(tmp_path / "noise.npy", noise)
+  request = Request(("a poster",), height=64, width=64, noise=str(tmp_path / "noise.npy"))
+  latents, _, _ = sample(source, source.load(), request, pretrained_defaults(source))
+  theirs, _ = run_published(tmp_path / "turbo", "a poster", noise, num_inference_steps=3)  # the folder's own times win
+  assert reference.relative_error(latents[0], theirs) <= LATENTS_TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(90, 60), (33, 200), (1000, 700), (64, 64)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_condition_images_are_prepared_as_published(folders, tmp_path, size, mode):
+  rng = np.random.default_rng(0)
+  image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)).convert(mode)
+  image.save(tmp_path / "image.png")
+  ours = load_condition_image(tmp_path / "image.png", RESOLUTION, 4)
+  processor, area = pipeline(folders(0)).image_processor, RESOLUTION**2
+  width = (area * size[0] / size[1]) ** 0.5
+  sides = [round(side / 32) * 32 for side in (width * size[1] / size[0], width)]
+  theirs = np.array(processor.resize(image.convert("RGBA"), *sides))
+  assert ours.shape[:2] == theirs.shape[:2] == tuple(sides)
+  np.testing.assert_array_equal(ours, theirs[..., :ours.shape[-1]])
+  assert ours.shape[-1] == 4 or (theirs[..., 3] == 255).all()
+  opaque = load_condition_image(tmp_path / "image.png", RESOLUTION, 3)
+  assert opaque.shape == (*sides, 3)
+
+
+def test_transparent_images_equal_the_pipeline(folders):
+  source = Pretrained(folders(0), devices=jax.devices()[:1])
+  image = Image.fromarray(np.random.default_rng(5).integers(0, 2, (64, 64, 4), dtype=np.uint8) * 255)  # half of the pixels see-through
+  pixels = load(image, source)
+  noise = np.random.default_rng(6).standard_normal((4, 4, 8)).astype(np.float32)
+  draw = Generator(source, Size(64, 64, NUM_TOKENS, (pixels.shape[:2],), 1), NUM_STEPS)
+  latents, picture = draw.draw(weights_of(folders(0)), ["make it red"], images=[pixels[None]], noise=noise[None])
+  theirs, their_picture = run_published(folders(0), "make it red", noise, [image])
+  assert reference.relative_error(latents[0], theirs) <= LATENTS_TOLERANCE
+  assert np.abs(picture[0] / 255 - their_picture).max() <= PIXELS_TOLERANCE
+
+
+# The command.
+
+
+def launch(*arguments):
+  return subprocess.run([sys.executable, "-m", "launch.sample", *arguments], cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+                        capture_output=True, text=True)
+
+
+def test_the_command_edits_with_a_published_folder(folders, tmp_path):
+  image = pictures(1)[0]
+  image.save(tmp_path / "source.png")
+  noise = np.random.default_rng(9).standard_normal((4, 4, 8)).astype(np.float32)
+  np.save(tmp_path / "noise.npy", noise)
+  result = launch(f"--pretrained={folders(0)}", "--prompt=make it red", f"--image={tmp_path}/source.png", "--negative_prompt=blue",
+                  "--guidance=3", "--height=64", "--width=64", f"--output_resolution={RESOLUTION}", f"--num_steps={NUM_STEPS}",
+                  f"--noise={tmp_path}/noise.npy", f"--save_latents={tmp_path}/latents.npy", f"--out={tmp_path}/out.png")
+  assert result.returncode == 0, result.stderr
+  theirs, picture = run_published(folders(0), "make it red", noise, [image], 3.0, "blue")
+  assert reference.relative_error(np.load(tmp_path / "latents.npy"), theirs) <= LATENTS_TOLERANCE
+  assert np.abs(np.asarray(Image.open(tmp_path / "out.png")) / 255 - picture).max() <= PIXELS_TOLERANCE
+
+
+def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
+  result = launch(f"--pretrained={folders(0)}", "--prompt=a poster", "--prompt=a red word", "--num_images_per_prompt=2", "--num_steps=2",
+                  "--height=32", "--width=64", "--dtype=bfloat16", "--nocache", "--sigmas=1.0,0.8,0.3", f"--out={tmp_path}/out.png",
+                  f"--pictures={tmp_path}/each", f"--save_latents={tmp_path}/latents.npy")
+  assert result.returncode == 0 and "4 pictures" in result.stdout, result.stderr
+  assert sorted(path.name for path in (tmp_path / "each").iterdir()) == [f"000{i}.png" for i in range(4)]
+  latents = np.load(tmp_path / "latents.npy")
+  assert latents.shape == (4, 2, 4, 8) and all((latents[i] != latents[j]).any() for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((), "Give either --workdir"), (("--workdir=a", "--pretrained=b"), "Give either --workdir"),
+    (("--pretrained=/nowhere",), "/nowhere"), (("--pretrained={folder}", "--image=/nowhere.png"), "There is no image /nowhere.png"),
+    (("--pretrained={folder}", "--noise=/nowhere.npy"), "/nowhere.npy cannot be read"),
+    (("--pretrained={folder}", "--sigmas=1,x"), "--sigmas=1,x is not understood"),
+    (("--pretrained={folder}", "--sigmas=0.5,0.9"), "must fall from at most 1"),
+    (("--pretrained={folder}", "--height=40", "--width=64"), "picture of 40 x 64 px cannot be drawn"),
+])
+def test_mistakes_end_in_one_sentence(folders, arguments, message):
+  result = launch("--prompt=x", *(text.format(folder=folders(0)) for text in arguments))
+  assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr and result.stderr.count("\n") == 1, result.stderr
