@@ -5,6 +5,9 @@ export JAX_PLATFORMS ?= cpu
 # Keep freed memory in the process: training allocates the same large arrays at every step.
 FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
+# Two processes; tests that share an expensive fixture stay together.
+PYTEST := .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15 tests
+
 .PHONY: quickstart test test-fast
 
 quickstart: .venv/.installed
@@ -13,12 +16,14 @@ quickstart: .venv/.installed
 	.venv/bin/python -m launch.sample --workdir=$(RUN) --out=$(RUN)/grid.png \
 	  --prompt="a large green K on yellow paper, centered" --prompt="blue star on white" \
 	  --prompt="pink paper with a large black 7, centered" --prompt="red heart on cyan, top left"
+	.venv/bin/python -m launch.sample --workdir=$(RUN) --out=$(RUN)/k.png --prompt="a large green K on yellow paper, centered"
+	.venv/bin/python -m launch.sample --workdir=$(RUN) --out=$(RUN)/red_k.png --image=$(RUN)/k.png --prompt="make it red"
 
 test: .venv/.installed-dev
-	.venv/bin/python -m pytest -q tests
+	$(PYTEST)
 
 test-fast: .venv/.installed-dev
-	.venv/bin/python -m pytest -q tests -m "not slow"
+	$(PYTEST) -m "not slow"
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

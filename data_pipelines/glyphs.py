@@ -41,7 +41,7 @@ PAPERS = {"white": (255, 255, 255), "yellow": (255, 238, 95), "pink": (255, 195,
           "lime": (200, 250, 150), "gray": (190, 190, 190)}
 
 # Shares of the canvas' shorter side.
-SIZES = {"medium": 0.5, "large": 0.75}
+SIZES = {"medium": 0.6, "large": 0.8}
 # (down, right)
 POSITIONS = {"center": (0, 0), "top left": (-1, -1), "bottom right": (1, 1)}
 CANVASES = ((96, 96), (64, 128), (128, 64))

@@ -9,7 +9,9 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib.metadata
+import inspect
 import json
 import pathlib
 import zlib
@@ -54,12 +56,16 @@ def from_section(cls: type[Dataclass], section: Any, where: str) -> Dataclass:
   Raises:
     ValueError: a key that the dataclass does not have, with the nearest that it has.
   """
-  values, names = plain(section), [field.name for field in dataclasses.fields(cls)]
+  values = plain(section)
+  _check_keys(values, [field.name for field in dataclasses.fields(cls)], where)
+  return cls(**values)
+
+
+def _check_keys(values: dict, names: list[str], where: str) -> None:
   for key in values:
     if key not in names:
       near = difflib.get_close_matches(key, names, 1)
       raise ValueError(f"config.{where} has no key {key!r}" + (f": did you mean {near[0]!r}?" if near else f": it has {', '.join(names)}."))
-  return cls(**values)
 
 
 def model_configs(cfg: ConfigDict) -> tuple[mmdit.Config, qwen3_vl.Config, vae.Config]:
@@ -91,11 +97,11 @@ def make_algorithm(section: ConfigDict, schedule: flow.Schedule) -> Algorithm:
   """The algorithm that a stage names, with its settings."""
   settings = dict(plain(section))
   name = settings.pop("name")
-  if name == "flow_matching":
-    return flow_matching(schedule, **settings)
-  if name == "reconstruction":
-    return reconstruction(**settings)
-  raise ValueError(f"Unknown algorithm {name!r}: choose flow_matching or reconstruction.")
+  methods = {"flow_matching": functools.partial(flow_matching, schedule), "reconstruction": reconstruction}
+  if name not in methods:
+    raise ValueError(f"Unknown algorithm {name!r}: choose one of {', '.join(methods)}.")
+  _check_keys(settings, list(inspect.signature(methods[name]).parameters), "algorithm")
+  return methods[name](**settings)
 
 
 class Run:
@@ -112,6 +118,7 @@ class Run:
     self.stages = {stage.name: stage for stage in cfg.stages}
     if len(self.stages) != len(cfg.stages):
       raise ValueError("config.stages: two stages have the same name; give each its own.")
+    self._check_stages()
     self._ensure_data()
     self.tokenizer = PromptTokenizer.load(self._tokenizer_path())
     model, encoder, autoencoder = model_configs(cfg)
@@ -121,6 +128,20 @@ class Run:
     encoder = dataclasses.replace(encoder, image_token_id=self.tokenizer.image_token_id)
     self.nets = conditioning.Networks(model, encoder, autoencoder, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
     self.specs = self.nets.specs()
+
+  def _check_stages(self) -> None:
+    """Finds the mistakes of all stages before the first one trains."""
+    earlier: list[str] = []
+    for stage in self.cfg.stages:
+      frozen = self.algorithm(stage).frozen
+      self.optimizer_config(stage)
+      self._resolutions(stage)
+      for key, text in [("start_from", stage.start_from), *((f"frozen.{role}", stage.frozen[role]) for role in frozen)]:
+        source, _ = split_source(text)
+        if source and source not in earlier and not pathlib.Path(source.removeprefix(DIFFUSERS)).is_dir():
+          raise ValueError(f"config.stages[{stage.name}].{key} is {text!r}, which is neither an earlier stage ({', '.join(earlier) or 'none'}) nor "
+                           "a folder.")
+      earlier.append(stage.name)
 
   def _ensure_data(self) -> None:
     for name in sorted({part["name"] for stage in self.cfg.stages for part in stage.mixture}):
@@ -152,10 +173,12 @@ class Run:
     return batches
 
   def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float) -> Loader:
-    resolutions = [from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions]
-    return Loader(datasets, resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
+    return Loader(datasets, self._resolutions(stage), self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, process_index=jax.process_index(), process_count=jax.process_count(),
                   num_workers=self.cfg.num_workers)
+
+  def _resolutions(self, stage: ConfigDict) -> list[Resolution]:
+    return [from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions]
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -49,7 +50,8 @@ def sample(source: Source, weights: dict, request: Request, defaults: dict) -> t
     source: networks and tokenizer.
     weights: of all roles.
     request: what to draw.
-    defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open.
+    defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open, and
+      "image_pixels", the fewest and most px of a condition image.
 
   Raises:
     ValueError: an image, a noise file or a size that does not fit.
@@ -57,6 +59,7 @@ def sample(source: Source, weights: dict, request: Request, defaults: dict) -> t
   resolution = request.output_resolution or defaults["output_resolution"]
   images = [load_condition_image(path, resolution, source.nets.vae.image_channels) for path in request.images]
   sizes = tuple(image.shape[:2] for image in images)
+  _check_images(request.images, images, resolution, *defaults["image_pixels"])
   height, width = _picture_size(request, images, resolution, defaults)
   prompts = [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)]
   longest = max(len(source.tokenizer.encode(text, source_grids(sizes))) for text in (*request.prompts, request.negative_prompt))
@@ -68,6 +71,14 @@ def sample(source: Source, weights: dict, request: Request, defaults: dict) -> t
   latents, pictures = generator.draw(weights, prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
                                      request.negative_prompt, _load_noise(request.noise, len(prompts)))
   return latents, pictures, prompts
+
+
+def _check_images(paths: Sequence[str], images: Sequence[np.ndarray], resolution: int, fewest: int, most: int) -> None:
+  for path, image in zip(paths, images):
+    num = image.shape[0] * image.shape[1]
+    if not fewest <= num <= most:
+      raise ValueError(f"The image {path} has {num} px at output_resolution {resolution}, but the folder's processor takes {fewest} to {most} px "
+                       "unchanged: choose another --output_resolution.")
 
 
 def _picture_size(request: Request, images: Sequence[np.ndarray], resolution: int, defaults: dict) -> tuple[int, int]:
@@ -115,13 +126,13 @@ def run_defaults(run: Run, stage_name: str) -> dict:
   stage = run.stages[stage_name]
   bucket = run.loader(stage).buckets[0]
   return {"height": bucket.height, "width": bucket.width, "output_resolution": stage.resolutions[-1].base_px,
-          "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": ()}
+          "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": (), "image_pixels": (0, math.inf)}
 
 
 def pretrained_defaults(pretrained: Pretrained, resolution: int = 1024) -> dict:
   """The published pipeline's defaults: 1024 px, 40 steps or the folder's own times, no guidance."""
   return {"height": resolution, "width": resolution, "output_resolution": resolution, "num_steps": 40, "guidance": 1.0,
-          "sigmas": tuple(pretrained.sample_sigmas or ())}
+          "sigmas": tuple(pretrained.sample_sigmas or ()), "image_pixels": pretrained.folder.image_pixels}
 
 
 def define_flags() -> None:

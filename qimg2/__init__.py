@@ -8,7 +8,8 @@ Reading order:
   algorithms                      what a stage minimises: flow_matching, reconstruction
   optim, state, checkpoint        the update, what it changes, and where that is kept
   metrics, evaluate, trainer      numbers, deterministic validation, the one loop
-  pretrained, names               published tensors <-> our weights
+  pretrained, names               published tensors <-> our weights, tensor by tensor, and their names
+  pipeline_folder, export         a whole published folder: read, and written so that diffusers loads it
 
 Letters, one meaning each everywhere: B batch, N image tokens, M text tokens, S joint sequence, D width, H heads, G key/value heads, K head
 dim, F MLP width, C channels, L layers, T sampling steps. Time t is in [0, 1] and 1 is noise.

@@ -3,7 +3,7 @@
   model_index.json                       the pipeline's class and its parts, a distilled model's sampling times
   transformer/  text_encoder/  vae/      config.json, safetensors files (one, or several with an index)
   scheduler/scheduler_config.json        the sampling times
-  processor/tokenizer.json               the tokenizer
+  processor/                             tokenizer.json, and preprocessor_config.json or processor_config.json
 
 `open_folder` reads the configs and no weights; `load_weights` streams the weights of one role onto the mesh. Reading is strict: what this
 program would not compute exactly like the published pipeline is an error.
@@ -30,6 +30,8 @@ SCHEDULE_FIELDS = {"base_tokens": "base_image_seq_len", "base_shift": "base_shif
 SCHEDULER_FIXED = {"num_train_timesteps": 1000, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
                    "invert_sigmas": False, "stochastic_sampling": False}
 TOKENIZER = "processor/tokenizer.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+IMAGE_NORM = [0.5, 0.5, 0.5]
 # Fields that say how a network is run, or that come with the weights: they may differ between a run and the folder that it starts from.
 NOT_ARCHITECTURE = ("dtype", "remat", "temporal_weights", "latents_mean", "latents_std")
 
@@ -59,6 +61,8 @@ class PipelineFolder:
     schedule: the sampling times. The density of training times is not published and has its default.
     sample_sigmas: sampling times before the shift that a distilled model asks for, from 1 down, without the last 0; None for an even grid.
     tokenizer: path of tokenizer.json.
+    image_pixels: (fewest, most) px of a condition image that the published image processor feeds to the encoder as it is; it would resize
+      others, which is not done here.
   """
   path: pathlib.Path
   model: mmdit.Config
@@ -67,6 +71,7 @@ class PipelineFolder:
   schedule: flow.Schedule
   sample_sigmas: tuple[float, ...] | None
   tokenizer: pathlib.Path
+  image_pixels: tuple[int, int]
 
 
 def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "none") -> PipelineFolder:
@@ -96,7 +101,8 @@ def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "
       vae=vae_names.config(configs["vae"], dtype=dtype),
       schedule=read_schedule(pretrained.read_json(path / "scheduler" / "scheduler_config.json")),
       sample_sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
-      tokenizer=path / TOKENIZER)
+      tokenizer=path / TOKENIZER,
+      image_pixels=_read_image_pixels(path / "processor"))
 
 
 def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
@@ -106,6 +112,22 @@ def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
     if index.get(part.folder) != [part.library, part.name]:
       raise ValueError(f"{path / 'model_index.json'} says that the {part.folder} is {index.get(part.folder)!r}: it must be {part.name} of "
                        f"{part.library}.")
+
+
+def _read_image_pixels(folder: pathlib.Path) -> tuple[int, int]:
+  path = next((folder / name for name in PROCESSOR_FILES if (folder / name).is_file()), None)
+  if path is None:
+    raise ValueError(f"The folder {folder} has neither {' nor '.join(PROCESSOR_FILES)}.")
+  published = pretrained.read_json(path)
+  settings = published.get("image_processor", published)
+  odd = [name for name in ("image_mean", "image_std") if list(settings.get(name) or IMAGE_NORM) != IMAGE_NORM]
+  if odd:
+    raise ValueError(f"{path} asks for {odd[0]} {settings[odd[0]]}: only {IMAGE_NORM} is supported.")
+  size = settings.get("size") or {}
+  try:
+    return int(settings.get("min_pixels") or size["shortest_edge"]), int(settings.get("max_pixels") or size["longest_edge"])
+  except KeyError as error:
+    raise ValueError(f"{path} does not bound the size of images: it lacks {error} under 'size'.") from error
 
 
 # Sampling times.

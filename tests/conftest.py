@@ -16,6 +16,12 @@ from configs import quickstart
 from launch.train import train
 
 
+def pytest_collection_modifyitems(items):
+  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run."""
+  for item in items:
+    item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
   """Programs that one test compiled are read by the next."""

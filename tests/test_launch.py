@@ -30,8 +30,8 @@ def test_describe_prints_the_published_counts():
   result = launch("launch.describe", "--config=configs/pretrain.py", "--json")
   assert result.returncode == 0, result.stderr
   totals = json.loads(result.stdout)["totals"]
-  parts = ("model", "vae/encoder", "vae/decoder", "vae/temporal")
-  assert [totals[part] for part in parts] == [7_115_124_736, 78_692_192, 259_048_212, 6_753_216]
+  parts = ("model", "encoder", "vae/encoder", "vae/decoder", "vae/temporal")
+  assert [totals[part] for part in parts] == [7_115_124_736, 8_767_123_696, 78_692_192, 259_048_212, 6_753_216]
 
 
 def test_describe_divides_over_the_mesh():

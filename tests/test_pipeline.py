@@ -200,7 +200,9 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
     (("--pretrained={folder}", "--sigmas=1,x"), "--sigmas=1,x is not understood"),
     (("--pretrained={folder}", "--sigmas=0.5,0.9"), "must fall from at most 1"),
     (("--pretrained={folder}", "--height=40", "--width=64"), "picture of 40 x 64 px cannot be drawn"),
+    (("--pretrained={folder}", "--image={folder}/image.png", "--output_resolution=4096"), "16777216 px at output_resolution 4096"),
 ])
 def test_mistakes_end_in_one_sentence(folders, arguments, message):
+  pictures(2)[1].save(folders(0) / "image.png")
   result = launch("--prompt=x", *(text.format(folder=folders(0)) for text in arguments))
   assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr and result.stderr.count("\n") == 1, result.stderr

@@ -131,16 +131,26 @@ def test_training_goes_on_from_a_published_folder(smoke_config, published, tmp_p
   assert [row["step"] for row in read_rows(tmp_path / "sft" / "metrics.jsonl") if "loss" in row] == [1, 2]
 
 
-@pytest.mark.parametrize("stage, message", [(0, "resolutions has no key 'multipel': did you mean 'multiple'"), (1, "Unknown algorithm 'flow'")])
-def test_config_mistakes_are_named(smoke_config, tmp_path, stage, message):
+def misspell(stage):
+  with stage.resolutions[0].unlocked():
+    stage.resolutions[0].multipel = 16
+
+
+@pytest.mark.parametrize("change, message", [
+    (misspell, "resolutions has no key 'multipel': did you mean 'multiple'"),
+    (lambda stage: stage.algorithm.update(name="flow"), "Unknown algorithm 'flow'"),
+    (lambda stage: stage.algorithm.update(ema_dekay=0.5), "config.algorithm has no key 'ema_dekay': did you mean 'ema_decay'"),
+    (lambda stage: stage.optimizer.update(schedule="step"), "optimizer.schedule is 'step'"),
+    (lambda stage: stage.update(start_from="hig_resolution"), r"\[sft\].start_from is 'hig_resolution', which is neither an earlier stage \(vae, "),
+    (lambda stage: stage.frozen.update(vae="sft"), r"frozen.vae is 'sft', which is neither an earlier stage"),
+])
+def test_mistakes_of_any_stage_are_named_before_the_first_one_trains(smoke_config, tmp_path, change, message):
   cfg = copy.deepcopy(smoke_config)
-  if stage:
-    cfg.stages[1].algorithm.name = "flow"
-  else:
-    with cfg.stages[0].resolutions[0].unlocked():
-      cfg.stages[0].resolutions[0].multipel = 16
+  with cfg.unlocked():
+    change(cfg.stages[3])
   with pytest.raises(ValueError, match=message):
     train(cfg, tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
