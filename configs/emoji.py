@@ -18,17 +18,17 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg = base.base()
   cfg.check = ConfigDict(dict(name="emoji", num_prompts=100, num_candidates=100))
   cfg.encoder.vocab_size = 16_384
-  cfg.num_tokens = 80
+  cfg.num_tokens = 54
   cfg.sampling.guidance = 2.0
   square = dict(base_px=64, batch_size=32, ratios=("1:1",), weight=1.0)
   pictures, edits = base.part("emoji", languages=("en",)), base.part("emoji", 0.5, "ti2i")
   cfg.stages = (
-      base.stage("vae", "reconstruction", num_steps=800, resolutions=(square,), mixture=(pictures,),
+      base.stage("vae", "reconstruction", num_steps=800, resolutions=(dict(square, batch_size=16),), mixture=(pictures,),
                  optimizer=dict(learning_rate=3e-3, schedule="cosine", warmup_steps=20)),
-      base.stage("generator", "flow_matching", num_steps=5000, resolutions=(square,), mixture=(pictures,),
+      base.stage("generator", "flow_matching", num_steps=4800, resolutions=(square,), mixture=(pictures,),
                  optimizer=dict(learning_rate=2e-3, schedule="cosine", final_ratio=0.05, warmup_steps=50),
                  eval_every_steps=1000, sample_every_steps=1000, save_every_steps=500),
-      base.stage("edit", "flow_matching", start_from="generator", num_steps=500, resolutions=(square,), mixture=(dict(pictures, weight=0.5), edits),
-                 optimizer=dict(learning_rate=5e-4, schedule="cosine", final_ratio=0.05), eval_every_steps=250, sample_every_steps=250),
+      base.stage("edit", "flow_matching", start_from="generator", num_steps=400, resolutions=(square,), mixture=(dict(pictures, weight=0.5), edits),
+                 optimizer=dict(learning_rate=5e-4, schedule="cosine", final_ratio=0.05), eval_every_steps=200, sample_every_steps=200),
   )
   return base.smoke(cfg) if arg == "smoke" else cfg

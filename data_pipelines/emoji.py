@@ -2,15 +2,17 @@
 
 Pictures come from Debian's fonts-noto-color-emoji (bitmaps of 136x128 px), names and keywords from unicode-cldr-core.
 One record is one emoji on one paper colour; its captions are, per language, "<name>, on white paper" and "<name>:
-<keyword>, <keyword>, on white paper". The paper is said in English everywhere. For most emoji one paper is held out
-for validation: the emoji and the colour are known from training, the two together are not.
+<keyword>, <keyword>, on white paper", with as many keywords as keep it short. The paper is said in English everywhere.
+For most emoji one paper is held out for validation: the emoji and the colour are known from training, the two together
+are not.
 
-Left out: emoji of several code points (flags, families, skin tones), which `emoji_pairs` draws, and characters the font
-does not draw; `describe` counts both.
+Left out: emoji of several code points (flags, families, skin tones), some of which `emoji_pairs` shows, and characters the
+font does not draw; `describe` counts both.
 """
 
 import functools
 import glob
+import io
 import json
 import os
 import xml.etree.ElementTree
@@ -18,6 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.transforms import encode_png
@@ -32,6 +35,8 @@ SIDE_PX = 96
 _DRAWN_PX = 84  # the bitmap's larger side, which leaves a margin
 _FONT_SIZE = 109  # the only size the bitmaps of this font exist in
 _MAX_KEYWORDS = 5
+_MAX_CHARACTERS = 40  # of name and keywords: few enough for short prompts
+_VARIATION = "\ufe0f"  # asks for a colour picture, which is all that this font has
 _MIN_NAMES = 100  # a language with fewer names is a stub of CLDR
 
 
@@ -76,11 +81,34 @@ def _font() -> ImageFont.FreeTypeFont:
   return ImageFont.truetype(find_files()[0], _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
+def _tables() -> tuple[dict[int, str], dict[tuple[str, ...], str], dict]:
+  """Returns (glyph of each code point, glyph of each sequence of glyphs, bitmap of each glyph) of the font."""
+  font = TTFont(find_files()[0], lazy=True)
+  ligatures = {}
+  for lookup in font["GSUB"].table.LookupList.Lookup:
+    for table in lookup.SubTable:
+      for first, joined in getattr(table, "ligatures", {}).items():
+        ligatures |= {(first, *ligature.Component): ligature.LigGlyph for ligature in joined}
+  return font.getBestCmap(), ligatures, font["CBDT"].strikeData[0]
+
+
+@functools.lru_cache(maxsize=8192)
 def draw(character: str) -> Image.Image | None:
-  """Returns the emoji as drawn, cut to what is visible, RGBA; None if the font does not draw it."""
-  image = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
-  ImageDraw.Draw(image).text((0, 0), character, font=_font(), embedded_color=True)
+  """Returns the emoji as drawn, cut to what is visible, RGBA; None if the font does not draw it as one.
+
+  A sequence of code points is looked up in the font's table of ligatures, so no shaping library is needed.
+  """
+  if len(character) == 1:
+    image = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
+    ImageDraw.Draw(image).text((0, 0), character, font=_font(), embedded_color=True)
+  else:
+    glyph_of, ligatures, bitmaps = _tables()
+    glyphs = tuple(glyph_of.get(ord(c)) for c in character if c != _VARIATION)
+    name = ligatures.get(glyphs) if len(glyphs) > 1 else glyphs[0]
+    if name not in bitmaps:
+      return None
+    image = Image.open(io.BytesIO(bitmaps[name].imageData)).convert("RGBA")
   box = image.getbbox()
   return image.crop(box) if box else None
 
@@ -107,11 +135,6 @@ def render(character: str, paper: str, side_px: int = SIDE_PX) -> np.ndarray:
     raise ValueError(f"{FONT} does not draw {character!r} as one emoji: choose one of list_emoji().")
   if paper not in PAPERS:
     raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(PAPERS)}.")
-  return lay_on_paper(drawn, paper, side_px)
-
-
-def lay_on_paper(drawn: Image.Image, paper: str, side_px: int = SIDE_PX) -> np.ndarray:
-  """Returns a picture of `draw` centred on paper, uint8 side_px side_px 3."""
   scale = _DRAWN_PX / SIDE_PX * side_px / max(drawn.size)
   width, height = (round(side * scale) for side in drawn.size)
   drawn = drawn.resize((width, height), Image.Resampling.LANCZOS)
@@ -151,6 +174,8 @@ def captions(character: str, paper: str) -> tuple[list[str], list[str]]:
       name, keywords = annotations()[language][character]
       texts.append(f"{name}, on {paper} paper")
       languages.append(language)
+      while keywords and len(f"{name}: {', '.join(keywords)}") > _MAX_CHARACTERS:
+        keywords = keywords[:-1]
       if keywords:
         texts.append(f"{name}: {', '.join(keywords)}, on {paper} paper")
         languages.append(language)

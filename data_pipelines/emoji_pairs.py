@@ -2,15 +2,13 @@
 
 CLDR's English names say which emoji belong together: names that become each other by changing the tone ("waving hand: dark skin tone"), the
 gender ("man detective", "woman detective") or the direction ("backhand index pointing left") are a pair, and the instruction names the new
-value. Many of them are sequences of code points, which the font joins into one picture by its ligature table; the table is read directly,
-so no shaping library is needed. Both pictures of a pair lie on the same paper, and a paper that is held out for either emoji in the
+value. Both pictures of a pair lie on the same paper, and a paper that is held out for either emoji in the
 text-to-image records is held out here too.
 
 Left out: instructions in other languages, for which CLDR has no words, and pairs that the font does not draw; `describe` counts these.
 """
 
 import functools
-import io
 import json
 import os
 import re
@@ -18,8 +16,6 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from fontTools.ttLib import TTFont
-from PIL import Image
 
 from data_pipelines import emoji
 from data_pipelines.transforms import encode_png
@@ -33,34 +29,6 @@ TEMPLATES = {
     "direction": ("turn it {value}", "make it point {value}", "let it face {value}"),
 }
 _FIRST_ID = 2**26  # above every text-to-image id
-_VARIATION = "\ufe0f"  # asks for a colour picture, which is all that this font has
-
-
-@functools.cache
-def _tables() -> tuple[dict[int, str], dict[tuple[str, ...], str], dict]:
-  """Returns (glyph of each code point, glyph of each sequence of glyphs, bitmap of each glyph) of the font."""
-  font = TTFont(emoji.find_files()[0], lazy=True)
-  ligatures = {}
-  for lookup in font["GSUB"].table.LookupList.Lookup:
-    for table in lookup.SubTable:
-      for first, joined in getattr(table, "ligatures", {}).items():
-        ligatures |= {(first, *ligature.Component): ligature.LigGlyph for ligature in joined}
-  return font.getBestCmap(), ligatures, font["CBDT"].strikeData[0]
-
-
-@functools.lru_cache(maxsize=8192)
-def draw(sequence: str) -> Image.Image | None:
-  """Returns the picture of one emoji, which may be several code points, cut to what is visible, RGBA; None if the font has none."""
-  if len(sequence) == 1:
-    return emoji.draw(sequence)
-  glyph_of, ligatures, bitmaps = _tables()
-  glyphs = tuple(glyph_of.get(ord(c)) for c in sequence if c != _VARIATION)
-  name = ligatures.get(glyphs) if len(glyphs) > 1 else glyphs[0]
-  if name not in bitmaps:
-    return None
-  image = Image.open(io.BytesIO(bitmaps[name].imageData)).convert("RGBA")
-  box = image.getbbox()
-  return image.crop(box) if box else None
 
 
 @functools.cache
@@ -93,7 +61,7 @@ def _pairs() -> tuple[tuple[tuple[str, str, str, str], ...], int]:
   """Returns (all drawn pairs as (source, target, what changes, new value), the number of pairs that the font does not draw)."""
   names = _names()
   pairs = [(names[name], names[other], change, value) for name in sorted(names) for other, change, value in _variants(name) if other in names]
-  drawn = tuple(pair for pair in pairs if draw(pair[0]) and draw(pair[1]))
+  drawn = tuple(pair for pair in pairs if emoji.draw(pair[0]) and emoji.draw(pair[1]))
   return drawn, len(pairs) - len(drawn)
 
 
@@ -130,13 +98,30 @@ def example(source: str, target: str, change: str, value: str, paper_index: int)
   """Returns one record; its id is a stable hash of the pair and the paper."""
   paper = list(emoji.PAPERS)[paper_index]
   captions = [template.format(value=value) for template in TEMPLATES[change]]
-  pictures = [encode_png(emoji.lay_on_paper(draw(character), paper)) for character in (source, target)]
+  pictures = [encode_png(emoji.render(character, paper)) for character in (source, target)]
   side = emoji.SIDE_PX
   return {"image": pictures[1], "height": side, "width": side, "quality": 1.0,
           "sample_id": _FIRST_ID + zlib.crc32(f"{source}>{target}|{paper}".encode()) % 2**30,
           "captions": captions, "languages": ["en"] * len(captions),
           "attributes": json.dumps({"change": change, "source": source, "target": target, "paper": paper}, ensure_ascii=False),
           "sources": [pictures[0]], "source_height": [side], "source_width": [side]}
+
+
+def held_out_edits(num: int, seed: int) -> list[tuple[str, str, str, str, tuple[str, ...]]]:
+  """Returns `num` edits that training does not show: (instruction, source, target, paper, candidates).
+
+  The candidates are the source and every emoji that any instruction could turn it into, the target among them. Raises `ValueError` if there
+  are fewer edits.
+  """
+  rows = list_pairs("validation")
+  if num > len(rows):
+    raise ValueError(f"There are {len(rows)} held-out emoji edits, fewer than {num}: ask for fewer.")
+  edits = []
+  for i in np.random.default_rng((seed, 6)).permutation(len(rows))[:num]:
+    source, target, change, value, paper = rows[i]
+    candidates = dict.fromkeys((source, *(other for start, other, _, _ in _pairs()[0] if start == source)))
+    edits.append((TEMPLATES[change][0].format(value=value), source, target, list(emoji.PAPERS)[paper], tuple(candidates)))
+  return edits
 
 
 def describe() -> dict[str, int]:

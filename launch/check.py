@@ -2,7 +2,8 @@
 
   glyphs   200 held-out (glyph, ink, paper) triples: is the nearest of all clean renders the prompted one, in glyph, ink and paper? And the
            same for 100 held-out edits, where the stage learns them: does the edited picture show what it should, changed and unchanged?
-  emoji    is the picture nearest, by pixel correlation, to the prompted emoji among 100 candidates?
+  emoji    is the picture nearest, by pixel correlation, to the prompted emoji among 100 candidates? And is an edited one nearest to what was
+           asked, among its source and everything that the source could be turned into?
 
   python -m launch.check --workdir=runs/quickstart
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from data_pipelines import emoji, glyph_edits, glyphs
+from data_pipelines import emoji, emoji_pairs, glyph_edits, glyphs
 from data_pipelines.buckets import Bucket, nearest_bucket
 from data_pipelines.transforms import composite_on_white, resize_crop
 from launch import cli
@@ -44,9 +45,14 @@ def check(run: Run, stage_name: str = "") -> dict:
   return result
 
 
+def shares_of(result: dict) -> list[tuple[str, float]]:
+  """(what it is, share in 0..1) of each share of a result."""
+  return [(name if name.endswith("chance") else f"{name} right", share) for name, share in result.items() if isinstance(share, float)]
+
+
 def describe(result: dict) -> str:
   """One line that states a check's result."""
-  shares = ", ".join(f"{name} right in {share:.1%}" for name, share in result.items() if isinstance(share, float))
+  shares = ", ".join(f"{name} {share:.1%}" for name, share in shares_of(result))
   edits = f" and {result['num_edits']} held-out edits" if "num_edits" in result else ""
   return f"Check of stage {result['stage']} on {result['num_prompts']} held-out prompts{edits} ({result['check']}): {shares}."
 
@@ -124,7 +130,22 @@ def check_emoji(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np
   images = draw(run, stage_name, weights, [Task(caption, emoji.SIDE_PX, emoji.SIDE_PX) for caption, _, _ in prompts[:num]])
   found = [emoji.nearest_emoji(image, candidates, paper) for image, (_, _, paper) in zip(images, prompts)]
   marks = ["" if place == right else f" [nearest: {prompts[place][0].rpartition(', on ')[0]}]" for right, place in enumerate(found)]
-  return {"emoji": float(np.mean(np.equal(found, np.arange(num))))}, images, [prompt[0] + mark for prompt, mark in zip(prompts, marks)]
+  shares, captions = {"emoji": float(np.mean(np.equal(found, np.arange(num))))}, [prompt[0] + mark for prompt, mark in zip(prompts, marks)]
+  if "ti2i" not in {part["task"] for part in run.stages[stage_name].mixture}:
+    return shares, images, captions
+  more, pairs, texts = _check_emoji_edits(run, stage_name, weights, num)
+  return {**shares, **more}, images[:NUM_SHOWN // 2] + pairs, captions[:NUM_SHOWN // 2] + texts
+
+
+def _check_emoji_edits(run: Run, stage_name: str, weights: dict, num: int) -> tuple[dict, list[np.ndarray], list[str]]:
+  """(share of edits nearest to the target among the source and all its variants, and chance; sources and edits, captions)."""
+  edits = emoji_pairs.held_out_edits(num, SEED)
+  side = emoji.SIDE_PX
+  edited = draw(run, stage_name, weights, [Task(text, side, side, (emoji.render(source, paper),)) for text, source, _, paper, _ in edits])
+  right = [others[emoji.nearest_emoji(image, others, paper)] == target for image, (_, _, target, paper, others) in zip(edited, edits)]
+  shares = {"edit": float(np.mean(right)), "edit by chance": float(np.mean([1 / len(others) for *_, others in edits])), "num_edits": num}
+  pairs = [image for (_, source, _, paper, _), image in zip(edits, edited) for image in (emoji.render(source, paper, image.shape[0]), image)]
+  return shares, pairs, [caption for (text, *_), good in zip(edits, right) for caption in ("(source)", text if good else f"{text} [wrong]")]
 
 
 def define_flags() -> None:

@@ -113,14 +113,14 @@ def test_pairs_change_tone_gender_or_direction():
 
 @needs_packages
 def test_sequences_are_drawn_as_one_picture_and_differ():
-  pictures = [emoji.lay_on_paper(emoji_pairs.draw(sequence), "white") for sequence in ("👋", "👋🏻", "👋🏿", "👩‍🚒", "👨‍🚒")]
+  pictures = [emoji.render(sequence, "white") for sequence in ("👋", "👋🏻", "👋🏿", "👩‍🚒", "👨‍🚒")]
   for i, one in enumerate(pictures):
     assert one.shape == (96, 96, 3) and all((one != other).any() for other in pictures[:i])
   # The same hand in two tones: the outline agrees, the colour does not.
   light, dark = pictures[1].astype(int), pictures[2].astype(int)
   shape = [(picture < 250).any(2) for picture in (light, dark)]
   assert (shape[0] == shape[1]).mean() > 0.97 and dark[shape[1]].mean() < light[shape[0]].mean() - 50
-  assert emoji_pairs.draw("\U0010ffff\u200d👋") is None
+  assert emoji.draw("\U0010ffff\u200d👋") is None
 
 
 @needs_packages
@@ -140,3 +140,15 @@ def test_a_pair_lies_on_one_paper_and_says_what_changes():
   source, target = decode_image(record["sources"][0]), decode_image(record["image"])
   assert (source[0, 0] == emoji.PAPERS["pink"]).all() and (target[0, 0] == source[0, 0]).all() and (source != target).any()
   assert record["captions"][0] == "change the skin tone to dark" and record["source_height"] == [96]
+
+
+@needs_packages
+def test_held_out_edits_bring_their_candidates():
+  edits = emoji_pairs.held_out_edits(40, seed=1)
+  assert edits == emoji_pairs.held_out_edits(50, seed=1)[:40]
+  for i, (text, source, target, paper, candidates) in enumerate(edits):
+    assert source in candidates and target in candidates and len(set(candidates)) == len(candidates) >= 2 and text
+    right = emoji.render(target, paper, 64)
+    assert candidates[emoji.nearest_emoji(right, candidates, paper)] == target, (i, source, target)
+  with pytest.raises(ValueError, match="held-out emoji edits, fewer than 100000"):
+    emoji_pairs.held_out_edits(100_000, seed=0)
