@@ -22,7 +22,7 @@ def base() -> ConfigDict:
   cfg.num_workers = 0
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
   cfg.schedule = ConfigDict(dict(density="logit_normal", shift="resolution", terminal=0.02))
-  cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, num_images=16))
+  cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, sigmas=(), num_images=16))  # sigmas: own times before the shift, 1 first
   cfg.check = ConfigDict(dict(name="", num_prompts=0, num_candidates=0))  # an automatic check of the last stage's samples
   cfg.stages = ()
   return cfg
@@ -48,7 +48,6 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="constant", final_ratio=0.0, b1=0.9, b2=0.95, weight_decay=0.001,
                      clip_norm=1.0, accumulate=1),
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200, keep=2,
-      num_image_rows=2,
   ))
   for key, value in changes.items():
     if key not in cfg:

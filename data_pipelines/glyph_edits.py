@@ -1,8 +1,10 @@
 """Editing pairs of the embedded data set: a picture, an instruction, and the picture after it.
 
-Source and target differ in one attribute (ink, paper, glyph or position), and the instruction names the new value; what it does not name
-has to be read from the source. Held out as in `glyphs`: no training pair shows a held-out (glyph, ink, paper) triple on either side, and the
-target of every validation pair is one. So a right edit is neither remembered nor guessed.
+Source and target differ in one attribute (ink, paper, glyph or position). The instruction names the new value, some wordings the glyph too;
+everything else has to be read from the source.
+
+Held out as in `glyphs`: no training pair shows a held-out (glyph, ink, paper) triple on either side, and the target of every validation pair is
+one. So a right edit is neither remembered nor guessed.
 """
 
 import dataclasses
@@ -32,7 +34,7 @@ def instruction(source: Attributes, target: Attributes, change: str, template_in
 
 
 def sample_pair(rng: np.random.Generator, split: str) -> tuple[Attributes, Attributes, str]:
-  """Returns (source, target, the attribute in which they differ), drawn uniformly among the pairs of a split."""
+  """Returns (source, target, the attribute in which they differ) of a split; source, attribute and new value are each drawn uniformly."""
   while True:
     source, change = glyphs.sample_attributes(rng), list(CHOICES)[rng.integers(len(CHOICES))]
     others = [value for value in CHOICES[change] if value != getattr(source, change)]

@@ -7,8 +7,9 @@ epoch p div n, and each epoch is a permutation of the n records of its own. So e
 epoch of its cell, any k can be asked at once, and neither hosts nor workers enter: each process loads its rows of the
 global batch. The state of a run is the integer k.
 
-Two tasks: "t2i" takes the records without condition images, "ti2i" (editing) those with some. A condition image keeps its own aspect ratio: it
-is fitted to the nearest size of the resolution's area, in multiples of one vision slot, and the tuple of these sizes is part of the bucket.
+Two tasks: "t2i" takes the records without condition images, "ti2i" (editing) those with some. A condition image is fitted to the size nearest
+to its own aspect ratio among all ratios at the resolution's area, in multiples of one vision slot; the tuple of these sizes is part of the
+bucket.
 """
 
 import dataclasses
@@ -124,16 +125,17 @@ class Loader:
     """Yields (bucket, positions of its records, count) for one data set at one resolution."""
     choice = sizes.make_buckets(spec.task, resolution.base_px, resolution.ratios, self._num_tokens,
                                 resolution.batch_size, resolution.multiple)
-    slots = sizes.make_buckets(spec.task, resolution.base_px, resolution.ratios, 0, 1, SLOT_PX)
     nearest, lost = _fit(index["height"], index["width"], choice)
-    source_nearest, source_lost = _fit(index["source_sizes"][..., 0], index["source_sizes"][..., 1], slots)
-    lost = np.maximum(lost, source_lost.max(axis=1, initial=0))
-    own = (source_nearest >= 0).any(axis=1) == (spec.task == "ti2i")
+    own = index["source_sizes"].any(axis=(1, 2)) == (spec.task == "ti2i")
+    keys, slots = nearest[:, None], ()
+    if spec.task == "ti2i":
+      slots = sizes.make_buckets(spec.task, resolution.base_px, sizes.RATIOS, 0, 1, SLOT_PX)
+      source_nearest, source_lost = _fit(index["source_sizes"][..., 0], index["source_sizes"][..., 1], slots)
+      keys, lost = np.concatenate([keys, source_nearest], axis=1), np.maximum(lost, source_lost.max(axis=1, initial=0))
     # Each record left out is counted under the first reason that holds.
     low_quality = index["quality"] < np.float32(spec.min_quality)
     no_language = ~low_quality & ~has_language(index, spec.languages)
     cropped = (lost > self._max_crop) & ~low_quality & ~no_language
-    keys = np.concatenate([nearest[:, None], source_nearest], axis=1)
     for key in np.unique(keys[own], axis=0):
       here = own & (keys == key).all(axis=1)
       kept = here & ~low_quality & ~no_language & ~cropped

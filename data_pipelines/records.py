@@ -36,7 +36,7 @@ from data_pipelines import emoji, emoji_pairs, glyph_edits, glyphs
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 
 SPLITS = ("train", "validation")
-_VERSION = "1.1.0"
+_VERSION = "1.2.0"
 _NO_SOURCES = {"sources": [], "source_height": [], "source_width": []}
 
 
@@ -111,7 +111,7 @@ def prepare(dataset: str, out: str, num_examples: int | None = None, seed: int =
   """Returns the facts of the data set <out>/<dataset>, which is built unless the same one is there already.
 
   The facts: path, reused, records per split, vocab_size, num_system_tokens, longest_caption_tokens (with the
-  template), and what the source adds. `num_examples` is the size of the training split, None for the source's default.
+  template), and what the source adds. `num_examples` counts the training pictures without editing pairs, None for the source's default.
   Another request (or a folder that is not a data set) in the same place is a `ValueError`. Can be interrupted at any
   time: nothing half-built stays.
   """

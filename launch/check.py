@@ -1,7 +1,7 @@
 """Automatic checks: prompts whose right answer is known are drawn, and the pictures are compared with clean renders.
 
   glyphs   200 held-out (glyph, ink, paper) triples: is the nearest of all clean renders the prompted one, in glyph, ink and paper? And the
-           same for 100 held-out edits, where the stage learns them: does the edited picture show what it should, changed and unchanged?
+           same for 100 held-out edits, where the stage learns them, and whether the picture is nearer to what was asked than to its source.
   emoji    is the picture nearest, by pixel correlation, to the prompted emoji among 100 candidates? And is an edited one nearest to what was
            asked, among its source and everything that the source could be turned into?
 
@@ -10,7 +10,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import flags
@@ -53,8 +53,12 @@ def shares_of(result: dict) -> list[tuple[str, float]]:
 def describe(result: dict) -> str:
   """One line that states a check's result."""
   shares = ", ".join(f"{name} {share:.1%}" for name, share in shares_of(result))
-  edits = f" and {result['num_edits']} held-out edits" if "num_edits" in result else ""
-  return f"Check of stage {result['stage']} on {result['num_prompts']} held-out prompts{edits} ({result['check']}): {shares}."
+  return f"Check of stage {result['stage']} on {counts_of(result)} ({result['check']}): {shares}."
+
+
+def counts_of(result: dict) -> str:
+  """How much was checked, in words."""
+  return f"{result['num_prompts']} held-out prompts" + (f" and {result['num_edits']} held-out edits" if "num_edits" in result else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ def draw(run: Run, stage_name: str, weights: dict, tasks: Sequence[Task]) -> lis
     if not mine:
       continue
     size = Size(bucket.height, bucket.width, bucket.num_tokens, bucket.source_sizes, min(50, len(mine)))
-    generator = Generator(run, size, run.cfg.sampling.num_steps, run.cfg.sampling.guidance)
+    generator = Generator(run, size, **run.sampler_settings())
     sources = [np.stack([resize_crop(tasks[i].sources[slot], *shape) for i in mine]) for slot, shape in enumerate(bucket.source_sizes)]
     for i, image in zip(mine, generator(weights, [tasks[i].prompt for i in mine], SEED, images=sources)):
       images[i] = image if image.shape[-1] == 3 else composite_on_white(image)
@@ -90,7 +94,7 @@ def _nearest(buckets: Sequence[Bucket], task: Task) -> int:
 
 
 def check_glyphs(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np.ndarray], list[str]]:
-  """(shares right of glyph, ink, paper and all three, and of edits where the stage learns them; pictures, captions)."""
+  """(shares right of glyph, ink, paper and everything, and of edits where the stage learns them; pictures, captions)."""
   num, tasks = run.cfg.check.num_prompts, {part["task"] for part in run.stages[stage_name].mixture}
   prompts = glyphs.held_out_prompts(num, SEED) if "t2i" in tasks else []
   images = draw(run, stage_name, weights, [Task(text, height, width) for text, _, height, width in prompts])
@@ -99,19 +103,28 @@ def check_glyphs(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[n
     return shares, images, captions
   edits = glyph_edits.held_out_edits(num // 2, SEED)
   edited = draw(run, stage_name, weights, [Task(text, h, w, (glyphs.render(source, h, w),)) for text, source, _, h, w in edits])
-  more, texts = _score(edited, [target for _, _, target, _, _ in edits], [text for text, *_ in edits], "edit: ")
+  moved = [_is_nearer(image, target, source) for image, (_, source, target, _, _) in zip(edited, edits)]
+  more, texts = _score(edited, [target for _, _, target, _, _ in edits], [text for text, *_ in edits], "edit: ", {"change": moved})
   pairs = [image for (_, source, _, h, w), image in zip(edits, edited) for image in (glyphs.render(source, h, w), image)]
   texts = [caption for text in texts for caption in ("(source)", text)]
   return {**shares, **more, "num_edits": len(edits)}, images[:NUM_SHOWN // 2] + pairs, captions[:NUM_SHOWN // 2] + texts
 
 
-def _score(images: list[np.ndarray], asked: list[glyphs.Attributes], texts: list[str], prefix: str) -> tuple[dict, list[str]]:
-  """(share right of each attribute and of all three, captions that name what is wrong)."""
+def _is_nearer(image: np.ndarray, target: glyphs.Attributes, source: glyphs.Attributes) -> bool:
+  """Whether a picture is nearer to the clean render of the target than to that of the source: something was done."""
+  far = [np.square(image.astype(float) - glyphs.render(one, *image.shape[:2])).sum() for one in (target, source)]
+  return bool(far[0] < far[1])
+
+
+def _score(images: list[np.ndarray], asked: list[glyphs.Attributes], texts: list[str], prefix: str,
+           more: Mapping[str, Sequence[bool]] = {}) -> tuple[dict, list[str]]:
+  """(share right of each attribute, of the questions in `more`, and of everything; captions that name what is wrong)."""
   if not images:
     return {}, []
-  scores = [glyphs.score(image, attributes) for image, attributes in zip(images, asked)]
-  shares = {prefix + name: float(np.mean([score[name] for score in scores])) for name in ("glyph", "ink", "paper")}
-  shares[f"{prefix}all three"] = float(np.mean([all(score.values()) for score in scores]))
+  scores = [glyphs.score(image, attributes) | {name: right[i] for name, right in more.items()}
+            for i, (image, attributes) in enumerate(zip(images, asked))]
+  shares = {prefix + name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+  shares[f"{prefix}everything"] = float(np.mean([all(score.values()) for score in scores]))
   marks = ["" if all(score.values()) else " [wrong: " + ", ".join(k for k, right in score.items() if not right) + "]" for score in scores]
   return shares, [prefix + text + mark for text, mark in zip(texts, marks)]
 

@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:
   """Runs `main(argv)` under absl and exits.
 
-  A `ValueError`, a missing file or a loss that is no number prints its message on stderr and exits with 1; a wrong flag, a config file that
-  is missing or a key that the config does not have, with 2. Anything else is a defect of the program and keeps its traceback.
+  A `ValueError`, a file that cannot be read or written, or a loss that is no number prints its message on stderr and exits with 1; a wrong
+  flag, a config file that is missing or a key that the config does not have, with 2. Anything else is a defect of the program and keeps its
+  traceback.
   """
   define_flags()
 

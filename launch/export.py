@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from launch import cli
 from launch.check import describe
-from launch.run import Run, load_run
+from launch.run import Run, load_run, split_source
 from launch.sample import sampling_weights
 from qimg2.export import DIFFUSERS_VERSION, FILE_DTYPES, export_pipeline, export_transformer
 from qimg2.metrics import read_rows
@@ -48,7 +48,8 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", role: str = 
   if transformer_only:
     return export_transformer(out, nets.model, weights["model"], dtype)
   card = model_card(run, name, role, dtype, pathlib.Path(out).name)
-  return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, _tokenizer_json(run), dtype, max_shard_bytes, card)
+  return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, _tokenizer_json(run), dtype, max_shard_bytes, card,
+                         tuple(run.cfg.sampling.sigmas) or None)
 
 
 def _tokenizer_json(run: Run) -> str:
@@ -66,16 +67,28 @@ def model_card(run: Run, stage_name: str, role: str, dtype: str, title: str) -> 
       start, f"# {title}\n",
       f"An image model of the Qwen-Image-2.0 kind, trained with qimg2: {copy} of stage `{stage_name}`, as {dtype}.\n",
       "## Training\n",
-      _table(("stage", "algorithm", "starts from", "step", "resolutions", "data"), [_stage_row(run, stage) for stage in run.cfg.stages]),
+      _table(("stage", "algorithm", "starts from", "step", "resolutions", "data"), [_stage_row(run, stage) for stage in _lineage(run, stage_name)]),
       "## Figures\n", _figures(run, stage_name),
       "## Loading\n", _loading(run, stage_name, title),
       "## Versions\n", ", ".join(f"{name} {version}" for name, version in _versions(run).items())
       + f"; laid out as by diffusers {DIFFUSERS_VERSION}.\n"])
 
 
+def _lineage(run: Run, stage_name: str) -> list[ConfigDict]:
+  """The stages that made the exported weights, in the order of the config: the named one and those that it, or they, took weights from."""
+  found, open_names = set(), [stage_name]
+  while open_names:
+    name = open_names.pop()
+    if name in run.stages and name not in found:
+      found.add(name)
+      stage = run.stages[name]
+      open_names += [split_source(text)[0] for text in (stage.start_from, *(stage.frozen[role] for role in run.algorithm(stage).frozen))]
+  return [stage for stage in run.cfg.stages if stage.name in found]
+
+
 def _stage_row(run: Run, stage: ConfigDict) -> Sequence[Any]:
   rows = read_rows(run.workdir / stage.name / "metrics.jsonl")
-  resolutions = ", ".join(f"{r.base_px} px ({', '.join(r.ratios)}) x {r.batch_size}" for r in stage.resolutions)
+  resolutions = ", ".join(f"{r.base_px} px ({', '.join(map(str, r.ratios))}) x {r.batch_size}" for r in stage.resolutions)
   mixture = ", ".join(f"{part.name}/{part.split} {part.get('task', 't2i')} x {part.weight:g}" for part in stage.mixture)
   return stage.name, stage.algorithm.name, stage.start_from or "scratch", rows[-1]["step"] if rows else 0, resolutions, mixture
 
@@ -87,19 +100,20 @@ def _figures(run: Run, stage_name: str) -> str:
   step = last.pop("step", 0)
   table = _table(("metric", "value"), [(name, f"{value:.5g}") for name, value in sorted(last.items()) if "_bin" not in name])
   text = f"Last values of stage `{stage_name}`, step {step:g}:\n\n{table}"
-  check = run.workdir / "check.json"
-  return text + (f"\n{describe(json.loads(check.read_text(encoding='utf-8')))}\n" if check.is_file() else "")
+  path = run.workdir / "check.json"
+  check = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  return text + (f"\n{describe(check)}\n" if check.get("stage") == stage_name else "")
 
 
 def _loading(run: Run, stage_name: str, title: str) -> str:
-  slot = 2 * run.nets.vae.spatial_factor
-  side = max(slot, max(r.base_px for r in run.stages[stage_name].resolutions) // slot * slot)
+  bucket = run.loader(run.stages[stage_name]).buckets[0]
   return f"""With diffusers:
 
 ```python
 from diffusers import QwenImage21Pipeline
 pipe = QwenImage21Pipeline.from_pretrained("{title}")
-image = pipe("a prompt", negative_prompt=" ", true_cfg_scale={max(1.0, run.cfg.sampling.guidance):g}, height={side}, width={side}).images[0]
+image = pipe("a prompt", negative_prompt=" ", true_cfg_scale={max(1.0, run.cfg.sampling.guidance):g},
+             height={bucket.height}, width={bucket.width}).images[0]
 ```
 
 With qimg2 (`load_weights` also takes shardings, to spread the weights over a mesh):

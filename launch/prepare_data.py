@@ -1,7 +1,7 @@
 """Prepares a data set and its tokenizer on disk.
 
-  python -m launch.prepare_data --dataset=glyphs --out=/data     20800 letters and shapes, half a minute
-  python -m launch.prepare_data --dataset=emoji --out=/data      8202 emoji on paper, captions in 114 languages
+  python -m launch.prepare_data --dataset=glyphs --out=/data     20800 letters and shapes, 10800 edits, a minute
+  python -m launch.prepare_data --dataset=emoji --out=/data      8202 emoji on paper, captions in 114 languages, 8085 edits
 
 glyphs needs nothing but this project's packages; emoji needs the Debian packages fonts-noto-color-emoji and
 unicode-cldr-core. The same command again uses what is there. An interrupted run leaves nothing that looks complete:
@@ -19,7 +19,7 @@ from launch import cli
 def define_flags() -> None:
   flags.DEFINE_enum("dataset", "glyphs", sorted(records.SOURCES), "Which data set to prepare.")
   flags.DEFINE_string("out", None, "Folder that will hold <dataset>/.", required=True)
-  flags.DEFINE_integer("num_examples", None, "Training examples; unset takes the data set's default.", lower_bound=1)
+  flags.DEFINE_integer("num_examples", None, "Training pictures, editing pairs not counted; unset takes the data set's default.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Seed of everything random in the data set.", lower_bound=0)
   flags.DEFINE_integer("vocab_size", None, "Largest number of tokens; unset takes the data set's default.")
 

@@ -34,6 +34,9 @@ class Pretrained:
     self.nets = conditioning.Networks(self.folder.model, self.folder.encoder, self.folder.vae, self.tokenizer.num_system_tokens,
                                       sharding.make_shard(self.mesh, self.rules))
     self._dtype = jnp.dtype(dtype)
+    if self.tokenizer.image_token_id != self.folder.encoder.image_token_id:
+      raise ValueError(f"The tokenizer in {folder} gives image slots the id {self.tokenizer.image_token_id}, its text encoder "
+                       f"{self.folder.encoder.image_token_id}: they are of different models.")
 
   def put(self, batch: dict) -> dict:
     """Rows on the mesh."""

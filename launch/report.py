@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from ml_collections import ConfigDict
 
 from data_pipelines.loader import Loader
-from launch.check import shares_of
+from launch.check import counts_of, shares_of
 from launch.run import Run
 from qimg2.metrics import read_rows
 
@@ -61,8 +61,7 @@ def _check(workdir: pathlib.Path) -> str:
     return ""
   result = json.loads(path.read_text(encoding="utf-8"))
   shares = [(name, f"{share:.1%}") for name, share in shares_of(result)]
-  edits = f" and {result['num_edits']} held-out edits" if "num_edits" in result else ""
-  return (f"<h2>Check: {html.escape(result['check'])}</h2><p>{result['num_prompts']} held-out prompts{edits}, drawn by stage "
+  return (f"<h2>Check: {html.escape(result['check'])}</h2><p>{counts_of(result)}, drawn by stage "
           f"<b>{html.escape(result['stage'])}</b> and compared with clean renders.</p>" + _table(("question", "share"), shares)
           + _image((workdir / "check.png").read_bytes()))
 

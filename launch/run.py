@@ -33,14 +33,14 @@ from qimg2.algorithms.reconstruction import reconstruction
 from qimg2.checkpoint import Checkpoints, restore_weights, save_weights
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
-from qimg2.pipeline_folder import check_configs, load_weights, open_folder
+from qimg2.pipeline_folder import check_configs, check_sampling, load_weights, open_folder
 
 Dataclass = TypeVar("Dataclass")
 EMBEDDED = ("glyphs", "emoji")
 DIFFUSERS = "diffusers:"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "check",
-             "num_image_rows", "num_steps", "data_dir", "mesh")
+             "num_steps", "data_dir", "mesh")
 
 
 def plain(value: Any) -> Any:
@@ -107,8 +107,12 @@ def make_algorithm(section: ConfigDict, schedule: flow.Schedule) -> Algorithm:
 class Run:
   """A config and a folder, and what both together give."""
 
-  def __init__(self, cfg: ConfigDict, workdir: str | pathlib.Path):
-    """Raises: ValueError for a config that does not fit together."""
+  def __init__(self, cfg: ConfigDict, workdir: str | pathlib.Path, trained: bool = False):
+    """Args: config; folder; trained, whether the run is only read, so that what its stages started from may be gone.
+
+    Raises:
+      ValueError: a config that does not fit together.
+    """
     self.cfg, self.workdir = cfg, pathlib.Path(workdir)
     self.mesh = sharding.make_mesh(plain(cfg.mesh))
     if cfg.rules not in sharding.RULES:
@@ -118,7 +122,7 @@ class Run:
     self.stages = {stage.name: stage for stage in cfg.stages}
     if len(self.stages) != len(cfg.stages):
       raise ValueError("config.stages: two stages have the same name; give each its own.")
-    self._check_stages()
+    self._check_stages(sources=not trained)
     self._ensure_data()
     self.tokenizer = PromptTokenizer.load(self._tokenizer_path())
     model, encoder, autoencoder = model_configs(cfg)
@@ -129,16 +133,20 @@ class Run:
     self.nets = conditioning.Networks(model, encoder, autoencoder, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
     self.specs = self.nets.specs()
 
-  def _check_stages(self) -> None:
+  def _check_stages(self, sources: bool) -> None:
     """Finds the mistakes of all stages before the first one trains."""
     earlier: list[str] = []
     for stage in self.cfg.stages:
-      frozen = self.algorithm(stage).frozen
       self.optimizer_config(stage)
       self._resolutions(stage)
+      self._datasets(stage)
+      frozen = self.algorithm(stage).frozen
+      for role in frozen:
+        if role not in stage.frozen:
+          raise ValueError(f"config.stages[{stage.name}].frozen lacks {role!r}: say where these weights come from, \"\" for the default.")
       for key, text in [("start_from", stage.start_from), *((f"frozen.{role}", stage.frozen[role]) for role in frozen)]:
         source, _ = split_source(text)
-        if source and source not in earlier and not pathlib.Path(source.removeprefix(DIFFUSERS)).is_dir():
+        if sources and source and source not in earlier and not pathlib.Path(source.removeprefix(DIFFUSERS)).is_dir():
           raise ValueError(f"config.stages[{stage.name}].{key} is {text!r}, which is neither an earlier stage ({', '.join(earlier) or 'none'}) nor "
                            "a folder.")
       earlier.append(stage.name)
@@ -159,15 +167,17 @@ class Run:
 
   def loader(self, stage: ConfigDict) -> Loader:
     """The training data of a stage."""
-    datasets = [DatasetSpec(data_dir=self.cfg.data_dir, **plain(part)) for part in stage.mixture]
-    return self._loader(stage, datasets, stage.caption_dropout)
+    return self._loader(stage, self._datasets(stage), stage.caption_dropout)
+
+  def _datasets(self, stage: ConfigDict) -> list[DatasetSpec]:
+    return [from_section(DatasetSpec, {"data_dir": self.cfg.data_dir, **plain(part)}, f"stages[{stage.name}].mixture") for part in stage.mixture]
 
   def evaluation_batches(self, stage: ConfigDict) -> dict[str, list[dict]]:
     """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture."""
     batches = {}
-    for task in dict.fromkeys(part["task"] for part in stage.mixture):
-      parts = {part["name"]: DatasetSpec(self.cfg.data_dir, part["name"], stage.evaluation.split, task=task, languages=tuple(part["languages"]))
-               for part in stage.mixture if part["task"] == task}
+    for task in dict.fromkeys(part.task for part in self._datasets(stage)):
+      parts = {part.name: dataclasses.replace(part, split=stage.evaluation.split, weight=1.0, min_quality=0.0)
+               for part in self._datasets(stage) if part.task == task}
       loader = self._loader(stage, list(parts.values()), 0.0)
       batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
     return batches
@@ -203,6 +213,11 @@ class Run:
   def optimizer_config(self, stage: ConfigDict) -> optim.Config:
     """The stage's optimizer settings."""
     return from_section(optim.Config, stage.optimizer, f"stages[{stage.name}].optimizer")
+
+  def sampler_settings(self) -> dict[str, Any]:
+    """num_steps, guidance and base_times for `launch.generator.Generator`, as the config says."""
+    sampling = self.cfg.sampling
+    return {"num_steps": len(sampling.sigmas) or sampling.num_steps, "guidance": sampling.guidance, "base_times": tuple(sampling.sigmas) or None}
 
   def key(self, name: str) -> jax.Array:
     """The PRNG key of a stage or of a role's initialisation: the run's seed and the name alone decide it."""
@@ -248,6 +263,8 @@ class Run:
     published = open_folder(folder)
     configs = {"model": self.nets.model, "encoder": self.nets.encoder, "vae": self.nets.vae}
     check_configs(published, *(config if name == role else None for name, config in configs.items()))
+    if role == "model":
+      check_sampling(published, self.schedule, self.cfg.sampling.sigmas)
     return load_weights(published, role, self.specs[role], sharding.param_shardings(self.specs[role], self.mesh, self.rules))
 
   def frozen_weights(self, stage: ConfigDict) -> dict[str, dict]:
@@ -281,10 +298,20 @@ class Run:
     algorithm = self.algorithm(stage)
     if not stage.start_from:
       return {role: self.random_weights(role) for role in algorithm.losses}, {}
-    params = {role: self.trained_weights(stage.start_from, role) for role in algorithm.losses}
-    if stage.start_from.startswith(DIFFUSERS):
-      return params, {}
-    return params, {name: self.trained_weights(stage.start_from, role, name) for name, (role, _) in algorithm.track.items()}
+    source, copy = split_source(stage.start_from)
+    params = {role: self.trained_weights(source, role, copy) for role in algorithm.losses}
+    held = () if copy else self._slow_copies(source)
+    return params, {name: self.trained_weights(source, role, name) for name, (role, _) in algorithm.track.items() if name in held}
+
+  def _slow_copies(self, source: str) -> list[str]:
+    """Names of the slow copies in the newest checkpoint of `source`; none if it has no checkpoints."""
+    folder = (self.workdir / source if source in self.stages else pathlib.Path(source)) / "checkpoints"
+    if not folder.is_dir():
+      return []
+    checkpoints = Checkpoints(folder)
+    items = checkpoints.items(checkpoints.latest_step())
+    checkpoints.close()
+    return [name.removeprefix("slow.") for name in items if name.startswith("slow.")]
 
 
 def split_source(text: str) -> tuple[str, str]:
@@ -347,7 +374,7 @@ def load_run(workdir: str | pathlib.Path, dtype: str | None = None) -> Run:
   config = _to_config(json.loads(path.read_text(encoding="utf-8"))["config"])
   for section in (config.model, config.encoder, config.vae) if dtype else ():
     section.dtype = dtype
-  return Run(config, workdir)
+  return Run(config, workdir, trained=True)
 
 
 def _to_config(value: Any) -> Any:

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from data_pipelines.buckets import bucket_size
-from data_pipelines.loader import SLOT_PX, source_grids
+from data_pipelines.loader import source_grids
 from launch import cli
 from launch.generator import Generator, Size, Source, load_condition_image
 from launch.pictures import grid, save_png
@@ -50,8 +49,8 @@ def sample(source: Source, weights: dict, request: Request, defaults: dict) -> t
     source: networks and tokenizer.
     weights: of all roles.
     request: what to draw.
-    defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open, and
-      "image_pixels", the fewest and most px of a condition image.
+    defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open; "only_sigmas",
+      whether another number of steps may not replace these; "image_pixels", the fewest and most px of a condition image.
 
   Raises:
     ValueError: an image, a noise file or a size that does not fit.
@@ -60,12 +59,13 @@ def sample(source: Source, weights: dict, request: Request, defaults: dict) -> t
   images = [load_condition_image(path, resolution, source.nets.vae.image_channels) for path in request.images]
   sizes = tuple(image.shape[:2] for image in images)
   _check_images(request.images, images, resolution, *defaults["image_pixels"])
-  height, width = _picture_size(request, images, resolution, defaults)
+  height, width = _picture_size(request, images, defaults)
   prompts = [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)]
   longest = max(len(source.tokenizer.encode(text, source_grids(sizes))) for text in (*request.prompts, request.negative_prompt))
-  base_times = request.sigmas or defaults["sigmas"]
-  num_steps = len(base_times) if base_times else request.num_steps or defaults["num_steps"]
+  base_times, num_steps = _times(request, defaults)
   guidance = defaults["guidance"] if request.guidance is None else request.guidance
+  if request.negative_prompt and guidance == 1.0:
+    raise ValueError("A negative prompt is only read with guidance: give --guidance, such as 4.")
   size = Size(height, width, -(-longest // TOKEN_STEP) * TOKEN_STEP, sizes, min(MAX_BATCH, len(prompts)))
   generator = Generator(source, size, num_steps, guidance, base_times or None, request.cache)
   latents, pictures = generator.draw(weights, prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
@@ -81,12 +81,21 @@ def _check_images(paths: Sequence[str], images: Sequence[np.ndarray], resolution
                        "unchanged: choose another --output_resolution.")
 
 
-def _picture_size(request: Request, images: Sequence[np.ndarray], resolution: int, defaults: dict) -> tuple[int, int]:
-  """(height, width) as asked; else of the last condition image's aspect ratio, or the default."""
+def _times(request: Request, defaults: dict) -> tuple[tuple[float, ...], int]:
+  """(times before the shift or none, number of steps) as asked, else as the run or the folder says."""
+  own = request.sigmas or (() if request.num_steps and not defaults["only_sigmas"] else defaults["sigmas"])
+  if own and request.num_steps and request.num_steps != len(own):
+    raise ValueError(f"--num_steps={request.num_steps} does not go with the {len(own)} sampling times that "
+                     f"{'--sigmas gives' if request.sigmas else 'the folder brings'}: leave it out.")
+  return own, len(own) or request.num_steps or defaults["num_steps"]
+
+
+def _picture_size(request: Request, images: Sequence[np.ndarray], defaults: dict) -> tuple[int, int]:
+  """(height, width) as asked; else of the last condition image, or the default."""
   if images:
-    height, width = bucket_size(resolution, images[-1].shape[1] / images[-1].shape[0], SLOT_PX)
+    height, width = images[-1].shape[:2]
   elif request.output_resolution:
-    height = width = resolution
+    height = width = request.output_resolution
   else:
     height, width = defaults["height"], defaults["width"]
   return request.height or height, request.width or width
@@ -98,8 +107,10 @@ def _load_noise(path: str, num: int) -> np.ndarray | None:
     return None
   try:
     noise = np.load(path, allow_pickle=False)
-  except (OSError, ValueError) as error:
+  except (OSError, EOFError, ValueError) as error:
     raise ValueError(f"The noise file {path} cannot be read ({error}): write it with numpy.save as h w C float32.") from error
+  if not isinstance(noise, np.ndarray):
+    raise ValueError(f"The noise file {path} is an archive: write one array with numpy.save as h w C float32.")
   if noise.dtype != np.float32 or noise.ndim not in (3, 4):
     raise ValueError(f"The noise file {path} holds {noise.dtype} of shape {noise.shape}: it must be float32, h w C or n h w C in latents.")
   return noise if noise.ndim == 4 else np.stack([noise] * num)
@@ -117,7 +128,10 @@ def sampling_weights(run: Run, stage_name: str = "", copy: str = "ema") -> tuple
   if name not in trained:
     raise ValueError(f"Stage {name or '(any)'!r} of {run.workdir} has no generator to sample from; trained are: {', '.join(trained) or 'none'}.")
   stage = run.stages[name]
-  copy = copy if copy in run.algorithm(stage).track else ""
+  track = run.algorithm(stage).track
+  if copy not in ("", "ema", *track):
+    raise ValueError(f"Stage {name} keeps no slow copy {copy!r}: choose one of {', '.join(track) or 'none'}, or \"\" for the weights themselves.")
+  copy = copy if copy in track else ""
   return name, {**run.frozen_weights(stage), "model": run.trained_weights(name, "model", copy)}
 
 
@@ -126,13 +140,14 @@ def run_defaults(run: Run, stage_name: str) -> dict:
   stage = run.stages[stage_name]
   bucket = run.loader(stage).buckets[0]
   return {"height": bucket.height, "width": bucket.width, "output_resolution": stage.resolutions[-1].base_px,
-          "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": (), "image_pixels": (0, math.inf)}
+          "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": tuple(run.cfg.sampling.sigmas),
+          "only_sigmas": False, "image_pixels": (0, math.inf)}
 
 
 def pretrained_defaults(pretrained: Pretrained, resolution: int = 1024) -> dict:
   """The published pipeline's defaults: 1024 px, 40 steps or the folder's own times, no guidance."""
   return {"height": resolution, "width": resolution, "output_resolution": resolution, "num_steps": 40, "guidance": 1.0,
-          "sigmas": tuple(pretrained.sample_sigmas or ()), "image_pixels": pretrained.folder.image_pixels}
+          "sigmas": tuple(pretrained.sample_sigmas or ()), "only_sigmas": True, "image_pixels": pretrained.folder.image_pixels}
 
 
 def define_flags() -> None:
@@ -140,7 +155,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
-  flags.DEFINE_string("copy", "ema", "Slow copy of the weights to use where the stage keeps one; empty for the weights themselves.")
+  flags.DEFINE_string("copy", None, "Slow copy of the weights to use: ema, the default, where the stage keeps one; empty for the weights themselves.")
   flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for more.", required=True)
   flags.DEFINE_multi_string("image", [], "A condition image (PNG, JPEG, WebP) that every prompt sees; repeat the flag for more, in prompt order.")
   flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
@@ -148,7 +163,7 @@ def define_flags() -> None:
   flags.DEFINE_string("out", "grid.png", "PNG file to write: the picture, or one sheet of all pictures.")
   flags.DEFINE_string("pictures", "", "Folder for each picture as a PNG of its own.")
   flags.DEFINE_string("save_latents", "", "File for the final latents, .npy: h w C float32, n h w C for several pictures.")
-  flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+  flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_string("noise", "", "File of the initial noise, .npy: h w C float32 in latents, or n h w C, one for each picture.")
   flags.DEFINE_integer("num_steps", 0, "Sampling steps; 0 takes the run's, or 40.", lower_bound=0)
   flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 runs no second pass. Default: the run's, or 1.", lower_bound=0)
@@ -183,12 +198,16 @@ def main(_) -> None:
   if bool(args.workdir) == bool(args.pretrained):
     raise ValueError("Give either --workdir, the folder of a run, or --pretrained, a published folder.")
   request = request_from_flags(args)
+  if pathlib.Path(args.out).is_dir():
+    raise ValueError(f"--out={args.out} is a folder: name a PNG file; --pictures takes a folder.")
   if args.pretrained:
+    if args.stage or args.copy:
+      raise ValueError("--stage and --copy choose among a run's weights: leave them out with --pretrained.")
     source, where = Pretrained(args.pretrained, args.dtype or "float32"), args.pretrained
     weights, defaults = source.load(), pretrained_defaults(source)
   else:
     source = load_run(args.workdir, args.dtype)
-    name, weights = sampling_weights(source, args.stage, args.copy)
+    name, weights = sampling_weights(source, args.stage, "ema" if args.copy is None else args.copy)
     where, defaults = f"stage {name}", run_defaults(source, name)
   latents, pictures, captions = sample(source, weights, request, defaults)
   write(args, latents, pictures, captions)

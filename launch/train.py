@@ -82,14 +82,14 @@ def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
   else:
     prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
     size = Size(*targets.shape[1:3], first["tokens"].shape[1], tuple(source.shape[1:3] for source in sources), num)
-    generator = Generator(run, size, run.cfg.sampling.num_steps, run.cfg.sampling.guidance)
+    generator = Generator(run, size, **run.sampler_settings())
     draw = lambda weights: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts, images=sources)
     captions = [caption for prompt in prompts for caption in ("(source)",) * len(sources) + (prompt, "(as rendered)")]
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
     rows = [image for row in zip(*sources, draw(weights), targets) for image in row]
     per_row = len(sources) + 2
-    sheet = grid(rows, 8 // per_row * per_row, captions, scale=max(1, 96 // targets.shape[1]))
+    sheet = grid(rows, max(1, 8 // per_row) * per_row, captions, scale=max(1, 96 // targets.shape[1]))
     if jax.process_index() == 0:
       name = f"{step:08d}.png" if task == "t2i" else f"{step:08d}_{task}.png"
       save_png(sheet, run.workdir / section.name / "samples" / name)

@@ -49,6 +49,10 @@ class Checkpoints:
     slow = {name: restored[f"slow.{name}"] for name in abstract.slow}
     return TrainState(train["step"], params, train["opt"], slow, jax.random.wrap_key_data(train["key"])), restored["meta"]
 
+  def items(self, step: int) -> list[str]:
+    """Names of the weights and slow copies in the checkpoint of a step, such as "params.model"."""
+    return sorted(path.name for path in (self.folder / str(step)).iterdir() if path.is_dir() and "." in path.name)
+
   def restore_item(self, name: str, abstract: Any, step: int | None = None) -> Any:
     """One item, such as "params.model" or "slow.ema", of a step (default: the newest).
 
@@ -59,9 +63,8 @@ class Checkpoints:
     step = self.latest_step() if step is None else step
     if step is None:
       raise FileNotFoundError(f"There is no checkpoint in {self.folder}: train that stage first.")
-    if not (self.folder / str(step) / name).is_dir():
-      items = sorted(p.name for p in (self.folder / str(step)).iterdir() if p.is_dir() and "." in p.name)
-      raise ValueError(f"The checkpoint {self.folder / str(step)} holds no {name!r}: it has {', '.join(items)}.")
+    if name not in self.items(step):
+      raise ValueError(f"The checkpoint {self.folder / str(step)} holds no {name!r}: it has {', '.join(self.items(step))}.")
     return _read(self._manager, step, ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}), self.folder)[name]
 
   def wait(self) -> None:

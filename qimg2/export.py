@@ -25,7 +25,7 @@ from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.names import mmdit as mmdit_names
 from qimg2.names import qwen3_vl as qwen3_vl_names
 from qimg2.names import vae as vae_names
-from qimg2.pipeline_folder import COMPONENTS, PIPELINE_CLASS, TOKENIZER, published_schedule
+from qimg2.pipeline_folder import COMPONENTS, PIPELINE_CLASS, SCHEDULER_CLASS, TOKENIZER, published_schedule
 
 DIFFUSERS_VERSION = "0.42.1"  # the release whose layout this is
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -205,7 +205,7 @@ def _write_file(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], tenso
 def _model_index(sample_sigmas: Sequence[float] | None) -> dict[str, Any]:
   index = {part.folder: [part.library, part.name] for part in COMPONENTS.values()}
   return {"_class_name": PIPELINE_CLASS, "_diffusers_version": DIFFUSERS_VERSION, **index, "processor": ["transformers", "Qwen3VLProcessor"],
-          "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+          "scheduler": ["diffusers", SCHEDULER_CLASS],
           "sample_sigmas": None if sample_sigmas is None else [float(sigma) for sigma in sample_sigmas]}
 
 

@@ -11,7 +11,7 @@ program would not compute exactly like the published pipeline is an error.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from qimg2 import flow, pretrained
 from qimg2 import params as P
 from qimg2.models import mmdit, qwen3_vl, vae
+from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.names import mmdit as mmdit_names
 from qimg2.names import qwen3_vl as qwen3_vl_names
 from qimg2.names import vae as vae_names
@@ -47,7 +48,7 @@ class Component(NamedTuple):
 COMPONENTS = {
     "model": Component("transformer", "diffusion_pytorch_model", "diffusers", mmdit_names.CLASS),
     "encoder": Component("text_encoder", "model", "transformers", qwen3_vl_names.CLASS),
-    "vae": Component("vae", "diffusion_pytorch_model", "diffusers", "AutoencoderKLQwenImage21"),
+    "vae": Component("vae", "diffusion_pytorch_model", "diffusers", vae_names.CLASS),
 }
 
 
@@ -94,15 +95,19 @@ def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "
   if not (path / TOKENIZER).is_file():
     raise ValueError(f"The file {path / TOKENIZER} is missing.")
   sigmas = index.get("sample_sigmas")
-  return PipelineFolder(
-      path=path,
-      model=mmdit_names.config(configs["model"], dtype=dtype, remat=remat),
-      encoder=qwen3_vl_names.config(configs["encoder"], dtype=dtype),
-      vae=vae_names.config(configs["vae"], dtype=dtype),
-      schedule=read_schedule(pretrained.read_json(path / "scheduler" / "scheduler_config.json")),
-      sample_sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
-      tokenizer=path / TOKENIZER,
-      image_pixels=_read_image_pixels(path / "processor"))
+  try:
+    encoder = qwen3_vl_names.config(configs["encoder"], dtype=dtype)
+    return PipelineFolder(
+        path=path,
+        model=mmdit_names.config(configs["model"], dtype=dtype, remat=remat),
+        encoder=encoder,
+        vae=vae_names.config(configs["vae"], dtype=dtype),
+        schedule=read_schedule(pretrained.read_json(path / "scheduler" / "scheduler_config.json")),
+        sample_sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
+        tokenizer=path / TOKENIZER,
+        image_pixels=_read_image_pixels(path / "processor", encoder.vision))
+  except (TypeError, AttributeError) as error:
+    raise ValueError(f"A config in {path} holds a value of the wrong type ({error}): fetch the folder again.") from error
 
 
 def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
@@ -114,15 +119,19 @@ def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
                        f"{part.library}.")
 
 
-def _read_image_pixels(folder: pathlib.Path) -> tuple[int, int]:
+def _read_image_pixels(folder: pathlib.Path, vision: VisionConfig) -> tuple[int, int]:
+  """The bounds of a processor that does to pixels what `qwen3_vl_vision` does: scale to [-1, 1], cut into the encoder's patches."""
   path = next((folder / name for name in PROCESSOR_FILES if (folder / name).is_file()), None)
   if path is None:
     raise ValueError(f"The folder {folder} has neither {' nor '.join(PROCESSOR_FILES)}.")
   published = pretrained.read_json(path)
   settings = published.get("image_processor", published)
-  odd = [name for name in ("image_mean", "image_std") if list(settings.get(name) or IMAGE_NORM) != IMAGE_NORM]
-  if odd:
-    raise ValueError(f"{path} asks for {odd[0]} {settings[odd[0]]}: only {IMAGE_NORM} is supported.")
+  wanted = {"image_mean": IMAGE_NORM, "image_std": IMAGE_NORM}  # what a file must say; the rest has these values when it says nothing
+  wanted |= {name: value for name, value in {"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "patch_size": vision.patch_px,
+                                             "merge_size": vision.merge, "temporal_patch_size": vision.num_frames}.items() if name in settings}
+  for name, value in wanted.items():
+    if settings.get(name) != value:
+      raise ValueError(f"{path} has {name} {settings.get(name)!r}: only {value!r} is supported.")
   size = settings.get("size") or {}
   try:
     return int(settings.get("min_pixels") or size["shortest_edge"]), int(settings.get("max_pixels") or size["longest_edge"])
@@ -225,6 +234,22 @@ def check_configs(folder: PipelineFolder, model: mmdit.Config | None, encoder: q
   for role, ours, theirs in (("model", model, folder.model), ("encoder", encoder, folder.encoder), ("vae", autoencoder, folder.vae)):
     for path, mine, published in _differences(ours, theirs, role) if ours is not None else ():
       raise ValueError(f"config.{path} is {mine!r}, but the pipeline in {folder.path} has {published!r}: make them equal to start from it.")
+
+
+def check_sampling(folder: PipelineFolder, schedule: flow.Schedule, sample_sigmas: Sequence[float]) -> None:
+  """Does nothing when a run's sampling times are the folder's: a generator that starts from it was made for these.
+
+  Raises:
+    ValueError: the schedule or the given times differ; the first difference is named with both values.
+  """
+  ours, theirs = (published_schedule(one) for one in (schedule, folder.schedule))
+  for name in ours:
+    if ours[name] != theirs[name]:
+      raise ValueError(f"config.schedule gives the sampler {name} {ours[name]!r}, but the pipeline in {folder.path} has {theirs[name]!r}: make them "
+                       "equal to start from it.")
+  if tuple(sample_sigmas) != (folder.sample_sigmas or ()):
+    raise ValueError(f"config.sampling.sigmas is {tuple(sample_sigmas)}, but the pipeline in {folder.path} has {folder.sample_sigmas or ()}: make "
+                     "them equal to start from it.")
 
 
 def _differences(ours: Any, theirs: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

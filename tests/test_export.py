@@ -1,5 +1,6 @@
 """Folders that we write, loaded by the published pipeline and by ourselves; and what cannot be written."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import pathlib
 import struct
 import subprocess
 import sys
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ import torch
 from PIL import Image
 
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
-from launch.export import export
+from launch.export import export, model_card
 from qimg2 import conditioning, flow, pretrained, sharding
 from qimg2 import params as P
 from qimg2.export import export_pipeline, export_transformer
@@ -218,11 +220,15 @@ def test_a_published_folder_goes_through_unchanged(tmp_path):
 # Processor.
 
 
-def ids_of(processor, prompt, images):
-  slots = "".join(f"{' ' if i else ''}<image{i + 1}><|vision_start|><|image_pad|><|vision_end|>" for i in range(len(images)))
-  text = (f"<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n<|im_start|>user\n{slots}{prompt or ' '}<|im_end|>\n"
-          "<|im_start|>assistant\n")
-  return processor(text=[text], padding=True, padding_side="left", **({"images": images} if images else {})).input_ids[0]
+def ids_of(pipeline, prompt, images):
+  """The ids that the pipeline itself hands to its text encoder."""
+  seen = {}
+  def record(*args, **kwargs):
+    seen.update(kwargs)
+    raise StopIteration
+  with unittest.mock.patch.object(pipeline.text_encoder, "forward", record), contextlib.suppress(StopIteration):
+    pipeline._get_qwen_prompt_embeds([prompt], images or None, "cpu")
+  return seen["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("sizes", [[], [(64, 32)], [(64, 96), (32, 32)]])
@@ -230,7 +236,7 @@ def test_processor_gives_our_tokens(pipeline, tokenizer, sizes):
   images = [Image.new("RGB", (width, height), (200, 10, 60)) for height, width in sizes]
   for prompt in PROMPTS:
     ours = tokenizer.encode(prompt, [(height // 32, width // 32) for height, width in sizes])
-    assert list(ids_of(pipeline.processor, prompt, images)) == ours, prompt
+    assert list(ids_of(pipeline, prompt, images)) == ours, prompt
 
 
 @pytest.mark.parametrize("sizes", [[], [(64, 96), (32, 32)]])
@@ -240,7 +246,7 @@ def test_our_tokenizer_gives_the_published_processors_tokens(sizes, tmp_path):
   ours = PromptTokenizer.load(tmp_path)
   images = [Image.new("RGB", (width, height)) for height, width in sizes]
   for prompt in PROMPTS:
-    assert list(ids_of(published.processor, prompt, images)) == ours.encode(prompt, [(h // 32, w // 32) for h, w in sizes]), prompt
+    assert list(ids_of(published, prompt, images)) == ours.encode(prompt, [(h // 32, w // 32) for h, w in sizes]), prompt
   assert published._drop_idx == ours.num_system_tokens
 
 
@@ -325,6 +331,10 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   assert_same(pipeline.transformer, tensors_of(smoke_run.nets, {"model": slow}, "model"))
   card = (out / "README.md").read_text()
   assert all(f"| {stage.name} | {stage.algorithm.name} |" in card for stage in smoke_run.cfg.stages)
+  bucket = smoke_run.loader(smoke_run.stages[last]).buckets[0]
+  assert f"height={bucket.height}, width={bucket.width}" in card
+  early = model_card(smoke_run, "low_resolution", "ema", "float32", "x")
+  assert "| low_resolution |" in early and "| sft |" not in early and "Check of stage" not in early
   assert "ema/val_loss |" in card and "Check of stage" in card and "from_pretrained" in card and "jax " in card
   assert pipeline._drop_idx == smoke_run.nets.num_system_tokens
 

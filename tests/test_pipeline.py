@@ -111,8 +111,9 @@ def test_ten_seeds_equal_the_pipeline(folders, num_sources, guidance):
     compare(folders(0), folders(seed), seed, num_sources, guidance, rows=(seed % 3,))
 
 
-def test_no_cache_on_eight_devices_gives_the_same(folders):
-  compare(folders(0), folders(0), 1, 1, 2.0, rows=(1,), cache=False, num_devices=8)
+@pytest.mark.parametrize("cache", [True, False])
+def test_eight_devices_with_and_without_cache_give_the_same(folders, cache):
+  compare(folders(0), folders(0), 1, 1, 2.0, rows=(1,), cache=cache, num_devices=8)
 
 
 def test_own_sampling_times_and_a_static_shift(folders, tmp_path):
@@ -161,6 +162,18 @@ def test_transparent_images_equal_the_pipeline(folders):
   assert np.abs(picture[0] / 255 - their_picture).max() <= PIXELS_TOLERANCE
 
 
+def test_the_size_of_an_edit_is_the_pipelines(folders, tmp_path):
+  """From the original's aspect ratio, not from that of the resized image, which rounds another way."""
+  image = Image.fromarray(np.random.default_rng(7).integers(0, 256, (53, 90, 3), dtype=np.uint8))
+  image.save(tmp_path / "image.png")
+  source = Pretrained(folders(0), devices=jax.devices()[:1])
+  defaults = pretrained_defaults(source) | {"num_steps": 1}
+  request = Request(("x",), images=(str(tmp_path / "image.png"),), output_resolution=RESOLUTION)
+  _, pictures, _ = sample(source, weights_of(folders(0)), request, defaults)
+  theirs = pipeline(folders(0))("x", image=[image], num_inference_steps=2, output_resolution=RESOLUTION, output_type="np").images[0]
+  assert pictures[0].shape == theirs.shape
+
+
 # The command.
 
 
@@ -197,6 +210,11 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
     ((), "Give either --workdir"), (("--workdir=a", "--pretrained=b"), "Give either --workdir"),
     (("--pretrained=/nowhere",), "/nowhere"), (("--pretrained={folder}", "--image=/nowhere.png"), "There is no image /nowhere.png"),
     (("--pretrained={folder}", "--noise=/nowhere.npy"), "/nowhere.npy cannot be read"),
+    (("--pretrained={folder}", "--noise={folder}/empty.npy"), "empty.npy cannot be read"),
+    (("--pretrained={folder}", "--out={folder}"), "is a folder: name a PNG file"),
+    (("--pretrained={folder}", "--stage=sft"), "leave them out with --pretrained"),
+    (("--pretrained={folder}", "--negative_prompt=x"), "only read with guidance"),
+    (("--pretrained={folder}", "--sigmas=1,0.5", "--num_steps=3"), "--num_steps=3 does not go with the 2 sampling times that --sigmas gives"),
     (("--pretrained={folder}", "--sigmas=1,x"), "--sigmas=1,x is not understood"),
     (("--pretrained={folder}", "--sigmas=0.5,0.9"), "must fall from at most 1"),
     (("--pretrained={folder}", "--height=40", "--width=64"), "picture of 40 x 64 px cannot be drawn"),
@@ -204,5 +222,6 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
 ])
 def test_mistakes_end_in_one_sentence(folders, arguments, message):
   pictures(2)[1].save(folders(0) / "image.png")
+  (folders(0) / "empty.npy").touch()
   result = launch("--prompt=x", *(text.format(folder=folders(0)) for text in arguments))
   assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr and result.stderr.count("\n") == 1, result.stderr

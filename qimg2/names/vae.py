@@ -9,6 +9,7 @@ from typing import Any
 from qimg2.models import vae
 from qimg2.pretrained import Entry
 
+CLASS = "AutoencoderKLQwenImage21"
 CONFIG_FIELDS = {
     "base_dim": "base_dim", "decoder_base_dim": "decoder_base_dim", "latent_channels": "z_dim", "dim_mult": "dim_mult",
     "temporal_downsample": "temperal_downsample", "num_res_blocks": "num_res_blocks", "image_channels": "in_channels",
@@ -72,8 +73,8 @@ def config(published: dict[str, Any], **overrides: Any) -> vae.Config:
   Raises:
     ValueError: the dict is of another model, lacks a field, or asks for something that this autoencoder does not do.
   """
-  if published.get("_class_name") != "AutoencoderKLQwenImage21":
-    raise ValueError(f"The autoencoder's config.json is of class {published.get('_class_name')!r}: it must be 'AutoencoderKLQwenImage21'.")
+  if published.get("_class_name") != CLASS:
+    raise ValueError(f"The autoencoder's config.json is of class {published.get('_class_name')!r}: it must be {CLASS!r}.")
   if published.get("attn_scales") or published.get("patch_size") or not published.get("is_residual", True):
     raise ValueError("The autoencoder's config.json asks for attn_scales, a patch_size or levels without shortcut: not supported.")
   try:
@@ -90,6 +91,6 @@ def published_config(cfg: vae.Config) -> dict[str, Any]:
   """The published `config.json` of `cfg`, as a dict; the inverse of `config`."""
   fields = {name: getattr(cfg, ours) for ours, name in CONFIG_FIELDS.items()}
   fields = {name: list(x) if isinstance(x, tuple) else x for name, x in fields.items()}
-  return {"_class_name": "AutoencoderKLQwenImage21", **fields, "out_channels": cfg.image_channels, "is_residual": True, "attn_scales": [],
+  return {"_class_name": CLASS, **fields, "out_channels": cfg.image_channels, "is_residual": True, "attn_scales": [],
           "dropout": 0.0, "patch_size": None, "scale_factor_spatial": cfg.spatial_factor,
           "scale_factor_temporal": 2 ** sum(cfg.temporal_downsample)}
