@@ -195,38 +195,44 @@ def held_out_paper(character: str) -> int:
   return zlib.crc32(character.encode()) % 10
 
 
-def _combinations(split: str) -> list[tuple[str, int]]:
-  return [(character, paper) for character in list_emoji() for paper in range(len(PAPERS))
-          if (paper == held_out_paper(character)) == (split == "validation")]
+def combinations(split: str, num_examples: int | None = None, seed: int = 0) -> list[tuple[str, int]]:
+  """Returns the (emoji, place in PAPERS) of each record of a split.
 
-
-def held_out_prompts(num: int, seed: int) -> list[tuple[str, str, str]]:
-  """Returns `num` prompts of different emoji no training picture answers: (English caption, emoji, paper).
-
-  Raises `ValueError` if so many emoji have no held-out paper.
+  All of them, or those of a part of the emoji that the seed draws: whole emoji one after the other until training has `num_examples` pictures;
+  validation then has the held-out papers of these emoji. `ValueError` if there are fewer.
   """
-  combinations = _combinations("validation")
-  if num > len(combinations):
-    raise ValueError(f"There are {len(combinations)} emoji with a held-out paper, fewer than {num}: ask for fewer prompts.")
-  chosen = np.random.default_rng((seed, 4)).permutation(len(combinations))[:num]
+  emojis = list_emoji()
+  train = [(character, paper) for character in emojis for paper in range(len(PAPERS)) if paper != held_out_paper(character)]
+  if num_examples is not None:
+    if num_examples > len(train):
+      raise ValueError(f"The emoji data set has {len(train)} training examples, fewer than num_examples={num_examples}: ask for fewer or leave "
+                       "it out.")
+    rank = {emojis[i]: place for place, i in enumerate(np.random.default_rng((seed, 3)).permutation(len(emojis)))}
+    train = sorted(train, key=lambda row: (rank[row[0]], row[1]))[:num_examples]
+    emojis = tuple(dict.fromkeys(character for character, _ in train))
+  held_out = [(character, held_out_paper(character)) for character in emojis if held_out_paper(character) < len(PAPERS)]
+  return train if split == "train" else held_out
+
+
+def held_out_prompts(num: int, seed: int, num_examples: int | None = None, data_seed: int = 0) -> list[tuple[str, str, str]]:
+  """Returns `num` prompts of different emoji that no training picture answers: (English caption, emoji, paper).
+
+  `num_examples` and `data_seed` are those of the data set. Raises `ValueError` if so many emoji have no held-out paper.
+  """
+  rows = combinations("validation", num_examples, data_seed)
+  if num > len(rows):
+    raise ValueError(f"There are {len(rows)} emoji with a held-out paper, fewer than {num}: ask for fewer prompts.")
+  chosen = np.random.default_rng((seed, 4)).permutation(len(rows))[:num]
   prompts = []
-  for character, paper_index in (combinations[i] for i in chosen):
+  for character, paper_index in (rows[i] for i in chosen):
     paper = list(PAPERS)[paper_index]
     prompts.append((captions(character, paper)[0][0], character, paper))
   return prompts
 
 
 def examples(split: str, num_examples: int | None, seed: int) -> Iterator[dict]:
-  """Returns the records of a split in order: all, or `num_examples` of training and a ninth of validation."""
-  combinations = _combinations(split)
-  if num_examples is not None:
-    if num_examples > len(_combinations("train")):
-      raise ValueError(f"The emoji data set has {len(_combinations('train'))} training examples, fewer than "
-                       f"num_examples={num_examples}: ask for fewer or leave it out.")
-    num = num_examples if split == "train" else min(len(combinations), max(1, num_examples // 9))
-    kept = np.sort(np.random.default_rng((seed, 3)).permutation(len(combinations))[:num])
-    combinations = [combinations[i] for i in kept]
-  return (example(character, paper) for character, paper in combinations)
+  """Returns the records of a split, see `combinations`."""
+  return (example(character, paper) for character, paper in combinations(split, num_examples, seed))
 
 
 def example(character: str, paper_index: int) -> dict:

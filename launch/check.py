@@ -138,7 +138,7 @@ def check_emoji(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np
   num, num_candidates = run.cfg.check.num_prompts, run.cfg.check.num_candidates
   if num > num_candidates:
     raise ValueError(f"config.check asks {num} prompts among {num_candidates} candidates: every prompt needs its own candidate.")
-  prompts = emoji.held_out_prompts(num_candidates, SEED)
+  prompts = emoji.held_out_prompts(num_candidates, SEED, run.cfg.prepare.num_examples, run.cfg.prepare.seed)
   candidates = tuple(character for _, character, _ in prompts)
   images = draw(run, stage_name, weights, [Task(caption, emoji.SIDE_PX, emoji.SIDE_PX) for caption, _, _ in prompts[:num]])
   found = [emoji.nearest_emoji(image, candidates, paper) for image, (_, _, paper) in zip(images, prompts)]

@@ -54,7 +54,7 @@ def test_captions_name_emoji_and_paper_in_every_language():
 
 @needs_packages
 def test_splits_share_emoji_but_no_picture():
-  train, validation = emoji._combinations("train"), emoji._combinations("validation")
+  train, validation = emoji.combinations("train"), emoji.combinations("validation")
   assert not set(train) & set(validation)
   assert len(train) + len(validation) == len(emoji.list_emoji()) * len(emoji.PAPERS)
   assert {character for character, _ in validation} <= {character for character, _ in train}
@@ -72,7 +72,8 @@ def test_the_check_finds_the_asked_emoji_at_another_size():
 @needs_packages
 def test_a_small_set_is_prepared(tmp_path):
   facts = records.prepare("emoji", tmp_path, num_examples=18, vocab_size=600)
-  assert (facts["train"], facts["train_edits"], facts["validation"], facts["validation_edits"]) == (27, 9, 3, 1)
+  assert (facts["train"], facts["train_edits"], facts["validation_edits"]) == (27, 9, 1)
+  assert facts["validation"] - 1 == len(emoji.combinations("validation", 18, 0)) in (2, 3, 4)
   assert facts["pairs_skin_tone"] > 1000
   source, index = records.open_split(tmp_path, "emoji", "train")
   assert len(set(index["sample_id"].tolist())) == 27
@@ -80,6 +81,17 @@ def test_a_small_set_is_prepared(tmp_path):
   assert source[3]["sample_id"] == ord(attributes["emoji"]) * 8 + list(emoji.PAPERS).index(attributes["paper"])
   english = records.has_language(index, ("en",))
   assert english.all() and not records.has_language(index, ("xx",)).any()
+
+
+@needs_packages
+def test_a_part_has_whole_emoji_and_its_own_held_out_prompts():
+  train, validation = (emoji.combinations(split, 500, seed=2) for split in records.SPLITS)
+  kept = {character for character, _ in train}
+  assert len(train) == 500 and 80 < len(kept) < 100 and {character for character, _ in validation} <= kept
+  full = emoji.combinations("train")
+  assert set(train) <= set(full) and sum(character in kept for character, _ in full) - 500 < 6
+  prompts = emoji.held_out_prompts(30, 1, 500, 2)
+  assert {(character, list(emoji.PAPERS).index(paper)) for _, character, paper in prompts} <= set(validation)
 
 
 @needs_packages
@@ -93,7 +105,7 @@ def test_held_out_prompts_are_of_different_emoji():
   prompts = emoji.held_out_prompts(100, seed=1)
   assert prompts == emoji.held_out_prompts(120, seed=1)[:100] != emoji.held_out_prompts(100, seed=2)
   assert len({character for _, character, _ in prompts}) == 100
-  held_out = {(character, list(emoji.PAPERS)[paper]) for character, paper in emoji._combinations("validation")}
+  held_out = {(character, list(emoji.PAPERS)[paper]) for character, paper in emoji.combinations("validation")}
   assert all((character, paper) in held_out and caption == emoji.captions(character, paper)[0][0] for caption, character, paper in prompts)
   with pytest.raises(ValueError, match="fewer than 5000"):
     emoji.held_out_prompts(5000, seed=0)
