@@ -16,6 +16,7 @@ from configs import quickstart
 from launch.train import train
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
   """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run."""
   for item in items:

@@ -197,7 +197,7 @@ def test_the_command_edits_with_a_published_folder(folders, tmp_path):
 
 
 def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
-  result = launch(f"--pretrained={folders(0)}", "--prompt=a poster", "--prompt=a red word", "--num_images_per_prompt=2", "--num_steps=2",
+  result = launch(f"--pretrained={folders(0)}", "--prompt=a poster", "--prompt=a red word", "--num_images_per_prompt=2",
                   "--height=32", "--width=64", "--dtype=bfloat16", "--nocache", "--sigmas=1.0,0.8,0.3", f"--out={tmp_path}/out.png",
                   f"--pictures={tmp_path}/each", f"--save_latents={tmp_path}/latents.npy")
   assert result.returncode == 0 and "4 pictures" in result.stdout, result.stderr

@@ -143,7 +143,7 @@ def misspell(stage):
     (lambda stage: stage.algorithm.update(ema_dekay=0.5), "config.algorithm has no key 'ema_dekay': did you mean 'ema_decay'"),
     (lambda stage: stage.optimizer.update(schedule="step"), "optimizer.schedule is 'step'"),
     (lambda stage: stage.update(start_from="hig_resolution"), r"\[sft\].start_from is 'hig_resolution', which is neither an earlier stage \(vae, "),
-    (lambda stage: stage.frozen.pop("vae"), r"\[sft\].frozen lacks 'vae'"),
+    (lambda stage: stage.frozen.__delitem__("vae"), r"\[sft\].frozen lacks 'vae'"),
     (lambda stage: stage.mixture[0].update(wait=1.0), r"\[sft\].mixture has no key 'wait': did you mean 'weight'"),
     (lambda stage: stage.frozen.update(vae="sft"), r"frozen.vae is 'sft', which is neither an earlier stage"),
 ])
