@@ -1,8 +1,8 @@
 """Quickstart: a whole curriculum on the embedded glyphs, on two CPU cores in less than a quarter of an hour.
 
-What to expect. Prompts such as "a large green K on yellow paper, centered": the last stage draws the right ink and paper nearly always and the
-right glyph mostly, for (glyph, ink, paper) triples that training never saw. The run checks that itself (200 held-out prompts, nearest clean
-render) and writes the figure into report.html.
+What to expect. Prompts such as "a large green K on yellow paper, centered" and edits such as "make it red": the last stage draws the right
+glyph, ink and paper nearly always, for triples that training never saw, and gets most edits right. The run checks that itself (200 held-out
+prompts and 100 held-out edits, nearest clean render) and writes the figures into report.html.
 
 Command:
   python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
