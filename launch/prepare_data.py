@@ -1,6 +1,6 @@
 """Prepares a data set and its tokenizer on disk.
 
-  python -m launch.prepare_data --dataset=glyphs --out=/data     20800 letters and shapes, 10800 edits, a minute
+  python -m launch.prepare_data --dataset=glyphs --out=/data     20800 letters and shapes, 10800 edits, half a minute
   python -m launch.prepare_data --dataset=emoji --out=/data      8202 emoji on paper, captions in 114 languages, 8085 edits
 
 glyphs needs nothing but this project's packages; emoji needs the Debian packages fonts-noto-color-emoji and
