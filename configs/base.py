@@ -19,6 +19,7 @@ def base() -> ConfigDict:
   cfg.prepare = ConfigDict(dict(num_examples=None, seed=0))  # None: the data set's own size
   cfg.tokenizer = ""  # a tokenizer.json, its folder, or diffusers:DIR; empty for that of the first stage's first data set
   cfg.num_tokens = 48  # longest prompt in tokens, system turn included, condition images not counted
+  cfg.prompt_classes = ()  # shorter prompt lengths that have buckets of their own, so that less of a batch is padding
   cfg.num_workers = 0
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
   cfg.schedule = ConfigDict(dict(density="logit_normal", shift="resolution", terminal=0.02))
@@ -45,6 +46,9 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       mixture=(part("glyphs"),),
       evaluation=dict(split="validation", num_samples=256),  # of the mixture's data sets, per task
       caption_dropout=0.1 if generator else 0.0,
+      max_crop=0.2,  # largest share of a picture that fitting it to a bucket may cut off
+      min_bucket_records=0,  # buckets with fewer records are merged into the nearest: each costs a compiled step
+      max_faulty=0.01,  # largest share of records that may be broken
       optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="constant", final_ratio=0.0, b1=0.9, b2=0.95, weight_decay=0.001,
                      clip_norm=1.0, accumulate=1),
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200, keep=2,
@@ -61,10 +65,15 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
   return cfg
 
 
-def part(name: str, weight: float = 1.0, task: str = "t2i", split: str = "train", min_quality: float = 0.0,
-         languages: tuple[str, ...] = ()) -> dict:
-  """A data set in a mixture; `weight` is its share of the batches, `task` "t2i" (text to image) or "ti2i" (editing)."""
-  return dict(name=name, split=split, weight=weight, task=task, min_quality=min_quality, languages=languages)
+def part(name: str, weight: float = 1.0, task: str = "t2i", split: str = "train", min_quality: float = 0.0, min_stage: int = 0,
+         languages: tuple[str, ...] = (), **caption_weights: float) -> dict:
+  """A data set in a mixture; `weight` is its share of the batches, `task` "t2i" (text to image) or "ti2i" (editing).
+
+  `min_stage` leaves out records that did not pass the filters of that data stage (1 to 6). `caption_weights`: general, text, knowledge,
+  structured, how often captions of each kind are drawn; without any all kinds alike.
+  """
+  return dict(name=name, split=split, weight=weight, task=task, min_quality=min_quality, min_stage=min_stage, languages=languages,
+              caption_weights=caption_weights)
 
 
 def smoke(cfg: ConfigDict) -> ConfigDict:

@@ -33,6 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.mesh = ConfigDict(dict(data=1, fsdp=64, context=1, tensor=2))  # 128 chips
   cfg.data_dir = "data"
   cfg.num_tokens = 1024
+  cfg.prompt_classes = (128, 256, 512)
   cfg.num_workers = 8
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_7b(), sizes.qwen3_vl("8B"), sizes.vae_f16c64(image_channels=4)
   cfg.stages = (
@@ -74,7 +75,7 @@ def generator(name: str, start_from: str, num_steps: int, learning_rate: float, 
 
 def smoke(cfg: ConfigDict) -> ConfigDict:
   """Two steps of every stage on the embedded glyphs."""
-  cfg.data_dir, cfg.num_workers, cfg.num_tokens = "runs/data", 0, 64
+  cfg.data_dir, cfg.num_workers, cfg.num_tokens, cfg.prompt_classes = "runs/data", 0, 64, ()
   for stage in cfg.stages:
     stage.resolutions = stage.resolutions[:1]
     stage.resolutions[0].ratios = ("1:1", "2:1", "1:2")

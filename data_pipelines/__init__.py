@@ -10,7 +10,11 @@ Reading order:
   glyph_edits.py  its editing pairs: a picture, an instruction, the picture after it
   emoji.py        an optional one: emoji with names in a hundred languages
   emoji_pairs.py  its editing pairs: skin tone, gender, direction
+  embedded.py     builds these
   records.py      writing and reading data sets (TFDS, ArrayRecord)
+  curation/       your own pictures to such data sets; needs requirements-data.txt
+  cache.py        data sets that hold latents in place of pixels
   order.py        shuffles and shares that can be asked at any point
+  mixture.py      which records batch k holds
   loader.py       batch k of a run, and one pass for evaluation
 """

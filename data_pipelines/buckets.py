@@ -11,6 +11,7 @@ cell.
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +23,14 @@ RATIOS = ("1:1",) + _LANDSCAPE + tuple(":".join(reversed(ratio.split(":"))) for 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-  """One static batch shape: sides in px, M prompt tokens, and the number of rows of the global batch."""
+  """One static batch shape: sides in px, M prompt tokens, the number of rows of the global batch, and what stands in place of pixels: None, or
+  the `data_pipelines.cache.Cache` that the records hold."""
 
   task: str
   height: int
   width: int
   source_sizes: tuple[tuple[int, int], ...] = ()
+  cache: Any = None
   num_tokens: int = dataclasses.field(kw_only=True)
   batch_size: int = dataclasses.field(kw_only=True)
 
@@ -58,7 +61,7 @@ def make_buckets(task: str, base_px: int, ratios: tuple, num_tokens: int, batch_
                  source_sizes: tuple = ()) -> tuple[Bucket, ...]:
   """Returns one bucket per distinct size; at small areas several ratios round to one size, which is kept once."""
   sizes = dict.fromkeys(bucket_size(base_px, ratio, multiple) for ratio in ratios)
-  return tuple(Bucket(task, *size, source_sizes, num_tokens=num_tokens, batch_size=batch_size) for size in sizes)
+  return tuple(Bucket(task, *size, source_sizes=source_sizes, num_tokens=num_tokens, batch_size=batch_size) for size in sizes)
 
 
 def nearest_bucket(height, width, buckets: tuple[Bucket, ...]) -> np.ndarray:

@@ -1,139 +1,252 @@
-"""Data sets on disk: ArrayRecord files written and read through TFDS, without TensorFlow.
+"""Data sets on disk: ArrayRecord files that TFDS reads, without TensorFlow.
 
 A record holds an encoded image and its labels:
 
-  image       bytes          a PNG, JPEG or WebP file
+  image       bytes          a PNG, JPEG or WebP file; empty in a latent cache
   height      int32          px
   width       int32          px
   captions    list of text   any one describes the picture
   languages   list of text   the language of each caption, such as "en"
-  attributes  text           JSON: what a checker needs
+  kinds       list of text   the kind of each caption, see KINDS
+  attributes  text           JSON: what a checker needs, what curation found out
   quality     float32        0 to 1; 1 is clean
+  stage       int32          last data stage, 1 to 6, whose filters the record passed
+  has_text    bool           whether text can be read in the picture
   sample_id   int64          stable, unique in the data set, below 2^31
   sources     list of bytes  condition images of an editing record, in prompt order; none for text-to-image
   source_height, source_width   list of int32   px
+  latents, source_latents, features   what a latent cache holds in place of pixels and encoder states, see data_pipelines.cache
 
-Beside the records each split has `index-<split>.npz`, the columns a loader needs to choose records without opening
-them. A data set is built in a hidden folder and renamed when complete, so a folder that is there is whole:
+Beside the records each split has `index-<split>.npz`, the columns a loader needs to choose records without opening them. `dataset.json` is
+written last and the folder is renamed when complete, so a folder that is there is whole:
 
-  <out>/<name>/dataset.json, tokenizer.json, index-train.npz, index-validation.npz, <version>/*.array_record
+  <out>/<name>/dataset.json, tokenizer.json, index-train.npz, index-validation.npz, <version>/<name>-train.array_record-00000-of-00004
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
 import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from data_pipelines import emoji, emoji_pairs, glyph_edits, glyphs
-from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
+from data_pipelines.tokenizer import PromptTokenizer
 
 SPLITS = ("train", "validation")
-_VERSION = "1.2.0"
-_NO_SOURCES = {"sources": [], "source_height": [], "source_width": []}
+# General: objects, context, relations. Text: what is written, and where. Knowledge: background that the picture does not show. Structured:
+# entities, attributes and relations of charts and diagrams (Qwen-Image-2.0 report, arXiv 2605.10730, section 2.2).
+KINDS = ("general", "text", "knowledge", "structured")
+LAST_STAGE = 6
+VERSION = "2.0.0"
+_DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes": "{}", "sources": [], "source_height": [], "source_width": [],
+             "image": b"", "latents": b"", "source_latents": [], "features": []}
+
+
+def _features() -> tfds.features.FeaturesDict:
+  features = tfds.features
+  blob, texts = features.Scalar(np.object_), features.Sequence(features.Text())
+  return features.FeaturesDict({
+      "image": blob, "height": np.int32, "width": np.int32, "quality": np.float32, "stage": np.int32, "has_text": np.bool_,
+      "captions": texts, "languages": texts, "kinds": texts, "attributes": features.Text(), "sample_id": np.int64,
+      "sources": features.Sequence(blob), "source_height": features.Sequence(np.int32), "source_width": features.Sequence(np.int32),
+      "latents": blob, "source_latents": features.Sequence(blob), "features": features.Sequence(blob)})
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """What a data set is made from.
+class Shard:
+  """A written file of records: where it lies, how many records, how many bytes of them, and the file's SHA-256."""
+  path: str
+  num_records: int
+  num_bytes: int
+  sha256: str
 
-  `examples(split, num_examples, seed)` gives the records in order, as dicts; `describe()` gives facts for the report;
-  `tokenizer_texts(captions)` gives what the tokenizer is trained on, of the distinct training captions.
+
+def write_shard(path: str | os.PathLike, records: Iterable[dict]) -> Shard:
+  """Writes records, as dicts, to one ArrayRecord file, which appears whole or not at all.
+
+  Fields with a default (all but the size, captions, languages and sample_id) can be left out.
   """
-
-  examples: Callable[[str, int | None, int], Iterable[dict]]
-  vocab_size: int
-  describe: Callable[[], dict] = dict
-  tokenizer_texts: Callable[[Iterable[str]], Iterable[str]] = iter
-
-
-def _one_after_the_other(*parts: Callable) -> Callable:
-  return lambda split, num_examples, seed: itertools.chain.from_iterable(part(split, num_examples, seed) for part in parts)
-
-
-SOURCES = {
-    "glyphs": Source(_one_after_the_other(glyphs.examples, glyph_edits.examples), vocab_size=1024),
-    "emoji": Source(_one_after_the_other(emoji.examples, emoji_pairs.examples), vocab_size=8192, describe=emoji_pairs.describe,
-                    tokenizer_texts=emoji.tokenizer_texts),
-}
+  path = os.fspath(path)
+  partial, features, num_bytes, num = f"{path}.part", _features(), 0, 0
+  # One record per chunk: a batch is drawn from anywhere, and nothing is unpacked in vain.
+  writer = ArrayRecordWriter(partial, "group_size:1")
+  for num, record in enumerate(records, 1):
+    data = features.serialize_example(complete(record))
+    writer.write(data)
+    num_bytes += len(data)
+  writer.close()
+  os.replace(partial, path)
+  return Shard(path, num, num_bytes, checksum(path))
 
 
-class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Base of the data sets: the features of a record, filled from an iterable of records per split."""
-
-  VERSION = tfds.core.Version(_VERSION)
-  # TFDS would look beside this file for lists of downloads; there are none.
-  code_path = None
-
-  def __init__(self, examples: dict[str, Iterable[dict]], **kwargs):
-    self._examples = examples
-    super().__init__(file_format="array_record", **kwargs)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = tfds.features
-    record = features.FeaturesDict({
-        "image": features.Scalar(np.object_), "height": np.int32, "width": np.int32, "quality": np.float32,
-        "captions": features.Sequence(features.Text()), "languages": features.Sequence(features.Text()),
-        "attributes": features.Text(), "sample_id": np.int64,
-        "sources": features.Sequence(features.Scalar(np.object_)),
-        "source_height": features.Sequence(np.int32), "source_width": features.Sequence(np.int32)})
-    # The loader shuffles; written order must equal the order of the index file.
-    return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=record, disable_shuffling=True)
-
-  def _split_generators(self, dl_manager):
-    return {split: self._generate_examples(split) for split in self._examples}
-
-  def _generate_examples(self, split: str):
-    for position, record in enumerate(self._examples[split]):
-      yield position, _NO_SOURCES | record
+def complete(record: dict) -> dict:
+  """The record with every field that it leaves out at its default."""
+  return _DEFAULTS | {"kinds": ["general"] * len(record["captions"])} | record
 
 
-class Glyphs(Records):
-  """Letters, digits and shapes in plain colours on plain paper, with exact captions."""
+def checksum(path: str | os.PathLike) -> str:
+  """The SHA-256 of a file, as hexadecimal digits."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Emoji(Records):
-  """Noto colour emoji on coloured paper, with the CLDR names and keywords in many languages."""
+# ---- the index -------------------------------------------------------------------------------------
 
 
-_BUILDERS = {"glyphs": Glyphs, "emoji": Emoji}
+class Columns:
+  """The columns of an index, gathered while the records go by."""
+
+  def __init__(self):
+    self._rows: list[tuple] = []
+    self._source_sizes: list[tuple[tuple[int, int], ...]] = []
+    self._captions: list[tuple[str, ...]] = []
+    self._languages: list[tuple[str, ...]] = []
+    self._kinds: list[tuple[str, ...]] = []
+    self._same: dict = {}
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  @property
+  def num_edits(self) -> int:
+    """How many of the records have condition images."""
+    return sum(map(bool, self._source_sizes))
+
+  @property
+  def captions(self) -> dict[str, None]:
+    """The distinct captions, in the order of their first use."""
+    return dict.fromkeys(itertools.chain.from_iterable(self._captions))
+
+  def watch(self, records: Iterable[dict]) -> Iterator[dict]:
+    """Yields the records as they are, and remembers what the index says of them."""
+    for record in map(complete, records):
+      self._rows.append(tuple(record[name] for name in ("height", "width", "quality", "sample_id", "stage", "has_text")))
+      self._source_sizes.append(tuple(zip(record["source_height"], record["source_width"])))
+      # Equal texts and tuples are kept once: many records share them.
+      self._captions.append(tuple(self._same.setdefault(text, text) for text in record["captions"]))
+      for column, values in ((self._languages, record["languages"]), (self._kinds, record["kinds"])):
+        column.append(self._same.setdefault(tuple(values), tuple(values)))
+      yield record
+
+  def arrays(self, tokenizer: PromptTokenizer) -> dict[str, np.ndarray]:
+    """The index, see `open_split`; caption lengths are counted with `tokenizer`."""
+    height, width, quality, sample_id, stage, has_text = zip(*self._rows) if self._rows else [()] * 6
+    names = sorted(set(itertools.chain.from_iterable(self._languages)))
+    place = {name: i for i, name in enumerate(names)}
+    flat = lambda column, table, dtype: np.array([table[x] for row in column for x in row], dtype)
+    source_sizes = np.zeros((len(self), max(map(len, self._source_sizes), default=0), 2), np.int32)
+    for row, sizes in enumerate(self._source_sizes):
+      source_sizes[row, :len(sizes)] = np.array(sizes, np.int32).reshape(-1, 2)
+    return {
+        "height": np.array(height, np.int32), "width": np.array(width, np.int32), "quality": np.array(quality, np.float32),
+        "sample_id": np.array(sample_id, np.int64), "stage": np.array(stage, np.uint8), "has_text": np.array(has_text, bool),
+        "source_sizes": source_sizes, "num_captions": np.array(list(map(len, self._captions)), np.int32),
+        "caption_language": flat(self._languages, place, np.uint16), "language_names": np.array(names, str),
+        "caption_kind": flat(self._kinds, {kind: i for i, kind in enumerate(KINDS)}, np.uint8),
+        "caption_tokens": self._count_tokens(tokenizer), "tokenizer": np.array(tokenizer.fingerprint)}
+
+  def _count_tokens(self, tokenizer: PromptTokenizer) -> np.ndarray:
+    counts = {}
+    for edit in (False, True):
+      texts = dict.fromkeys(itertools.chain.from_iterable(
+          captions for captions, sizes in zip(self._captions, self._source_sizes) if bool(sizes) == edit))
+      counts |= zip(zip(texts, itertools.repeat(edit)), tokenizer.count(list(texts), edit).tolist())
+    return np.array([counts[text, bool(sizes)] for captions, sizes in zip(self._captions, self._source_sizes) for text in captions], np.int32)
 
 
-def prepare(dataset: str, out: str, num_examples: int | None = None, seed: int = 0,
-            vocab_size: int | None = None) -> dict:
-  """Returns the facts of the data set <out>/<dataset>, which is built unless the same one is there already.
+def join_indices(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """One index of the records of all parts, in their order."""
+  names = sorted({name for part in parts for name in part["language_names"].tolist()})
+  most = max(part["source_sizes"].shape[1] for part in parts)
+  joined = []
+  for part in parts:
+    table = np.array([names.index(name) for name in part["language_names"].tolist()], np.uint16)
+    joined.append(part | {"caption_language": table[part["caption_language"]] if len(table) else part["caption_language"],
+                          "source_sizes": np.pad(part["source_sizes"], ((0, 0), (0, most - part["source_sizes"].shape[1]), (0, 0)))})
+  fixed = {"language_names": np.array(names, str), "tokenizer": parts[0]["tokenizer"]}
+  return {name: np.concatenate([part[name] for part in joined]) for name in parts[0] if name not in fixed} | fixed
 
-  The facts: path, reused, records per split, vocab_size, num_system_tokens, longest_caption_tokens (with the
-  template), and what the source adds. `num_examples` counts the training pictures without editing pairs, None for the source's default.
-  Another request (or a folder that is not a data set) in the same place is a `ValueError`. Can be interrupted at any
-  time: nothing half-built stays.
+
+# ---- a whole data set ------------------------------------------------------------------------------
+
+
+def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shard]], index: dict[str, dict[str, np.ndarray]],
+           tokenizer: PromptTokenizer, request: dict, facts: dict, **extra) -> dict:
+  """Makes `folder` a data set out of written shards, which are moved there, and returns its facts.
+
+  Args:
+    folder: of the data set; its parent is on the same file system as the shards.
+    name: of the data set, the beginning of its file names.
+    shards, index: per split, in the order of the records. Empty shards are left out.
+    tokenizer: the one that counted the captions' tokens.
+    request: what was asked for, plain JSON; the same request finds the data set again.
+    facts: figures about it, plain JSON; counts and token facts are added.
+    extra: further sections of dataset.json.
   """
-  if dataset not in SOURCES:
-    raise ValueError(f"Unknown data set {dataset!r}: choose one of {', '.join(SOURCES)}.")
-  if num_examples is not None and num_examples < 1:
-    raise ValueError(f"num_examples={num_examples} must be at least 1.")
-  if seed < 0:
-    raise ValueError(f"seed={seed} must not be negative.")
-  request = {"dataset": dataset, "num_examples": num_examples, "seed": seed, "version": _VERSION,
-             "vocab_size": vocab_size or SOURCES[dataset].vocab_size}
-  path = os.path.join(out, dataset)
-  if not os.path.exists(path):
-    os.makedirs(out, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dataset}.incomplete.", dir=out) as partial:
-      facts = _build(request, partial)
-      if _publish(os.path.join(partial, dataset), path):
-        return {"path": path, "reused": False} | facts
-  return {"path": path, "reused": True} | _matching_facts(path, request)
+  folder = pathlib.Path(folder)
+  (folder / VERSION).mkdir(parents=True, exist_ok=True)
+  splits, checksums = [], {}
+  for split in SPLITS:
+    template = tfds.core.ShardedFileTemplate(dataset_name=name, split=split, filetype_suffix="array_record", data_dir=folder / VERSION)
+    filled = [shard for shard in shards[split] if shard.num_records]
+    for number, shard in enumerate(filled):
+      place = folder / VERSION / f"{name}-{split}.array_record-{number:05d}-of-{len(filled):05d}"
+      os.replace(shard.path, place)
+      checksums[f"{VERSION}/{place.name}"] = shard.sha256
+    if filled:
+      splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
+                                        num_bytes=sum(shard.num_bytes for shard in filled), filename_template=template))
+      np.savez(_index_path(folder, split), **index[split])
+      checksums[f"index-{split}.npz"] = checksum(_index_path(folder, split))
+  with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
+    tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
+                                       description=f"Records of {name}.", disable_shuffling=True)
+  tokenizer.save(folder / "tokenizer.json")
+  facts = _counts(index) | facts | _token_facts(tokenizer, index)
+  text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums} | extra, indent=2)
+  (folder / "dataset.json").write_text(text, encoding="utf-8")
+  return facts
 
 
-def _publish(built: str, path: str) -> bool:
+def _counts(index: dict) -> dict:
+  edits = {split: int(index[split]["source_sizes"].any((1, 2)).sum()) for split in SPLITS}
+  return {split: len(index[split]["height"]) for split in SPLITS} | {f"{split}_edits": edits[split] for split in SPLITS}
+
+
+def _token_facts(tokenizer: PromptTokenizer, index: dict) -> dict:
+  longest = max(int(index[split]["caption_tokens"].max(initial=0)) for split in SPLITS)
+  return {"vocab_size": tokenizer.vocab_size, "num_system_tokens": tokenizer.num_system_tokens, "longest_caption_tokens": longest}
+
+
+def read_meta(folder: str | os.PathLike) -> dict:
+  """The parsed dataset.json of a data set; `ValueError` if there is none."""
+  try:
+    with open(os.path.join(folder, "dataset.json"), encoding="utf-8") as file:
+      return json.load(file)
+  except (OSError, json.JSONDecodeError) as error:
+    raise ValueError(f"{folder} is not a prepared data set (no readable dataset.json): remove that folder or choose "
+                     "another place.") from error
+
+
+def matching_facts(folder: str | os.PathLike, request: dict) -> dict:
+  """The facts of the data set in `folder`; `ValueError` unless it answers the same request."""
+  stored, request = read_meta(folder), json.loads(json.dumps(request | {"version": VERSION}))
+  different = [key for key in request if stored["request"].get(key) != request[key]]
+  if different:
+    key = different[0]
+    raise ValueError(f"{folder} holds a data set made with {key}={stored['request'].get(key)}, not {key}={request[key]}: "
+                     "remove that folder or choose another --out.")
+  return stored["facts"]
+
+
+def publish(built: str | os.PathLike, path: str | os.PathLike) -> bool:
   """Moves a complete data set to its place; returns False if another process was faster."""
   try:
     os.rename(built, path)
@@ -144,130 +257,25 @@ def _publish(built: str, path: str) -> bool:
   return True
 
 
-def _matching_facts(path: str, request: dict) -> dict:
-  """Returns the facts stored at `path`; `ValueError` unless they answer the same request."""
-  stored = _read_meta(path)
-  different = [key for key in request if stored["request"].get(key) != request[key]]
-  if different:
-    key = different[0]
-    raise ValueError(f"{path} holds a data set made with {key}={stored['request'].get(key)}, not {key}={request[key]}: "
-                     "remove that folder or choose another --out.")
-  return stored["facts"]
-
-
-def _read_meta(path: str) -> dict:
-  try:
-    with open(os.path.join(path, "dataset.json"), encoding="utf-8") as file:
-      return json.load(file)
-  except (OSError, json.JSONDecodeError) as error:
-    raise ValueError(f"{path} is not a prepared data set (no readable dataset.json): remove that folder or choose "
-                     "another place.") from error
-
-
-def _build(request: dict, partial: str) -> dict:
-  """Writes the whole data set to <partial>/<dataset> and returns its facts."""
-  name, source = request["dataset"], SOURCES[request["dataset"]]
-  folder = os.path.join(partial, name)
-  columns = {split: _Columns() for split in SPLITS}
-  examples = {
-      split: columns[split].watch(source.examples(split, request["num_examples"], request["seed"])) for split in SPLITS}
-  # Written as a stream, so that a data set larger than memory can pass.
-  _write_records(_BUILDERS[name](examples, data_dir=partial))
-  for split in SPLITS:
-    columns[split].save(_index_path(folder, split))
-  tokenizer = train_tokenizer(source.tokenizer_texts(columns["train"].captions), request["vocab_size"])
-  tokenizer.save(os.path.join(folder, "tokenizer.json"))
-  counts = {split: len(columns[split]) for split in SPLITS} | {f"{split}_edits": columns[split].num_edits for split in SPLITS}
-  facts = counts | source.describe() | _token_facts(tokenizer, columns)
-  with open(os.path.join(folder, "dataset.json"), "w", encoding="utf-8") as file:
-    json.dump({"request": request, "facts": facts}, file, indent=2)
-  return facts
-
-
-def _token_facts(tokenizer: PromptTokenizer, columns: dict) -> dict:
-  captions = set(itertools.chain.from_iterable(columns[split].captions for split in SPLITS))
-  around, longest = len(tokenizer.encode("")), 0
-  # A caption has no more tokens than bytes, so the walk from the longest down can stop early.
-  for num_bytes, caption in sorted(((len(caption.encode()), caption) for caption in captions), reverse=True):
-    if num_bytes + around <= longest:
-      break
-    longest = max(longest, len(tokenizer.encode(caption)))
-  return {"vocab_size": tokenizer.vocab_size, "num_system_tokens": tokenizer.num_system_tokens,
-          "longest_caption_tokens": longest}
-
-
-def _write_records(builder: Records) -> None:
-  if not sys.stderr.isatty():
-    tfds.disable_progress_bar()
-  # TFDS prints what it would download; here nothing is.
-  with contextlib.redirect_stdout(io.StringIO()):
-    builder.download_and_prepare()
-
-
-class _Columns:
-  """The columns of an index, gathered while the records go by."""
-
-  def __init__(self):
-    self.captions: set[str] = set()
-    self._rows: list[tuple] = []
-    self._languages: list[tuple[str, ...]] = []
-    self._source_sizes: list[tuple[tuple[int, int], ...]] = []
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  @property
-  def num_edits(self) -> int:
-    return sum(map(bool, self._source_sizes))
-
-  def watch(self, records: Iterable[dict]) -> Iterable[dict]:
-    for record in records:
-      self._rows.append((record["height"], record["width"], record["quality"], record["sample_id"]))
-      # Equal tuples are kept once: a few distinct ones serve all records.
-      self._languages.append(tuple(sys.intern(language) for language in dict.fromkeys(record["languages"])))
-      self._source_sizes.append(tuple(zip(record.get("source_height", ()), record.get("source_width", ()))))
-      self.captions.update(record["captions"])
-      yield record
-
-  def save(self, path: str) -> None:
-    height, width, quality, sample_id = zip(*self._rows)
-    names = sorted(set(itertools.chain.from_iterable(self._languages)))
-    place = {name: i for i, name in enumerate(names)}
-    present = np.zeros((len(self), len(names)), bool)
-    for row, languages in enumerate(self._languages):
-      present[row, [place[language] for language in languages]] = True
-    source_sizes = np.zeros((len(self), max(map(len, self._source_sizes)), 2), np.int32)
-    for row, sizes in enumerate(self._source_sizes):
-      source_sizes[row, :len(sizes)] = np.array(sizes, np.int32).reshape(-1, 2)
-    np.savez(path, source_sizes=source_sizes, height=np.array(height, np.int32), width=np.array(width, np.int32),
-             quality=np.array(quality, np.float32), sample_id=np.array(sample_id, np.int64),
-             language_names=np.array(names), languages=np.packbits(present, axis=1))
-
-
-def _index_path(folder: str, split: str) -> str:
+def _index_path(folder: str | os.PathLike, split: str) -> str:
   return os.path.join(folder, f"index-{split}.npz")
 
 
-def has_language(index: dict[str, np.ndarray], wanted: Sequence[str]) -> np.ndarray:
-  """Returns for each record whether it has a caption in one of the wanted languages, bool; none wanted means all do."""
-  names = index["language_names"].tolist()
-  present = np.unpackbits(index["languages"], axis=1, count=len(names)).astype(bool)
-  if not wanted:
-    return present.any(axis=1)
-  return present[:, [names.index(language) for language in wanted if language in names]].any(axis=1)
+def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequence[dict], dict[str, np.ndarray]]:
+  """Returns (records by position, as dicts; the index by position).
 
-
-def open_split(data_dir: str, name: str, split: str) -> tuple[Sequence[dict], dict[str, np.ndarray]]:
-  """Returns (records by position, as dicts; the index: height, width, quality, sample_id, languages, source_sizes by position).
-
-  `source_sizes` [n, most sources, 2] int32 holds (height, width) in px of each condition image, and zeros where there is none.
-  Texts come as UTF-8 bytes and images as encoded files. `ValueError` if the data set or the split is not there.
+  The index: height, width, quality, sample_id, stage, has_text; source_sizes [n, most sources, 2] int32, (height, width) in px of each
+  condition image and zeros where there is none; num_captions, and for all captions one after the other caption_language (a place in
+  language_names), caption_kind (a place in KINDS) and caption_tokens, the length of the whole prompt without image slots by the tokenizer
+  whose fingerprint is `tokenizer`. Texts come as UTF-8 bytes and images as encoded files. `ValueError` if the data set or the split is not there.
   """
   folder = os.path.join(data_dir, name)
   if not os.path.isdir(folder):
-    raise ValueError(f"No data set {name!r} in {data_dir}: make it with python -m launch.prepare_data --dataset={name} "
-                     f"--out={data_dir}.")
-  version = _read_meta(folder)["request"]["version"]
+    raise ValueError(f"No data set {name!r} in {data_dir}: make it with python -m launch.prepare_data, --dataset={name} for an embedded one "
+                     f"or --source=... --name={name} for your own, and --out={data_dir}.")
+  version = read_meta(folder)["request"]["version"]
+  if version != VERSION:
+    raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
   if not os.path.exists(_index_path(folder, split)):
     raise ValueError(f"Data set {folder} has no split {split!r}: choose one of {', '.join(SPLITS)}.")
   with np.load(_index_path(folder, split)) as file:
@@ -276,6 +284,6 @@ def open_split(data_dir: str, name: str, split: str) -> tuple[Sequence[dict], di
   return source, index
 
 
-def load_tokenizer(data_dir: str, name: str) -> PromptTokenizer:
-  """Returns the tokenizer trained on a data set."""
+def load_tokenizer(data_dir: str | os.PathLike, name: str) -> PromptTokenizer:
+  """Returns the tokenizer of a data set."""
   return PromptTokenizer.load(os.path.join(data_dir, name))

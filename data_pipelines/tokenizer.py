@@ -7,6 +7,8 @@ open an image slot.
 """
 
 import collections
+import functools
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 
@@ -103,6 +105,22 @@ class PromptTokenizer:
     times.
     """
     return self._system + self._encode_parts(_user_turn(prompt, len(source_grids)), source_grids) + self._reply
+
+  def count(self, prompts: Sequence[str], edit: bool = False) -> np.ndarray:
+    """Returns the length of each prompt's template, int32, without what condition images add (`num_image_tokens`).
+
+    `edit` says whether there are any: the text then stands behind them and not behind the word "user".
+    """
+    texts = [prompt or " " for prompt in prompts] if edit else ["user\n" + (prompt or " ") for prompt in prompts]
+    empty = " " if edit else "user\n "
+    around = len(self.encode("")) - len(self._tokenizer.encode(empty, add_special_tokens=False).ids)
+    encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return np.array([around + len(one.ids) for one in encoded], np.int32)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Names the tokenizer: equal for equal files."""
+    return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
 
   def num_image_tokens(self, source_grids: Sequence[tuple[int, int]]) -> int:
     """Returns how many tokens condition images of (h, w) slots add to a prompt, with the words around them."""

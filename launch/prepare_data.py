@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data_pipelines import records
+from data_pipelines import embedded
 from launch import cli
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum("dataset", "glyphs", sorted(records.SOURCES), "Which data set to prepare.")
+  flags.DEFINE_enum("dataset", "glyphs", sorted(embedded.SOURCES), "Which data set to prepare.")
   flags.DEFINE_string("out", None, "Folder that will hold <dataset>/.", required=True)
   flags.DEFINE_integer("num_examples", None, "Training pictures, editing pairs not counted; unset takes the data set's default.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Seed of everything random in the data set.", lower_bound=0)
@@ -26,8 +26,8 @@ def define_flags() -> None:
 
 def prepare(dataset: str, out: str, num_examples: int | None = None, seed: int = 0,
             vocab_size: int | None = None) -> dict:
-  """Returns the facts of the prepared data set, after printing them; see `data_pipelines.records.prepare`."""
-  facts = records.prepare(dataset, out, num_examples, seed, vocab_size)
+  """Returns the facts of the prepared data set, after printing them; see `data_pipelines.embedded.prepare`."""
+  facts = embedded.prepare(dataset, out, num_examples, seed, vocab_size)
   print(f"{'Found' if facts['reused'] else 'Wrote'} {facts['path']}")
   for name, value in facts.items():
     if name not in ("path", "reused"):

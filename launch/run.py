@@ -22,8 +22,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.loader import DatasetSpec, Loader, Resolution
-from data_pipelines.records import prepare
+from data_pipelines.embedded import prepare
+from data_pipelines.loader import Loader
+from data_pipelines.mixture import DatasetSpec, Resolution
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import conditioning, flow, optim, sharding
 from qimg2 import params as P
@@ -167,7 +168,7 @@ class Run:
 
   def loader(self, stage: ConfigDict) -> Loader:
     """The training data of a stage."""
-    return self._loader(stage, self._datasets(stage), stage.caption_dropout)
+    return self._loader(stage, self._datasets(stage), stage.caption_dropout, stage.min_bucket_records)
 
   def _datasets(self, stage: ConfigDict) -> list[DatasetSpec]:
     return [from_section(DatasetSpec, {"data_dir": self.cfg.data_dir, **plain(part)}, f"stages[{stage.name}].mixture") for part in stage.mixture]
@@ -178,14 +179,15 @@ class Run:
     for task in dict.fromkeys(part.task for part in self._datasets(stage)):
       parts = {part.name: dataclasses.replace(part, split=stage.evaluation.split, weight=1.0, min_quality=0.0)
                for part in self._datasets(stage) if part.task == task}
-      loader = self._loader(stage, list(parts.values()), 0.0)
+      loader = self._loader(stage, list(parts.values()), 0.0, 0)
       batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
     return batches
 
-  def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float) -> Loader:
+  def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float, min_bucket_records: int) -> Loader:
     return Loader(datasets, self._resolutions(stage), self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
-                  caption_dropout=caption_dropout, process_index=jax.process_index(), process_count=jax.process_count(),
-                  num_workers=self.cfg.num_workers)
+                  caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=plain(self.cfg.prompt_classes),
+                  min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=jax.process_index(),
+                  process_count=jax.process_count(), num_workers=self.cfg.num_workers)
 
   def _resolutions(self, stage: ConfigDict) -> list[Resolution]:
     return [from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions]
@@ -197,12 +199,8 @@ class Run:
   def batch_shapes(self, loader: Loader) -> tuple[dict, ...]:
     """The abstract global batch of each bucket."""
     rows = sharding.batch_sharding(self.mesh, self.rules)
-    def shape(dims, dtype):
-      return jax.ShapeDtypeStruct(dims, jax.dtypes.canonicalize_dtype(dtype), sharding=rows)
-    return tuple({"target": shape((b.batch_size, b.height, b.width, 3), np.uint8),
-                  "sources": tuple(shape((b.batch_size, h, w, 3), np.uint8) for h, w in b.source_sizes),
-                  "tokens": shape((b.batch_size, b.num_tokens), np.int32), "token_count": shape((b.batch_size,), np.int32),
-                  "sample_id": shape((b.batch_size,), np.int64)} for b in loader.buckets)
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
+    return tuple(jax.tree.map(shape, loader.example(bucket)) for bucket in loader.buckets)
 
   # Methods.
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from data_pipelines.loader import source_grids
+from data_pipelines.mixture import source_grids
 from launch import cli
 from launch.generator import Generator, Size, Source, load_condition_image
 from launch.pictures import grid, save_png

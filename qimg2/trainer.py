@@ -118,7 +118,7 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], loade
   batches = loader.iterate(first)
   for step in range(first + 1, stage.num_steps + 1):
     bucket, batch = next(batches)
-    num_samples += stage.batch_shapes[bucket]["target"].shape[0]
+    num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
     state, metrics = steps[bucket](state, frozen, put_batch(batch, mesh, rules))
     if step % stage.log_every_steps == 0 or step == stage.num_steps:
       values = {name: float(value) for name, value in metrics.items()}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import emoji, emoji_pairs, records
+from data_pipelines import embedded, emoji, emoji_pairs, records
+from data_pipelines.mixture import DatasetSpec, usable_captions
 from data_pipelines.transforms import decode_image
 
 try:
@@ -71,7 +72,7 @@ def test_the_check_finds_the_asked_emoji_at_another_size():
 
 @needs_packages
 def test_a_small_set_is_prepared(tmp_path):
-  facts = records.prepare("emoji", tmp_path, num_examples=18, vocab_size=600)
+  facts = embedded.prepare("emoji", tmp_path, num_examples=18, vocab_size=600)
   assert (facts["train"], facts["train_edits"], facts["validation_edits"]) == (27, 9, 1)
   assert facts["validation"] - 1 == len(emoji.combinations("validation", 18, 0)) in (2, 3, 4)
   assert facts["pairs_skin_tone"] > 1000
@@ -79,8 +80,9 @@ def test_a_small_set_is_prepared(tmp_path):
   assert len(set(index["sample_id"].tolist())) == 27
   attributes = json.loads(source[3]["attributes"])
   assert source[3]["sample_id"] == ord(attributes["emoji"]) * 8 + list(emoji.PAPERS).index(attributes["paper"])
-  english = records.has_language(index, ("en",))
-  assert english.all() and not records.has_language(index, ("xx",)).any()
+  english, none = (usable_captions(index, DatasetSpec(str(tmp_path), "emoji", languages=(name,))) for name in ("en", "xx"))
+  owner = np.repeat(np.arange(27), index["num_captions"])
+  assert set(owner[english]) == set(range(27)) and 0 < english.sum() < len(english) and not none.any()
 
 
 @needs_packages
@@ -97,7 +99,7 @@ def test_a_part_has_whole_emoji_and_its_own_held_out_prompts():
 @needs_packages
 def test_too_many_examples_are_refused(tmp_path):
   with pytest.raises(ValueError, match="fewer than num_examples=1000000"):
-    records.prepare("emoji", tmp_path, num_examples=10**6)
+    embedded.prepare("emoji", tmp_path, num_examples=10**6)
 
 
 @needs_packages

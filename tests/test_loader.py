@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from data_pipelines import glyph_edits, glyphs, records
+from data_pipelines import embedded, glyph_edits, glyphs, records
 from data_pipelines.glyphs import Attributes
-from data_pipelines.loader import DatasetSpec, Loader, Resolution, source_grids
+from data_pipelines.loader import Loader
+from data_pipelines.mixture import DatasetSpec, Resolution, source_grids
 from data_pipelines.transforms import encode_png
 
 RATIOS = ("1:1", "1:2", "2:1")
@@ -24,7 +25,7 @@ def data(tmp_path_factory):
   """Two data sets of 90 training records each, with different pictures."""
   folders = [tmp_path_factory.mktemp(name) for name in "ab"]
   for seed, folder in enumerate(folders):
-    records.prepare("glyphs", folder, num_examples=NUM_TRAIN, seed=seed)
+    embedded.prepare("glyphs", folder, num_examples=NUM_TRAIN, seed=seed)
   return folders
 
 
@@ -77,8 +78,8 @@ def test_each_record_comes_exactly_once_per_epoch(data, tokenizer):
   loader = make(data, tokenizer)
   streams = collections.defaultdict(list)
   for k in range(120):
-    bucket, _, rows = loader.plan(k)
-    streams[bucket] += rows.tolist()
+    plan = loader.mixture.plan(k)
+    streams[plan.bucket] += plan.records.tolist()
   sizes = {(c.height, c.width): c.kept for c in loader.counts}
   assert sum(sizes.values()) == NUM_TRAIN
   union = set()
@@ -94,12 +95,12 @@ def test_each_record_comes_exactly_once_per_epoch(data, tokenizer):
 def test_shares_follow_the_weights(data, tokenizer):
   loader = make(data, tokenizer, sets=2, resolutions=[
       Resolution(32, 8, ("1:1",), weight=1.0), Resolution(64, 4, ("1:1",), weight=4.0)], max_crop=0.6)
-  cycle = sum(loader._schedule.turns)
+  cycle = loader.mixture.cycle
   seen = collections.Counter()
   for k in range(3 * cycle, 4 * cycle):
-    bucket, dataset, rows = loader.plan(k)
-    assert len(rows) == loader.buckets[bucket].batch_size
-    seen[dataset, loader.buckets[bucket].height] += 1
+    plan = loader.mixture.plan(k)
+    assert len(plan.records) == loader.buckets[plan.bucket].batch_size
+    seen[plan.dataset, loader.buckets[plan.bucket].height] += 1
   share = {key: count / cycle for key, count in seen.items()}
   assert share == {(0, 32): 0.05, (0, 64): 0.2, (1, 32): 0.15, (1, 64): 0.6}
 
@@ -125,7 +126,7 @@ def test_resume_equals_no_interruption_and_seed_matters(data, tokenizer):
   for k, batch in enumerate(whole):
     assert_same(batch, loader.batch(k))
   other = make(data, tokenizer, sets=2, seed=1)
-  assert any((other.plan(k)[2] != loader.plan(k)[2]).any() for k in range(3))
+  assert any((other.mixture.plan(k).records != loader.mixture.plan(k).records).any() for k in range(3))
 
 
 def test_worker_processes_change_nothing(data, tokenizer):
@@ -163,8 +164,8 @@ def test_tasks_share_a_data_set_without_overlap(data, tokenizer):
   loader = Loader(specs, DEFAULT, 64, tokenizer, 0)
   records_of = {task: sum(c.records for c in loader.counts if c.task == task) for task in ("t2i", "ti2i")}
   assert records_of == {"t2i": NUM_TRAIN, "ti2i": NUM_TRAIN // 2}
-  cycle = sum(loader._schedule.turns)
-  tasks = [loader.buckets[loader.plan(k)[0]].task for k in range(cycle)]
+  cycle = loader.mixture.cycle
+  tasks = [loader.buckets[loader.mixture.plan(k).bucket].task for k in range(cycle)]
   assert tasks.count("ti2i") == cycle // 4
 
 
@@ -175,9 +176,9 @@ def test_sources_of_another_shape_and_number_make_buckets_of_their_own(data, tok
       yield {"image": pictures[0], "height": 40, "width": 90, "quality": 1.0, "sample_id": i + (100 if split == "validation" else 0),
              "captions": ["join them"], "languages": ["en"], "attributes": "{}", "sources": pictures,
              "source_height": [h for h, _ in shapes], "source_width": [w for _, w in shapes]}
-  monkeypatch.setitem(records.SOURCES, "glyphs", records.Source(examples, vocab_size=300))
+  monkeypatch.setitem(embedded.SOURCES, "glyphs", embedded.Source(examples, vocab_size=300))
   folder = data[0] / "several"
-  records.prepare("glyphs", folder, num_examples=4)
+  embedded.prepare("glyphs", folder, num_examples=4)
   loader = Loader([DatasetSpec(str(folder), "glyphs", task="ti2i")], [Resolution(64, 2, RATIOS)], 64, tokenizer, 0, max_crop=0.5)
   wide, square = (32, 96), (64, 64)
   assert {bucket.source_sizes: count.kept for bucket, count in zip(loader.buckets, loader.counts)} == {
@@ -200,7 +201,7 @@ def test_left_out_records_are_counted(data, tokenizer):
   loader = make(data, tokenizer, min_quality=1.0, resolutions=[Resolution(64, 8, ("1:1", "1:2"), multiple=16)])
   index = records.open_split(data[0], "glyphs", "train")[1]
   for count in loader.counts:
-    assert count.records == count.kept + count.low_quality + count.no_language + count.cropped
+    assert count.records == count.kept + count.low_quality + count.no_caption + count.cropped
   assert sum(c.records for c in loader.counts) == NUM_TRAIN
   assert sum(c.low_quality for c in loader.counts) == (index["quality"] < 1).sum() > 0
   # The wide pictures are nearest to the square and would lose half of their area.

@@ -8,14 +8,14 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import records
+from data_pipelines import embedded, records
 from data_pipelines.transforms import decode_image
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
   out = tmp_path_factory.mktemp("data")
-  return out, records.prepare("glyphs", out, num_examples=50, seed=1)
+  return out, embedded.prepare("glyphs", out, num_examples=50, seed=1)
 
 
 def test_facts(prepared):
@@ -27,7 +27,7 @@ def test_facts(prepared):
   assert tokenizer.vocab_size == facts["vocab_size"] and tokenizer.num_system_tokens == facts["num_system_tokens"]
   lengths = []
   for split in records.SPLITS:
-    for record in records.SOURCES["glyphs"].examples(split, 50, 1):
+    for record in embedded.SOURCES["glyphs"].examples(split, 50, 1):
       lengths += [len(tokenizer.encode(text)) for text in record["captions"]]
   assert facts["longest_caption_tokens"] == max(lengths)
 
@@ -35,7 +35,7 @@ def test_facts(prepared):
 @pytest.mark.parametrize("split", records.SPLITS)
 def test_records_and_index_agree_with_the_source(prepared, split):
   source, index = records.open_split(prepared[0], "glyphs", split)
-  made = list(records.SOURCES["glyphs"].examples(split, 50, 1))
+  made = list(embedded.SOURCES["glyphs"].examples(split, 50, 1))
   assert len(source) == len(made) == len(index["sample_id"])
   for i, expected in enumerate(made):
     read = source[i]
@@ -59,53 +59,53 @@ def test_ids_are_unique_over_splits(prepared):
 
 def test_the_same_request_is_reused_and_another_refused(prepared):
   out, facts = prepared
-  assert records.prepare("glyphs", out, num_examples=50, seed=1) == facts | {"reused": True}
+  assert embedded.prepare("glyphs", out, num_examples=50, seed=1) == facts | {"reused": True}
   with pytest.raises(ValueError, match="made with seed=1, not seed=2: remove that folder or choose another --out"):
-    records.prepare("glyphs", out, num_examples=50, seed=2)
+    embedded.prepare("glyphs", out, num_examples=50, seed=2)
   with pytest.raises(ValueError, match="num_examples=50, not num_examples=51"):
-    records.prepare("glyphs", out, num_examples=51, seed=1)
+    embedded.prepare("glyphs", out, num_examples=51, seed=1)
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
   def interrupted(*args):
     raise KeyboardInterrupt
   with monkeypatch.context() as patch:
-    patch.setattr(records, "train_tokenizer", interrupted)
+    patch.setattr(embedded, "train_tokenizer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-      records.prepare("glyphs", tmp_path, num_examples=3)
+      embedded.prepare("glyphs", tmp_path, num_examples=3)
   assert os.listdir(tmp_path) == []
-  assert records.prepare("glyphs", tmp_path, num_examples=3)["train"] == 4
+  assert embedded.prepare("glyphs", tmp_path, num_examples=3)["train"] == 4
 
 
 def test_a_faster_process_wins_without_harm(tmp_path, monkeypatch):
-  build = records._build
+  build = embedded._build
   def slow_build(request, partial):
-    monkeypatch.setattr(records, "_build", build)
-    records.prepare("glyphs", tmp_path, num_examples=3)
+    monkeypatch.setattr(embedded, "_build", build)
+    embedded.prepare("glyphs", tmp_path, num_examples=3)
     return build(request, partial)
-  monkeypatch.setattr(records, "_build", slow_build)
-  assert records.prepare("glyphs", tmp_path, num_examples=3)["reused"]
+  monkeypatch.setattr(embedded, "_build", slow_build)
+  assert embedded.prepare("glyphs", tmp_path, num_examples=3)["reused"]
   assert os.listdir(tmp_path) == ["glyphs"]
 
 
 def test_user_errors_are_one_sentence(prepared, tmp_path):
   with pytest.raises(ValueError, match="Unknown data set 'cats': choose one of glyphs, emoji"):
-    records.prepare("cats", tmp_path)
+    embedded.prepare("cats", tmp_path)
   with pytest.raises(ValueError, match="num_examples=0"):
-    records.prepare("glyphs", tmp_path, num_examples=0)
-  with pytest.raises(ValueError, match="make it with python -m launch.prepare_data --dataset=glyphs"):
+    embedded.prepare("glyphs", tmp_path, num_examples=0)
+  with pytest.raises(ValueError, match="make it with python -m launch.prepare_data, --dataset=glyphs for an embedded one"):
     records.open_split(tmp_path, "glyphs", "train")
   with pytest.raises(ValueError, match="no split 'test': choose one of train, validation"):
     records.open_split(prepared[0], "glyphs", "test")
   (tmp_path / "glyphs").mkdir()
   with pytest.raises(ValueError, match="not a prepared data set"):
-    records.prepare("glyphs", tmp_path)
+    embedded.prepare("glyphs", tmp_path)
 
 
 def test_no_tensorflow_and_no_jax_of_ours():
-  code = ("import sys, data_pipelines.records as r, tempfile\n"
+  code = ("import sys, data_pipelines.records as r, data_pipelines.embedded as e, tempfile\n"
           "with tempfile.TemporaryDirectory() as d:\n"
-          "  r.prepare('glyphs', d, 2); r.open_split(d, 'glyphs', 'train')[0][0]\n"
+          "  e.prepare('glyphs', d, 2); r.open_split(d, 'glyphs', 'train')[0][0]\n"
           "print('tensorflow' in sys.modules, 'jax' in sys.modules)")
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout.split() == ["False", "False"], done.stderr

@@ -1,0 +1,81 @@
+"""Latent caches: data sets that hold what frozen networks compute, in place of what they compute it from.
+
+A cached record is one picture in one bucket of one resolution. It has `latents`, the VAE's normalised latents of the target, and for an edit
+`source_latents`, one per condition image; `height`, `width` and the source sizes are those of the bucket, and the index has the column
+`base_px`. With features it also has `features`, the condition encoder's states without the system turn: one array per caption, and last that
+of the empty prompt. Without features the condition images stay in the record as pixels of the bucket's size, because the encoder looks at
+them too. Arrays are raw little-endian bytes, and dataset.json says their type:
+
+  "cache": {"dtype": "float16", "channels": 64, "factor": 16, "feature_width": 4096, "num_system_tokens": 14, "made_with": {...}}
+
+In a batch, `latents` B h w C and `source_latents` (a tuple of B h w C) take the place of `target`; with features `features` B M' E (M' the
+prompt without the system turn, zeros after its end) takes that of `sources`, which is then empty.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipelines.buckets import Bucket
+from data_pipelines.records import read_meta
+from data_pipelines.transforms import load_picture
+
+DTYPES = ("float16", "float32")  # of float16: 11 bits of precision; latents and states stay far below its largest number, 65504
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """How the arrays of a cache are stored: type, latent channels, px per latent, width of the states (0: none are stored), and the system
+  turn's length, which the states leave out."""
+  dtype: str
+  channels: int
+  factor: int
+  feature_width: int
+  num_system_tokens: int
+
+  @property
+  def has_features(self) -> bool:
+    """Whether the condition encoder's states are stored."""
+    return self.feature_width > 0
+
+  def empty(self, num: int, bucket: Bucket) -> dict:
+    """Returns the arrays of `num` rows of a bucket, not filled; states are zeros."""
+    grid = lambda size: (num, size[0] // self.factor, size[1] // self.factor, self.channels)
+    sources = () if self.has_features else bucket.source_sizes
+    arrays = {"latents": np.empty(grid((bucket.height, bucket.width)), self.dtype),
+              "source_latents": [np.empty(grid(size), self.dtype) for size in bucket.source_sizes],
+              "sources": [np.empty((num, *size, 3), np.uint8) for size in sources]}
+    if self.has_features:
+      arrays["features"] = np.zeros((num, bucket.num_tokens - self.num_system_tokens, self.feature_width), self.dtype)
+    return arrays
+
+  def read(self, arrays: dict, row: int, record: dict, bucket: Bucket, name: str) -> None:
+    """Writes a record into a row of the arrays; `ValueError` if it is not of the bucket's shape."""
+    arrays["latents"][row] = self._array(record["latents"], arrays["latents"].shape[1:], name)
+    for slot, array in enumerate(arrays["source_latents"]):
+      array[row] = self._array(record["source_latents"][slot], array.shape[1:], f"condition image {slot + 1} of {name}")
+    for slot, array in enumerate(arrays["sources"]):
+      array[row] = load_picture(record["sources"][slot], *bucket.source_sizes[slot], f"condition image {slot + 1} of {name}")
+
+  def read_features(self, arrays: dict, records: Sequence[dict], captions: Sequence[int | None]) -> None:
+    """Writes the states of the chosen caption of each record (None: of the empty prompt) into rows of zeros."""
+    for row, (record, number) in enumerate(zip(records, captions)):
+      stored = record["features"][-1 if number is None else number]
+      states = self._array(stored, (-1, self.feature_width), f"the states of sample {record['sample_id']}")
+      arrays["features"][row, :len(states)] = states
+
+  def _array(self, data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
+    try:
+      return np.frombuffer(data, np.dtype(self.dtype).newbyteorder("<")).reshape(shape)
+    except ValueError as error:
+      raise ValueError(f"The cached array of {name} has {len(data)} bytes, which do not make the shape {shape}: write the cache anew.") from error
+
+
+def open_cache(data_dir: str | os.PathLike, name: str) -> Cache | None:
+  """Returns how a data set's arrays are stored, or None if it holds pixels."""
+  meta = read_meta(os.path.join(data_dir, name))
+  if "cache" not in meta:
+    return None
+  return Cache(**{field.name: meta["cache"][field.name] for field in dataclasses.fields(Cache)})
