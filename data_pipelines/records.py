@@ -31,11 +31,12 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import example_serializer
 
 from data_pipelines.tokenizer import PromptTokenizer
 
@@ -68,22 +69,39 @@ class Shard:
   sha256: str
 
 
-def write_shard(path: str | os.PathLike, records: Iterable[dict]) -> Shard:
-  """Writes records, as dicts, to one ArrayRecord file, which appears whole or not at all.
+class ShardWriter:
+  """Writes records, as dicts, to one ArrayRecord file, which appears whole when `close` is called and not before.
 
   Fields with a default (all but the size, captions, languages and sample_id) can be left out.
   """
-  path = os.fspath(path)
-  partial, features, num_bytes, num = f"{path}.part", _features(), 0, 0
-  # One record per chunk: a batch is drawn from anywhere, and nothing is unpacked in vain.
-  writer = ArrayRecordWriter(partial, "group_size:1")
-  for num, record in enumerate(records, 1):
-    data = features.serialize_example(complete(record))
-    writer.write(data)
-    num_bytes += len(data)
-  writer.close()
-  os.replace(partial, path)
-  return Shard(path, num, num_bytes, checksum(path))
+
+  def __init__(self, path: str | os.PathLike):
+    self._path, self._features = os.fspath(path), _features()
+    self._serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
+    self._num_records = self._num_bytes = 0
+    # One record per chunk: a batch is drawn from anywhere, and nothing is unpacked in vain.
+    self._writer = ArrayRecordWriter(f"{self._path}.part", "group_size:1")
+
+  def write(self, record: dict) -> None:
+    """Appends a record."""
+    example = self._serializer.get_tf_example(self._features.encode_example(complete(record)))
+    data = example.SerializeToString(deterministic=True)  # else the order of the fields is another in every process
+    self._writer.write(data)
+    self._num_records, self._num_bytes = self._num_records + 1, self._num_bytes + len(data)
+
+  def close(self) -> Shard:
+    """Finishes the file and describes it."""
+    self._writer.close()
+    os.replace(f"{self._path}.part", self._path)
+    return Shard(self._path, self._num_records, self._num_bytes, checksum(self._path))
+
+
+def write_shard(path: str | os.PathLike, records: Iterable[dict]) -> Shard:
+  """Writes all records to one file, see `ShardWriter`."""
+  writer = ShardWriter(path)
+  for record in records:
+    writer.write(record)
+  return writer.close()
 
 
 def complete(record: dict) -> dict:
@@ -115,25 +133,25 @@ class Columns:
     return len(self._rows)
 
   @property
-  def num_edits(self) -> int:
-    """How many of the records have condition images."""
-    return sum(map(bool, self._source_sizes))
-
-  @property
   def captions(self) -> dict[str, None]:
     """The distinct captions, in the order of their first use."""
     return dict.fromkeys(itertools.chain.from_iterable(self._captions))
 
   def watch(self, records: Iterable[dict]) -> Iterator[dict]:
-    """Yields the records as they are, and remembers what the index says of them."""
-    for record in map(complete, records):
-      self._rows.append(tuple(record[name] for name in ("height", "width", "quality", "sample_id", "stage", "has_text")))
-      self._source_sizes.append(tuple(zip(record["source_height"], record["source_width"])))
-      # Equal texts and tuples are kept once: many records share them.
-      self._captions.append(tuple(self._same.setdefault(text, text) for text in record["captions"]))
-      for column, values in ((self._languages, record["languages"]), (self._kinds, record["kinds"])):
-        column.append(self._same.setdefault(tuple(values), tuple(values)))
-      yield record
+    """Yields the records, and remembers what the index says of them."""
+    for record in records:
+      yield self.add(record)
+
+  def add(self, record: dict) -> dict:
+    """Remembers what the index says of a record, and returns it complete."""
+    record = complete(record)
+    self._rows.append(tuple(record[name] for name in ("height", "width", "quality", "sample_id", "stage", "has_text")))
+    self._source_sizes.append(tuple(zip(record["source_height"], record["source_width"])))
+    # Equal texts and tuples are kept once: many records share them.
+    self._captions.append(tuple(self._same.setdefault(text, text) for text in record["captions"]))
+    for column, values in ((self._languages, record["languages"]), (self._kinds, record["kinds"])):
+      column.append(self._same.setdefault(tuple(values), tuple(values)))
+    return record
 
   def arrays(self, tokenizer: PromptTokenizer) -> dict[str, np.ndarray]:
     """The index, see `open_split`; caption lengths are counted with `tokenizer`."""
@@ -178,7 +196,7 @@ def join_indices(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray
 
 
 def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shard]], index: dict[str, dict[str, np.ndarray]],
-           tokenizer: PromptTokenizer, request: dict, facts: dict, **extra) -> dict:
+           tokenizer: PromptTokenizer, request: dict, facts: dict, move: Callable[[str, str], None] = os.replace, **extra) -> dict:
   """Makes `folder` a data set out of written shards, which are moved there, and returns its facts.
 
   Args:
@@ -188,6 +206,7 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     tokenizer: the one that counted the captions' tokens.
     request: what was asked for, plain JSON; the same request finds the data set again.
     facts: figures about it, plain JSON; counts and token facts are added.
+    move: puts a shard in its place.
     extra: further sections of dataset.json.
   """
   folder = pathlib.Path(folder)
@@ -198,7 +217,7 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     filled = [shard for shard in shards[split] if shard.num_records]
     for number, shard in enumerate(filled):
       place = folder / VERSION / f"{name}-{split}.array_record-{number:05d}-of-{len(filled):05d}"
-      os.replace(shard.path, place)
+      move(shard.path, os.fspath(place))
       checksums[f"{VERSION}/{place.name}"] = shard.sha256
     if filled:
       splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
@@ -235,9 +254,9 @@ def read_meta(folder: str | os.PathLike) -> dict:
                      "another place.") from error
 
 
-def matching_facts(folder: str | os.PathLike, request: dict) -> dict:
-  """The facts of the data set in `folder`; `ValueError` unless it answers the same request."""
-  stored, request = read_meta(folder), json.loads(json.dumps(request | {"version": VERSION}))
+def matching_facts(folder: str | os.PathLike, request: dict, meta: dict | None = None) -> dict:
+  """The facts of the data set in `folder`, from its dataset.json or `meta`; `ValueError` unless it answers the same request."""
+  stored, request = meta or read_meta(folder), json.loads(json.dumps(request | {"version": VERSION}))
   different = [key for key in request if stored["request"].get(key) != request[key]]
   if different:
     key = different[0]

@@ -77,15 +77,26 @@ class PromptTokenizer:
     file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
     if not os.path.isfile(file):
       raise ValueError(f"No tokenizer at {file}: give a tokenizer.json, or the folder of a prepared data set.")
+    with open(file, "rb") as opened:
+      return cls.from_bytes(opened.read(), file)
+
+  @classmethod
+  def from_bytes(cls, data: bytes, name: str = "tokenizer.json") -> "PromptTokenizer":
+    """Returns the tokenizer that a tokenizer.json's bytes describe; `ValueError` if they describe none."""
     try:
-      tokenizer = tokenizers.Tokenizer.from_file(file)
+      tokenizer = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # The Rust library raises this bare type for every kind of broken file.
-      raise ValueError(f"{file} is not a tokenizer.json ({error}): fetch it again.") from error
-    return cls(tokenizer, file)
+      raise ValueError(f"{name} is not a tokenizer.json ({error}): fetch it again.") from error
+    return cls(tokenizer, name)
 
   def save(self, path: str) -> None:
     """Writes a tokenizer.json to `path`, which other libraries read too."""
-    self._tokenizer.save(os.fspath(path))
+    with open(path, "wb") as file:
+      file.write(self.to_bytes())
+
+  def to_bytes(self) -> bytes:
+    """The content of a tokenizer.json."""
+    return self._tokenizer.to_str(pretty=True).encode()
 
   def decode(self, tokens: Sequence[int]) -> str:
     """Returns the text of the ids, special tokens included; padding is not removed."""
@@ -167,7 +178,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PromptTokenizer
   smallest = len(SPECIAL_TOKENS) + 256
   if vocab_size < smallest:
     raise ValueError(f"vocab_size={vocab_size} is below {smallest}, the special tokens and one id per byte: raise it.")
-  counts = collections.Counter(captions)
+  counts = collections.Counter(iter(captions))  # a dict would be taken for counts
   times = min(max(2, sum(counts.values())), _TEMPLATE_COUNT)
   template = [part for part in _SYSTEM_TURN[1::2] + _REPLY[1::2] + ("user\n",) for _ in range(times)]
   tokenizer = tokenizers.Tokenizer(models.BPE())

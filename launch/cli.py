@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
@@ -28,6 +30,13 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
       _fail(" ".join(str(error).split()), 1)
 
   app.run(guarded, flags_parser=_parse)
+
+
+def plain(value: Any) -> Any:
+  """`value` with every ConfigDict as a dict, at any depth."""
+  if isinstance(value, (ConfigDict, dict)):
+    return {key: plain(item) for key, item in value.items()}
+  return tuple(plain(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

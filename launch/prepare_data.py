@@ -1,33 +1,79 @@
-"""Prepares a data set and its tokenizer on disk.
+"""Prepares a data set and its tokenizer on disk: your own pictures, or one that comes with the project.
 
+  python -m launch.prepare_data --source=DIR --name=mine --out=/data       your pictures, curated; see docs/data.md
   python -m launch.prepare_data --dataset=glyphs --out=/data     20800 letters and shapes, 10800 edits, half a minute
   python -m launch.prepare_data --dataset=emoji --out=/data      8202 emoji on paper, captions in 114 languages, 8085 edits
+  python -m launch.prepare_data --verify --name=mine --out=/data           reads all of it back
 
-glyphs needs nothing but this project's packages; emoji needs the Debian packages fonts-noto-color-emoji and
-unicode-cldr-core. The same command again uses what is there. An interrupted run leaves nothing that looks complete:
-just start it again.
+--source is a folder of pictures with .txt or .json files beside them, a .csv, .jsonl or .parquet file, WebDataset tars such as
+"shard-{000..127}.tar", or tfds:NAME; local, or gs://... It needs pip install -r requirements-data.txt. glyphs needs nothing but this project's
+packages; emoji needs the Debian packages fonts-noto-color-emoji and unicode-cldr-core.
+
+The same command again uses what is there. An interrupted run leaves nothing that looks complete: just start it again. With --source it goes
+on where it was, and its result is the same to the byte, whatever the number of workers.
 """
 
+import importlib.util
+import json
+import pathlib
+import shlex
 from collections.abc import Sequence
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from data_pipelines import embedded
+from data_pipelines.verify import verify
 from launch import cli
+
+NEEDED = {"apache_beam": "apache-beam", "imagehash": "imagehash", "pyarrow": "pyarrow", "fsspec": "fsspec",
+          "rapidocr_onnxruntime": "rapidocr_onnxruntime"}
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum("dataset", "glyphs", sorted(embedded.SOURCES), "Which data set to prepare.")
-  flags.DEFINE_string("out", None, "Folder that will hold <dataset>/.", required=True)
-  flags.DEFINE_integer("num_examples", None, "Training pictures, editing pairs not counted; unset takes the data set's default.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Seed of everything random in the data set.", lower_bound=0)
-  flags.DEFINE_integer("vocab_size", None, "Largest number of tokens; unset takes the data set's default.")
+  flags.DEFINE_string("source", None, "Your pictures: a folder, .csv, .jsonl, .parquet, .tar (also shard-{000..127}.tar) or tfds:NAME.")
+  flags.DEFINE_enum("dataset", None, sorted(embedded.SOURCES), "An embedded data set, in place of --source.")
+  flags.DEFINE_string("name", None, "Name of the data set that --source becomes, or that --verify reads.")
+  flags.DEFINE_string("out", None, "Folder that will hold the data set's folder.", required=True)
+  flags.DEFINE_bool("verify", False, "Read a data set back: checksums, and every record against the index.")
+  config_flags.DEFINE_config_file("config", "configs/curation.py", "What is kept of --source, and how it is stored.")
+  flags.DEFINE_string("runner", "DirectRunner", "The Beam runner: this machine's cores, or DataflowRunner, FlinkRunner, SparkRunner.")
+  flags.DEFINE_integer("num_workers", 0, "Processes of the DirectRunner; 0 for one per core.", lower_bound=0)
+  flags.DEFINE_string("beam_options", "", 'Further options of the runner, such as "--project=P --region=R --temp_location=gs://B/tmp".')
+  flags.DEFINE_integer("num_examples", None, "Of --dataset: training pictures, editing pairs not counted; unset takes the data set's default.",
+                       lower_bound=1)
+  flags.DEFINE_integer("seed", 0, "Of --dataset: seed of everything random.", lower_bound=0)
+  flags.DEFINE_integer("vocab_size", None, "Of --dataset: largest number of tokens; unset takes the data set's default.")
 
 
 def prepare(dataset: str, out: str, num_examples: int | None = None, seed: int = 0,
             vocab_size: int | None = None) -> dict:
-  """Returns the facts of the prepared data set, after printing them; see `data_pipelines.embedded.prepare`."""
-  facts = embedded.prepare(dataset, out, num_examples, seed, vocab_size)
+  """Returns the facts of an embedded data set, after printing them; see `data_pipelines.embedded.prepare`."""
+  return _say(embedded.prepare(dataset, out, num_examples, seed, vocab_size))
+
+
+def curate(source: str, name: str, out: str, cfg: ConfigDict, runner: str = "DirectRunner", num_workers: int = 0, beam_options: str = "") -> dict:
+  """Returns the facts of the data set that a source becomes, after printing them; see `data_pipelines.curation.pipeline.curate`."""
+  missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+  if missing:
+    raise ValueError(f"Curation needs {', '.join(missing)}: pip install -r requirements-data.txt")
+  try:
+    from data_pipelines.curation import pipeline  # here, because training must not need these packages
+  except ImportError as error:
+    raise ValueError(f"A package of requirements-data.txt cannot be loaded ({error}): for libGL, apt-get install libgl1.") from error
+  facts = _say(pipeline.curate(source, name, out, cli.plain(cfg), runner, num_workers, shlex.split(beam_options)))
+  funnel = json.loads(pathlib.Path(facts["path"], "funnel.json").read_text(encoding="utf-8"))
+  for step in funnel["steps"]:
+    drops = ", ".join(f"{count} {reason}" for reason, count in step["drops"].items())
+    print(f"  {step['stage']} {step['operator']:16} {step['entered']:>9} -> {step['passed']:<9} {drops}")
+  print("  A sample that fails after S1 is kept for the stages before.")
+  if funnel["not_run"]:
+    print(f"  not run, though the report's funnel has them: {', '.join(funnel['not_run'])}")
+  print(f"Report: {facts['path']}/report.html")
+  return facts
+
+
+def _say(facts: dict) -> dict:
   print(f"{'Found' if facts['reused'] else 'Wrote'} {facts['path']}")
   for name, value in facts.items():
     if name not in ("path", "reused"):
@@ -37,7 +83,17 @@ def prepare(dataset: str, out: str, num_examples: int | None = None, seed: int =
 
 def main(_: Sequence[str]) -> None:
   args = flags.FLAGS
-  prepare(args.dataset, args.out, args.num_examples, args.seed, args.vocab_size)
+  if sum([bool(args.source), bool(args.dataset), args.verify]) != 1:
+    raise ValueError("Give one of --source (your pictures), --dataset (an embedded data set) and --verify.")
+  if (args.source or args.verify) and not args.name:
+    raise ValueError("Give the data set a --name: its folder is <out>/<name>.")
+  if args.verify:
+    found = verify(args.out, args.name)
+    print(f"{args.out}/{args.name}: {found['files']} files and {found['records']} records are as written.")
+  elif args.source:
+    curate(args.source, args.name, args.out, args.config, args.runner, args.num_workers, args.beam_options)
+  else:
+    prepare(args.dataset, args.out, args.num_examples, args.seed, args.vocab_size)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import importlib.metadata
 import inspect
 import json
 import pathlib
+import sys
 import zlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -22,10 +23,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import DatasetSpec, Resolution
 from data_pipelines.tokenizer import PromptTokenizer
+from launch.cli import plain
 from qimg2 import conditioning, flow, optim, sharding
 from qimg2 import params as P
 from qimg2.algorithms import Algorithm
@@ -35,6 +38,7 @@ from qimg2.checkpoint import Checkpoints, restore_weights, save_weights
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.pipeline_folder import check_configs, check_sampling, load_weights, open_folder
+from qimg2.trainer import differences
 
 Dataclass = TypeVar("Dataclass")
 EMBEDDED = ("glyphs", "emoji")
@@ -42,13 +46,6 @@ DIFFUSERS = "diffusers:"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "check",
              "num_steps", "data_dir", "mesh")
-
-
-def plain(value: Any) -> Any:
-  """`value` with every ConfigDict as a dict, at any depth."""
-  if isinstance(value, (ConfigDict, dict)):
-    return {key: plain(item) for key, item in value.items()}
-  return tuple(plain(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def from_section(cls: type[Dataclass], section: Any, where: str) -> Dataclass:
@@ -133,6 +130,9 @@ class Run:
     encoder = dataclasses.replace(encoder, image_token_id=self.tokenizer.image_token_id)
     self.nets = conditioning.Networks(model, encoder, autoencoder, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
     self.specs = self.nets.specs()
+    self._trained = trained
+    for stage in () if trained else cfg.stages:
+      self._check_caches(stage)
 
   def _check_stages(self, sources: bool) -> None:
     """Finds the mistakes of all stages before the first one trains."""
@@ -159,6 +159,20 @@ class Run:
       elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
         raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
 
+  def _check_caches(self, stage: ConfigDict, weights: dict | None = None) -> None:
+    """Finds the latent caches of a stage that it cannot train on; with its frozen weights, those that were made by others."""
+    nets, sizes = self.nets, [(one.base_px, one.ratios, one.multiple) for one in self._resolutions(stage)]
+    needs = {"channels": nets.vae.latent_channels, "factor": nets.vae.spatial_factor, "feature_width": nets.encoder.width,
+             "num_system_tokens": nets.num_system_tokens, "tokenizer": self.tokenizer.fingerprint, "num_tokens": self.cfg.num_tokens}
+    for part in self._datasets(stage):
+      cache = open_cache(part.data_dir, part.name)
+      if cache and "vae" in self.algorithm(stage).losses:
+        raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
+      if cache:
+        check_use(part.data_dir, part.name, stage.name, sizes, needs)
+      if cache and weights:
+        check_weights(part.data_dir, part.name, stage.name, {role: conditioning.fingerprint(weights[role]) for role in cache.roles})
+
   def _tokenizer_path(self) -> pathlib.Path:
     if self.cfg.tokenizer.startswith(DIFFUSERS):
       return open_folder(self.cfg.tokenizer.removeprefix(DIFFUSERS)).tokenizer
@@ -166,9 +180,9 @@ class Run:
 
   # Data.
 
-  def loader(self, stage: ConfigDict) -> Loader:
-    """The training data of a stage."""
-    return self._loader(stage, self._datasets(stage), stage.caption_dropout, stage.min_bucket_records)
+  def loader(self, stage: ConfigDict, process: tuple[int, int] | None = None) -> Loader:
+    """The training data of a stage, as `process` (its index, how many there are) sees it; None for this one."""
+    return self._loader(stage, self._datasets(stage), stage.caption_dropout, stage.min_bucket_records, process)
 
   def _datasets(self, stage: ConfigDict) -> list[DatasetSpec]:
     return [from_section(DatasetSpec, {"data_dir": self.cfg.data_dir, **plain(part)}, f"stages[{stage.name}].mixture") for part in stage.mixture]
@@ -183,11 +197,13 @@ class Run:
       batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
     return batches
 
-  def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float, min_bucket_records: int) -> Loader:
+  def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float, min_bucket_records: int,
+              process: tuple[int, int] | None = None) -> Loader:
+    index, count = process or (jax.process_index(), jax.process_count())
     return Loader(datasets, self._resolutions(stage), self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=plain(self.cfg.prompt_classes),
-                  min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=jax.process_index(),
-                  process_count=jax.process_count(), num_workers=self.cfg.num_workers)
+                  min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
+                  num_workers=self.cfg.num_workers)
 
   def _resolutions(self, stage: ConfigDict) -> list[Resolution]:
     return [from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions]
@@ -270,11 +286,16 @@ class Run:
 
     A role without a source of its own comes from the published folder that the stage, or the stages before it, started from. Without such a
     folder its weights are drawn from the seed, saved with the run, and read from there ever after.
+
+    Raises:
+      ValueError: weights that are not there, or a latent cache in the stage's mixture that other weights made.
     """
     weights = {}
     for role in self.algorithm(stage).frozen:
       source, copy = split_source(stage.frozen[role] or self._published_root(stage))
       weights[role] = self.trained_weights(source, role, copy) if source else self._saved_random_weights(role)
+    if not self._trained:
+      self._check_caches(stage, weights)
     return weights
 
   def _published_root(self, stage: ConfigDict) -> str:
@@ -329,35 +350,25 @@ def fold_name(seed: int, name: str) -> int:
 
 
 def save_config(cfg: ConfigDict, workdir: pathlib.Path, allow_change: bool = False) -> None:
-  """Writes config.json. What is there already must agree, apart from lengths, logging and the mesh.
+  """Writes config.json. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` lets pass is printed
+  to stderr, a line per difference.
 
   Raises:
     ValueError: the config changed in a way that matters and `allow_change` is False.
   """
   path, config = workdir / "config.json", json.loads(json.dumps(plain(cfg)))
-  if path.exists() and not allow_change:
-    changes = list(differences(json.loads(path.read_text(encoding="utf-8"))["config"], config))
-    if changes:
-      raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
-                       "--allow_config_change to go on with the new one.")
+  changes = list(differences(json.loads(path.read_text(encoding="utf-8"))["config"], config, "config", FREE_KEYS)) if path.exists() else []
+  if changes and not allow_change:
+    raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
+                     "--allow_config_change to go on with the new one.")
+  for change in changes if jax.process_index() == 0 else ():
+    print(change, file=sys.stderr)
   workdir.mkdir(parents=True, exist_ok=True)
   record = {"config": config, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
   part = path.with_suffix(".part")
   part.write_text(json.dumps(record, indent=1), encoding="utf-8")
   part.replace(path)
-
-
-def differences(old: Any, new: Any, path: str = "config") -> Iterator[str]:
-  """The places where two JSON configs differ, apart from FREE_KEYS, as readable strings."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted((set(old) | set(new)) - set(FREE_KEYS)):
-      yield from differences(old.get(key), new.get(key), f"{path}.{key}")
-  elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-    for number, pair in enumerate(zip(old, new)):
-      yield from differences(*pair, f"{path}[{number}]")
-  elif old != new:
-    yield f"{path} was {old!r} and is {new!r}"
 
 
 def load_run(workdir: str | pathlib.Path, dtype: str | None = None) -> Run:

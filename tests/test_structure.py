@@ -7,10 +7,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-OURS = {"qimg2", "configs", "launch", "data_pipelines", "tests"}
+OURS = {"qimg2", "configs", "launch", "data_pipelines", "benchmarks", "tests"}
 ALLOWED = {
-    "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "tokenizers", "matplotlib", "fontTools", "tqdm", "absl",
-                       "array_record"},
+    "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "pyvips", "tokenizers", "matplotlib", "fontTools", "tqdm",
+                       "absl", "array_record"},
     # What only curation needs is in requirements-data.txt.
     "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr_onnxruntime",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},

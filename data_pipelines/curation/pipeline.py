@@ -1,0 +1,234 @@
+"""Curation of a whole source: an Apache Beam pipeline over units of work, on this machine's cores or on a cluster.
+
+  plan_units -> survey of each unit -> duplicates -> tokenizer -> curation of each unit -> one data set, funnel.json, report.html
+
+Intermediate files lie in <out>/.<name>.work. A run that is interrupted goes on with the units that are done; what comes out is the same to the
+byte, whatever the number of workers. The data set appears in its place when it is complete, and the work folder goes.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.options.pipeline_options import PipelineOptions
+from tqdm import tqdm
+
+from data_pipelines import records
+from data_pipelines.curation import duplicates, encode, files, funnel, report
+from data_pipelines.curation.funnel import Job
+from data_pipelines.curation.operators import missing_report_operators
+from data_pipelines.curation.sources import Unit, fingerprint, plan_units
+from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
+
+DIRECT = "DirectRunner"
+
+
+def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT, num_workers: int = 0, beam_options: Sequence[str] = ()) -> dict:
+  """Returns the facts of the data set <out>/<name>, which is made of `source` unless the same one is there already.
+
+  Args:
+    source: see `data_pipelines.curation.sources.plan_units`.
+    name, out: the data set's folder is <out>/<name>.
+    config: see configs/curation.py.
+    runner: a Beam runner; the direct one uses this machine.
+    num_workers: processes of the direct runner; 0 for one per core.
+    beam_options: further options of the runner, such as "--project=...".
+
+  Raises:
+    ValueError: a source, config or model that cannot be used, another data set in that place, or nothing left of the source.
+  """
+  _check(config, name)
+  units = plan_units(source, config["samples_per_unit"])
+  request = {"source": source, "fingerprint": fingerprint(source, units), "config": config}
+  path, work = files.join(out, name), files.join(out, f".{name}.work")
+  if files.exists(path):
+    meta = json.loads(files.read(files.join(path, "dataset.json"))) if files.is_remote(path) else None
+    return {"path": path, "reused": True} | records.matching_facts(path, request, meta)
+  _claim(work, request)
+  job = Job(work, json.dumps(config), len(units))
+  pool = _Runner(runner, num_workers or os.cpu_count() or 1, beam_options, job)
+  _find_duplicates(pool, units, job)
+  job = _settle(job, config)
+  _curate_units(pool, units, job)
+  return {"path": path, "reused": False} | _assemble(path, name, job, request, source)
+
+
+def _check(config: dict, name: str) -> None:
+  """Finds the mistakes in a config before any work."""
+  if not name or "/" in name or name.startswith("."):
+    raise ValueError(f"The name {name!r} cannot be that of a data set: use letters, digits, - and _.")
+  encode.check(config["encode"])
+  if not 0 <= config["validation_share"] < 1:
+    raise ValueError(f"config.validation_share is {config['validation_share']}: choose 0 or more and less than 1.")
+  entries = config["operators"]
+  funnel.make_operators(entries, PromptTokenizer.load(config["tokenizer"]) if config["tokenizer"] else train_tokenizer([], 300))
+  if not entries or entries[0]["name"] != "broken":
+    raise ValueError("The first of config.operators must be 'broken': the others need pictures that can be decoded.")
+
+
+def _claim(work: str, request: dict) -> None:
+  """Begins a work folder, or goes on with one that was begun for the same request."""
+  path, text = files.join(work, "request.json"), json.dumps(request, indent=1)
+  if not files.exists(path):
+    files.write(path, text.encode())
+  stored = json.loads(files.read(path))
+  different = [key for key in request if stored.get(key) != json.loads(text)[key]]
+  if different:
+    what = {"source": "another source", "fingerprint": "the source as it was then; files were added, removed or changed", "config": "another config"}
+    raise ValueError(f"{work} holds an unfinished run with {what[different[0]]}: remove that folder to begin anew, or go on as it was begun.")
+
+
+# ---- the two passes --------------------------------------------------------------------------------
+
+
+class _Runner:
+  """Runs pipelines, shows how far they are, and hands on a user's mistake as such."""
+
+  def __init__(self, runner: str, num_workers: int, options: Sequence[str], job: Job):
+    flags = [f"--runner={runner}", *options]
+    if runner == DIRECT and num_workers > 1:
+      flags += ["--direct_running_mode=multi_processing", f"--direct_num_workers={num_workers}", "--default_sdk_harness_log_level=ERROR"]
+    self._flags, self._job = flags, job
+
+  def __call__(self, build: Callable[[beam.Pipeline], None], phase: str, description: str) -> None:
+    """Builds and runs one pipeline; `phase` is the folder in which each unit leaves its .json."""
+    errors = files.join(self._job.work, "errors")
+    files.remove_folder(errors)
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    try:
+      with _Progress(files.join(self._job.work, phase), self._job.num_units, description):
+        with beam.Pipeline(options=PipelineOptions(self._flags)) as pipeline:
+          build(pipeline)
+    except Exception as error:  # A runner wraps what a worker raised in a type of its own.
+      sentences = sorted(files.names(errors))
+      if sentences:
+        raise ValueError(files.read(files.join(errors, sentences[0])).decode()) from error
+      raise
+
+
+class _Progress:
+  """A bar that counts the files of a phase while it runs; quiet when not at a terminal."""
+
+  def __init__(self, folder: str, total: int, description: str):
+    self._folder, self._bar, self._stop = folder, tqdm(total=total, desc=description, unit="unit", disable=None, leave=False), threading.Event()
+
+  def __enter__(self):
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._thread.start()
+
+  def _watch(self) -> None:
+    while not self._stop.wait(1.0):
+      self._bar.update(sum(name.endswith(".json") for name in files.names(self._folder)) - self._bar.n)
+
+  def __exit__(self, *error) -> None:
+    self._stop.set()
+    self._thread.join()
+    self._bar.close()
+
+
+def _find_duplicates(pool: _Runner, units: Sequence[Unit], job: Job) -> None:
+  """Surveys every unit and leaves a file of duplicates for each."""
+  step = next((entry for entry in job.settings["operators"] if entry["name"] == funnel.DUPLICATE), None)
+  done = files.join(job.work, "duplicates.done")
+  if files.exists(done):
+    return
+
+  def build(pipeline: beam.Pipeline) -> None:
+    rows = (pipeline | "units" >> beam.Create(units) | "spread" >> beam.Reshuffle()
+            | "survey" >> beam.FlatMap(lambda unit: funnel.survey(job, unit)))
+    found = duplicates.find(rows, _max_distance(step)) if step else rows | beam.Filter(lambda row: False) | beam.Map(lambda row: (row.unit, None))
+    duplicates.write(found, job, pipeline)
+  pool(build, "survey", "survey")
+  files.write(done, b"")
+
+
+def _max_distance(step: dict) -> int:
+  return funnel.make_steps([step])[0].settings["max_distance"]
+
+
+def _settle(job: Job, config: dict) -> Job:
+  """The job with what only the whole survey can tell: the tokenizer, and which samples are held out (at least one, if any are wanted)."""
+  path = files.join(job.work, "tokenizer.json")
+  settled = files.join(job.work, "settled.json")
+  if not files.exists(settled):
+    surveys = [json.loads(files.read(job.path("survey", number, ".json"))) for number in range(job.num_units)]
+    captions = dict.fromkeys(text for survey in surveys for text in survey["captions"])
+    tokenizer = PromptTokenizer.load(config["tokenizer"]) if config["tokenizer"] else train_tokenizer(captions, config["vocab_size"])
+    files.write(path, tokenizer.to_bytes())
+    share, lowest = config["validation_share"], min(survey["lowest"] for survey in surveys)
+    files.write(settled, json.dumps({"validation_below": max(share, np.nextafter(lowest, 1)) if share else 0.0}).encode())
+  return dataclasses.replace(job, tokenizer=path, **json.loads(files.read(settled)))
+
+
+def _curate_units(pool: _Runner, units: Sequence[Unit], job: Job) -> None:
+  first_ids = np.cumsum([0] + [unit.stop - unit.start for unit in units])
+  if first_ids[-1] >= 2**31:
+    raise ValueError(f"The source has {first_ids[-1]} samples, more than the 2147483648 that ids can name: split it.")
+  jobs = [(unit, int(first)) for unit, first in zip(units, first_ids)]
+
+  def build(pipeline: beam.Pipeline) -> None:
+    _ = (pipeline | "units" >> beam.Create(jobs) | "spread" >> beam.Reshuffle() | "curate" >> beam.Map(lambda item: funnel.curate(job, *item)))
+  pool(build, "curated", "curate")
+
+
+# ---- one data set ----------------------------------------------------------------------------------
+
+
+def _assemble(path: str, name: str, job: Job, request: dict, source: str) -> dict:
+  """Makes the data set of all units' shards, with its report, and removes the work folder. Returns its facts."""
+  results = [json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units)]
+  steps = funnel.make_steps(job.settings["operators"], job.tokenizer)
+  tally = funnel.join_tallies((result["tally"] for result in results), len(steps))
+  shards = {split: [records.Shard(**result["shards"][split]) for result in results] for split in records.SPLITS}
+  if not any(shard.num_records for shard in shards["train"]):
+    files.remove_folder(files.join(job.work, "curated"))
+    raise ValueError(f"No picture of {source} is left for training: {report.summary(tally, steps)}; loosen a threshold, "
+                     "--config.operators[i].NAME=VALUE.")
+  index = {split: records.join_indices([_read_index(job, number, split) for number in range(job.num_units)]) for split in records.SPLITS}
+  tokenizer = PromptTokenizer.from_bytes(files.read(job.tokenizer), job.tokenizer)
+  with tempfile.TemporaryDirectory() as scratch:
+    complete, moves = os.path.join(scratch, name) if files.is_remote(path) else files.join(job.work, "complete"), {}
+    facts = records.finish(complete, name, shards, index, tokenizer, request, funnel_facts(tally, steps),
+                           functools.partial(_mark, moves) if files.is_remote(path) else os.replace)
+    funnel_json, page = report.write(tally, steps, missing_report_operators(steps), name, source, facts)
+    files.write(files.join(complete, "funnel.json"), funnel_json)
+    files.write(files.join(complete, "report.html"), page)
+    _publish(complete, path, moves)
+  files.remove_folder(job.work)
+  return facts
+
+
+def _mark(moves: dict[str, str], source: str, target: str) -> None:
+  """Notes a move between remote places that is still to be done; an empty file stands for the moved one until then."""
+  files.write(target, b"")
+  moves[target] = source
+
+
+def _publish(complete: str, path: str, moves: dict[str, str]) -> None:
+  if not files.is_remote(path):
+    if not records.publish(complete, path):
+      raise ValueError(f"{path} was made by another process in the meantime: look at it, and remove {os.path.dirname(complete)}.")
+    return
+  found = [os.path.join(folder, name) for folder, _, some in os.walk(complete) for name in some]
+  # dataset.json comes last: with it the data set is whole.
+  for file in sorted(found, key=lambda file: (file.endswith("dataset.json"), file)):
+    files.move(moves.get(file, file), files.join(path, os.path.relpath(file, complete)))
+
+
+def funnel_facts(tally: dict, steps: Sequence[funnel.Step]) -> dict:
+  """Figures of the funnel for the data set's facts: samples read, and samples that every step kept."""
+  return {"samples": tally["total"], "passed_all": tally["kept"]["count"],
+          "dropped": sum(entry["count"] for step, drops in zip(steps, tally["drops"]) if step.stage == steps[0].stage for entry in drops.values())}
+
+
+def _read_index(job: Job, number: int, split: str) -> dict:
+  with np.load(io.BytesIO(files.read(job.path("curated", number, f"-{split}.npz")))) as file:
+    return {column: file[column] for column in file.files}

@@ -1,0 +1,337 @@
+"""Raw folders become data sets: every sample is accounted for, whoever does the work and however often it is interrupted."""
+
+import collections
+import filecmp
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import apache_beam as beam
+import numpy as np
+import pytest
+from apache_beam.testing.util import assert_that, equal_to
+from PIL import Image
+
+from configs import curation
+from data_pipelines import records
+from data_pipelines.curation import duplicates, encode, files, funnel, pipeline
+from data_pipelines.curation.funnel import Row
+from data_pipelines.curation.sample import Caption, Sample
+from data_pipelines.transforms import decode_image
+from data_pipelines.verify import verify
+from launch.cli import plain
+
+
+def settings(**changes):
+  """The config for small pictures."""
+  return plain(curation.get_config("small")) | {"samples_per_unit": 16, "vocab_size": 300} | changes
+
+
+def picture(seed: int, height: int = 72, width: int = 96) -> Image.Image:
+  """A picture of coloured blocks that no other seed's is near to."""
+  blocks = np.random.default_rng((7, seed)).integers(0, 256, (6, 8, 3), np.uint8)
+  return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
+
+
+def encoded(image: Image.Image, file_format: str = "JPEG", **options) -> bytes:
+  buffer = io.BytesIO()
+  image.save(buffer, file_format, **options)
+  return buffer.getvalue()
+
+
+def bomb() -> bytes:
+  """A PNG of a few bytes that says it has a billion pixels."""
+  data = bytearray(encoded(Image.new("L", (8, 8)), "PNG"))
+  data[16:24] = (32000).to_bytes(4, "big") * 2
+  data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+  return bytes(data)
+
+
+def dot(seed: int) -> Image.Image:
+  """Plain paper with a dot, at a place that only seeds in the same 200 have."""
+  image, (y, x) = Image.new("RGB", (90, 70), "white"), divmod(seed // 200, 5)
+  image.paste("black", (8 + 16 * x, 14 + 36 * y, 10 + 16 * x, 16 + 36 * y))
+  return image
+
+
+GOOD = b"a caption"
+# Ten ways to be of no use: (file name's end, picture, caption, the step that finds it, its reason).
+WAYS = (
+    (".jpg", lambda i: b"", GOOD, "broken", "unreadable"),
+    (".jpg", lambda i: encoded(picture(i))[:500], GOOD, "broken", "undecodable"),
+    (".png", lambda i: np.random.default_rng(i).bytes(3000), GOOD, "broken", "undecodable"),
+    (".png", lambda i: bomb(), GOOD, "broken", "undecodable"),
+    (".jpg", lambda i: encoded(picture(i)), None, "broken", "unreadable"),
+    (".jpg", lambda i: encoded(picture(i)), b"caf\xe9 \xff", "broken", "unreadable"),
+    (".png", lambda i: encoded(picture(i, 20, 24), "PNG"), GOOD, "min_resolution", "too_small"),
+    (".jpg", lambda i: encoded(picture(0)), GOOD, "duplicate", "exact_duplicate"),
+    (".png", lambda i: encoded(picture(1).resize((100 + i % 97, 90)), "PNG"), GOOD, "duplicate", "near_duplicate"),
+    (".png", lambda i: encoded(dot(i), "PNG"), GOOD, "entropy", "too_plain"),
+)
+
+
+def make_folder(folder: pathlib.Path, num: int, num_broken: int) -> collections.Counter:
+  """Writes pictures with captions, `num_broken` of them broken in all ways in turn; returns the expected (step, reason) counts."""
+  expected = collections.Counter()
+  (folder / "more").mkdir(parents=True)
+  every = num // num_broken if num_broken else num + 1
+  for i in range(num):
+    place = folder / ("more" if i % 3 == 2 else ".") / f"p{i:05d}"
+    end, data, caption = ".jpg", encoded(picture(i)), f"picture {i}\nanother text of {i}".encode()
+    if i >= 2 and i % every == every - 1 and sum(expected.values()) < num_broken:
+      end, make, caption, step, reason = WAYS[sum(expected.values()) % len(WAYS)]
+      data = make(i)
+      expected[step, reason] += 1
+    place.with_suffix(end).write_bytes(data)
+    if caption is not None:
+      place.with_suffix(".txt").write_bytes(caption)
+  return expected
+
+
+def dropped(path) -> collections.Counter:
+  steps = json.loads((pathlib.Path(path) / "funnel.json").read_text())["steps"]
+  for step, after in zip(steps, steps[1:]):
+    assert step["entered"] == step["passed"] + sum(step["drops"].values()) and after["entered"] == step["passed"]
+  return collections.Counter({(step["operator"], reason): count for step in steps for reason, count in step["drops"].items()})
+
+
+def same_bytes(first, second) -> bool:
+  left, right = ({path.relative_to(root): path for path in sorted(pathlib.Path(root).rglob("*")) if path.is_file()} for root in (first, second))
+  return left.keys() == right.keys() and all(filecmp.cmp(left[name], right[name], shallow=False) for name in left)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  """A folder of 60 samples, 10 of them of no use, and the data set made of it by one worker."""
+  root = tmp_path_factory.mktemp("small")
+  expected = make_folder(root / "raw", 60, 10)
+  facts = pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(), num_workers=1)
+  return root, expected, facts
+
+
+def test_counts_add_up(small):
+  root, expected, facts = small
+  assert sum(expected.values()) == 10 and len(expected) == 6
+  assert dropped(facts["path"]) == expected
+  assert facts["samples"] == 60 and facts["train"] + facts["validation"] == facts["passed_all"] == 50 and facts["dropped"] == 10
+  assert facts["validation"] >= 1
+  assert os.listdir(root / "out") == ["mine"]
+  page = pathlib.Path(facts["path"], "report.html").read_text()
+  assert "Not run" in page and "near_duplicate, 1 dropped" in page and "of 64 bits from that of" in page and page.count("data:image/jpeg") > 20
+
+
+def test_records_are_what_was_there(small):
+  root, _, facts = small
+  assert verify(root / "out", "mine")["records"] == 50
+  seen = set()
+  for split in records.SPLITS:
+    source, index = records.open_split(root / "out", "mine", split)
+    for i in range(len(source)):
+      record = source[i]
+      key = json.loads(record["attributes"])["key"]
+      assert record["image"] == (root / "raw" / key).read_bytes()
+      assert [text.decode() for text in record["captions"]] == (root / "raw" / key).with_suffix(".txt").read_text().splitlines()
+      assert index["sample_id"][i] == record["sample_id"] and record["stage"] == 6
+      seen.add(int(record["sample_id"]))
+  assert len(seen) == 50 and max(seen) < 60
+
+
+def test_the_same_command_finds_it_and_another_is_refused(small):
+  root, _, facts = small
+  again = pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(), num_workers=1)
+  assert again == facts | {"reused": True}
+  with pytest.raises(ValueError, match="holds a data set made with config="):
+    pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(validation_share=0.5), num_workers=1)
+
+
+def test_interrupted_between_units(small, tmp_path, monkeypatch):
+  """Whatever unit the interruption hits, in either pass, the result is the same to the byte, and no unit that is done is done again."""
+  root, _, facts = small
+  for number, phase in enumerate(("_survey", "_curate", "_curate")):
+    done = []
+    real = getattr(funnel, phase)
+
+    def stop(job, unit, *rest):
+      if len(done) == number + 1:
+        raise KeyboardInterrupt
+      done.append(unit.number)
+      return real(job, unit, *rest)
+    out = tmp_path / str(number)
+    with monkeypatch.context() as patch:
+      patch.setattr(funnel, phase, stop)
+      with pytest.raises(RuntimeError, match="KeyboardInterrupt"):  # Beam's runner wraps what a worker raises
+        pipeline.curate(str(root / "raw"), "mine", str(out), settings(), num_workers=1)
+    assert os.listdir(out) == [".mine.work"]
+    again = []
+    with monkeypatch.context() as patch:
+      patch.setattr(funnel, phase, lambda job, unit, *rest: (again.append(unit.number), real(job, unit, *rest))[1])
+      pipeline.curate(str(root / "raw"), "mine", str(out), settings(), num_workers=1)
+    assert not set(done) & set(again) and same_bytes(out / "mine", facts["path"])
+
+
+def test_a_changed_source_or_config_does_not_go_on(small, tmp_path, monkeypatch):
+  make_folder(tmp_path / "raw", 20, 0)
+  with monkeypatch.context() as patch:
+    patch.setattr(pipeline, "_settle", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+      pipeline.curate(str(tmp_path / "raw"), "mine", str(tmp_path / "out"), settings(), num_workers=1)
+  with pytest.raises(ValueError, match="unfinished run with another config: remove that folder"):
+    pipeline.curate(str(tmp_path / "raw"), "mine", str(tmp_path / "out"), settings(validation_share=0.3), num_workers=1)
+  (tmp_path / "raw" / "new.txt").write_text("new")
+  with pytest.raises(ValueError, match="files were added, removed or changed"):
+    pipeline.curate(str(tmp_path / "raw"), "mine", str(tmp_path / "out"), settings(), num_workers=1)
+
+
+def launch(*arguments, **options):
+  command = [sys.executable, "-m", "launch.prepare_data", "--config=configs/curation.py:small", "--config.samples_per_unit=64", *arguments]
+  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+@pytest.mark.slow
+def test_two_thousand_pictures_one_and_two_workers_and_killed(tmp_path):
+  expected = make_folder(tmp_path / "raw", 2000, 100)
+  assert sum(expected.values()) == 100 and len(expected) == 6
+  arguments = (f"--source={tmp_path}/raw", "--name=mine")
+  one, two = (launch(*arguments, f"--out={tmp_path}/{n}", f"--num_workers={n}") for n in (1, 2))
+  for run in (one, two):
+    out, err = run.communicate(timeout=600)
+    assert run.returncode == 0 and err == "", err
+    assert "1900" in out
+  assert dropped(tmp_path / "1" / "mine") == expected
+  assert same_bytes(tmp_path / "1", tmp_path / "2")
+  for phase, at_least in (("survey", 5), ("curated", 9)):
+    killed = launch(*arguments, f"--out={tmp_path}/{phase}", "--num_workers=2")
+    work = tmp_path / phase / ".mine.work" / phase
+    while len(list(work.glob("*.json"))) < at_least:
+      assert killed.poll() is None
+      time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / phase / "mine").exists() and len(list(work.glob("*.json"))) < 32
+    again = launch(*arguments, f"--out={tmp_path}/{phase}", "--num_workers=2")
+    assert "1900" in again.communicate(timeout=600)[0]
+    assert same_bytes(tmp_path / "1", tmp_path / phase)
+
+
+# ---- parts -----------------------------------------------------------------------------------------
+
+
+def test_duplicates_equal_a_search_of_all_pairs():
+  rng = np.random.default_rng(3)
+  base = rng.integers(0, 2**63, 12).tolist()
+  hashes = [value ^ sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 8), replace=False)) for value in base for _ in range(9)]
+  rows = [Row(i // 10, i % 10, f"k{i}", "" if i % 5 else "other", f"{'same' if i % 17 == 0 else i}", value)
+          for i, value in enumerate(rng.permutation(np.array(hashes, np.uint64)).tolist())]
+  expected, distinct = [], []
+  for row in rows:
+    same = [other for other in rows[:rows.index(row)] if (other.group, other.sha256) == (row.group, row.sha256)]
+    if same:
+      expected.append((row.unit, (row.position, "exact_duplicate", f"The file is the same as {same[0].key}.")))
+      continue
+    near = [other for other in distinct if other.group == row.group and (other.perceptual ^ row.perceptual).bit_count() <= 4]
+    distinct.append(row)
+    if near:
+      bits = (near[0].perceptual ^ row.perceptual).bit_count()
+      expected.append((row.unit, (row.position, "near_duplicate", f"Its perceptual hash differs in {bits} of 64 bits from that of {near[0].key}.")))
+  assert 20 < len(expected) < len(rows) - 20
+  with beam.Pipeline() as p:
+    found = duplicates.find(p | beam.Create(rows), 4)
+    assert_that(found, equal_to(expected))
+
+
+def test_edits_are_duplicates_only_with_their_sources_and_words():
+  edit = lambda source, text: funnel._group(Sample("k", b"x", [Caption(text)], [source]))
+  assert edit(b"a", "red") == edit(b"a", "red") != edit(b"b", "red") and edit(b"a", "red") != edit(b"a", "blue")
+  assert funnel._group(Sample("k", b"x", [Caption("red")])) == ""
+
+
+def test_an_edit_folder_becomes_editing_records(tmp_path):
+  for i in range(6):
+    (tmp_path / f"e{i}.png").write_bytes(encoded(picture(i), "PNG"))
+    (tmp_path / f"e{i}.source1.png").write_bytes(encoded(picture(100 + i), "PNG"))
+    (tmp_path / f"e{i}.source2.jpg").write_bytes(encoded(picture(200 + i, 64, 64)))
+    (tmp_path / f"e{i}.txt").write_text(f"make it like the second {i}")
+  facts = pipeline.curate(str(tmp_path), "edits", str(tmp_path / "out"), settings(), num_workers=1)
+  assert facts["train_edits"] + facts["validation_edits"] == 6
+  source, index = records.open_split(tmp_path / "out", "edits", "train")
+  assert index["source_sizes"][0].tolist() == [[72, 96], [64, 64]] and len(source[0]["sources"]) == 2
+
+
+def test_pictures_are_no_larger_than_training_wants():
+  large, small_one = picture(1, 700, 900), picture(2)
+  data, size = encode.shrink(encoded(large, "BMP"), np.asarray(large), 256, "webp", 95)
+  assert Image.open(io.BytesIO(data)).format == "WEBP" and size == decode_image(data).shape[:2] and 224 <= size[0] < 260
+  kept = encoded(small_one, "JPEG")
+  assert encode.shrink(kept, np.asarray(small_one), 256, "webp", 95) == (kept, (72, 96))
+  turned = encoded(small_one, "JPEG", exif=_orientation(6))
+  data, size = encode.shrink(turned, decode_image(turned), 256, "png", 95)
+  assert size == (96, 72) and (decode_image(data) == decode_image(turned)).all() and not Image.open(io.BytesIO(data)).getexif()
+
+
+def _orientation(value: int) -> bytes:
+  exif = Image.Exif()
+  exif[0x0112] = value
+  return exif.tobytes()
+
+
+def test_later_stages_limit_and_do_not_drop():
+  steps = funnel.make_steps([{"name": "broken", "stage": "S1"}, {"name": "min_resolution", "stage": "S1", "min_px": 32},
+                             {"name": "min_resolution", "stage": "S4", "min_px": 200}, {"name": "min_resolution", "stage": "S6", "min_px": 400}])
+  stage = lambda side: funnel.last_stage(steps, funnel._first_failure(steps, Sample("k", encoded(picture(1, side, side)))))
+  assert [stage(side) for side in (16, 64, 200, 400)] == [0, 3, 5, 6]
+
+
+def test_a_remote_place_ends_with_the_same_bytes(small):
+  """Work files and the data set may lie in a bucket; fsspec's memory file system stands for one."""
+  root, _, facts = small
+  pipeline.curate(str(root / "raw"), "mine", "memory://bucket/out", settings(), num_workers=1)
+  for path in pathlib.Path(facts["path"]).rglob("*"):
+    if path.is_file():
+      assert files.read(f"memory://bucket/out/mine/{path.relative_to(facts['path'])}") == path.read_bytes(), path
+  assert files.names("memory://bucket/out") == {"mine"}
+  assert pipeline.curate(str(root / "raw"), "mine", "memory://bucket/out", settings(), num_workers=1)["reused"]
+
+
+def test_user_errors_are_one_sentence(tmp_path):
+  make_folder(tmp_path / "raw", 4, 0)
+  run = lambda name="mine", **changes: pipeline.curate(str(tmp_path / "raw"), name, str(tmp_path / "out"), settings(**changes), num_workers=1)
+  with pytest.raises(ValueError, match="The name '../x' cannot be"):
+    run("../x")
+  with pytest.raises(ValueError, match="validation_share is 1.5"):
+    run(validation_share=1.5)
+  with pytest.raises(ValueError, match="first of config.operators must be 'broken'"):
+    run(operators=({"name": "duplicate", "stage": "S1"},))
+  with pytest.raises(ValueError, match="wants a model"):
+    run(operators=({"name": "broken", "stage": "S1"}, {"name": "nsfw", "stage": "S1", "model": ""}))
+  with pytest.raises(ValueError, match="No picture of .* is left for training: 4 samples: 4 dropped by min_resolution of S1"):
+    run(operators=({"name": "broken", "stage": "S1"}, {"name": "min_resolution", "stage": "S1", "min_px": 4000}))
+  with pytest.raises(ValueError, match="encode.format is 'gif'"):
+    run(encode=settings()["encode"] | {"format": "gif"})
+
+
+def test_verify_finds_a_flipped_bit_and_a_missing_file(small, tmp_path):
+  root, _, facts = small
+  shutil.copytree(facts["path"], tmp_path / "mine")
+  shard = next((tmp_path / "mine" / records.VERSION).glob("*train*"))
+  data = bytearray(shard.read_bytes())
+  data[len(data) // 2] ^= 1
+  shard.write_bytes(data)
+  with pytest.raises(ValueError, match="has other bytes than were written"):
+    verify(tmp_path, "mine")
+  shard.unlink()
+  with pytest.raises(ValueError, match="is missing: copy it again"):
+    verify(tmp_path, "mine")
+
+
+def test_training_imports_nothing_of_curation():
+  code = ("import sys, launch.train\n"
+          "print([m for m in sys.modules if m.startswith(('apache_beam', 'imagehash', 'rapidocr', 'data_pipelines.curation'))])")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]", done.stdout
