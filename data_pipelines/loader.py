@@ -139,52 +139,61 @@ class Loader:
     return slice(index * batch_size // count, (index + 1) * batch_size // count)
 
   def _load(self, bucket: Bucket, rows: list[tuple[Cell, int]], draws: np.ndarray | None) -> tuple[dict, list[Fault]]:
-    pictures, records, faults = _arrays(len(rows), bucket), self._read(rows), []
-    for i, (cell, place) in enumerate(rows):
-      records[i], fault = self._fill(pictures, i, cell, int(place), records[i], bucket)
+    arrays, faults, used = _arrays(len(rows), bucket), [], []
+    for i, ((cell, place), record) in enumerate(zip(rows, self._read(rows))):
+      chosen, fault = self._fill(arrays, i, cell, int(place), record, bucket, None if draws is None else draws[i])
+      used.append(chosen)
       faults += fault
-    chosen = [self._pick_caption(record, self.mixture.datasets[cell.dataset], None if draws is None else draws[i])
-              for i, ((cell, _), record) in enumerate(zip(rows, records))]
-    prompts = ["" if number is None else record["captions"][number].decode() for number, record in zip(chosen, records)]
-    tokens, token_count = self._tokenizer.encode_batch(prompts, bucket.num_tokens, source_grids(bucket.source_sizes))
-    batch = {"tokens": tokens, "token_count": token_count, "sample_id": np.array([record["sample_id"] for record in records], np.int64)}
     if bucket.cache is not None and bucket.cache.has_features:
-      bucket.cache.read_features(pictures, records, chosen)
-    return _tuples(pictures) | batch, faults
+      bucket.cache.read_features(arrays, *zip(*used))
+    prompts = ["" if number is None else record["captions"][number].decode() for record, number in used]
+    tokens, token_count = self._tokenizer.encode_batch(prompts, bucket.num_tokens, source_grids(bucket.source_sizes))
+    batch = {"tokens": tokens, "token_count": token_count, "sample_id": np.array([record["sample_id"] for record, _ in used], np.int64)}
+    return _tuples(arrays) | batch, faults
 
-  def _fill(self, pictures: dict, row: int, cell: Cell, place: int, record: dict, bucket: Bucket) -> tuple[dict, list[Fault]]:
-    """Writes one row of the arrays; returns (the record that is in it, what was wrong with those that are not)."""
-    broken = []
+  def _fill(self, arrays: dict, row: int, cell: Cell, place: int, record: dict | Exception, bucket: Bucket,
+            draw: np.ndarray | None) -> tuple[tuple[dict, int | None], list[Fault]]:
+    """Writes one row of the arrays; returns ((the record that is in it, the number of its caption), what was wrong with those that are not)."""
+    spec, broken = self.mixture.datasets[cell.dataset], []
     for step in range(min(len(cell.records), _MOST_TRIES)):
+      here = (place + step) % len(cell.records)
       if step:
-        record = self._read([(cell, (place + step) % len(cell.records))])[0]
-      name = f"sample {record['sample_id']} of data set {self.mixture.datasets[cell.dataset].name!r}"
+        record = self._read([(cell, here)])[0]
+      sample_id = int(self.mixture.sample_ids(cell.dataset, cell.records[here]))
+      name = f"sample {sample_id} of data set {spec.name!r}"
       try:
-        _decode(pictures, row, record, bucket, name)
+        _check_record(record, sample_id, bucket, name)
+        number = self._pick_caption(record, spec, draw)
+        _decode(arrays, row, record, number, bucket, name)
       except ValueError as error:
-        broken.append((record["sample_id"], str(error)))
+        broken.append((sample_id, str(error)))
       else:
-        dataset = self.mixture.datasets[cell.dataset].name
-        return record, [Fault(dataset, int(number), int(record["sample_id"]), sentence) for number, sentence in broken]
-    raise ValueError(f"{len(broken)} records of one bucket of data set {self.mixture.datasets[cell.dataset].name!r} in a row cannot be used; "
-                     f"{broken[-1][1]}")
+        return (record, number), [Fault(spec.name, bad, sample_id, sentence) for bad, sentence in broken]
+    raise ValueError(f"{len(broken)} records of one bucket of data set {spec.name!r} in a row cannot be used; {broken[-1][1]}")
 
-  def _read(self, rows: list[tuple[Cell, int]]) -> list[dict]:
-    """Returns the records in the order of `rows`, read with one request per data set."""
+  def _read(self, rows: list[tuple[Cell, int]]) -> list[dict | Exception]:
+    """Returns the records in the order of `rows`, read with one request per data set; in place of one that cannot be read, why."""
     records = [None] * len(rows)
     for d in {cell.dataset for cell, _ in rows}:
       here = [i for i, (cell, _) in enumerate(rows) if cell.dataset == d]
-      for i, record in zip(here, self.mixture.sources[d].__getitems__([int(rows[i][0].records[rows[i][1]]) for i in here])):
+      for i, record in zip(here, _read_records(self.mixture.sources[d], [int(rows[i][0].records[rows[i][1]]) for i in here])):
         records[i] = record
     return records
 
   def _pick_caption(self, record: dict, spec: DatasetSpec, draw: np.ndarray | None) -> int | None:
-    """Returns the number of the caption that is shown, None for an empty prompt. The kind is drawn first, then one caption of it."""
+    """Returns the number of the caption that is shown, None for an empty prompt. The kind is drawn first, then one caption of it.
+
+    Raises:
+      ValueError: the record has no caption that the data set's spec lets be used.
+    """
     if draw is not None and draw[0] < self._caption_dropout:
       return None
     wanted, weights = _encoded(tuple(spec.languages)), {kind.encode(): weight for kind, weight in spec.caption_weights.items()}
     usable = [i for i, (language, kind) in enumerate(zip(record["languages"], record["kinds"]))
               if (not wanted or language in wanted) and (not weights or weights.get(kind, 0) > 0)]
+    if not usable:
+      raise ValueError(f"Sample {record['sample_id']} of data set {spec.name!r} has no caption of the wanted languages and kinds: the index says "
+                       "otherwise; prepare the data set anew.")
     if draw is None:
       return usable[0]
     kinds = list(dict.fromkeys(record["kinds"][i] for i in usable))
@@ -192,6 +201,20 @@ class Loader:
     kind = kinds[int(np.searchsorted(shares, draw[2] * shares[-1], side="right"))]
     usable = [i for i in usable if record["kinds"][i] == kind]
     return usable[int(draw[1] * len(usable))]
+
+
+def _read_records(source: Sequence[dict], positions: list[int]) -> list[dict | Exception]:
+  try:
+    return list(source.__getitems__(positions))
+  except Exception as error:  # a damaged file makes the reader or the parser raise nearly anything
+    return [error] if len(positions) == 1 else [_read_records(source, [position])[0] for position in positions]
+
+
+def _check_record(record: dict | Exception, sample_id: int, bucket: Bucket, name: str) -> None:
+  if isinstance(record, Exception):
+    raise ValueError(f"Cannot read {name} ({type(record).__name__}: {record}): check the files with launch.prepare_data --verify.")
+  if record["sample_id"] != sample_id or len(record["source_height"]) != len(bucket.source_sizes):
+    raise ValueError(f"In the place of {name} lies another record: check the files with launch.prepare_data --verify.")
 
 
 def _arrays(num: int, bucket: Bucket) -> dict:
@@ -206,14 +229,16 @@ def _tuples(arrays: dict) -> dict:
   return {name: tuple(value) if isinstance(value, list) else value for name, value in arrays.items()}
 
 
-def _decode(pictures: dict, row: int, record: dict, bucket: Bucket, name: str) -> None:
-  """Writes the pictures of a record into a row of the arrays."""
+def _decode(arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str) -> None:
+  """Writes the pictures of a record into a row of the arrays; `ValueError` for what cannot be decoded, captions that are no UTF-8 among it."""
+  if caption is not None:
+    record["captions"][caption].decode()
   if bucket.cache is not None:
-    bucket.cache.read(pictures, row, record, bucket, name)
+    bucket.cache.read(arrays, row, record, bucket, name)
     return
-  pictures["target"][row] = load_picture(record["image"], bucket.height, bucket.width, name)
+  arrays["target"][row] = load_picture(record["image"], bucket.height, bucket.width, name)
   for slot, size in enumerate(bucket.source_sizes):
-    pictures["sources"][slot][row] = load_picture(record["sources"][slot], *size, f"condition image {slot + 1} of {name}")
+    arrays["sources"][slot][row] = load_picture(record["sources"][slot], *size, f"condition image {slot + 1} of {name}")
 
 
 @functools.cache
