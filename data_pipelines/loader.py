@@ -232,7 +232,10 @@ def _tuples(arrays: dict) -> dict:
 def _decode(arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str) -> None:
   """Writes the pictures of a record into a row of the arrays; `ValueError` for what cannot be decoded, captions that are no UTF-8 among it."""
   if caption is not None:
-    record["captions"][caption].decode()
+    try:
+      record["captions"][caption].decode()
+    except UnicodeDecodeError as error:
+      raise ValueError(f"A caption of {name} is not UTF-8: {error}; prepare the data set anew.") from error
   if bucket.cache is not None:
     bucket.cache.read(arrays, row, record, bucket, name)
     return
