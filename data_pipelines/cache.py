@@ -3,10 +3,13 @@
 A cached record is one picture in one bucket of one resolution. It has `latents`, the VAE's normalised latents of the target, and for an edit
 `source_latents`, one per condition image; `height`, `width` and the source sizes are those of the bucket, and the index has the column
 `base_px`. With features it also has `features`, the condition encoder's states without the system turn: one array per caption, and last that
-of the empty prompt. Without features the condition images stay in the record as pixels of the bucket's size, because the encoder looks at
-them too. Arrays are raw little-endian bytes, and dataset.json says their type:
+of the empty prompt; no bytes for a caption longer than num_tokens. Without features the condition images stay in the record as pixels of the
+bucket's size, because the encoder looks at them too. Arrays are raw little-endian bytes, and dataset.json says their type:
 
   "cache": {"dtype": "float16", "channels": 64, "factor": 16, "feature_width": 4096, "num_system_tokens": 14, "made_with": {...}}
+
+made_with says what it can be used for: base_px, and for each the `sizes` of its buckets; the fingerprints of the weights of `vae`, `encoder` and
+of the `tokenizer`, `num_tokens`, and where the weights came from (`weights_from`).
 
 In a batch, `latents` B h w C and `source_latents` (a tuple of B h w C) take the place of `target`; with features `features` B M' E (M' the
 prompt without the system turn, zeros after its end) takes that of `sources`, which is then empty.
@@ -14,15 +17,17 @@ prompt without the system turn, zeros after its end) takes that of `sources`, wh
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from data_pipelines.buckets import Bucket
+from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.records import read_meta
 from data_pipelines.transforms import load_picture
 
-DTYPES = ("float16", "float32")  # of float16: 11 bits of precision; latents and states stay far below its largest number, 65504
+DTYPES = ("float16", "float32")  # float16 has 11 bits of precision; what goes beyond its largest number, 65504, is refused when it is written
+_AGAIN = "write it again with launch.cache_latents for this stage"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,11 @@ class Cache:
   def has_features(self) -> bool:
     """Whether the condition encoder's states are stored."""
     return self.feature_width > 0
+
+  @property
+  def roles(self) -> tuple[str, ...]:
+    """The networks whose results are stored."""
+    return ("vae", "encoder") if self.has_features else ("vae",)
 
   def empty(self, num: int, bucket: Bucket) -> dict:
     """Returns the arrays of `num` rows of a bucket, not filled; states are zeros."""
@@ -63,6 +73,8 @@ class Cache:
     """Writes the states of the chosen caption of each record (None: of the empty prompt) into rows of zeros."""
     for row, (record, number) in enumerate(zip(records, captions)):
       stored = record["features"][-1 if number is None else number]
+      if not stored:
+        raise ValueError(f"A caption of sample {record['sample_id']} was too long to be cached: leave the record out by num_tokens, or {_AGAIN}.")
       states = self._array(stored, (-1, self.feature_width), f"the states of sample {record['sample_id']}")
       arrays["features"][row, :len(states)] = states
 
@@ -79,3 +91,56 @@ def open_cache(data_dir: str | os.PathLike, name: str) -> Cache | None:
   if "cache" not in meta:
     return None
   return Cache(**{field.name: meta["cache"][field.name] for field in dataclasses.fields(Cache)})
+
+
+def check_use(data_dir: str | os.PathLike, name: str, stage: str, resolutions: Sequence[tuple[int, tuple, int]],
+              needs: Mapping[str, Any]) -> None:
+  """Checks that a stage can train on a latent cache; pixels always pass.
+
+  Args:
+    data_dir, name: the data set.
+    stage: name of the stage, for the message.
+    resolutions: (base_px, ratios, multiple) of each resolution of the stage.
+    needs: channels, factor, feature_width, num_system_tokens, tokenizer (its fingerprint) and num_tokens of the stage. All but the first two
+      matter where states are stored.
+
+  Raises:
+    ValueError: the cache was made for something else.
+  """
+  cache = open_cache(data_dir, name)
+  if cache is None:
+    return
+  made_with = _made_with(data_dir, name)
+  has = made_with | dataclasses.asdict(cache)
+  for key in ("channels", "factor") + (("feature_width", "num_system_tokens", "tokenizer") if cache.has_features else ()):
+    if has[key] != needs[key]:
+      raise ValueError(f"Data set {name!r} was cached with {key}={has[key]}, but stage {stage!r} has {key}={needs[key]}: {_AGAIN}.")
+  if cache.has_features and needs["num_tokens"] > has["num_tokens"]:
+    raise ValueError(f"Data set {name!r} holds states of prompts of at most num_tokens={has['num_tokens']}, but stage {stage!r} has "
+                     f"num_tokens={needs['num_tokens']}: {_AGAIN}.")
+  for base_px, ratios, multiple in resolutions:
+    offered = {bucket_size(base_px, ratio, multiple) for ratio in ratios}
+    cached = made_with["sizes"].get(str(base_px))
+    if cached is None:
+      raise ValueError(f"Data set {name!r} was cached for base_px={', '.join(made_with['sizes'])}, but stage {stage!r} asks for {base_px}: {_AGAIN}.")
+    lacking = [f"{height} x {width}" for height, width in cached if (height, width) not in offered]
+    if lacking:
+      raise ValueError(f"Data set {name!r} has pictures of {lacking[0]} px, for which stage {stage!r} has no bucket at base_px={base_px}: give it "
+                       f"the ratios and the multiple of the cache, or {_AGAIN}.")
+
+
+def check_weights(data_dir: str | os.PathLike, name: str, stage: str, fingerprints: Mapping[str, str]) -> None:
+  """Checks that a latent cache was made by a stage's frozen weights, given as role -> fingerprint; `ValueError` if it was not. Pixels pass."""
+  cache = open_cache(data_dir, name)
+  if cache is None:
+    return
+  made_with = _made_with(data_dir, name)
+  for role in cache.roles:
+    if made_with[role] != fingerprints[role]:
+      origin = made_with["weights_from"][role]
+      raise ValueError(f"Data set {name!r} was cached with other weights of the {role} than stage {stage!r} has (from {origin!r} then, fingerprint "
+                       f"{made_with[role]}, and {fingerprints[role]} now): {_AGAIN}, or give the stage those weights as frozen.{role}.")
+
+
+def _made_with(data_dir: str | os.PathLike, name: str) -> dict:
+  return read_meta(os.path.join(data_dir, name))["cache"]["made_with"]

@@ -222,6 +222,11 @@ class Mixture:
     return self._sample_ids[dataset][records]
 
   @property
+  def cells(self) -> tuple[Cell, ...]:
+    """All cells: data set by data set, resolution by resolution."""
+    return tuple(self._cells)
+
+  @property
   def cycle(self) -> int:
     """Number of batches after which every cell has had exactly its share of turns."""
     return sum(self._schedule.turns)
@@ -303,6 +308,8 @@ class _Sorter:
 
   def _crop(self, records: np.ndarray, target: int) -> np.ndarray:
     bucket = self.targets[target]
+    if "base_px" in self._index:  # what is cached cannot be cut
+      return 1.0 * ((self._index["height"][records] != bucket.height) | (self._index["width"][records] != bucket.width))
     return sizes.crop_fraction(self._index["height"][records], self._index["width"][records], bucket.height, bucket.width)
 
 

@@ -6,6 +6,8 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -71,23 +73,38 @@ def evaluation_hook(run: Run, section: ConfigDict, batches: dict[str, list[dict]
 
 
 def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
-  """A hook that draws held-out samples beside what they should be: reconstructions, pictures for the prompts, or edits after their sources."""
-  first = jax.device_get(batches[0])
-  num = min(run.cfg.sampling.num_images, first["target"].shape[0])
-  targets, sources = first["target"][:num], [source[:num] for source in first["sources"]]
+  """A hook that draws held-out samples beside what they should be: reconstructions, pictures for the prompts, or edits after their sources.
+
+  Where a latent cache holds no pixels, they are decoded from its latents.
+  """
+  first, cached = jax.device_get(batches[0]), "latents" in batches[0]
+  num = min(run.cfg.sampling.num_images, first["sample_id"].shape[0])
+  decode = jax.jit(lambda weights, latents: run.nets.decode(weights, latents.astype(jnp.float32)))
+  factor = run.nets.vae.spatial_factor if cached else 1
+  shapes = [[side * factor for side in rows.shape[1:3]]
+            for rows in ((first["latents"], *first["source_latents"]) if cached else (first["target"], *first["sources"]))]
+
+  def pictures(weights: dict) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(targets, condition images), the first rows of each."""
+    some = lambda latents: jax.device_get(decode(weights["vae"], latents))[:num]
+    target = some(batches[0]["latents"]) if cached else first["target"][:num]
+    unseen = cached and not first["sources"]
+    return target, list(map(some, batches[0]["source_latents"])) if unseen else [source[:num] for source in first["sources"]]
+
   if "vae" in run.algorithm(section).losses:
     rebuild = jax.jit(lambda weights, pixels: run.nets.decode(weights, run.nets.encode(weights, pixels)))
-    draw = lambda weights: jax.device_get(rebuild(weights["vae"], batches[0]["target"]))[:num]
+    draw = lambda weights, _: jax.device_get(rebuild(weights["vae"], batches[0]["target"]))[:num]
     captions = ()
   else:
     prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
-    size = Size(*targets.shape[1:3], first["tokens"].shape[1], tuple(source.shape[1:3] for source in sources), num)
+    size = Size(*shapes[0], first["tokens"].shape[1], tuple(map(tuple, shapes[1:])), num)
     generator = Generator(run, size, **run.sampler_settings())
-    draw = lambda weights: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts, images=sources)
-    captions = [caption for prompt in prompts for caption in ("(source)",) * len(sources) + (prompt, "(as rendered)")]
+    draw = lambda weights, sources: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts, images=sources)
+    captions = [caption for prompt in prompts for caption in ("(source)",) * len(shapes[1:]) + (prompt, "(as rendered)")]
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
-    rows = [image for row in zip(*sources, draw(weights), targets) for image in row]
+    targets, sources = pictures(weights)
+    rows = [image for row in zip(*sources, draw(weights, sources), targets) for image in row]
     per_row = len(sources) + 2
     sheet = grid(rows, max(1, 8 // per_row) * per_row, captions, scale=max(1, 96 // targets.shape[1]))
     if jax.process_index() == 0:

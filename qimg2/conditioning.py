@@ -6,11 +6,13 @@ Positions count true tokens, never padding: one per text token, max(h, w) per im
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qimg2 import params as P
 from qimg2.models import mmdit, qwen3_vl, vae
@@ -56,18 +58,38 @@ class Networks:
     return {"model": mmdit.specs(self.model), "encoder": qwen3_vl.specs(self.encoder), "vae": vae_specs(self.vae)}
 
   def condition(self, params: dict, batch: dict) -> Condition:
-    """The condition of a batch: text states, source latents and layout. No gradient flows into it."""
+    """The condition of a batch: text states, source latents and layout. No gradient flows into it.
+
+    What a latent cache holds is taken as it is: `source_latents` in place of what the VAE makes of `sources`, `features` in place of the text
+    states. Its states are zero at padding, as the encoder's are, and no valid place of the joint sequence sees one of those.
+    """
     frozen = {role: jax.lax.stop_gradient(params[role]) for role in ("encoder", "vae")}
     n = self.num_system_tokens
-    seen = [on_white(source) for source in batch.get("sources", ())] if self.encoder.vision is not None else ()
-    text = qwen3_vl.apply(self.encoder, frozen["encoder"], batch["tokens"], batch["token_count"], seen, shard=self.shard)[:, n:]
-    height, width = batch["target"].shape[1:3]
-    factor = self.vae.spatial_factor
-    latents = [self.encode(frozen["vae"], source) for source in batch.get("sources", ())]
-    layout = make_layout(batch["tokens"][:, n:], batch["token_count"] - n, self.encoder.image_token_id,
-                         [x.shape[1:3] for x in latents], (height // factor, width // factor))
+    text = batch["features"].astype(self.encoder.dtype) if "features" in batch else self.text_states(frozen, batch)
+    latents = [x.astype(jnp.float32) for x in batch["source_latents"]] if "source_latents" in batch else [
+        self.encode(frozen["vae"], source) for source in batch.get("sources", ())]
+    layout = make_layout(batch["tokens"][:, n:], batch["token_count"] - n, self.encoder.image_token_id, [x.shape[1:3] for x in latents],
+                         self._target_grid(batch))
     images = jnp.concatenate([flatten_grid(x) for x in latents], axis=1) if latents else None
     return Condition(text, images, layout)
+
+  def text_states(self, params: dict, batch: dict) -> jax.Array:
+    """[B, M', E] states of a batch's prompts in the encoder's type, without the system turn and zero at padding; it looks at `sources`."""
+    seen = [on_white(source) for source in batch.get("sources", ())] if self.encoder.vision is not None else ()
+    states = qwen3_vl.apply(self.encoder, params["encoder"], batch["tokens"], batch["token_count"], seen, shard=self.shard)
+    return states[:, self.num_system_tokens:]
+
+  def target_latents(self, params: dict, batch: dict) -> jax.Array:
+    """[B, h, w, C] float32 normalised latents of a batch's targets: those of a latent cache, or what the VAE makes of pixels. No gradient
+    flows into them."""
+    x = batch["latents"].astype(jnp.float32) if "latents" in batch else self.encode(params["vae"], batch["target"])
+    return jax.lax.stop_gradient(x)
+
+  def _target_grid(self, batch: dict) -> Grid:
+    if "latents" in batch:
+      return batch["latents"].shape[1:3]
+    height, width = batch["target"].shape[1:3]
+    return height // self.vae.spatial_factor, width // self.vae.spatial_factor
 
   def encode(self, params: dict, pixels: jax.Array) -> jax.Array:
     """Normalised latents [B, h, w, C] (posterior mode) of uint8 pixels [B, H, W, 3 or 4]."""
@@ -107,6 +129,27 @@ def vae_specs(cfg: vae.Config) -> dict:
     init: Callable = lambda key, shape, dtype: jnp.asarray(values, dtype)
     return P.Param((cfg.latent_channels,), (None,), init)
   return {**vae.specs(cfg), "statistics": {"mean": constant(cfg.latents_mean), "std": constant(cfg.latents_std)}}
+
+
+def fingerprint(params: dict) -> str:
+  """Names weights by all of their values: equal for equal ones, however they lie on the mesh and whatever floating type holds them."""
+  digest = hashlib.sha256()
+  for (path, leaf), sums in zip(jax.tree.leaves_with_path(params), jax.device_get(_all_checksums(jax.tree.leaves(params)))):
+    digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {[int(one) for one in sums]}\n".encode())
+  return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _all_checksums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+  return [_checksums(leaf) for leaf in leaves]
+
+
+def _checksums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The sum of a leaf's float32 bits, and the sum weighted by place, both modulo 2^32: whole numbers, so that no order of adding changes them."""
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+  strides = [int(np.prod(x.shape[dim + 1:], dtype=np.int64)) % 2**32 for dim in range(x.ndim)]
+  place = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * np.uint32(stride) for dim, stride in enumerate(strides)), np.uint32(0))
+  return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (place * np.uint32(2) + np.uint32(1)), dtype=jnp.uint32)
 
 
 def on_white(pixels: jax.Array) -> jax.Array:

@@ -57,8 +57,7 @@ def time_bins(sample_id: jax.Array) -> jax.Array:
 
 def latents_and_condition(params: dict, nets, batch: dict):
   """(x_0 [B, h, w, C], condition) of a batch, both without gradients."""
-  x_0 = jax.lax.stop_gradient(nets.encode(params["vae"], batch["target"]))
-  return x_0, nets.condition(params, batch)
+  return nets.target_latents(params, batch), nets.condition(params, batch)
 
 
 def squared_error(nets, params: dict, x_0: jax.Array, cond, t: jax.Array, noise: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ def reconstruction(l1_weight: float = 1.0, l2_weight: float = 0.0, kl_weight: fl
     ema_decay: decay per step of the slow copy "ema"; 0 keeps none.
   """
   def loss(params, nets, batch, key):
-    output, original, posterior = nets.autoencode(params["vae"], batch["target"], key if kl_weight else None)
+    output, original, posterior = nets.autoencode(params["vae"], _pixels(batch), key if kl_weight else None)
     l1, l2 = jnp.mean(jnp.abs(output - original)), jnp.mean(jnp.square(output - original))
     total = l1_weight * l1 + l2_weight * l2
     if kl_weight:
@@ -36,7 +36,7 @@ def reconstruction(l1_weight: float = 1.0, l2_weight: float = 0.0, kl_weight: fl
 
   def validation(params, nets, batch, key):
     del key
-    output, original, _ = nets.autoencode(params["vae"], batch["target"])
+    output, original, _ = nets.autoencode(params["vae"], _pixels(batch))
     l1 = jnp.mean(jnp.abs(output - original), axis=(1, 2, 3))
     mse = jnp.mean(jnp.square(jnp.clip(output, -1, 1) - original), axis=(1, 2, 3))
     psnr = 10 * jnp.log10(4 / jnp.maximum(mse, 1e-10))  # the range [-1, 1] has a peak of 2
@@ -46,11 +46,17 @@ def reconstruction(l1_weight: float = 1.0, l2_weight: float = 0.0, kl_weight: fl
   return Algorithm(losses={"vae": loss}, validation=validation, track=track, finish=measure_statistics)
 
 
+def _pixels(batch: dict):
+  if "target" not in batch:
+    raise ValueError("A batch of a latent cache has no pixels to train a VAE on: name the data set that the cache was made from in the mixture.")
+  return batch["target"]
+
+
 def measure_statistics(params: dict, nets, batches: list[dict]) -> dict:
   """`params` with the measured mean and standard deviation of each latent channel in params["vae"]["statistics"]."""
   @jax.jit
   def sums(weights, batch):
-    z = nets.autoencode(weights, batch["target"])[2].mode
+    z = nets.autoencode(weights, _pixels(batch))[2].mode
     row = batch["weight"][:, None, None, None] * jnp.ones_like(z[..., :1])
     return jnp.sum(row), jnp.sum(row * z, axis=(0, 1, 2)), jnp.sum(row * jnp.square(z), axis=(0, 1, 2))
 
