@@ -30,7 +30,7 @@ from data_pipelines.curation.sources import Unit, read_unit
 from data_pipelines.tokenizer import PromptTokenizer
 
 THUMB_PX = 112
-EXAMPLES_PER_UNIT = 6  # of each reason, and of what is kept
+EXAMPLES = 24  # of each reason, and of what is kept, that the report shows; each unit leaves at least six
 TOKENIZER_CAPTIONS = 200_000  # as many captions teach the tokenizer
 DUPLICATE = "duplicate"
 
@@ -80,11 +80,18 @@ def survey(job: Job, unit: Unit) -> list[Row]:
   """Runs the steps before "duplicate" on a unit; returns the samples that passed."""
   path = job.path("survey", unit.number, ".json")
   if not files.exists(path):
-    _leave_errors(job, unit, lambda: files.write(path, json.dumps(_survey(job, unit)).encode()))
+    _leave_errors(job, unit, lambda: _write_survey(job, unit, path))
   return [Row(unit.number, *row) for row in json.loads(files.read(path))["rows"]]
 
 
-def _survey(job: Job, unit: Unit) -> dict:
+def _write_survey(job: Job, unit: Unit, path: str) -> None:
+  found, head = _survey(job, unit)
+  files.write(job.path("survey", unit.number, ".head"), json.dumps(head).encode())
+  files.write(path, json.dumps(found).encode())
+
+
+def _survey(job: Job, unit: Unit) -> tuple[dict, dict]:
+  """Returns (what the search for duplicates and curation need, the little that is needed of all units at once)."""
   steps = make_steps(job.settings["operators"][:survey_length(job.settings["operators"])])
   wants_hash = any(entry["name"] == DUPLICATE for entry in job.settings["operators"])
   rows, drops, captions, lowest = [], {}, {}, 1.0
@@ -98,7 +105,7 @@ def _survey(job: Job, unit: Unit) -> dict:
     captions |= {caption.text: split_number(caption.text) for caption in sample.captions}
     lowest = min(lowest, split_number(_split_key(sample)))
   most = -(-TOKENIZER_CAPTIONS // job.num_units)
-  return {"rows": rows, "drops": drops, "lowest": lowest, "captions": sorted(captions, key=captions.get)[:most]}
+  return {"rows": rows, "drops": drops}, {"lowest": lowest, "captions": sorted(captions, key=captions.get)[:most]}
 
 
 def _group(sample: Sample) -> str:
@@ -136,7 +143,7 @@ def _curate(job: Job, unit: Unit, first_id: int) -> None:
   steps = make_steps(settings["operators"], job.tokenizer)
   surveyed = json.loads(files.read(job.path("survey", unit.number, ".json")))["drops"]
   duplicates = json.loads(files.read(job.path("duplicates", unit.number, ".json")))
-  tally = Tally(steps)
+  tally = Tally(steps, max(6, EXAMPLES // job.num_units))
   with tempfile.TemporaryDirectory() as folder:
     outputs = {split: _Output(os.path.join(folder, split)) for split in records.SPLITS}
     for position, sample in enumerate(read_unit(unit)):
@@ -201,7 +208,9 @@ def _first_failure(steps: Sequence[Step], sample: Sample) -> tuple[int, Drop] | 
 class Tally:
   """Counts per step, with a few examples of each reason and of what is kept."""
 
-  def __init__(self, steps: Sequence[Step]):
+  def __init__(self, steps: Sequence[Step], most: int):
+    """Args: the steps; how many examples of each reason."""
+    self._most = most
     self._drops = [{} for _ in steps]
     self._kept: dict = {"count": 0, "examples": []}
     self._total = 0
@@ -211,15 +220,16 @@ class Tally:
     self._total += 1
     entry = self._kept if failed is None else self._drops[failed[0]].setdefault(failed[1].reason, {"count": 0, "examples": []})
     entry["count"] += 1
-    if len(entry["examples"]) < EXAMPLES_PER_UNIT:
-      entry["examples"].append({"key": sample.key, "detail": failed[1].detail if failed else "", "thumb": thumbnail(sample)})
+    if len(entry["examples"]) < self._most:
+      detail = failed[1].detail if failed else sample.captions[0].text[:200]
+      entry["examples"].append({"key": sample.key, "detail": detail, "thumb": thumbnail(sample)})
 
   def plain(self) -> dict:
     """As JSON: the number of samples, drops per step as reason -> count and examples, and the same of those that passed every step."""
     return {"total": self._total, "drops": self._drops, "kept": self._kept}
 
 
-def join_tallies(parts: Iterator[dict], num_steps: int, most: int = 24) -> dict:
+def join_tallies(parts: Iterator[dict], num_steps: int, most: int = EXAMPLES) -> dict:
   """One tally of all parts; of each reason the first `most` examples."""
   joined = {"total": 0, "drops": [{} for _ in range(num_steps)], "kept": {"count": 0, "examples": []}}
 

@@ -159,11 +159,11 @@ def _settle(job: Job, config: dict) -> Job:
   path = files.join(job.work, "tokenizer.json")
   settled = files.join(job.work, "settled.json")
   if not files.exists(settled):
-    surveys = [json.loads(files.read(job.path("survey", number, ".json"))) for number in range(job.num_units)]
-    captions = dict.fromkeys(text for survey in surveys for text in survey["captions"])
+    heads = [json.loads(files.read(job.path("survey", number, ".head"))) for number in range(job.num_units)]
+    captions = dict.fromkeys(text for head in heads for text in head["captions"])
     tokenizer = PromptTokenizer.load(config["tokenizer"]) if config["tokenizer"] else train_tokenizer(captions, config["vocab_size"])
     files.write(path, tokenizer.to_bytes())
-    share, lowest = config["validation_share"], min(survey["lowest"] for survey in surveys)
+    share, lowest = config["validation_share"], min(head["lowest"] for head in heads)
     files.write(settled, json.dumps({"validation_below": max(share, np.nextafter(lowest, 1)) if share else 0.0}).encode())
   return dataclasses.replace(job, tokenizer=path, **json.loads(files.read(settled)))
 
