@@ -12,20 +12,26 @@ from qimg2.algorithms.reconstruction import reconstruction
 from qimg2.evaluate import Evaluator
 
 
-def test_mean_of_bin_means_without_filler():
+def test_mean_of_bin_means_without_filler(caplog):
   validation = lambda params, nets, batch, key: ({"loss": params["scale"] * batch["x"]}, batch["bin"])
   rows = lambda x, bins, weight: {"x": jnp.array(x, jnp.float32), "bin": jnp.array(bins), "weight": jnp.array(weight, jnp.float32)}
   batches = [rows([1, 2, 3], [0, 1, 1], [1, 1, 1]), rows([6, 100, 100], [0, 0, 1], [1, 0, 0])]
   result = Evaluator(Algorithm(losses={}, validation=validation, num_bins=2), None, batches)({"scale": 2.0})
   assert result == {"val_loss": pytest.approx(6.0), "val_loss_bin0": pytest.approx(7.0), "val_loss_bin1": pytest.approx(5.0)}
-  with pytest.raises(ValueError, match="No evaluation sample falls into time bin 2"):
-    Evaluator(Algorithm(losses={}, validation=validation, num_bins=3), None, batches)({"scale": 2.0})
+  with_empty = Evaluator(Algorithm(losses={}, validation=validation, num_bins=3), None, batches)
+  assert with_empty({"scale": 2.0}) == with_empty({"scale": 2.0}) == result
+  assert [text for text in caplog.messages if "4 evaluation samples fall into 2 of 3 time bins" in text] == caplog.messages[-1:]
+  with pytest.raises(ValueError, match="None of the evaluation samples can be used"):
+    Evaluator(Algorithm(losses={}, validation=validation, num_bins=2), None, [rows([1], [0], [0])])({"scale": 2.0})
   with pytest.raises(ValueError, match="no evaluation samples"):
     Evaluator(Algorithm(losses={}), None, [])
 
 
 class Nets:
   """Latents are the pixels; the velocity is a gain times x_t."""
+
+  def target_latents(self, params, batch):
+    return self.encode(params.get("vae"), batch["target"])
 
   def encode(self, params, pixels):
     return pixels

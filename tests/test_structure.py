@@ -14,7 +14,7 @@ ALLOWED = {
     # What only curation needs is in requirements-data.txt.
     "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr_onnxruntime",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
-    "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors"},
+    "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl"},
     "configs": {"configs", "ml_collections"},
 }
 # A module of qimg2 may import those in earlier rows.
