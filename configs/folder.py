@@ -1,4 +1,4 @@
-"""Your own pictures, from a folder with captions: a VAE and a generator from nothing, at 64 px, for two CPU cores and half an hour.
+"""Your own pictures, from a folder with captions: a VAE and a generator from nothing, at 64 px, for two CPU cores and a quarter of an hour.
 
 What to expect. A few hundred pictures are learned by heart: prompts that are captions give back their pictures, and new combinations of known
 words something between. That shows that the whole way works for your data; for pictures worth looking at, start from published weights:

@@ -227,9 +227,14 @@ class Mixture:
     return tuple(self._cells)
 
   @property
+  def turns(self) -> tuple[int, ...]:
+    """How many turns of a cycle each of `cells` has."""
+    return self._schedule.turns
+
+  @property
   def cycle(self) -> int:
     """Number of batches after which every cell has had exactly its share of turns."""
-    return sum(self._schedule.turns)
+    return sum(self.turns)
 
   # ---- one pass for evaluation -------------------------------------------------------------------
 

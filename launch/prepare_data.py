@@ -87,6 +87,8 @@ def main(_: Sequence[str]) -> None:
     raise ValueError("Give one of --source (your pictures), --dataset (an embedded data set) and --verify.")
   if (args.source or args.verify) and not args.name:
     raise ValueError("Give the data set a --name: its folder is <out>/<name>.")
+  if args.source and args.name in embedded.SOURCES:
+    raise ValueError(f"--name={args.name} is that of an embedded data set: choose another.")
   if args.verify:
     found = verify(args.out, args.name)
     print(f"{args.out}/{args.name}: {found['files']} files and {found['records']} records are as written.")

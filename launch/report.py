@@ -92,7 +92,7 @@ def _stage(run: Run, stage: ConfigDict) -> Iterable[str]:
     yield "<h3>Validation loss per time bin</h3><p>Bin 0 is nearest to the data, the last one to noise.</p>"
     yield _plot({name.removeprefix("val_loss_"): _series(rows, name) for name in sorted(bins)}, "validation loss", log=True)
   timing = read_rows(folder / "timing.jsonl")
-  yield "<h3>Throughput</h3>" + _plot({"samples/s": _series(timing, "samples_per_second")}, "samples per second", log=False)
+  yield "<h3>Throughput</h3>" + _throughput(timing)
   yield "<h3>Data</h3>" + _counts(folder)
   sheets = sorted((folder / "samples").glob("*.png"))
   kinds = {"": "Reconstructions, each left of its original" if stage.algorithm.name == "reconstruction" else
@@ -100,6 +100,15 @@ def _stage(run: Run, stage: ConfigDict) -> Iterable[str]:
   for task, kind in kinds.items():
     for sheet in _spread([path for path in sheets if path.stem.partition("_")[2] == task], MAX_SHEETS):
       yield f"<h3>{kind}: step {int(sheet.stem.partition('_')[0])}</h3>{_image(sheet.read_bytes())}"
+
+
+def _throughput(timing: Sequence[dict]) -> str:
+  parts = [_plot({"samples/s": _series(timing, "samples_per_second")}, "samples per second", log=False)]
+  steps, shares = _series(timing, "data_wait_share")
+  if shares:
+    parts += [f"<p>Steps waited for data during at most {sum(shares) / len(shares):.1%} of the time on average, {max(shares):.1%} between the two "
+              "rows of the log with the most waiting.</p>", _plot({"waiting for data": (steps, shares)}, "share of the time", log=False)]
+  return "".join(parts)
 
 
 def _counts(folder: pathlib.Path) -> str:

@@ -50,7 +50,7 @@ def train_one(run: Run, section: ConfigDict) -> None:
   stage = Stage(
       section.name, algorithm, make_optimizers(algorithm, run.specs, settings, section.num_steps), run.specs, section.num_steps,
       run.batch_shapes(loader), tuple(hooks), settings.accumulate, section.log_every_steps, section.save_every_steps, section.keep,
-      plain(section))
+      {"seed": run.cfg.seed, "num_tokens": run.cfg.num_tokens, "prompt_classes": plain(run.cfg.prompt_classes), **plain(section)})
   report.save_counts(run, section, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(section.name), lambda: run.start_weights(section), frozen,
               lambda: next(iter(batches.values())))
@@ -78,7 +78,7 @@ def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
   Where a latent cache holds no pixels, they are decoded from its latents.
   """
   first, cached = jax.device_get(batches[0]), "latents" in batches[0]
-  num = min(run.cfg.sampling.num_images, first["sample_id"].shape[0])
+  num = min(run.cfg.sampling.num_images, int(first["weight"].sum()))  # not those that only fill the batch
   decode = jax.jit(lambda weights, latents: run.nets.decode(weights, latents.astype(jnp.float32)))
   factor = run.nets.vae.spatial_factor if cached else 1
   shapes = [[side * factor for side in rows.shape[1:3]]

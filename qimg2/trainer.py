@@ -3,17 +3,25 @@
 A stage is compiled for every bucket shape before its first step, restored from its own newest checkpoint if there is one, and then runs to
 its last step. What happens at a step is a function of the step alone, so that a run that is killed anywhere and started again computes the
 same numbers as one that never stopped.
+
+Nothing stands between two steps but their dispatch: while a step runs, the next one is dispatched and the batch after that is on its way to the
+device. No more than that: beside the batch of the running step the device holds at most two.
 """
 
+import collections
 import dataclasses
+import itertools
+import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from qimg2.algorithms import Algorithm
@@ -23,6 +31,8 @@ from qimg2.sharding import Rules, put_batch
 from qimg2.state import Optimizers, TrainState, abstract_state, init_state, make_step
 
 RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
+MAX_DISPATCHED = 2  # steps whose results are still to come
+ORDER_KEYS = ("seed", "mixture", "resolutions", "max_crop", "min_bucket_records", "num_tokens", "prompt_classes")  # of a stage's description
 
 
 class Loader(Protocol):
@@ -44,7 +54,7 @@ class Stage:
     hooks: (every n steps, function of (weights of all roles, step, writer) -> scalars to log); also run after the last step.
     accumulate: micro-batches per step.
     log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep.
-    description: JSON-serialisable, saved with each checkpoint.
+    description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data.
   """
   name: str
   algorithm: Algorithm
@@ -82,11 +92,13 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   if latest is None:
     state = jax.device_put(init_state(stage.algorithm, stage.optimizers, *start(), key), jax.tree.map(lambda x: x.sharding, abstract))
   else:
-    state, _ = checkpoints.restore(abstract, latest)
+    state, meta = checkpoints.restore(abstract, latest)
   step = int(state.step)
   if step >= stage.num_steps:
     checkpoints.close()
     return state
+  if latest is not None:
+    _warn_of_another_order(stage, step, meta.get("stage", {}))
   writer = MetricsWriter(folder, step, active=jax.process_index() == 0)
   steps = compile_steps(stage, nets, abstract, frozen)
   state = _loop(stage, state, frozen, steps, loader, mesh, rules, writer, checkpoints)
@@ -114,19 +126,28 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], loade
   """Runs the steps that are left; saves, but not after the last one, which `finish` still follows."""
   first = int(state.step)
   progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
-  clock, num_samples = time.monotonic(), 0
-  batches = loader.iterate(first)
+  clock, num_samples, dispatched = time.monotonic(), 0, collections.deque()
+  feed = Feed(loader.iterate(first), lambda batch: put_batch(batch, mesh, rules))
+  feed.look_ahead()
   for step in range(first + 1, stage.num_steps + 1):
-    bucket, batch = next(batches)
+    bucket, sample_ids, batch = feed.get()
     num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
-    state, metrics = steps[bucket](state, frozen, put_batch(batch, mesh, rules))
+    state, metrics = steps[bucket](state, frozen, batch)
+    del batch  # so that the device is free of it as soon as the step is done
+    dispatched.append(metrics)
+    if len(dispatched) > MAX_DISPATCHED:
+      jax.block_until_ready(dispatched.popleft())
+    if step < stage.num_steps:
+      feed.look_ahead(metrics["loss"])
     if step % stage.log_every_steps == 0 or step == stage.num_steps:
       values = {name: float(value) for name, value in metrics.items()}
-      rate = num_samples / (time.monotonic() - clock)
       writer.write(step, values)
-      writer.write_timing(step, {"samples_per_second": rate})
-      progress.set_postfix(loss=f"{values['loss']:.4f}", samples_per_s=f"{rate:.0f}", refresh=False)
-      _check_finite(stage, step, values, batch)
+      elapsed = time.monotonic() - clock
+      timing = {"samples_per_second": num_samples / elapsed, **feed.timing(elapsed)}
+      writer.write_timing(step, timing)
+      progress.set_postfix(loss=f"{values['loss']:.4f}", samples_per_s=f"{timing['samples_per_second']:.0f}",
+                           data_wait=f"{timing['data_wait_share']:.0%}", refresh=False)
+      _check_finite(stage, step, values, sample_ids)
       clock, num_samples = time.monotonic(), 0
     progress.update(1)
     if step == stage.num_steps:
@@ -141,13 +162,66 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], loade
   return state
 
 
+class Feed:
+  """A loader's batches, in its order, each on the device before its step is due, and how long the steps had to wait for them.
+
+  `look_ahead`, called when a step has just been dispatched, reads the batch of the next one and sends it to the device while the step runs.
+  What the loader raises there is raised by the `get` that asks for this batch, after the step before it was logged and saved.
+  """
+
+  def __init__(self, batches: Iterator[tuple[int, dict]], put: Callable[[dict], dict]):
+    """Args: (bucket number, this process's rows) for each step; what sends the rows to the device."""
+    self._batches, self._put = batches, put
+    self._next: tuple | None = None
+    self._error: Exception | None = None
+    self._num = 0
+    self._blocked_s = self._waited_s = 0.0
+
+  def look_ahead(self, running: jax.Array | None = None) -> None:
+    """Reads the next batch and starts to send it. `running` is a result of the step that was dispatched last, None when there is none."""
+    start = time.monotonic()
+    try:
+      bucket, batch = next(self._batches)
+      self._blocked_s += time.monotonic() - start
+      self._next = bucket, batch["sample_id"], self._put(batch)
+    except Exception as error:  # whatever it is, it belongs to the next step
+      self._error = error
+    self._num += 1
+    if running is None or running.is_ready():
+      self._waited_s += time.monotonic() - start
+
+  def get(self) -> tuple[int, np.ndarray, dict]:
+    """(bucket number, this process's sample ids, global arrays) of the batch that was looked ahead to, which is then forgotten here.
+
+    Raises:
+      Exception: what the loader raised for this batch.
+    """
+    if self._error is not None:
+      raise self._error
+    batch, self._next = self._next, None
+    return batch
+
+  def timing(self, elapsed_s: float) -> dict[str, float]:
+    """What to log of the time since the last call, `elapsed_s` seconds.
+
+    `data_wait_share`: the share of it, 0 to 1, in which the loop waited for a batch although no dispatched step was running any more. An upper
+    bound of the time that the device stood idle for want of data, because a wait counts from its beginning even if the step ended within it; a
+    wait that ends while a step is still running costs nothing and does not count.
+    `loader_batches_per_second`: batches per second of waiting for the loader. Its throughput where it is what limits; far more than the steps
+    need where batches lie ready when they are asked for.
+    """
+    timing = {"data_wait_share": min(1.0, self._waited_s / elapsed_s), "loader_batches_per_second": self._num / max(self._blocked_s, 1e-9)}
+    self._num, self._blocked_s, self._waited_s = 0, 0.0, 0.0
+    return timing
+
+
 def _is_first() -> bool:
   return jax.process_index() == 0
 
 
-def _check_finite(stage: Stage, step: int, values: Mapping[str, float], batch: dict) -> None:
+def _check_finite(stage: Stage, step: int, values: Mapping[str, float], sample_ids: np.ndarray) -> None:
   if not math.isfinite(values["loss"]):
-    ids = ", ".join(str(i) for i in batch["sample_id"][:8])
+    ids = ", ".join(str(i) for i in sample_ids[:8])
     raise FloatingPointError(f"The loss of stage {stage.name} at step {step} is {values['loss']} (samples {ids} ...): lower the learning rate or "
                              "look at these samples; the last checkpoint is kept.")
 
@@ -166,3 +240,28 @@ def _finish(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, ba
   for name, (role, _) in algorithm.track.items():
     slow[name] = algorithm.finish({**frozen, **state.params, role: state.slow[name]}, nets, batches)[role]
   return state.replace(params={role: params[role] for role in state.params}, slow=slow)
+
+
+# A stage that goes on with other data.
+
+
+def _warn_of_another_order(stage: Stage, step: int, saved: Mapping[str, Any]) -> None:
+  """Says in the log, which is absl's where a launcher started the run, that batches from here on are not those that the stage began with."""
+  now = json.loads(json.dumps(dict(stage.description)))
+  both = [key for key in ORDER_KEYS if key in saved and key in now]
+  changes = [text for key in both for text in differences(saved[key], now[key], key)]
+  if changes:
+    logging.warning("Stage %s goes on at batch %d with another mixture: %s: from here on the order is that of the new mixture.", stage.name, step,
+                    "; ".join(changes))
+
+
+def differences(old: Any, new: Any, path: str, ignored: Sequence[str] = ()) -> Iterator[str]:
+  """The places where two JSON values differ, as readable strings that begin with `path`; keys in `ignored` may differ at any depth."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted((set(old) | set(new)) - set(ignored)):
+      yield from differences(old.get(key), new.get(key), f"{path}.{key}", ignored)
+  elif isinstance(old, list) and isinstance(new, list) and (len(old) == len(new) or all(isinstance(item, dict) for item in old + new)):
+    for number, pair in enumerate(itertools.zip_longest(old, new)):
+      yield from differences(*pair, f"{path}[{number}]", ignored)
+  elif old != new:
+    yield f"{path} was {old!r} and is {new!r}"

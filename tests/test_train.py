@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from configs import emoji, pretrain, quickstart
+from configs import emoji, folder, pretrain, quickstart
 from launch.export import export
 from launch.run import Run
 from launch.train import train
@@ -157,7 +157,7 @@ def test_mistakes_of_any_stage_are_named_before_the_first_one_trains(smoke_confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [pretrain, pytest.param(emoji, marks=needs_packages)])
+@pytest.mark.parametrize("module", [pretrain, folder, pytest.param(emoji, marks=needs_packages)])
 def test_smoke_of_the_other_configs(module, data_dir, tmp_path):
   cfg = module.get_config("smoke")
   cfg.data_dir = str(data_dir)

@@ -1,0 +1,361 @@
+"""The order of batches for mixtures drawn at random: what a mixture promises, checked against plain loops over made-up indices."""
+
+import collections
+import dataclasses
+import fractions
+import math
+import tracemalloc
+
+import numpy as np
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.buckets import RATIOS, bucket_size
+from data_pipelines.loader import Loader
+from data_pipelines.mixture import DatasetSpec, Resolution
+from data_pipelines.order import apportion, permute
+from data_pipelines.records import KINDS
+from made_up import LANGUAGES, TOKENIZER, World, plain_index, world_of, worlds
+
+REASONS = ("low_quality", "low_stage", "no_caption", "too_long", "cropped", "rare")
+repeat = lambda num: settings(max_examples=num, deadline=None, derandomize=True, database=None)
+
+
+# ---- the same, told record by record ---------------------------------------------------------------
+
+
+def crop(height, width, to_height, to_width):
+  change = width * to_height / (height * to_width)
+  return 1 - min(change, 1 / change)
+
+
+def nearest(height, width, sizes):
+  return min(sizes, key=lambda size: round(abs(math.log(width / height) - math.log(size[1] / size[0])), 9))
+
+
+def caption_lengths(world, spec, i):
+  """Lengths of the usable captions of record i, by the rules."""
+  index = world.indices[spec.name]
+  first, found = int(index["num_captions"][:i].sum()), []
+  for j in range(first, first + int(index["num_captions"][i])):
+    language, kind = LANGUAGES[index["caption_language"][j]], KINDS[index["caption_kind"][j]]
+    if (not spec.languages or language in spec.languages) and (not spec.caption_weights or spec.caption_weights.get(kind, 0) > 0):
+      found.append(int(index["caption_tokens"][j]) if index["tokenizer"] == TOKENIZER.fingerprint else world.options["num_tokens"])
+  return found
+
+
+def source_sizes_of(world, spec, i):
+  return [tuple(map(int, size)) for size in world.indices[spec.name]["source_sizes"][i] if size[0]]
+
+
+def fate(world, spec, resolution, i):
+  """Why record i is left out before any merging, "" if it is not, None if it is of another task."""
+  index, lengths, sources = world.indices[spec.name], caption_lengths(world, spec, i), source_sizes_of(world, spec, i)
+  if bool(sources) != (spec.task == "ti2i"):
+    return None
+  height, width = int(index["height"][i]), int(index["width"][i])
+  targets = [bucket_size(resolution.base_px, ratio, resolution.multiple) for ratio in resolution.ratios]
+  slots = [bucket_size(resolution.base_px, ratio, 32) for ratio in RATIOS]
+  lost = [crop(height, width, *nearest(height, width, targets))] + [crop(*size, *nearest(*size, slots)) for size in sources]
+  tests = {"low_quality": float(index["quality"][i]) < float(np.float32(spec.min_quality)), "low_stage": index["stage"][i] < spec.min_stage,
+           "no_caption": not lengths, "too_long": max(lengths, default=0) > world.options["num_tokens"],
+           "cropped": max(lost) > world.options["max_crop"]}
+  return next((name for name, test in tests.items() if test), "")
+
+
+def usable(world, spec, resolution):
+  return [i for i in range(len(world.indices[spec.name]["height"])) if fate(world, spec, resolution, i) == ""]
+
+
+def build_or_refuse(world):
+  """The mixture, or None where it is right that there is none: then some data set has no bucket worth its step."""
+  try:
+    return world.build()
+  except ValueError as error:
+    (spec,) = [spec for spec in world.specs if f"No record of {spec.name!r}" in str(error)]
+    if any(usable(world, spec, resolution) for resolution in world.resolutions):
+      alone = dataclasses.replace(world, specs=(spec,)).build(min_bucket_records=0)
+      assert max(len(cell.records) for cell in cells_of(alone)) < world.options["min_bucket_records"]
+    return None
+
+
+def cells_of(mixture, dataset=None, resolution=None):
+  return [cell for cell in mixture._cells if dataset in (None, cell.dataset) and resolution in (None, cell.resolution)]
+
+
+# ---- properties ------------------------------------------------------------------------------------
+
+
+def test_most_random_mixtures_can_be_made():
+  """So that the properties below are not about nothing."""
+  made = []
+  @repeat(200)
+  @given(worlds())
+  def collect(world):
+    made.append(build_or_refuse(world))
+  collect()
+  some = [mixture for mixture in made if mixture]
+  assert len(some) > len(made) // 3 and any(len(mixture.buckets) > 10 for mixture in some) and any(len(mixture._cells) == 1 for mixture in some)
+  assert {reason for mixture in some for count in mixture.counts for reason in (*REASONS, "moved") if getattr(count, reason)} == {*REASONS, "moved"}
+
+
+@repeat(60)
+@given(worlds())
+def test_each_record_comes_once_per_epoch_of_its_cell(world):
+  mixture = build_or_refuse(world)
+  streams = collections.defaultdict(list)
+  for k in range(150 if mixture else 0):
+    plan = mixture.plan(k)
+    assert len(plan.places) == mixture.buckets[plan.bucket].batch_size and plan.records.dtype == np.int64
+    assert (plan.bucket, plan.dataset) == (plan.cell.bucket, plan.cell.dataset)
+    streams[id(plan.cell)] += plan.records.tolist()
+  for cell in cells_of(mixture) if mixture else ():
+    stream, num = streams[id(cell)], len(cell.records)
+    for epoch in (stream[first:first + num] for first in range(0, len(stream), num)):
+      assert len(set(epoch)) == len(epoch) and set(epoch) <= set(cell.records.tolist())
+
+
+def test_epochs_are_whole_and_each_has_an_order_of_its_own():
+  mixture = world_of(plain_index([(64, 64)] * 37)).build()
+  stream = np.concatenate([mixture.plan(k).records for k in range(37)]).reshape(4, 37)
+  assert (np.sort(stream) == np.arange(37)).all()
+  assert len({tuple(epoch) for epoch in stream}) == 4
+
+
+@repeat(80)
+@given(worlds())
+def test_counts_add_up_and_name_the_right_reason(world):
+  mixture = build_or_refuse(world)
+  for d, spec in enumerate(world.specs if mixture else ()):
+    for r, resolution in enumerate(world.resolutions):
+      cells = cells_of(mixture, d, r)
+      kept = sorted(i for cell in cells for i in cell.records.tolist())
+      good = usable(world, spec, resolution)
+      assert len(set(kept)) == len(kept) and set(kept) <= set(good)
+      if world.options["min_bucket_records"] <= 1:
+        assert kept == good
+      # Counts carry no resolution but its area: two of one area are told apart by their order.
+      counts = [count for count in mixture.counts if count.dataset == spec.name and count.base_px == resolution.base_px]
+      same = [other for other in world.resolutions if other.base_px == resolution.base_px]
+      for count in counts:
+        assert count.kept + sum(getattr(count, reason) for reason in REASONS) == count.records and count.moved <= count.kept
+        assert (count.height, count.width) in {bucket_size(one.base_px, ratio, one.multiple) for one in same for ratio in one.ratios}
+      if len(same) == 1:
+        fates = collections.Counter(fate(world, spec, resolution, i) for i in range(len(world.indices[spec.name]["height"])))
+        assert sum(count.kept for count in counts) == len(kept)
+        for reason in REASONS[:-1]:
+          assert sum(getattr(count, reason) for count in counts) == fates[reason]
+        assert sum(count.rare for count in counts) == len(good) - len(kept)
+
+
+@repeat(80)
+@given(worlds())
+def test_every_record_fits_its_bucket(world):
+  mixture = build_or_refuse(world)
+  classes = sorted({*world.options["prompt_classes"], world.options["num_tokens"]})
+  for cell in cells_of(mixture) if mixture else ():
+    bucket, spec, resolution = mixture.buckets[cell.bucket], world.specs[cell.dataset], world.resolutions[cell.resolution]
+    assert bucket.batch_size == resolution.batch_size and bucket.task == spec.task and len(cell.records) >= world.options["min_bucket_records"]
+    assert (np.diff(cell.records) > 0).all()
+    slots = [(height // 32, width // 32) for height, width in bucket.source_sizes]
+    prompt = bucket.num_tokens - TOKENIZER.num_image_tokens(slots)
+    assert prompt in classes
+    for i in cell.records.tolist():
+      index, sources = world.indices[spec.name], source_sizes_of(world, spec, i)
+      size = int(index["height"][i]), int(index["width"][i])
+      assert crop(*size, bucket.height, bucket.width) <= world.options["max_crop"]
+      assert len(sources) == len(bucket.source_sizes)
+      assert all(crop(*source, *slot) <= world.options["max_crop"] for source, slot in zip(sources, bucket.source_sizes))
+      longest = max(caption_lengths(world, spec, i))
+      assert longest <= prompt
+      if world.options["min_bucket_records"] <= 1:  # nothing was merged: the nearest size and the shortest class that fits
+        targets = [bucket_size(resolution.base_px, ratio, resolution.multiple) for ratio in resolution.ratios]
+        assert (bucket.height, bucket.width) == nearest(*size, targets) and prompt == min(one for one in classes if one >= longest)
+
+
+@repeat(60)
+@given(worlds(), st.lists(st.integers(0, 10**12), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_the_plan_is_a_function_of_k_and_no_host_enters(world, numbers, random):
+  if build_or_refuse(world) is None:
+    return
+  whole = world.build(Loader)
+  plans = {k: whole.mixture.plan(k) for k in numbers}
+  for count in (1, 2, 4):
+    parts = [world.build(Loader, process_index=i, process_count=count) for i in range(count)]
+    for k in random.sample(numbers, len(numbers)):
+      theirs = [part.mixture.plan(k) for part in parts]
+      assert {plan.bucket for plan in theirs} == {plans[k].bucket} and all(part.buckets == whole.buckets for part in parts)
+      rows = np.concatenate([plan.records[part.own_rows(len(plan.places))] for plan, part in zip(theirs, parts)])
+      np.testing.assert_array_equal(rows, plans[k].records)
+
+
+# Shares. `apportion` promises the exact shares where some cycle of at most 4096 turns has them; otherwise each of C cells is off by at most
+# one turn, and shares below one turn are raised to one, which lengthens the cycle by at most C: a group of cells then has its share to
+# within 2 C / 4096. That is 1 % for C = 20, and `small_worlds` have at most 8: 2 data sets, 2 resolutions, 2 target sizes.
+
+
+@st.composite
+def small_worlds(draw):
+  """At most 8 cells, and weights of any kind."""
+  rng, weight = np.random.default_rng(draw(st.integers(0, 2**32))), st.floats(0.01, 20.0)
+  specs = tuple(DatasetSpec("", f"d{d}", weight=draw(weight), task=task) for d, task in enumerate(draw(st.sampled_from(
+      [("t2i",), ("t2i", "t2i"), ("t2i", "ti2i")]))))
+  indices = {spec.name: plain_index(rng.choice([40, 80], (draw(st.integers(30, 90)), 2)), 30) for spec in specs}
+  for spec in specs:
+    if spec.task == "ti2i":
+      indices[spec.name]["source_sizes"] = np.full((len(indices[spec.name]["height"]), 1, 2), 64, np.int32)
+  resolutions = tuple(Resolution(base_px, 4, ("2:1", "1:2"), draw(weight), 16, draw(st.sampled_from([(), (draw(weight), 1.0)])))
+                      for base_px in draw(st.sampled_from([(64,), (64, 96)])))
+  return World(specs, resolutions, indices, dict(num_tokens=64, seed=draw(st.integers(0, 99)), max_crop=0.6))
+
+
+@repeat(8)  # each asks for thousands of plans
+@given(small_worlds())
+def test_shares_of_a_cycle_are_the_weights(world):
+  mixture = world.build()
+  cells, cycle = cells_of(mixture), mixture.cycle
+  assert len(cells) <= 8 and cycle <= 4096 + len(cells)
+  plans = collections.Counter((plan.dataset, plan.bucket) for plan in map(mixture.plan, range(cycle)))
+  share = lambda chosen: sum(num for key, num in plans.items() if chosen(*key)) / cycle
+  total = sum(spec.weight for spec in world.specs)
+  def raw(cell):
+    resolution, bucket = world.resolutions[cell.resolution], mixture.buckets[cell.bucket]
+    sizes = [bucket_size(resolution.base_px, ratio, resolution.multiple) for ratio in resolution.ratios]
+    weights = resolution.ratio_weights or (1.0,) * len(sizes)
+    return resolution.weight * weights[sizes.index((bucket.height, bucket.width))] * len(cell.records)
+  wanted = collections.Counter()
+  for d, spec in enumerate(world.specs):
+    assert abs(share(lambda dataset, _: dataset == d) - spec.weight / total) < 0.01
+    for cell in cells_of(mixture, d):
+      wanted[cell.bucket] += spec.weight / total * raw(cell) / sum(map(raw, cells_of(mixture, d)))
+  for task in {spec.task for spec in world.specs}:
+    asked = sum(spec.weight for spec in world.specs if spec.task == task) / total
+    assert abs(share(lambda _, bucket: mixture.buckets[bucket].task == task) - asked) < 0.01
+  for bucket, asked in wanted.items():
+    assert abs(share(lambda _, other: other == bucket) - asked) < 0.01
+
+
+@repeat(100)
+@example([fractions.Fraction(1, 10**9)] * 3 + [fractions.Fraction(1)], 100)
+@example([fractions.Fraction(1)] * 50, 10)  # more streams than turns: each gets one
+@given(st.lists(st.fractions(min_value=fractions.Fraction(1, 1000), max_value=100, max_denominator=1000), min_size=1, max_size=12),
+       st.integers(12, 5000))
+def test_apportion_keeps_its_promise(weights, max_cycle):
+  turns, shares = apportion(tuple(weights), max_cycle), [weight / sum(weights) for weight in weights]
+  exact = math.lcm(*(share.denominator for share in shares))
+  assert min(turns) >= 1
+  if exact <= max_cycle:
+    assert [fractions.Fraction(count, sum(turns)) for count in turns] == shares and sum(turns) == exact
+  elif len(weights) <= max_cycle:
+    assert max_cycle <= sum(turns) < max_cycle + len(turns)
+    assert all(abs(count - share * max_cycle) <= 1 for count, share in zip(turns, shares))
+
+
+def test_the_largest_remainders_are_rounded_up():
+  assert apportion((fractions.Fraction(17), fractions.Fraction(16), fractions.Fraction(7)), 10) == (4, 4, 2)
+
+
+# ---- permutations ----------------------------------------------------------------------------------
+
+
+@repeat(60)
+@example(1, (0,))
+@example(10**6, (1, 2))
+@example(2**19 + 1, (3,))
+@given(st.one_of(st.integers(1, 3000), st.integers(1, 10**6)), st.tuples(st.integers(0, 2**62), st.integers(0, 2**31)))
+def test_permute_is_a_bijection(num, key):
+  sampled = np.arange(num) if num <= 3000 or num in (10**6, 2**19 + 1) else np.random.default_rng(num).permutation(num)[:4000]
+  image = permute(sampled, num, key)
+  assert image.min() >= 0 and image.max() < num and len(np.unique(image)) == len(sampled)
+
+
+def test_no_memory_grows_with_the_number_of_records():
+  num = 10**6
+  index = plain_index([(64, 64)]) | {"sample_id": np.arange(num, dtype=np.int64)}
+  for name in ("height", "width", "quality", "stage", "has_text", "num_captions", "caption_language", "caption_kind", "caption_tokens"):
+    index[name] = np.repeat(index[name][:1], num)
+  index["source_sizes"] = np.zeros((num, 0, 2), np.int32)
+  mixture = world_of(index).build()
+  mixture.plan(0)
+  tracemalloc.start()
+  for k in range(0, 10**9, 10**8):
+    mixture.plan(k)
+  permute(np.arange(8), 10**15, (1,))
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 100_000, "a plan takes as much memory as there are records"
+
+
+# ---- examples --------------------------------------------------------------------------------------
+
+
+def test_prompt_classes_put_short_captions_into_short_buckets():
+  mixture = world_of(plain_index([(64, 64)] * 6, tokens=[20, 24, 25, 40, 41, 64]), prompt_classes=(24, 40)).build()
+  assert {mixture.buckets[cell.bucket].num_tokens: cell.records.tolist() for cell in cells_of(mixture)} == {24: [0, 1], 40: [2, 3], 64: [4, 5]}
+
+
+def test_the_longest_of_the_usable_captions_decides():
+  index = plain_index([(64, 64)]) | {"num_captions": np.array([3]), "caption_tokens": np.array([22, 30, 50]),
+                                     "caption_language": np.array([1, 0, 2]), "caption_kind": np.zeros(3, int)}
+  length = lambda **spec: world_of(index, prompt_classes=(24, 40), spec=spec).build().buckets[0].num_tokens
+  assert [length(languages=languages) for languages in (("en",), ("en", "de"), ())] == [24, 40, 64]
+
+
+def test_another_tokenizer_puts_everything_into_the_longest_class():
+  index = plain_index([(64, 64)] * 4, tokens=[20, 30, 64, 500], tokenizer=np.array("another"))
+  mixture = world_of(index, prompt_classes=(24, 40)).build()
+  assert [bucket.num_tokens for bucket in mixture.buckets] == [64]
+  assert [(count.kept, count.too_long) for count in mixture.counts] == [(4, 0)]
+
+
+def test_min_stage_leaves_out_what_did_not_pass():
+  index = plain_index([(64, 64)] * 6, stage=np.arange(1, 7).astype(np.uint8))
+  mixture = world_of(index, spec=dict(min_stage=4)).build()
+  assert cells_of(mixture)[0].records.tolist() == [3, 4, 5] and mixture.counts[0].low_stage == 3
+
+
+def test_few_records_move_to_the_nearest_ratio_or_are_rare():
+  sizes = [(64, 64)] * 10 + [(54, 64)] * 3 + [(32, 96)] * 2 + [(64, 54)] * 10
+  ratios = ("1:1", "6:5", "3:1", "5:6")
+  mixture = world_of(plain_index(sizes), [Resolution(256, 4, ratios)], min_bucket_records=4).build()
+  records = {(mixture.buckets[cell.bucket].height, mixture.buckets[cell.bucket].width): cell.records.tolist() for cell in cells_of(mixture)}
+  assert records == {(256, 256): list(range(13)), bucket_size(256, "5:6"): list(range(15, 25))}
+  counts = {(count.height, count.width): count for count in mixture.counts}
+  moved, rare = counts[bucket_size(256, "6:5")], counts[bucket_size(256, "3:1")]
+  assert (moved.records, moved.kept, moved.moved, moved.rare) == (3, 3, 3, 0)
+  assert (rare.records, rare.kept, rare.moved, rare.rare) == (2, 0, 0, 2)
+  assert counts[256, 256].moved == 0 and counts[256, 256].kept == 10
+
+
+def test_few_records_go_to_a_longer_prompt_class_first():
+  index = plain_index([(64, 64)] * 12, tokens=[20] * 2 + [40] * 5 + [60] * 5)
+  mixture = world_of(index, prompt_classes=(24, 40), min_bucket_records=3).build()
+  assert {mixture.buckets[cell.bucket].num_tokens: len(cell.records) for cell in cells_of(mixture)} == {40: 7, 64: 5}
+  # Nothing goes to a shorter class.
+  short = world_of(plain_index([(64, 64)] * 7, tokens=[20] * 5 + [60] * 2), prompt_classes=(24,), min_bucket_records=3).build()
+  assert [(bucket.num_tokens, count.kept, count.rare) for bucket, count in zip(short.buckets, short.counts, strict=True)] == [(24, 5, 2)]
+
+
+def test_ratio_weights_change_the_shares_exactly():
+  sizes = [(64, 64)] * 30 + [(45, 90)] * 10
+  share = lambda weights: [cell.weight for cell in cells_of(world_of(plain_index(sizes), [Resolution(
+      64, 4, ("1:1", "2:1"), multiple=16, ratio_weights=weights)]).build())]
+  third = fractions.Fraction(1, 4)
+  assert share(()) == share((1.0, 1.0)) == [3 * third, third]
+  assert share((1.0, 3.0)) == [fractions.Fraction(1, 2)] * 2
+  assert share((0.1, 0.6)) == [fractions.Fraction(1, 3), fractions.Fraction(2, 3)]
+
+
+def test_caption_kinds_come_in_the_asked_proportion():
+  index = plain_index([(64, 64)])
+  loader = world_of(index, spec=dict(caption_weights={"general": 3.0, "text": 1.0, "structured": 0.0})).build(Loader, caption_dropout=0.2)
+  kinds = [b"general", b"text", b"general", b"knowledge", b"structured"]
+  record = {"captions": [b"x"] * 5, "languages": [b"en"] * 5, "kinds": kinds}
+  num, draws = 8000, np.random.default_rng(0).random((8000, 3))
+  seen = collections.Counter(loader._pick_caption(record, loader.mixture.datasets[0], draw) for draw in draws)
+  expected = {None: 0.2, 0: 0.8 * 0.375, 1: 0.8 * 0.25, 2: 0.8 * 0.375}
+  assert set(seen) == set(expected)
+  # Chi-square with 3 degrees of freedom is above 16.27 once in a thousand.
+  assert sum((seen[number] - num * share)**2 / (num * share) for number, share in expected.items()) < 16.27
+  only = {"captions": [b"x"] * 2, "languages": [b"en"] * 2, "kinds": [b"text", b"knowledge"]}
+  assert {loader._pick_caption(only, loader.mixture.datasets[0], np.array([0.9, y, z])) for y in (0, 0.99) for z in (0, 0.99)} == {0}

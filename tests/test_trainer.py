@@ -1,0 +1,149 @@
+"""What lies between the loader and the steps: which batch a step gets, what is held, what is said."""
+
+import dataclasses
+import json
+import math
+import time
+import types
+import weakref
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from launch.run import save_config
+from qimg2 import trainer
+
+STAGE = trainer.Stage("s", None, None, {}, num_steps=7, batch_shapes=({"sample_id": np.zeros(4)},) * 2, save_every_steps=3)
+
+
+class Result:
+  """A step's loss on a device that finishes a step only when it is waited for."""
+
+  def __init__(self, value=0.5, ready=False):
+    self.value, self.ready = value, ready
+
+  def is_ready(self):
+    return self.ready
+
+  def block_until_ready(self):
+    self.ready = True
+    return self
+
+  def __float__(self):
+    self.ready = True
+    return self.value
+
+
+class Batch:
+  """A batch on the device."""
+
+  def __init__(self, batch):
+    self.ids = batch["sample_id"]
+
+
+class Loop:
+  """`trainer._loop` over made-up batches, which the steps write down."""
+
+  def __init__(self, monkeypatch, num_steps=7, start=0, losses=None, broken=None, log_every=2):
+    self.seen, self.put_ids, self.alive, self.results, self.most_unready, self.logged = [], [], [], [], 0, {}
+    self.losses, self.broken = losses or {}, broken
+    monkeypatch.setattr(trainer, "put_batch", self.put)
+    stage = dataclasses.replace(STAGE, num_steps=num_steps, log_every_steps=log_every)
+    writer = types.SimpleNamespace(write=self.log, write_timing=self.log, sync=lambda: None)
+    self.saved = []
+    checkpoints = types.SimpleNamespace(save=lambda state, meta: self.saved.append(meta["loader_step"]))
+    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, slow={}), {}, [self.step] * 2, self, None, None, writer,
+                                     checkpoints)
+
+  def iterate(self, start):
+    for k in range(start, 10**6):
+      if k == self.broken:
+        raise ValueError(f"batch {k} is broken")
+      yield k % 2, {"sample_id": np.arange(4) + 100 * k}
+
+  def put(self, batch, mesh, rules):
+    self.most_unready = max(self.most_unready, sum(not result.ready for result in self.results))
+    array = Batch(batch)
+    self.put_ids.append(int(array.ids[0]) // 100)
+    self.alive = [ref for ref in self.alive if ref()] + [weakref.ref(array)]
+    assert len(self.alive) == 1, "a batch is held after its step was dispatched"
+    return array
+
+  def step(self, state, frozen, batch):
+    self.seen.append(int(batch.ids[0]) // 100)
+    self.results.append(Result(self.losses.get(len(self.seen), 0.5)))
+    return state, {"loss": self.results[-1]}
+
+  def log(self, step, scalars):
+    self.logged.setdefault(step, {}).update(scalars)
+
+
+def test_looking_ahead_changes_no_step_and_holds_few_batches(monkeypatch):
+  for start in (0, 3):
+    loop = Loop(monkeypatch, start=start, log_every=1000)
+    loop.run()
+    assert loop.seen == loop.put_ids == list(range(start, 7))  # nothing after the last step's is read
+    # At a `put` two steps may be under way: with the batch that is put, the device holds two beside that of the running step.
+    assert loop.most_unready == trainer.MAX_DISPATCHED == 2
+  assert set(loop.logged[7]) == {"loss", "samples_per_second", "data_wait_share", "loader_batches_per_second"}
+  assert 0 <= loop.logged[7]["data_wait_share"] <= 1
+
+
+def test_a_loss_that_is_no_number_names_the_samples_of_its_own_step(monkeypatch):
+  with pytest.raises(FloatingPointError, match=r"at step 4 is nan \(samples 300, 301, 302, 303 "):
+    Loop(monkeypatch, losses={4: math.nan}).run()
+
+
+def test_a_broken_batch_stops_its_own_step_and_not_the_one_before(monkeypatch):
+  loop = Loop(monkeypatch, broken=6, log_every=1, num_steps=9)
+  with pytest.raises(ValueError, match="batch 6 is broken"):
+    loop.run()
+  assert loop.seen == list(range(6)) and max(loop.logged) == 6 and loop.saved == [3, 6]
+
+
+def test_waiting_counts_only_while_no_step_runs():
+  def slow():
+    while True:
+      time.sleep(0.02)
+      yield 0, {"sample_id": np.zeros(1)}
+  feed = trainer.Feed(slow(), lambda batch: batch)
+  for running, share in ((None, 1.0), (Result(ready=True), 1.0), (Result(ready=False), 0.0)):
+    start = time.monotonic()
+    for _ in range(3):
+      feed.look_ahead(running)
+      feed.get()
+    timing = feed.timing(time.monotonic() - start)
+    assert abs(timing["data_wait_share"] - share) < 0.05 and 10 < timing["loader_batches_per_second"] < 51
+
+
+# ---- another mixture -------------------------------------------------------------------------------
+
+
+def test_going_on_with_another_mixture_is_said_once(caplog):
+  section = {"mixture": ({"name": "a", "weight": 0.65},), "resolutions": ({"base_px": 64},), "num_steps": 5, "seed": 0}
+  stage = dataclasses.replace(STAGE, description=section)
+  saved = json.loads(json.dumps(section))
+  trainer._warn_of_another_order(stage, 40, saved | {"num_steps": 3})
+  trainer._warn_of_another_order(stage, 40, {})  # a checkpoint that says nothing
+  assert not caplog.records
+  saved["mixture"][0]["weight"], saved["seed"] = 0.8, 1
+  saved["mixture"].append({"name": "b", "weight": 1.0})
+  trainer._warn_of_another_order(stage, 40, saved)
+  (record,) = caplog.records
+  assert record.levelname == "WARNING" and record.getMessage() == (
+      "Stage s goes on at batch 40 with another mixture: seed was 1 and is 0; mixture[0].weight was 0.8 and is 0.65; mixture[1] was "
+      "{'name': 'b', 'weight': 1.0} and is None: from here on the order is that of the new mixture.")
+
+
+def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
+  config = lambda weight, num_steps: ConfigDict({"stages": (ConfigDict({"mixture": (ConfigDict({"weight": weight}),), "num_steps": num_steps}),)})
+  save_config(config(0.65, 1), tmp_path)
+  save_config(config(0.65, 2), tmp_path)  # may change
+  with pytest.raises(ValueError, match="weight was 0.65 and is 0.8. Use another --workdir"):
+    save_config(config(0.8, 2), tmp_path)
+  assert capsys.readouterr().err == ""
+  save_config(config(0.8, 2), tmp_path, allow_change=True)
+  assert capsys.readouterr().err == "config.stages[0].mixture[0].weight was 0.65 and is 0.8\n"
+  save_config(config(0.8, 2), tmp_path, allow_change=True)
+  assert capsys.readouterr().err == ""
