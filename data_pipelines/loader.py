@@ -129,9 +129,7 @@ class Loader:
 
   def example(self, bucket: Bucket) -> dict:
     """Returns a global batch of a bucket with the true shapes and types and no meaning. Its pages are never touched, so it takes no memory."""
-    num = bucket.batch_size
-    return _tuples(_arrays(num, bucket)) | {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32),
-                                            "sample_id": np.empty(num, np.int64)}
+    return _tuples(_arrays(bucket.batch_size, bucket) | _prompts(bucket.batch_size, bucket))
 
   def own_rows(self, batch_size: int) -> slice:
     """Returns which rows of a global batch are this process's."""
@@ -139,17 +137,14 @@ class Loader:
     return slice(index * batch_size // count, (index + 1) * batch_size // count)
 
   def _load(self, bucket: Bucket, rows: list[tuple[Cell, int]], draws: np.ndarray | None) -> tuple[dict, list[Fault]]:
-    arrays, faults, used = _arrays(len(rows), bucket), [], []
+    arrays, faults, used = _arrays(len(rows), bucket) | _prompts(len(rows), bucket), [], []
     for i, ((cell, place), record) in enumerate(zip(rows, self._read(rows))):
       chosen, fault = self._fill(arrays, i, cell, int(place), record, bucket, None if draws is None else draws[i])
       used.append(chosen)
       faults += fault
     if bucket.cache is not None and bucket.cache.has_features:
       bucket.cache.read_features(arrays, *zip(*used))
-    prompts = ["" if number is None else record["captions"][number].decode() for record, number in used]
-    tokens, token_count = self._tokenizer.encode_batch(prompts, bucket.num_tokens, source_grids(bucket.source_sizes))
-    batch = {"tokens": tokens, "token_count": token_count, "sample_id": np.array([record["sample_id"] for record, _ in used], np.int64)}
-    return _tuples(arrays) | batch, faults
+    return _tuples(arrays), faults
 
   def _fill(self, arrays: dict, row: int, cell: Cell, place: int, record: dict | Exception, bucket: Bucket,
             draw: np.ndarray | None) -> tuple[tuple[dict, int | None], list[Fault]]:
@@ -162,21 +157,34 @@ class Loader:
       sample_id = int(self.mixture.sample_ids(cell.dataset, cell.records[here]))
       name = f"sample {sample_id} of data set {spec.name!r}"
       try:
-        _check_record(record, sample_id, bucket, name)
+        check_record(record, sample_id, bucket, name)
         number = self._pick_caption(record, spec, draw)
-        _decode(arrays, row, record, number, bucket, name)
+        self._encode(arrays, row, record, number, bucket, name)
+        _decode(arrays, row, record, bucket, name)
       except ValueError as error:
         broken.append((sample_id, str(error)))
       else:
         return (record, number), [Fault(spec.name, bad, sample_id, sentence) for bad, sentence in broken]
     raise ValueError(f"{len(broken)} records of one bucket of data set {spec.name!r} in a row cannot be used; {broken[-1][1]}")
 
+  def _encode(self, arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str) -> None:
+    """Writes the prompt of a record; `ValueError` for one that is not UTF-8, or too long."""
+    try:
+      prompt = "" if caption is None else record["captions"][caption].decode()
+    except UnicodeDecodeError as error:
+      raise ValueError(f"A caption of {name} is not UTF-8: {error}; prepare the data set anew.") from error
+    try:
+      tokens, count = self._tokenizer.encode_batch([prompt], bucket.num_tokens, source_grids(bucket.source_sizes))
+    except ValueError as error:
+      raise ValueError(f"Cannot use {name}: {error}") from error
+    arrays["tokens"][row], arrays["token_count"][row], arrays["sample_id"][row] = tokens[0], count[0], record["sample_id"]
+
   def _read(self, rows: list[tuple[Cell, int]]) -> list[dict | Exception]:
     """Returns the records in the order of `rows`, read with one request per data set; in place of one that cannot be read, why."""
     records = [None] * len(rows)
     for d in {cell.dataset for cell, _ in rows}:
       here = [i for i, (cell, _) in enumerate(rows) if cell.dataset == d]
-      for i, record in zip(here, _read_records(self.mixture.sources[d], [int(rows[i][0].records[rows[i][1]]) for i in here])):
+      for i, record in zip(here, read_records(self.mixture.sources[d], [int(rows[i][0].records[rows[i][1]]) for i in here])):
         records[i] = record
     return records
 
@@ -203,14 +211,16 @@ class Loader:
     return usable[int(draw[1] * len(usable))]
 
 
-def _read_records(source: Sequence[dict], positions: list[int]) -> list[dict | Exception]:
+def read_records(source: Sequence[dict], positions: list[int]) -> list[dict | Exception]:
+  """Returns the records at these positions; in place of one that cannot be read, why."""
   try:
     return list(source.__getitems__(positions))
   except Exception as error:  # a damaged file makes the reader or the parser raise nearly anything
-    return [error] if len(positions) == 1 else [_read_records(source, [position])[0] for position in positions]
+    return [error] if len(positions) == 1 else [read_records(source, [position])[0] for position in positions]
 
 
-def _check_record(record: dict | Exception, sample_id: int, bucket: Bucket, name: str) -> None:
+def check_record(record: dict | Exception, sample_id: int, bucket: Bucket, name: str) -> None:
+  """Raises `ValueError` for what `read_records` could not read, or a record that is another than the index says."""
   if isinstance(record, Exception):
     raise ValueError(f"Cannot read {name} ({type(record).__name__}: {record}): check the files with launch.prepare_data --verify.")
   if record["sample_id"] != sample_id or len(record["source_height"]) != len(bucket.source_sizes):
@@ -225,17 +235,17 @@ def _arrays(num: int, bucket: Bucket) -> dict:
           "sources": [np.empty((num, *size, 3), np.uint8) for size in bucket.source_sizes]}
 
 
+def _prompts(num: int, bucket: Bucket) -> dict:
+  """Returns the arrays of `num` rows of a bucket that hold prompts and ids, not filled."""
+  return {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32), "sample_id": np.empty(num, np.int64)}
+
+
 def _tuples(arrays: dict) -> dict:
   return {name: tuple(value) if isinstance(value, list) else value for name, value in arrays.items()}
 
 
-def _decode(arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str) -> None:
-  """Writes the pictures of a record into a row of the arrays; `ValueError` for what cannot be decoded, captions that are no UTF-8 among it."""
-  if caption is not None:
-    try:
-      record["captions"][caption].decode()
-    except UnicodeDecodeError as error:
-      raise ValueError(f"A caption of {name} is not UTF-8: {error}; prepare the data set anew.") from error
+def _decode(arrays: dict, row: int, record: dict, bucket: Bucket, name: str) -> None:
+  """Writes the pictures of a record into a row of the arrays; `ValueError` for what cannot be decoded."""
   if bucket.cache is not None:
     bucket.cache.read(arrays, row, record, bucket, name)
     return

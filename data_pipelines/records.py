@@ -31,6 +31,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -228,6 +229,8 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
                                        description=f"Records of {name}.", disable_shuffling=True)
   tokenizer.save(folder / "tokenizer.json")
+  for file in ("tokenizer.json", f"{VERSION}/dataset_info.json", f"{VERSION}/features.json"):
+    checksums[file] = checksum(folder / file)
   facts = _counts(index) | facts | _token_facts(tokenizer, index)
   text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums} | extra, indent=2)
   (folder / "dataset.json").write_text(text, encoding="utf-8")
@@ -248,21 +251,30 @@ def read_meta(folder: str | os.PathLike) -> dict:
   """The parsed dataset.json of a data set; `ValueError` if there is none."""
   try:
     with open(os.path.join(folder, "dataset.json"), encoding="utf-8") as file:
-      return json.load(file)
-  except (OSError, json.JSONDecodeError) as error:
+      meta = json.load(file)
+    return meta | {key: meta[key] for key in ("request", "facts")}
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{folder} is not a prepared data set (no readable dataset.json): remove that folder or choose "
                      "another place.") from error
 
 
-def matching_facts(folder: str | os.PathLike, request: dict, meta: dict | None = None) -> dict:
-  """The facts of the data set in `folder`, from its dataset.json or `meta`; `ValueError` unless it answers the same request."""
-  stored, request = meta or read_meta(folder), json.loads(json.dumps(request | {"version": VERSION}))
+def matching_facts(folder: str | os.PathLike, request: dict) -> dict:
+  """The facts of the data set in `folder`; `ValueError` unless it answers the same request."""
+  stored, request = read_meta(folder), json.loads(json.dumps(request | {"version": VERSION}))
   different = [key for key in request if stored["request"].get(key) != request[key]]
   if different:
     key = different[0]
     raise ValueError(f"{folder} holds a data set made with {key}={stored['request'].get(key)}, not {key}={request[key]}: "
                      "remove that folder or choose another --out.")
   return stored["facts"]
+
+
+def link(source: str, place: str) -> None:
+  """Puts a file in a second place as well, without copying it where the file system can; a `move` for `finish` that can be done again."""
+  try:
+    os.link(source, place)
+  except OSError:  # a file system without links
+    shutil.copyfile(source, place)
 
 
 def publish(built: str | os.PathLike, path: str | os.PathLike) -> bool:
@@ -278,6 +290,11 @@ def publish(built: str | os.PathLike, path: str | os.PathLike) -> bool:
 
 def _index_path(folder: str | os.PathLike, split: str) -> str:
   return os.path.join(folder, f"index-{split}.npz")
+
+
+def list_splits(data_dir: str | os.PathLike, name: str) -> list[str]:
+  """The splits of a data set that hold records."""
+  return [split for split in SPLITS if os.path.exists(_index_path(os.path.join(data_dir, name), split))]
 
 
 def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequence[dict], dict[str, np.ndarray]]:
@@ -296,7 +313,7 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   if version != VERSION:
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
   if not os.path.exists(_index_path(folder, split)):
-    raise ValueError(f"Data set {folder} has no split {split!r}: choose one of {', '.join(SPLITS)}.")
+    raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
   with np.load(_index_path(folder, split)) as file:
     index = {column: file[column] for column in file.files}
   source = tfds.builder_from_directory(os.path.join(folder, version)).as_data_source(split)

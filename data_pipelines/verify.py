@@ -18,6 +18,8 @@ def verify(data_dir: str | os.PathLike, name: str) -> dict[str, int]:
   """
   folder = os.path.join(data_dir, name)
   meta = records.read_meta(folder)
+  if "checksums" not in meta:
+    raise ValueError(f"{folder}/dataset.json holds no checksums: prepare the data set anew.")
   for file, wanted in tqdm(meta["checksums"].items(), desc="files", disable=None, leave=False):
     path = os.path.join(folder, file)
     if not os.path.isfile(path):
@@ -35,6 +37,8 @@ def _verify_split(data_dir: str | os.PathLike, name: str, split: str) -> int:
   source, index = records.open_split(data_dir, name, split)
   if len(source) != len(index["sample_id"]):
     raise ValueError(f"Split {split!r} of {name!r} has {len(source)} records and {len(index['sample_id'])} lines of index: prepare it anew.")
+  if str(index["tokenizer"]) != records.load_tokenizer(data_dir, name).fingerprint:
+    raise ValueError(f"The tokenizer of {name!r} is not the one that counted the tokens of split {split!r}: prepare it anew.")
   first = np.concatenate([[0], np.cumsum(index["num_captions"])])
   cached = open_cache(data_dir, name) is not None
   for position in tqdm(range(len(source)), desc=f"{split} records", disable=None, leave=False):

@@ -30,11 +30,13 @@ from tqdm import tqdm
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import DTYPES, open_cache
-from data_pipelines.mixture import Cell, DatasetSpec, Mixture, Resolution, source_grids
+from data_pipelines.loader import check_record, read_records
+from data_pipelines.mixture import Cell, DatasetSpec, Mixture, Resolution
 from data_pipelines.transforms import encode_png, load_picture
 from launch import cli
 from launch.cache_networks import Encoder, Options
-from launch.run import Run, from_section
+from launch.run import Run
+from launch.sections import from_section
 
 _ANY_LENGTH = 2**30  # tokens: no caption is too long for latents
 _NAMED = 1000  # broken records that dataset.json names; all are counted
@@ -236,9 +238,10 @@ class _Job:
     num, good, broken = self._batch_size(bucket), [], []
     target = np.zeros((num, bucket.height, bucket.width, 3), np.uint8)
     sources = [np.zeros((num, *size, 3), np.uint8) for size in bucket.source_sizes]
-    for record in mixture.sources[cell.dataset].__getitems__(positions.tolist()):
-      row, name = len(good), f"sample {record['sample_id']} of data set {self._name!r}"
+    for sample_id, record in zip(mixture.sample_ids(cell.dataset, positions), read_records(mixture.sources[cell.dataset], positions.tolist())):
+      row, name = len(good), f"sample {sample_id} of data set {self._name!r}"
       try:
+        check_record(record, int(sample_id), bucket, name)
         target[row] = load_picture(record["image"], bucket.height, bucket.width, name)
         for slot, size in enumerate(bucket.source_sizes):
           sources[slot][row] = load_picture(record["sources"][slot], *size, f"condition image {slot + 1} of {name}")
@@ -286,7 +289,7 @@ class _Job:
     index = {split: R.join_indices(indices[split] or [empty]) for split in R.SPLITS}
     facts = {"cached_from": self._name, "left_out": len(broken)}
     # Linked, not moved: should this be interrupted, the shards are still where they were.
-    return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=_link, cache=self._describe(), broken=broken[:_NAMED])
+    return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=R.link, cache=self._describe(), broken=broken[:_NAMED])
 
 
 def _distinct(resolutions: list[Resolution]) -> tuple[Resolution, ...]:
@@ -309,13 +312,6 @@ def _check_request(folder: pathlib.Path, stored: dict, request: dict) -> None:
 
 def _texts(values: Iterable[bytes]) -> list[str]:
   return [value.decode() for value in values]
-
-
-def _link(source: str, place: str) -> None:
-  try:
-    os.link(source, place)
-  except OSError:  # a file system without links
-    shutil.copyfile(source, place)
 
 
 # ---- command line --------------------------------------------------------------------------------------------------

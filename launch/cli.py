@@ -14,8 +14,8 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
   """Runs `main(argv)` under absl and exits.
 
   A `ValueError`, a file that cannot be read or written, or a loss that is no number prints its message on stderr and exits with 1; a wrong
-  flag, a config file that is missing or a key that the config does not have, with 2. Anything else is a defect of the program and keeps its
-  traceback.
+  flag, a config file that is missing or a key that the config does not have, with 2; an interruption (Ctrl-C) with 130. Anything else is a
+  defect of the program and keeps its traceback.
   """
   define_flags()
 
@@ -28,6 +28,8 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
       main(argv)
     except USER_ERRORS as error:
       _fail(" ".join(str(error).split()), 1)
+    except KeyboardInterrupt:
+      _fail("Interrupted. The same command goes on where it was.", 130)
 
   app.run(guarded, flags_parser=_parse)
 

@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
 
 from launch import cli
-from launch.run import model_configs, plain
+from launch.cli import plain
+from launch.sections import model_configs
 from qimg2 import params as P
 from qimg2 import sharding
 from qimg2.models import mmdit, qwen3_vl, vae

@@ -29,6 +29,7 @@ from data_pipelines.tokenizer import PromptTokenizer
 from launch import cli
 from launch.pictures import save_png, strips
 from launch.run import Run
+from launch.sections import check_is_run
 
 SIDE_PX = 128  # of a picture on the sheet
 
@@ -53,6 +54,7 @@ def open_data(cfg: ConfigDict, stage: str = "", process: tuple[int, int] = (0, 1
   Raises:
     ValueError: no such stage, or whatever training would say of this config's data.
   """
+  check_is_run(cfg)
   cfg = copy.deepcopy(cfg)
   names = [section.name for section in cfg.stages]
   if not names or (stage and stage not in names):

@@ -15,6 +15,7 @@ on where it was, and its result is the same to the byte, whatever the number of 
 
 import importlib.util
 import json
+import os
 import pathlib
 import shlex
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import curation
 from data_pipelines import embedded
 from data_pipelines.verify import verify
 from launch import cli
@@ -36,7 +38,8 @@ def define_flags() -> None:
   flags.DEFINE_string("name", None, "Name of the data set that --source becomes, or that --verify reads.")
   flags.DEFINE_string("out", None, "Folder that will hold the data set's folder.", required=True)
   flags.DEFINE_bool("verify", False, "Read a data set back: checksums, and every record against the index.")
-  config_flags.DEFINE_config_file("config", "configs/curation.py", "What is kept of --source, and how it is stored.")
+  default = pathlib.Path(__file__).parent.parent / "configs" / "curation.py"
+  config_flags.DEFINE_config_file("config", str(default), "What is kept of --source, and how it is stored.")
   flags.DEFINE_string("runner", "DirectRunner", "The Beam runner: this machine's cores, or DataflowRunner, FlinkRunner, SparkRunner.")
   flags.DEFINE_integer("num_workers", 0, "Processes of the DirectRunner; 0 for one per core.", lower_bound=0)
   flags.DEFINE_string("beam_options", "", 'Further options of the runner, such as "--project=P --region=R --temp_location=gs://B/tmp".')
@@ -61,8 +64,9 @@ def curate(source: str, name: str, out: str, cfg: ConfigDict, runner: str = "Dir
     from data_pipelines.curation import pipeline  # here, because training must not need these packages
   except ImportError as error:
     raise ValueError(f"A package of requirements-data.txt cannot be loaded ({error}): for libGL, apt-get install libgl1.") from error
+  _check_config(cfg)
   facts = _say(pipeline.curate(source, name, out, cli.plain(cfg), runner, num_workers, shlex.split(beam_options)))
-  funnel = json.loads(pathlib.Path(facts["path"], "funnel.json").read_text(encoding="utf-8"))
+  funnel = json.loads(pipeline.files.read(f"{facts['path']}/funnel.json"))
   for step in funnel["steps"]:
     drops = ", ".join(f"{count} {reason}" for reason, count in step["drops"].items())
     print(f"  {step['stage']} {step['operator']:16} {step['entered']:>9} -> {step['passed']:<9} {drops}")
@@ -71,6 +75,13 @@ def curate(source: str, name: str, out: str, cfg: ConfigDict, runner: str = "Dir
     print(f"  not run, though the report's funnel has them: {', '.join(funnel['not_run'])}")
   print(f"Report: {facts['path']}/report.html")
   return facts
+
+
+def _check_config(cfg: ConfigDict) -> None:
+  known = curation.get_config()
+  different = sorted(set(cfg.keys()) ^ set(known.keys()))
+  if different:
+    raise ValueError(f"--config is none for curation: it and configs/curation.py differ in the keys {', '.join(different)}; start from that file.")
 
 
 def _say(facts: dict) -> dict:
@@ -89,13 +100,19 @@ def main(_: Sequence[str]) -> None:
     raise ValueError("Give the data set a --name: its folder is <out>/<name>.")
   if args.source and args.name in embedded.SOURCES:
     raise ValueError(f"--name={args.name} is that of an embedded data set: choose another.")
+  given = [name for name in ("num_examples", "seed", "vocab_size") if not args.dataset and args[name].present]
+  if given:
+    raise ValueError(f"--{given[0]} is for --dataset: of --source, set --config.vocab_size, and see configs/curation.py for the rest.")
+  out = args.out if "://" in args.out else os.path.expanduser(args.out)
+  if args.source and os.path.isdir(args.source) and pathlib.Path(out).resolve().is_relative_to(pathlib.Path(args.source).resolve()):
+    raise ValueError(f"--out={args.out} lies in the source, whose files it would join: choose another folder.")
   if args.verify:
-    found = verify(args.out, args.name)
-    print(f"{args.out}/{args.name}: {found['files']} files and {found['records']} records are as written.")
+    found = verify(out, args.name)
+    print(f"{out}/{args.name}: {found['files']} files and {found['records']} records are as written.")
   elif args.source:
-    curate(args.source, args.name, args.out, args.config, args.runner, args.num_workers, args.beam_options)
+    curate(args.source, args.name, out, args.config, args.runner, args.num_workers, args.beam_options)
   else:
-    prepare(args.dataset, args.out, args.num_examples, args.seed, args.vocab_size)
+    prepare(args.dataset, out, args.num_examples, args.seed, args.vocab_size)
 
 
 if __name__ == "__main__":

@@ -8,98 +8,37 @@
 """
 
 import dataclasses
-import difflib
-import functools
 import importlib.metadata
-import inspect
 import json
 import pathlib
 import sys
 import zlib
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import DatasetSpec, Resolution
+from data_pipelines.records import list_splits
 from data_pipelines.tokenizer import PromptTokenizer
 from launch.cli import plain
+from launch.sections import check_is_run, from_section, make_algorithm, model_configs
 from qimg2 import conditioning, flow, optim, sharding
 from qimg2 import params as P
 from qimg2.algorithms import Algorithm
-from qimg2.algorithms.flow_matching import flow_matching
-from qimg2.algorithms.reconstruction import reconstruction
 from qimg2.checkpoint import Checkpoints, restore_weights, save_weights
-from qimg2.models import mmdit, qwen3_vl, vae
-from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.pipeline_folder import check_configs, check_sampling, load_weights, open_folder
 from qimg2.trainer import differences
 
-Dataclass = TypeVar("Dataclass")
 EMBEDDED = ("glyphs", "emoji")
 DIFFUSERS = "diffusers:"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "check",
              "num_steps", "data_dir", "mesh")
-
-
-def from_section(cls: type[Dataclass], section: Any, where: str) -> Dataclass:
-  """A frozen dataclass from a config section.
-
-  Raises:
-    ValueError: a key that the dataclass does not have, with the nearest that it has.
-  """
-  values = plain(section)
-  _check_keys(values, [field.name for field in dataclasses.fields(cls)], where)
-  return cls(**values)
-
-
-def _check_keys(values: dict, names: list[str], where: str) -> None:
-  for key in values:
-    if key not in names:
-      near = difflib.get_close_matches(key, names, 1)
-      raise ValueError(f"config.{where} has no key {key!r}" + (f": did you mean {near[0]!r}?" if near else f": it has {', '.join(names)}."))
-
-
-def model_configs(cfg: ConfigDict) -> tuple[mmdit.Config, qwen3_vl.Config, vae.Config]:
-  """The three networks' configs.
-
-  Raises:
-    ValueError: sizes that do not fit each other.
-  """
-  model = from_section(mmdit.Config, cfg.model, "model")
-  encoder = encoder_config(cfg.encoder)
-  autoencoder = from_section(vae.Config, cfg.vae, "vae")
-  if model.context_width != encoder.width:
-    raise ValueError(f"config.model.context_width is {model.context_width}, but config.encoder.width is {encoder.width}: make them equal.")
-  if model.latent_channels != autoencoder.latent_channels:
-    raise ValueError(f"config.model.latent_channels is {model.latent_channels}, but config.vae.latent_channels is "
-                     f"{autoencoder.latent_channels}: make them equal.")
-  return model, encoder, autoencoder
-
-
-def encoder_config(section: ConfigDict) -> qwen3_vl.Config:
-  """The condition encoder's config; `vision` is a section of its own, None for a text-only encoder, or absent for the published one."""
-  values = dict(plain(section))
-  if values.get("vision") is not None:
-    values["vision"] = from_section(VisionConfig, values["vision"], "encoder.vision")
-  return from_section(qwen3_vl.Config, values, "encoder")
-
-
-def make_algorithm(section: ConfigDict, schedule: flow.Schedule) -> Algorithm:
-  """The algorithm that a stage names, with its settings."""
-  settings = dict(plain(section))
-  name = settings.pop("name")
-  methods = {"flow_matching": functools.partial(flow_matching, schedule), "reconstruction": reconstruction}
-  if name not in methods:
-    raise ValueError(f"Unknown algorithm {name!r}: choose one of {', '.join(methods)}.")
-  _check_keys(settings, list(inspect.signature(methods[name]).parameters), "algorithm")
-  return methods[name](**settings)
 
 
 class Run:
@@ -112,6 +51,7 @@ class Run:
       ValueError: a config that does not fit together.
     """
     self.cfg, self.workdir = cfg, pathlib.Path(workdir)
+    check_is_run(cfg)
     self.mesh = sharding.make_mesh(plain(cfg.mesh))
     if cfg.rules not in sharding.RULES:
       raise ValueError(f"config.rules is {cfg.rules!r}: choose one of {', '.join(sharding.RULES)}.")
@@ -191,11 +131,19 @@ class Run:
     """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture."""
     batches = {}
     for task in dict.fromkeys(part.task for part in self._datasets(stage)):
-      parts = {part.name: dataclasses.replace(part, split=stage.evaluation.split, weight=1.0, min_quality=0.0)
+      parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
                for part in self._datasets(stage) if part.task == task}
       loader = self._loader(stage, list(parts.values()), 0.0, 0)
       batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
     return batches
+
+  def _held_out(self, name: str, stage: ConfigDict) -> str:
+    """The split that a stage is validated on: its own training pictures, with a word in the log, where nothing was held out."""
+    if stage.evaluation.split in list_splits(self.cfg.data_dir, name):
+      return stage.evaluation.split
+    logging.warning("Data set %r has no split %r: stage %s is validated on the pictures that it trains on, which says nothing of others.", name,
+                    stage.evaluation.split, stage.name)
+    return "train"
 
   def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float, min_bucket_records: int,
               process: tuple[int, int] | None = None) -> Loader:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 
 import apache_beam as beam
 import numpy as np
@@ -27,72 +26,12 @@ from data_pipelines.curation.sample import Caption, Sample
 from data_pipelines.transforms import decode_image
 from data_pipelines.verify import verify
 from launch.cli import plain
+from tests.raw_folder import encoded, make_folder, picture
 
 
 def settings(**changes):
   """The config for small pictures."""
   return plain(curation.get_config("small")) | {"samples_per_unit": 16, "vocab_size": 300} | changes
-
-
-def picture(seed: int, height: int = 72, width: int = 96) -> Image.Image:
-  """A picture of coloured blocks that no other seed's is near to."""
-  blocks = np.random.default_rng((7, seed)).integers(0, 256, (6, 8, 3), np.uint8)
-  return Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
-
-
-def encoded(image: Image.Image, file_format: str = "JPEG", **options) -> bytes:
-  buffer = io.BytesIO()
-  image.save(buffer, file_format, **options)
-  return buffer.getvalue()
-
-
-def bomb() -> bytes:
-  """A PNG of a few bytes that says it has a billion pixels."""
-  data = bytearray(encoded(Image.new("L", (8, 8)), "PNG"))
-  data[16:24] = (32000).to_bytes(4, "big") * 2
-  data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
-  return bytes(data)
-
-
-def dot(seed: int) -> Image.Image:
-  """Plain paper with a dot, at a place that only seeds in the same 200 have."""
-  image, (y, x) = Image.new("RGB", (90, 70), "white"), divmod(seed // 200, 5)
-  image.paste("black", (8 + 16 * x, 14 + 36 * y, 10 + 16 * x, 16 + 36 * y))
-  return image
-
-
-GOOD = b"a caption"
-# Ten ways to be of no use: (file name's end, picture, caption, the step that finds it, its reason).
-WAYS = (
-    (".jpg", lambda i: b"", GOOD, "broken", "unreadable"),
-    (".jpg", lambda i: encoded(picture(i))[:500], GOOD, "broken", "undecodable"),
-    (".png", lambda i: np.random.default_rng(i).bytes(3000), GOOD, "broken", "undecodable"),
-    (".png", lambda i: bomb(), GOOD, "broken", "undecodable"),
-    (".jpg", lambda i: encoded(picture(i)), None, "broken", "unreadable"),
-    (".jpg", lambda i: encoded(picture(i)), b"caf\xe9 \xff", "broken", "unreadable"),
-    (".png", lambda i: encoded(picture(i, 20, 24), "PNG"), GOOD, "min_resolution", "too_small"),
-    (".jpg", lambda i: encoded(picture(0)), GOOD, "duplicate", "exact_duplicate"),
-    (".png", lambda i: encoded(picture(1).resize((100 + i % 97, 90)), "PNG"), GOOD, "duplicate", "near_duplicate"),
-    (".png", lambda i: encoded(dot(i), "PNG"), GOOD, "entropy", "too_plain"),
-)
-
-
-def make_folder(folder: pathlib.Path, num: int, num_broken: int) -> collections.Counter:
-  """Writes pictures with captions, `num_broken` of them broken in all ways in turn; returns the expected (step, reason) counts."""
-  expected = collections.Counter()
-  (folder / "more").mkdir(parents=True)
-  every = num // num_broken if num_broken else num + 1
-  for i in range(num):
-    place = folder / ("more" if i % 3 == 2 else ".") / f"p{i:05d}"
-    end, data, caption = ".jpg", encoded(picture(i)), f"picture {i}\nanother text of {i}".encode()
-    if i >= 2 and i % every == every - 1 and sum(expected.values()) < num_broken:
-      end, make, caption, step, reason = WAYS[sum(expected.values()) % len(WAYS)]
-      data = make(i)
-      expected[step, reason] += 1
-    place.with_suffix(end).write_bytes(data)
-    if caption is not None:
-      place.with_suffix(".txt").write_bytes(caption)
-  return expected
 
 
 def dropped(path) -> collections.Counter:
@@ -147,7 +86,7 @@ def test_the_same_command_finds_it_and_another_is_refused(small):
   root, _, facts = small
   again = pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(), num_workers=1)
   assert again == facts | {"reused": True}
-  with pytest.raises(ValueError, match="holds a data set made with config="):
+  with pytest.raises(ValueError, match=r"holds a data set with another config \(validation_share\): remove that folder, or choose another --name"):
     pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(validation_share=0.5), num_workers=1)
 
 
@@ -166,7 +105,7 @@ def test_interrupted_between_units(small, tmp_path, monkeypatch):
     out = tmp_path / str(number)
     with monkeypatch.context() as patch:
       patch.setattr(funnel, phase, stop)
-      with pytest.raises(RuntimeError, match="KeyboardInterrupt"):  # Beam's runner wraps what a worker raises
+      with pytest.raises(KeyboardInterrupt):
         pipeline.curate(str(root / "raw"), "mine", str(out), settings(), num_workers=1)
     assert os.listdir(out) == [".mine.work"]
     again = []
@@ -176,15 +115,60 @@ def test_interrupted_between_units(small, tmp_path, monkeypatch):
     assert not set(done) & set(again) and same_bytes(out / "mine", facts["path"])
 
 
+def test_interrupted_while_the_data_set_is_put_together(small, tmp_path, monkeypatch):
+  root, _, facts = small
+  with monkeypatch.context() as patch:
+    patch.setattr(pipeline.report, "write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+      pipeline.curate(str(root / "raw"), "mine", str(tmp_path), settings(), num_workers=1)
+  with monkeypatch.context() as patch:
+    patch.setattr(funnel, "_curate", lambda *args: pytest.fail("a unit that is done is done again"))
+    pipeline.curate(str(root / "raw"), "mine", str(tmp_path), settings(), num_workers=1)
+  assert same_bytes(tmp_path / "mine", facts["path"]) and os.listdir(tmp_path) == ["mine"]
+
+
+@pytest.mark.parametrize(("num", "share", "expected"), [(1, 0.02, (1, 0)), (1, 0.9, (1, 0)), (12, 1e-9, (11, 1)), (12, 0.999999, (11, 1)),
+                                                        (12, 0.0, (12, 0))])
+def test_some_are_held_out_and_some_are_not(tmp_path, num, share, expected):
+  make_folder(tmp_path / "raw", num, 0)
+  facts = pipeline.curate(str(tmp_path / "raw"), "mine", str(tmp_path / "out"), settings(validation_share=share, samples_per_unit=5), num_workers=1)
+  assert (facts["train"], facts["validation"]) == expected
+  assert verify(tmp_path / "out", "mine")["records"] == num
+
+
+def test_a_picture_and_its_edits_are_in_one_split(tmp_path):
+  for i in range(24):
+    (tmp_path / f"p{i}.png").write_bytes(encoded(picture(i), "PNG"))
+    (tmp_path / f"e{i}.png").write_bytes(encoded(picture(100 + i), "PNG"))
+    (tmp_path / f"e{i}.source.png").write_bytes(encoded(picture(i), "PNG"))
+    for name in (f"p{i}.txt", f"e{i}.txt"):
+      (tmp_path / name).write_text(f"text {i}")
+  pipeline.curate(str(tmp_path), "both", str(tmp_path.parent / f"{tmp_path.name}_out"), settings(validation_share=0.4), num_workers=1)
+  split_of = {}
+  for split in records.SPLITS:
+    for record in iter(records.open_split(tmp_path.parent / f"{tmp_path.name}_out", "both", split)[0]):
+      split_of.setdefault((record["sources"] or [record["image"]])[0], set()).add(split)
+  assert len(split_of) == 24 and all(len(splits) == 1 for splits in split_of.values()) and len(set(map(min, split_of.values()))) == 2
+
+
+def test_later_stages_do_not_run_in_the_survey_and_take_no_captions_out():
+  entries = [{"name": "broken", "stage": "S1"}, {"name": "luma", "stage": "S1"}, {"name": "min_resolution", "stage": "S4"}]
+  assert funnel.survey_length(entries) == 2
+  with pytest.raises(ValueError, match="Operator 'token_length' of S4 takes captions out, which all stages share: list it in S1"):
+    pipeline._check(settings(operators=(*entries, {"name": "token_length", "stage": "S4"})), "mine")
+
+
 def test_a_changed_source_or_config_does_not_go_on(small, tmp_path, monkeypatch):
   make_folder(tmp_path / "raw", 20, 0)
   with monkeypatch.context() as patch:
     patch.setattr(pipeline, "_settle", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
       pipeline.curate(str(tmp_path / "raw"), "mine", str(tmp_path / "out"), settings(), num_workers=1)
-  with pytest.raises(ValueError, match="unfinished run with another config: remove that folder"):
+  with pytest.raises(ValueError, match=r"unfinished run with another config \(validation_share\): remove that folder"):
     pipeline.curate(str(tmp_path / "raw"), "mine", str(tmp_path / "out"), settings(validation_share=0.3), num_workers=1)
-  (tmp_path / "raw" / "new.txt").write_text("new")
+  text = tmp_path / "raw" / "p00001.txt"
+  text.write_text(text.read_text().upper())  # of the same length
+  os.utime(text, ns=(1, 1))
   with pytest.raises(ValueError, match="files were added, removed or changed"):
     pipeline.curate(str(tmp_path / "raw"), "mine", str(tmp_path / "out"), settings(), num_workers=1)
 
@@ -302,8 +286,9 @@ def test_a_remote_place_ends_with_the_same_bytes(small):
 def test_user_errors_are_one_sentence(tmp_path):
   make_folder(tmp_path / "raw", 4, 0)
   run = lambda name="mine", **changes: pipeline.curate(str(tmp_path / "raw"), name, str(tmp_path / "out"), settings(**changes), num_workers=1)
-  with pytest.raises(ValueError, match="The name '../x' cannot be"):
-    run("../x")
+  for name in ("../x", "my-set", "a b", "1a", ""):
+    with pytest.raises(ValueError, match="cannot be that of a data set: use letters, digits and _"):
+      run(name)
   with pytest.raises(ValueError, match="validation_share is 1.5"):
     run(validation_share=1.5)
   with pytest.raises(ValueError, match="first of config.operators must be 'broken'"):
@@ -316,8 +301,27 @@ def test_user_errors_are_one_sentence(tmp_path):
     run(encode=settings()["encode"] | {"format": "gif"})
 
 
+@pytest.mark.parametrize(("flags", "code", "message"), [
+    (("--source={0}/raw", "--name=glyphs", "--out={0}/out"), 1, "that of an embedded data set"),
+    (("--source={0}/raw", "--name=mine", "--out={0}/raw/out"), 1, "lies in the source"),
+    (("--source={0}/raw", "--name=mine", "--out={0}/out", "--vocab_size=300"), 1, "--vocab_size is for --dataset"),
+    (("--source={0}/raw", "--name=mine", "--out={0}/out", "--config=configs/quickstart.py"), 1, "--config is none for curation"),
+    (("--source={0}/nothing", "--name=mine", "--out={0}/out"), 1, "{0}/nothing"),
+    (("--out={0}/out",), 1, "Give one of --source"),
+])
+def test_the_launcher_refuses_in_one_sentence(tmp_path, flags, code, message):
+  make_folder(tmp_path / "raw", 3, 0)
+  done = subprocess.run([sys.executable, "-m", "launch.prepare_data", *(flag.format(tmp_path) for flag in flags)], capture_output=True, text=True)
+  assert done.returncode == code and message.format(tmp_path) in done.stderr and done.stderr.count("\n") == 1, done.stderr
+  assert not (tmp_path / "out").exists()
+
+
 def test_verify_finds_a_flipped_bit_and_a_missing_file(small, tmp_path):
   root, _, facts = small
+  shutil.copytree(facts["path"], tmp_path / "other")
+  (tmp_path / "other" / "tokenizer.json").write_text("{}")
+  with pytest.raises(ValueError, match="tokenizer.json has other bytes than were written"):
+    verify(tmp_path, "other")
   shutil.copytree(facts["path"], tmp_path / "mine")
   shard = next((tmp_path / "mine" / records.VERSION).glob("*train*"))
   data = bytearray(shard.read_bytes())

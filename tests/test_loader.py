@@ -253,5 +253,15 @@ def test_user_errors(data, tokenizer, options, message):
     make(data, tokenizer, **options)
 
 
+def test_a_prompt_that_another_tokenizer_makes_too_long_is_replaced(data, tokenizer):
+  other = embedded.train_tokenizer(["x"], 300)  # a token for nearly every byte
+  lengths = sorted(len(other.encode(caption)) for i in range(NUM_TRAIN) for caption in glyphs.example(i, seed=0)["captions"])
+  middle = lengths[len(lengths) // 2]
+  loader = Loader([DatasetSpec(str(data[0]), "glyphs")], DEFAULT, middle, other, 0, max_faulty=1.0, caption_dropout=0.0)
+  for k in range(6):
+    assert loader.batch(k)[1]["token_count"].max() <= middle
+  assert loader.faults and all(f"more than the {middle} of the bucket" in fault.sentence for fault in loader.faults)
+
+
 def test_no_tensorflow():
   assert "tensorflow" not in sys.modules

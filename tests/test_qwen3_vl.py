@@ -11,7 +11,7 @@ import torch
 
 import reference
 from configs import sizes
-from launch.run import encoder_config
+from launch.sections import encoder_config
 from qimg2 import params as P
 from qimg2 import pretrained, sharding
 from qimg2.models import qwen3_vl

@@ -95,7 +95,7 @@ def test_user_errors_are_one_sentence(prepared, tmp_path):
     embedded.prepare("glyphs", tmp_path, num_examples=0)
   with pytest.raises(ValueError, match="make it with python -m launch.prepare_data, --dataset=glyphs for an embedded one"):
     records.open_split(tmp_path, "glyphs", "train")
-  with pytest.raises(ValueError, match="no split 'test': choose one of train, validation"):
+  with pytest.raises(ValueError, match="no split 'test': it has train, validation"):
     records.open_split(prepared[0], "glyphs", "test")
   (tmp_path / "glyphs").mkdir()
   with pytest.raises(ValueError, match="not a prepared data set"):

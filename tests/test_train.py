@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from configs import emoji, folder, pretrain, quickstart
+from configs import emoji, folder, pretrain
 from launch.export import export
 from launch.run import Run
 from launch.train import train

@@ -4,13 +4,12 @@ import io
 import json
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data_pipelines import buckets
 from data_pipelines.curation.sample import Sample
 
 FORMATS = {"webp": "WEBP", "jpeg": "JPEG", "png": "PNG"}
-_ORIENTATION = 0x0112  # of EXIF
 
 
 def check(settings: dict) -> None:
@@ -66,4 +65,4 @@ def _wanted_scale(height: int, width: int, max_px: int) -> float:
 
 def _is_fit(data: bytes) -> bool:
   image = Image.open(io.BytesIO(data))
-  return image.format in FORMATS.values() and not getattr(image, "is_animated", False) and image.getexif().get(_ORIENTATION, 1) == 1
+  return image.format in FORMATS.values() and not getattr(image, "is_animated", False) and image.getexif().get(ExifTags.Base.Orientation, 1) == 1

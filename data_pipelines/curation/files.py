@@ -48,16 +48,29 @@ def names(folder: str) -> set[str]:
 
 
 def move(source: str, target: str) -> None:
-  """Moves a file, also from here to a remote place."""
-  if is_remote(source):
-    file_system = fsspec.core.url_to_fs(source)[0]
-    file_system.mv(source, target)
-  elif is_remote(target):
-    fsspec.core.url_to_fs(target)[0].put_file(source, target)
+  """Moves a file from here to a place here or elsewhere."""
+  if is_remote(target):
+    copy(source, target)
     os.remove(source)
   else:
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    os.replace(source, target)
+    shutil.move(source, target)
+
+
+def copy(source: str, target: str) -> None:
+  """Copies a file, of here or there, to a remote place."""
+  file_system = fsspec.core.url_to_fs(target)[0]
+  if is_remote(source):
+    file_system.copy(source, target)
+  else:
+    file_system.put_file(source, target)
+
+
+def remove_file(path: str) -> None:
+  """Removes a file, if it is there."""
+  file_system, place = fsspec.core.url_to_fs(path)
+  if file_system.exists(place):
+    file_system.rm_file(place)
 
 
 def remove_folder(path: str) -> None:

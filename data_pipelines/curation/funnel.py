@@ -94,7 +94,7 @@ def _survey(job: Job, unit: Unit) -> tuple[dict, dict]:
   """Returns (what the search for duplicates and curation need, the little that is needed of all units at once)."""
   steps = make_steps(job.settings["operators"][:survey_length(job.settings["operators"])])
   wants_hash = any(entry["name"] == DUPLICATE for entry in job.settings["operators"])
-  rows, drops, captions, lowest = [], {}, {}, 1.0
+  rows, drops, captions = [], {}, {}
   for position, sample in enumerate(read_unit(unit)):
     failed = _first_failure(steps, sample)
     if failed is not None:
@@ -103,9 +103,8 @@ def _survey(job: Job, unit: Unit) -> tuple[dict, dict]:
     rows.append((position, sample.key, _group(sample), hashlib.sha256(sample.image).hexdigest(),
                  perceptual_hash(sample.pixels) if wants_hash else 0))
     captions |= {caption.text: split_number(caption.text) for caption in sample.captions}
-    lowest = min(lowest, split_number(_split_key(sample)))
   most = -(-TOKENIZER_CAPTIONS // job.num_units)
-  return {"rows": rows, "drops": drops}, {"lowest": lowest, "captions": sorted(captions, key=captions.get)[:most]}
+  return {"rows": rows, "drops": drops}, {"captions": sorted(captions, key=captions.get)[:most]}
 
 
 def _group(sample: Sample) -> str:
@@ -117,8 +116,8 @@ def _group(sample: Sample) -> str:
 
 
 def _split_key(sample: Sample) -> str:
-  """All edits of one picture lie in one split."""
-  return hashlib.sha256(sample.sources[0]).hexdigest() if sample.sources else sample.key
+  """A picture and all edits of it lie in one split: an edit goes with its first condition image."""
+  return hashlib.sha256(sample.sources[0] if sample.sources else sample.image).hexdigest()
 
 
 def split_number(text: str) -> float:
@@ -143,18 +142,19 @@ def _curate(job: Job, unit: Unit, first_id: int) -> None:
   steps = make_steps(settings["operators"], job.tokenizer)
   surveyed = json.loads(files.read(job.path("survey", unit.number, ".json")))["drops"]
   duplicates = json.loads(files.read(job.path("duplicates", unit.number, ".json")))
-  tally = Tally(steps, max(6, EXAMPLES // job.num_units))
-  with tempfile.TemporaryDirectory() as folder:
+  tally, lowest = Tally(steps, max(6, EXAMPLES // job.num_units)), 1.0
+  with tempfile.TemporaryDirectory(dir=None if files.is_remote(job.work) else job.work) as folder:
     outputs = {split: _Output(os.path.join(folder, split)) for split in records.SPLITS}
     for position, sample in enumerate(read_unit(unit)):
       failed = _verdict(steps, sample, surveyed.get(str(position)), duplicates.get(str(position)))
       tally.add(sample, failed)
       stage = last_stage(steps, failed)
       if stage:
-        split = "validation" if split_number(_split_key(sample)) < job.validation_below else "train"
+        number = split_number(_split_key(sample))
+        split, lowest = "validation" if number < job.validation_below else "train", min(lowest, number)
         outputs[split].write(encode.record(sample, settings["encode"], stage) | {"sample_id": first_id + position})
     shards = {split: output.close(job, unit, split) for split, output in outputs.items()}
-  files.write(job.path("curated", unit.number, ".json"), json.dumps({"shards": shards, "tally": tally.plain()}).encode())
+  files.write(job.path("curated", unit.number, ".json"), json.dumps({"shards": shards, "tally": tally.plain(), "lowest": lowest}).encode())
 
 
 def _verdict(steps: Sequence[Step], sample: Sample, surveyed: list | None, duplicate: list | None) -> tuple[int, Drop] | None:
@@ -276,8 +276,10 @@ def _load_tokenizer(path: str) -> PromptTokenizer:
 
 
 def survey_length(entries: Sequence[dict]) -> int:
-  """How many steps the survey runs: those before "duplicate", and before any that counts tokens, for which there may be no tokenizer yet."""
-  return next((number for number, entry in enumerate(entries) if entry["name"] in (DUPLICATE, "token_length")), len(entries))
+  """How many steps the survey runs: those of the first stage before "duplicate", and before any that counts tokens, for which there may be no
+  tokenizer yet. What fails in the first stage leaves no record, so that nothing which a step does to a sample is missing in curation."""
+  return next((number for number, entry in enumerate(entries)
+               if entry["name"] in (DUPLICATE, "token_length") or entry["stage"] != entries[0]["stage"]), len(entries))
 
 
 def duplicate_place(steps: Sequence[Step]) -> int:

@@ -10,13 +10,12 @@ import math
 import cv2
 import imagehash
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 # Curation runs one process per core, which OpenCV's own threads would only fight over.
 cv2.setNumThreads(0)
 
 HASH_BITS = 64
-_ORIENTATION = 0x0112  # the EXIF tag
 _PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG may hold it
 _DARK = 26  # a tenth of the range: the hue and saturation of darker pixels are noise
 _EDGE = 32  # gray levels; steps between JPEG blocks are smaller, lines of a design are larger
@@ -30,11 +29,6 @@ def perceptual_hash(pixels: np.ndarray) -> int:
   Mirrored, cropped or rotated copies get other hashes. Flat pictures have no structure to hash and may all look alike.
   """
   return int(str(imagehash.phash(Image.fromarray(pixels))), 16)
-
-
-def hash_distance(first: int, second: int) -> int:
-  """Returns in how many of 64 bits two perceptual hashes differ: 0 for the same picture, about 32 for unrelated ones."""
-  return (first ^ second).bit_count()
 
 
 def shrink(gray: np.ndarray, side_px: int) -> np.ndarray:
@@ -158,7 +152,7 @@ def exif_orientation(data: bytes) -> int:
   # Pillow decodes all of a PNG to look for a chunk behind the pixels, so look whether there can be one.
   if data.startswith(b"\x89PNG") and not any(chunk in data for chunk in _PNG_EXIF):
     return 1
-  value = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
+  value = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
   return value if isinstance(value, int) else -1
 
 

@@ -341,6 +341,9 @@ def make_operators(entries: Sequence[dict[str, Any]], tokenizer: PromptTokenizer
   stages = [step.stage for step in steps if step.name == "duplicate"]
   if stages not in ([], ["S1"]):
     raise ValueError(f"Operator 'duplicate' is listed for {', '.join(stages)}: list it once, in S1.")
+  for step in steps:
+    if step.name in ("alignment", "token_length") and step.stage != steps[0].stage:
+      raise ValueError(f"Operator {step.name!r} of {step.stage} takes captions out, which all stages share: list it in {steps[0].stage}.")
   return steps
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -49,22 +50,22 @@ def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT,
   units = plan_units(source, config["samples_per_unit"])
   request = {"source": source, "fingerprint": fingerprint(source, units), "config": config}
   path, work = files.join(out, name), files.join(out, f".{name}.work")
-  if files.exists(path):
-    meta = json.loads(files.read(files.join(path, "dataset.json"))) if files.is_remote(path) else None
-    return {"path": path, "reused": True} | records.matching_facts(path, request, meta)
+  if files.exists(files.join(path, "dataset.json") if files.is_remote(path) else path):
+    return {"path": path, "reused": True} | _facts_of(path, request)
   _claim(work, request)
   job = Job(work, json.dumps(config), len(units))
   pool = _Runner(runner, num_workers or os.cpu_count() or 1, beam_options, job)
   _find_duplicates(pool, units, job)
   job = _settle(job, config)
   _curate_units(pool, units, job)
+  job = _hold_out_some(pool, units, job, config)
   return {"path": path, "reused": False} | _assemble(path, name, job, request, source)
 
 
 def _check(config: dict, name: str) -> None:
   """Finds the mistakes in a config before any work."""
-  if not name or "/" in name or name.startswith("."):
-    raise ValueError(f"The name {name!r} cannot be that of a data set: use letters, digits, - and _.")
+  if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
+    raise ValueError(f"The name {name!r} cannot be that of a data set: use letters, digits and _, and begin with a letter.")
   encode.check(config["encode"])
   if not 0 <= config["validation_share"] < 1:
     raise ValueError(f"config.validation_share is {config['validation_share']}: choose 0 or more and less than 1.")
@@ -79,11 +80,29 @@ def _claim(work: str, request: dict) -> None:
   path, text = files.join(work, "request.json"), json.dumps(request, indent=1)
   if not files.exists(path):
     files.write(path, text.encode())
-  stored = json.loads(files.read(path))
-  different = [key for key in request if stored.get(key) != json.loads(text)[key]]
-  if different:
-    what = {"source": "another source", "fingerprint": "the source as it was then; files were added, removed or changed", "config": "another config"}
-    raise ValueError(f"{work} holds an unfinished run with {what[different[0]]}: remove that folder to begin anew, or go on as it was begun.")
+  difference = _difference(json.loads(files.read(path)), request)
+  if difference:
+    raise ValueError(f"{work} holds an unfinished run {difference}: remove that folder to begin anew, or go on as it was begun.")
+
+
+def _facts_of(path: str, request: dict) -> dict:
+  """The facts of the data set that is there; `ValueError` unless it was made for the same request."""
+  meta = json.loads(files.read(files.join(path, "dataset.json"))) if files.is_remote(path) else records.read_meta(path)
+  difference = _difference(meta["request"], request)
+  if difference:
+    raise ValueError(f"{path} holds a data set {difference}: remove that folder, or choose another --name or --out.")
+  return meta["facts"]
+
+
+def _difference(stored: dict, request: dict) -> str:
+  """In what a stored request differs, in words, "" for nothing. The source may have moved."""
+  if "fingerprint" not in stored:
+    return "of another kind"
+  if stored["fingerprint"] != request["fingerprint"]:
+    return f"of {stored['source']} as it was then; files were added, removed or changed"
+  now = json.loads(json.dumps(request["config"]))
+  keys = sorted(key for key in stored["config"].keys() | now.keys() if stored["config"].get(key) != now.get(key))
+  return f"with another config ({', '.join(keys)})" if keys else ""
 
 
 # ---- the two passes --------------------------------------------------------------------------------
@@ -108,6 +127,8 @@ class _Runner:
         with beam.Pipeline(options=PipelineOptions(self._flags)) as pipeline:
           build(pipeline)
     except Exception as error:  # A runner wraps what a worker raised in a type of its own.
+      if "KeyboardInterrupt" in str(error):
+        raise KeyboardInterrupt from error
       sentences = sorted(files.names(errors))
       if sentences:
         raise ValueError(files.read(files.join(errors, sentences[0])).decode()) from error
@@ -155,7 +176,7 @@ def _max_distance(step: dict) -> int:
 
 
 def _settle(job: Job, config: dict) -> Job:
-  """The job with what only the whole survey can tell: the tokenizer, and which samples are held out (at least one, if any are wanted)."""
+  """The job with a tokenizer, which may have to be trained on the captions of the whole survey, and with the share that is held out."""
   path = files.join(job.work, "tokenizer.json")
   settled = files.join(job.work, "settled.json")
   if not files.exists(settled):
@@ -163,8 +184,7 @@ def _settle(job: Job, config: dict) -> Job:
     captions = dict.fromkeys(text for head in heads for text in head["captions"])
     tokenizer = PromptTokenizer.load(config["tokenizer"]) if config["tokenizer"] else train_tokenizer(captions, config["vocab_size"])
     files.write(path, tokenizer.to_bytes())
-    share, lowest = config["validation_share"], min(head["lowest"] for head in heads)
-    files.write(settled, json.dumps({"validation_below": max(share, np.nextafter(lowest, 1)) if share else 0.0}).encode())
+    files.write(settled, json.dumps({"validation_below": config["validation_share"]}).encode())
   return dataclasses.replace(job, tokenizer=path, **json.loads(files.read(settled)))
 
 
@@ -179,6 +199,26 @@ def _curate_units(pool: _Runner, units: Sequence[Unit], job: Job) -> None:
   pool(build, "curated", "curate")
 
 
+def _hold_out_some(pool: _Runner, units: Sequence[Unit], job: Job, config: dict) -> Job:
+  """The job with at least one record held out, if any are wanted, and one left for training, where there are two: of few pictures the numbers
+  may fall all on one side. The units that this changes are curated again."""
+  results = [json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units)]
+  train, validation = (sum(result["shards"][split]["num_records"] for result in results) for split in records.SPLITS)
+  if train and (validation or not config["validation_share"] or train == 1):
+    return job
+  if not train + validation:
+    return job
+  lowest = min(result["lowest"] for result in results)
+  below = float(np.nextafter(lowest, 1)) if train + validation > 1 else 0.0
+  for number, result in enumerate(results):
+    if result["shards"]["validation"]["num_records"] or result["lowest"] == lowest:
+      files.remove_file(job.path("curated", number, ".json"))
+  files.write(files.join(job.work, "settled.json"), json.dumps({"validation_below": below}).encode())
+  job = dataclasses.replace(job, validation_below=below)
+  _curate_units(pool, units, job)
+  return job
+
+
 # ---- one data set ----------------------------------------------------------------------------------
 
 
@@ -189,15 +229,16 @@ def _assemble(path: str, name: str, job: Job, request: dict, source: str) -> dic
   tally = funnel.join_tallies((result["tally"] for result in results), len(steps))
   shards = {split: [records.Shard(**result["shards"][split]) for result in results] for split in records.SPLITS}
   if not any(shard.num_records for shard in shards["train"]):
-    files.remove_folder(files.join(job.work, "curated"))
+    files.remove_folder(job.work)
     raise ValueError(f"No picture of {source} is left for training: {report.summary(tally, steps)}; loosen a threshold, "
                      "--config.operators[i].NAME=VALUE.")
   index = {split: records.join_indices([_read_index(job, number, split) for number in range(job.num_units)]) for split in records.SPLITS}
   tokenizer = PromptTokenizer.from_bytes(files.read(job.tokenizer), job.tokenizer)
   with tempfile.TemporaryDirectory() as scratch:
     complete, moves = os.path.join(scratch, name) if files.is_remote(path) else files.join(job.work, "complete"), {}
+    files.remove_folder(complete)  # of a run that was interrupted here
     facts = records.finish(complete, name, shards, index, tokenizer, request, funnel_facts(tally, steps),
-                           functools.partial(_mark, moves) if files.is_remote(path) else os.replace)
+                           functools.partial(_mark, moves) if files.is_remote(path) else records.link)
     funnel_json, page = report.write(tally, steps, missing_report_operators(steps), name, source, facts)
     files.write(files.join(complete, "funnel.json"), funnel_json)
     files.write(files.join(complete, "report.html"), page)
@@ -207,7 +248,7 @@ def _assemble(path: str, name: str, job: Job, request: dict, source: str) -> dic
 
 
 def _mark(moves: dict[str, str], source: str, target: str) -> None:
-  """Notes a move between remote places that is still to be done; an empty file stands for the moved one until then."""
+  """Notes a copy between remote places that is still to be made; an empty file stands for it until then."""
   files.write(target, b"")
   moves[target] = source
 
@@ -220,7 +261,7 @@ def _publish(complete: str, path: str, moves: dict[str, str]) -> None:
   found = [os.path.join(folder, name) for folder, _, some in os.walk(complete) for name in some]
   # dataset.json comes last: with it the data set is whole.
   for file in sorted(found, key=lambda file: (file.endswith("dataset.json"), file)):
-    files.move(moves.get(file, file), files.join(path, os.path.relpath(file, complete)))
+    files.copy(moves.get(file, file), files.join(path, os.path.relpath(file, complete)))
 
 
 def funnel_facts(tally: dict, steps: Sequence[funnel.Step]) -> dict:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.records import KINDS as KINDS
 from data_pipelines.transforms import decode_image
 
 @dataclasses.dataclass(frozen=True)

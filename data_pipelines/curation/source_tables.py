@@ -30,7 +30,8 @@ from typing import Any, BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from data_pipelines.curation.sample import KINDS, Caption, Sample
+from data_pipelines.curation.sample import Caption, Sample
+from data_pipelines.records import KINDS
 
 _IMAGE_COLUMNS = ("image", "target", "image_bytes", "bytes", "image_path", "file_name", "path")
 _BYTES_COLUMNS = ("image_bytes", "bytes")
@@ -293,21 +294,28 @@ def read_csv(place: Place, start: int, stop: int, options: dict) -> Iterator[Sam
 
 def _csv_rows(file: BinaryIO, place: Place, offset: int) -> Iterator[tuple[list[str] | None, int]]:
   """Yields (cells, or None for a row that is not valid; where the next row begins), without blank lines."""
-  def lines():
+  ends = []  # of the lines of the row that is being read
+
+  def rows():
     nonlocal offset
     for line in file:
       is_first, offset = not offset, offset + len(line)
+      ends.append(offset)
       text = line.decode("utf-8", "surrogateescape")
       yield text.removeprefix("\ufeff") if is_first else text
   # Strict: otherwise a quote that is never closed would swallow all rows below it without a word.
-  reader = csv.reader(lines(), delimiter="\t" if place.path.lower().endswith(".tsv") else ",", strict=True)
+  start = lambda: csv.reader(rows(), delimiter="\t" if place.path.lower().endswith(".tsv") else ",", strict=True)
+  reader = start()
   while True:
+    ends.clear()
     try:
       cells = next(reader)
     except StopIteration:
       return
-    except csv.Error:
-      cells = None
+    except csv.Error:  # the row is given up where its first line ends, and the next line may be a good one
+      cells, offset = None, ends[0]
+      file.seek(offset)
+      reader = start()
     if cells != []:
       yield cells, offset
 

@@ -98,15 +98,25 @@ def read_unit(unit: Unit) -> Iterator[Sample]:
 
 
 def fingerprint(source: str, units: Sequence[Unit]) -> str:
-  """Returns the SHA-256, in hex, of the names and sizes in bytes of the source's files as they are now, and of the number of samples.
+  """Returns the SHA-256, in hex, of the names, sizes in bytes and times of change of the source's files as they are now, and of the number of
+  samples.
 
   Pictures that a table names are not looked at, and names are relative, so that a source may move as a whole.
   """
   found = _find(source)
   digest = hashlib.sha256(f"{found.reader} {found.split} {sum(unit.stop - unit.start for unit in units)}".encode())
   for name, size in found.files.items():
-    digest.update(f"\0{_printable(name)}\0{size}".encode())
+    digest.update(f"\0{_printable(name)}\0{size}\0{_stamp(found, name)}".encode())
   return digest.hexdigest()
+
+
+def _stamp(found: _Found, name: str) -> str:
+  """When a file was changed, or a checksum that its file system keeps; "" where neither is known."""
+  try:
+    facts = found.fs.info(posixpath.join(found.root, name))
+  except FileNotFoundError:  # a link to nothing
+    return ""
+  return next((str(facts[key]) for key in ("mtime", "md5Hash", "etag", "ETag", "updated") if facts.get(key)), "")
 
 
 def _printable(text: str) -> str:

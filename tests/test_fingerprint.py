@@ -1,0 +1,38 @@
+"""A source that changed since its units were planned is noticed; one that moved is the same."""
+
+import os
+import re
+
+import pytest
+
+from data_pipelines.curation.sources import fingerprint, plan_units
+from tests.test_sources import SOURCES, folder, png, write
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_fingerprint(kind, tmp_path):
+  one, two = SOURCES[kind](tmp_path / "a"), SOURCES[kind](tmp_path / "b")
+  for path in tmp_path.rglob("*"):
+    os.utime(path, (1, 1))
+  units = plan_units(one)
+  digest = fingerprint(one, units)
+  # The same files elsewhere, cut in other units, are the same source.
+  assert re.fullmatch("[0-9a-f]{64}", digest) and digest == fingerprint(one, plan_units(one, 2)) == fingerprint(two, plan_units(two))
+  changed = next(path for path in sorted((tmp_path / "a").rglob("*")) if path.name != "y.tar"
+                 and path.suffix in (".csv", ".TSV", ".jsonl", ".parquet", ".tar", ".json", ".txt"))
+  os.utime(changed, (2, 2))
+  touched = fingerprint(one, units)
+  with open(changed, "ab") as file:
+    file.write(b" ")
+  os.utime(changed, (1, 1))
+  assert len({digest, touched, fingerprint(one, units)}) == 3
+
+
+def test_fingerprint_of_a_folder_that_gains_or_renames_a_file(tmp_path):
+  units = plan_units(source := folder(tmp_path))
+  digests = [fingerprint(source, units)]
+  for change in (lambda: write(tmp_path, {"notes.md": "no part of it"}), lambda: write(tmp_path, {"new.png": png(1)}),
+                 lambda: os.rename(tmp_path / "sub.d/00.png", tmp_path / "sub.d/0.png")):
+    change()
+    digests.append(fingerprint(source, units))
+  assert digests[0] == digests[1] and len(set(digests)) == 3
