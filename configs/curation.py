@@ -2,7 +2,7 @@
 
 What to expect. Every picture walks down the list up to the first operator that objects: S1 is for training at 256 px, S4 at 1024 px, S5 at
 2048 px, S6 for fine-tuning; S2 and S3 of the report add data and filter nothing. The report gives no thresholds: these are ours, mild in S1
-and strict in S6. S1 takes some 15 ms per megapixel and core after decoding, S4 a quarter of a second, nearly all of it for finding text.
+and strict in S6. S4 takes far longer than the others, nearly all of it for finding text.
 
 Left out are the three judgements that need a model of yours (see data_pipelines/curation/scorers.py): the argument "full" lists them, with
 an empty `model` to be filled on the command line, and text tags. Manual curation is one more entry:

@@ -21,7 +21,7 @@ from data_pipelines.transforms import load_picture
 
 _ENDLESS = 2**62
 _MOST_TRIES = 64  # records of a cell in a row that may be broken
-_FIRST_ROWS = 1000  # the share of broken records is judged as if at least so many had been read
+FIRST_ROWS = 1000  # the share of broken records is judged as if at least so many had been read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Loader:
         logging.warning("Batch %d: %s Sample %d takes its place.", k, fault.sentence, fault.replacement)
       self.faults += faults
       num_rows, num_faults = num_rows + len(batch["sample_id"]), num_faults + len(faults)
-      if num_faults > self._max_faulty * max(num_rows, _FIRST_ROWS):
+      if num_faults > self._max_faulty * max(num_rows, FIRST_ROWS):
         raise ValueError(f"{num_faults} of {num_rows} records could not be used by batch {k}, more than max_faulty={self._max_faulty}; the last "
                          f"one: {faults[-1].sentence}")
       yield bucket, batch

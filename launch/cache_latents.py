@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import DTYPES, open_cache
-from data_pipelines.loader import check_record, read_records
+from data_pipelines.loader import FIRST_ROWS, check_record, read_records
 from data_pipelines.mixture import Cell, DatasetSpec, Mixture, Resolution
 from data_pipelines.transforms import encode_png, load_picture
 from launch import cli
@@ -40,7 +40,6 @@ from launch.sections import from_section
 
 _ANY_LENGTH = 2**30  # tokens: no caption is too long for latents
 _NAMED = 1000  # broken records that dataset.json names; all are counted
-_FIRST_ROWS = 1000  # as in data_pipelines.loader
 
 
 def cache_latents(cfg: ConfigDict, stage_name: str, workdir: str | pathlib.Path, out_name: str = "", options: Options = Options()) -> list[dict]:
@@ -283,7 +282,7 @@ class _Job:
       files[split].append(R.Shard(os.fspath(self._place(split, number)), **about))
       indices[split].append(arrays)
     num_read = sum(shard.num_records for some in files.values() for shard in some) + len(broken)
-    if len(broken) > self._stage.max_faulty * max(num_read, _FIRST_ROWS) or len(broken) == num_read:
+    if len(broken) > self._stage.max_faulty * max(num_read, FIRST_ROWS) or len(broken) == num_read:
       raise ValueError(f"{len(broken)} of {num_read} records of data set {self._name!r} could not be cached, more than max_faulty="
                        f"{self._stage.max_faulty} of stage {self._stage.name!r} allows; the last one: {broken[-1]}")
     index = {split: R.join_indices(indices[split] or [empty]) for split in R.SPLITS}

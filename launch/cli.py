@@ -8,6 +8,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
+FLAG_ERRORS = (AttributeError, KeyError, OSError, ValueError, TypeError, IndexError, flags.Error)
 
 
 def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:
@@ -17,7 +18,10 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
   flag, a config file that is missing or a key that the config does not have, with 2; an interruption (Ctrl-C) with 130. Anything else is a
   defect of the program and keeps its traceback.
   """
-  define_flags()
+  try:
+    define_flags()  # a config file with a default is read here, with what the command line changes in it
+  except FLAG_ERRORS as error:
+    _fail_flags(error)
 
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
@@ -47,8 +51,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if getattr(flags.FLAGS, "config", None) is not None:
       flags.FLAGS.config.keys()  # a missing file is only reported when the config is first read
     return rest
-  except (AttributeError, KeyError, OSError, ValueError, TypeError, IndexError, flags.Error) as error:
-    _fail(f"The flags cannot be used: {' '.join(str(error).split())}", 2)
+  except FLAG_ERRORS as error:
+    _fail_flags(error)
+
+
+def _fail_flags(error: Exception) -> None:
+  _fail(f"The flags cannot be used: {' '.join(str(error).split())}", 2)
 
 
 def _fail(sentence: str, code: int) -> None:

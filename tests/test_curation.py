@@ -308,6 +308,7 @@ def test_user_errors_are_one_sentence(tmp_path):
     (("--source={0}/raw", "--name=mine", "--out={0}/out", "--config=configs/quickstart.py"), 1, "--config is none for curation"),
     (("--source={0}/nothing", "--name=mine", "--out={0}/out"), 1, "{0}/nothing"),
     (("--out={0}/out",), 1, "Give one of --source"),
+    (("--source={0}/raw", "--name=mine", "--out={0}/out", "--config.operators[1].min_pix=3"), 2, "min_px"),
 ])
 def test_the_launcher_refuses_in_one_sentence(tmp_path, flags, code, message):
   make_folder(tmp_path / "raw", 3, 0)

@@ -288,9 +288,9 @@ def duplicate_place(steps: Sequence[Step]) -> int:
 
 
 def _leave_errors(job: Job, unit: Unit, work) -> None:
-  """Runs `work`; a user's mistake is written down for the process that started the pipeline, which sees only a wrapped traceback."""
+  """Runs `work`; a user's mistake, or a full disk, is written down for the process that started the pipeline, which sees only a wrapped traceback."""
   try:
     work()
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     files.write(job.path("errors", unit.number, ".txt"), str(error).encode())
     raise
