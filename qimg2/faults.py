@@ -55,8 +55,8 @@ class Settings:
 class Notice:
   """Whether the run is asked to stop: `with Notice() as stop: ... stop(step)`.
 
-  SIGTERM, which comes before a machine is taken away, and the first SIGINT ask for it; a second SIGINT ends the process at once. One process
-  stops after the step that it is running. Several stop after the same step: whichever of them is asked, the coordination service of
+  SIGTERM, which comes before a machine is taken away, and the first SIGINT ask for it; a second SIGINT ends the process at once, with 130. One
+  process stops after the step that it is running. Several stop after the same step: whichever of them is asked, the coordination service of
   `jax.distributed` tells the others, and they agree on a step that none of them has passed. That costs a look at a local number per step.
   """
 
@@ -68,11 +68,18 @@ class Notice:
     if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
       for number in (signal.SIGINT,) if self._shared() else (signal.SIGINT, signal.SIGTERM):
         self._before[number] = signal.signal(number, self._handle)
+      pipe, self._pipe = os.pipe()
+      os.set_blocking(self._pipe, False)
+      self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+      threading.Thread(target=_end_at_second_interrupt, args=(pipe,), daemon=True).start()
     return self
 
   def __exit__(self, *_):
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    if self._before:
+      signal.set_wakeup_fd(self._pipe_before)
+      os.close(self._pipe)
 
   def __call__(self, step: int) -> bool:
     """Whether all processes stop after `step`. Every process asks at every step."""
@@ -85,10 +92,18 @@ class Notice:
 
   def _handle(self, number: int, _) -> None:
     self._asked = True
-    if number == signal.SIGINT:
-      signal.signal(signal.SIGINT, signal.SIG_DFL)
-      if self._shared():
-        os.kill(os.getpid(), signal.SIGTERM)  # jax's own handler tells the other processes
+    if number == signal.SIGINT and self._shared():
+      os.kill(os.getpid(), signal.SIGTERM)  # jax's own handler tells the other processes
+
+
+def _end_at_second_interrupt(pipe: int) -> None:
+  """Reads the numbers of signals as they come, which Python's handlers, in the main thread, cannot while that compiles or waits for a device."""
+  num = 0
+  with open(pipe, "rb", buffering=0) as numbers:
+    while some := numbers.read(64):
+      num += some.count(signal.SIGINT)
+      if num > 1:
+        os._exit(130)
 
 
 class Watch:

@@ -176,6 +176,17 @@ def test_where_none_is_whole_nothing_is_read_and_nothing_begun(two):
   assert checkpoint.Checkpoints(folder).latest_step() == 5
 
 
+def test_damage_to_an_older_step_harms_no_run(two):
+  folder, _, six, abstract = two
+  for path in files_of(folder / "5"):
+    os.truncate(path, 0)
+  writer = checkpoint.Checkpoints(folder, keep=2)
+  assert_equal(writer.restore(abstract, writer.latest_step())[0], six)
+  writer.save(six.replace(step=jnp.int32(7)), {})
+  writer.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["6", "7"]
+
+
 def test_a_save_that_was_cut_off_does_not_count(two):
   folder, five, _, _ = two
   (folder / "6").rename(folder / "7.orbax-checkpoint-tmp")
