@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from data_pipelines.loader import Loader
 from launch.check import counts_of, shares_of
 from launch.run import Run
-from qimg2.metrics import read_rows
+from qimg2.metrics import NEXT_TO_STEPS, goodput, read_rows
 
 MAX_SHEETS = 4
 STYLE = """
@@ -70,7 +70,7 @@ def _overview(run: Run, stages: Sequence[ConfigDict], record: dict) -> str:
   rows = []
   for stage in stages:
     losses = read_rows(run.workdir / stage.name / "metrics.jsonl")
-    rates = [row["samples_per_second"] for row in read_rows(run.workdir / stage.name / "timing.jsonl")]
+    rates = _series(read_rows(run.workdir / stage.name / "timing.jsonl"), "samples_per_second")[1]
     validation = [row["val_loss"] for row in losses if "val_loss" in row]
     sizes = ", ".join(f"{r.base_px} px x {r.batch_size}" for r in stage.resolutions)
     rows.append((stage.name, stage.algorithm.name, stage.start_from or "scratch", max((row["step"] for row in losses), default=0),
@@ -92,7 +92,8 @@ def _stage(run: Run, stage: ConfigDict) -> Iterable[str]:
     yield "<h3>Validation loss per time bin</h3><p>Bin 0 is nearest to the data, the last one to noise.</p>"
     yield _plot({name.removeprefix("val_loss_"): _series(rows, name) for name in sorted(bins)}, "validation loss", log=True)
   timing = read_rows(folder / "timing.jsonl")
-  yield "<h3>Throughput</h3>" + _throughput(timing)
+  yield "<h3>Throughput</h3>" + _throughput(timing) + _goodput(timing)
+  yield _faults(folder)
   yield "<h3>Data</h3>" + _counts(folder)
   sheets = sorted((folder / "samples").glob("*.png"))
   kinds = {"": "Reconstructions, each left of its original" if stage.algorithm.name == "reconstruction" else
@@ -109,6 +110,28 @@ def _throughput(timing: Sequence[dict]) -> str:
     parts += [f"<p>Steps waited for data during at most {sum(shares) / len(shares):.1%} of the time on average, {max(shares):.1%} between the two "
               "rows of the log with the most waiting.</p>", _plot({"waiting for data": (steps, shares)}, "share of the time", log=False)]
   return "".join(parts)
+
+
+def _goodput(timing: Sequence[dict]) -> str:
+  """A table of where the wall time went, over all starts of the stage."""
+  total = goodput(timing)
+  if not total:
+    return ""
+  kinds = [("steps", total["step_s"]), ("steps that a later start repeated", total["lost_s"])]
+  kinds += [("evaluation and samples" if kind == "evaluation" else kind, total[f"{kind}_s"]) for kind in NEXT_TO_STEPS]
+  rows = [(name, f"{seconds:.1f}", f"{seconds / total['wall_s']:.1%}") for name, seconds in kinds]
+  starts = f"{total['starts']} start{'s' if total['starts'] > 1 else ''}"
+  return (f"<p>Goodput {total['step_s'] / total['wall_s']:.1%}: steps that count, of {total['wall_s']:.0f} s in {starts}.</p>"
+          + _table(("time went to", "seconds", "share"), rows))
+
+
+def _faults(folder: pathlib.Path) -> str:
+  """How many updates were skipped and how many losses jumped; nothing where none did."""
+  kinds = [row["fault"] for row in read_rows(folder / "faults.jsonl")]
+  if not kinds:
+    return ""
+  return (f"<h3>Faults</h3><p>{kinds.count('skipped')} updates were skipped because a gradient was no number, and {kinds.count('spike')} times the "
+          "loss was far above its median: steps and samples are in faults.jsonl.</p>")
 
 
 def _counts(folder: pathlib.Path) -> str:

@@ -38,7 +38,7 @@ EMBEDDED = ("glyphs", "emoji")
 DIFFUSERS = "diffusers:"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "check",
-             "num_steps", "data_dir", "mesh")
+             "num_steps", "data_dir", "mesh", "faults")
 
 
 class Run:

@@ -1,9 +1,14 @@
 """Trains the stages of a config, one after the other, and goes on where an earlier call was stopped.
 
+SIGTERM or Ctrl-C saves after the running step and exits with 75; the same command goes on. A second Ctrl-C ends at once.
+
   python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.stages[1].num_steps=10]
 """
 
 import pathlib
+import sys
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +20,8 @@ from launch import cli, report
 from launch.check import check, describe
 from launch.generator import Generator, Size
 from launch.pictures import grid, save_png
-from launch.run import Run, plain, save_config
+from launch.run import Run, from_section, plain, save_config
+from qimg2 import faults
 from qimg2.evaluate import Evaluator
 from qimg2.metrics import MetricsWriter
 from qimg2.state import make_optimizers
@@ -25,21 +31,34 @@ PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
 def train(cfg: ConfigDict, workdir: str | pathlib.Path, allow_config_change: bool = False) -> Run:
-  """Trains every stage that is not finished, writes the report, runs the config's check, and returns the run."""
-  workdir = pathlib.Path(workdir)
-  run = Run(cfg, workdir)
-  save_config(cfg, workdir, allow_config_change)
-  for section in cfg.stages:
-    train_one(run, section)
-    report.write_report(run)
+  """Trains every stage that is not finished, writes the report, runs the config's check, and returns the run.
+
+  Raises:
+    qimg2.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
+  """
+  workdir, began = pathlib.Path(workdir), time.monotonic()
+  with faults.Notice() as stop:
+    run = Run(cfg, workdir)
+    for section in cfg.stages:
+      fault_settings(section)  # mistakes are found before the first stage trains
+    save_config(cfg, workdir, allow_config_change)
+    for section in cfg.stages:
+      train_one(run, section, stop, began)
+      report.write_report(run)
+      began = time.monotonic()
   if cfg.check.name:
     print(describe(check(run)))
   report.write_report(run)
   return run
 
 
-def train_one(run: Run, section: ConfigDict) -> None:
-  """Trains one stage."""
+def fault_settings(section: ConfigDict) -> faults.Settings:
+  """What the stage bears."""
+  return from_section(faults.Settings, section.get("faults", {}), f"stages[{section.name}].faults")
+
+
+def train_one(run: Run, section: ConfigDict, stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> None:
+  """Trains one stage; `stop` and `began` as for `qimg2.trainer.train_stage`."""
   algorithm = run.algorithm(section)
   loader = run.loader(section)
   settings = run.optimizer_config(section)
@@ -47,13 +66,14 @@ def train_one(run: Run, section: ConfigDict) -> None:
   batches = run.evaluation_batches(section)
   hooks = [(section.eval_every_steps, evaluation_hook(run, section, batches))]
   hooks += [(section.sample_every_steps, picture_hook(run, section, task, some)) for task, some in batches.items()]
+  description = {"seed": run.cfg.seed, "num_tokens": run.cfg.num_tokens, "prompt_classes": plain(run.cfg.prompt_classes), **plain(section)}
   stage = Stage(
       section.name, algorithm, make_optimizers(algorithm, run.specs, settings, section.num_steps), run.specs, section.num_steps,
       run.batch_shapes(loader), tuple(hooks), settings.accumulate, section.log_every_steps, section.save_every_steps, section.keep,
-      {"seed": run.cfg.seed, "num_tokens": run.cfg.num_tokens, "prompt_classes": plain(run.cfg.prompt_classes), **plain(section)})
+      fault_settings(section), description)
   report.save_counts(run, section, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(section.name), lambda: run.start_weights(section), frozen,
-              lambda: next(iter(batches.values())))
+              lambda: next(iter(batches.values())), stop, began)
 
 
 def evaluation_hook(run: Run, section: ConfigDict, batches: dict[str, list[dict]]):
@@ -129,7 +149,11 @@ def main(_) -> None:
   args = flags.FLAGS
   if args.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compilation_cache).expanduser()))
-  run = train(args.config, args.workdir, args.allow_config_change)
+  try:
+    run = train(args.config, args.workdir, args.allow_config_change)
+  except faults.Preempted as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(faults.EXIT_CODE)
   print(f"Report: {run.workdir / 'report.html'}")
   print(f"Samples: {run.workdir}/<stage>/samples/")
 

@@ -3,47 +3,93 @@
   <stage>/checkpoints/<step>/params.<role>   weights of a trained role
                              slow.<name>     a slow copy
                              optimizer       optimizer states, step, key
-                             meta            JSON: the loader's position, the stage's description
+                             meta            JSON: the loader's position, the stage's description, what the loop remembers
+                             manifest.json   the checksum of every file, see qimg2.manifest
 
 A later stage, sampling or export reads the one item it needs. Saving is asynchronous and atomic: a folder without a finished save does not
-count as a checkpoint. Reading is strict: another shape or a missing weight is an error.
+count as a checkpoint. Reading is strict: another shape or a missing weight is an error. Before anything is read from a step, all of the step is
+compared with its manifest: a damaged one is named in the log and the one before it is read instead; where none is whole, that is an error.
 """
 
+import functools
 import pathlib
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 
+from qimg2 import manifest
 from qimg2.state import TrainState
+
+TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder until its save is complete
+ACCEPT = "qimg2.manifest.seal(FOLDER) accepts it as it is"
+
+
+class SaveError(OSError):
+  """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpoints:
   """The checkpoints of one stage."""
 
-  def __init__(self, folder: pathlib.Path, keep: int = 2):
-    """Args: folder, made if missing; keep, how many of the newest to keep."""
-    self.folder = pathlib.Path(folder).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(self.folder, options=options)
+  def __init__(self, folder: pathlib.Path, keep: int | None = None):
+    """Args: folder; keep, how many of the newest to keep, which makes the folder if it is missing; None only to read.
 
-  def latest_step(self) -> int | None:
-    """Step of the newest whole checkpoint, None when there is none."""
-    return self._manager.latest_step()
-
-  def save(self, state: TrainState, meta: dict) -> None:
-    """Starts to save `state` and the JSON-serialisable `meta` under the state's step; returns once the device memory may be reused."""
-    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-    self._manager.save(int(state.step), args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
-
-  def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict]:
-    """(state, meta) of a step, laid out as the shardings in `abstract` say.
+    With `keep`, damaged steps that are newer than the newest whole one are renamed to <step>.damaged, so that they can be saved again.
 
     Raises:
-      ValueError: the checkpoint does not hold what `abstract` asks for.
+      ValueError: with `keep`, there are checkpoints but none is whole.
+    """
+    self.folder, self._keep = pathlib.Path(folder).absolute(), keep
+    self._saving = 0  # the step of the save that was started last
+    if keep is not None:
+      _set_aside(self.folder, self.latest_step())
+    self._manager = self._open()
+
+  def latest_step(self) -> int | None:
+    """Step of the newest whole checkpoint, None when there are no checkpoints at all.
+
+    Raises:
+      ValueError: there are checkpoints but none is whole.
+    """
+    steps, faults = _steps(self.folder), []
+    for step in steps:
+      fault = _agreed_fault(self.folder / str(step))
+      if not fault:
+        if faults:
+          logging.warning("%s The checkpoint before it, of step %d, is used instead; launch.train makes those after it anew.", " ".join(faults), step)
+        return step
+      if (self.folder / str(step)).is_dir():  # not one that a run has just replaced by a newer one
+        faults.append(f"The checkpoint {self.folder / str(step)} is damaged: {fault}.")
+    if faults:
+      raise ValueError(f"{' '.join(faults)} No other in {self.folder} is whole: put back a copy of one, or move the folder away to begin the stage "
+                       f"again; if a checkpoint is known to be good, {ACCEPT}.")
+    return None
+
+  def save(self, state: TrainState, meta: dict) -> None:
+    """Starts to save `state` and the JSON-serialisable `meta` under the state's step; returns once the device memory may be reused.
+
+    Raises:
+      SaveError: this save could not be started, or the one before it failed.
+    """
+    self.wait()
+    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+    self._saving = int(state.step)
+    self._guard(lambda: self._manager.save(self._saving, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)))
+
+  def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict]:
+    """(state, meta) of a step that `latest_step` gave, laid out as the shardings in `abstract` say.
+
+    Raises:
+      ValueError: the checkpoint does not hold what `abstract` asks for, or is damaged.
     """
     args = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-    restored = _read(self._manager, step, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args), self.folder)
+    restored = self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
     train = restored["optimizer"]
     params = {role: restored[f"params.{role}"] for role in abstract.params}
     slow = {name: restored[f"slow.{name}"] for name in abstract.slow}
@@ -54,44 +100,90 @@ class Checkpoints:
     return sorted(path.name for path in (self.folder / str(step)).iterdir() if path.is_dir() and "." in path.name)
 
   def restore_item(self, name: str, abstract: Any, step: int | None = None) -> Any:
-    """One item, such as "params.model" or "slow.ema", of a step (default: the newest).
+    """One item, such as "params.model" or "slow.ema", of a step (default: the newest whole one).
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: no such item, or one that does not fit `abstract`.
+      ValueError: no such item, one that does not fit `abstract`, a damaged step, or no whole one.
     """
     step = self.latest_step() if step is None else step
     if step is None:
       raise FileNotFoundError(f"There is no checkpoint in {self.folder}: train that stage first.")
     if name not in self.items(step):
       raise ValueError(f"The checkpoint {self.folder / str(step)} holds no {name!r}: it has {', '.join(self.items(step))}.")
-    return _read(self._manager, step, ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}), self.folder)[name]
+    return self._read(step, ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
 
   def wait(self) -> None:
-    """Returns when the save under way is on the disk; raises what went wrong in it."""
-    self._manager.wait_until_finished()
+    """Returns when the save under way is on the disk.
+
+    Raises:
+      SaveError: it failed.
+    """
+    self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
-    """Waits for the save under way and ends."""
-    self._manager.wait_until_finished()
+    """Waits for the save under way and ends.
+
+    Raises:
+      SaveError: it failed.
+    """
+    self.wait()
     self._manager.close()
+
+  def _open(self) -> ocp.CheckpointManager:
+    if self._keep is None:
+      return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=False))
+    seal = ocp.AsyncOptions(post_finalization_callback=lambda: _seal(self.folder / str(self._saving)))
+    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True, async_options=seal)
+    return ocp.CheckpointManager(self.folder, options=options)
+
+  def _guard(self, save: Callable[[], Any]) -> None:
+    """Runs a part of a save. After one that failed, what it left is removed and saving can begin anew."""
+    try:
+      done = save()
+    except Exception as error:  # whatever the file system raises, in Orbax's threads too
+      if jax.process_count() == 1:  # several would have to fail together
+        for part in self.folder.glob(f"*{TEMPORARY}*"):
+          shutil.rmtree(part, ignore_errors=True)
+        self._manager = self._open()
+      raise SaveError(f"The checkpoint {self.folder / str(self._saving)} could not be written ({_first_line(error)}); those before it are kept: "
+                      "free some space or mend the disk.") from error
+    if done is False:
+      raise SaveError(f"The checkpoint {self.folder / str(self._saving)} was not written because there is a newer one: use another folder.")
+
+  def _read(self, step: int, args: ocp.args.Composite) -> Any:
+    path = self.folder / str(step)
+    fault = _agreed_fault(path)
+    if fault:
+      raise ValueError(f"The checkpoint {path} is damaged: {fault}: read another step, or put back a copy.")
+    try:
+      return self._manager.restore(step, args=args)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+      raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}") from error
 
 
 def save_weights(folder: pathlib.Path, params: dict) -> None:
   """Writes weights that no stage trains (a frozen role) to a folder of their own; waits until they are there."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(pathlib.Path(folder).absolute(), params)
+  folder = pathlib.Path(folder).absolute()
+  options = ocp.AsyncOptions(post_finalization_callback=functools.partial(_seal, folder))
+  with ocp.StandardCheckpointer(async_options=options) as checkpointer:
+    checkpointer.save(folder, params)
 
 
 def restore_weights(folder: pathlib.Path, abstract: dict) -> dict:
   """Weights written by `save_weights`.
 
   Raises:
-    ValueError: they do not fit `abstract`.
+    ValueError: they are damaged, or do not fit `abstract`.
   """
+  folder = pathlib.Path(folder).absolute()
+  fault = _agreed_fault(folder)
+  if fault:
+    raise ValueError(f"The weights in {folder} are damaged: {fault}: put back a copy, or remove the folder if the run drew them from its seed, which "
+                     f"draws the same again; if they are known to be good, {ACCEPT}.")
   with ocp.StandardCheckpointer() as checkpointer:
     try:
-      return checkpointer.restore(pathlib.Path(folder).absolute(), abstract)
+      return checkpointer.restore(folder, abstract)
     except (ValueError, KeyError) as error:
       raise ValueError(f"The weights in {folder} do not fit the config: {_first_line(error)}") from error
 
@@ -107,11 +199,38 @@ def _items(state: TrainState) -> dict[str, Any]:
   }
 
 
-def _read(manager: ocp.CheckpointManager, step: int, args: ocp.args.Composite, folder: pathlib.Path) -> Any:
-  try:
-    return manager.restore(step, args=args)
-  except (ValueError, KeyError, FileNotFoundError) as error:
-    raise ValueError(f"The checkpoint {folder / str(step)} does not fit the config or is damaged: {_first_line(error)}") from error
+# Whole and damaged.
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+  """The steps whose save was completed, newest first, damaged or not."""
+  return sorted((int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()), reverse=True) if folder.is_dir() else []
+
+
+def _seal(folder: pathlib.Path) -> None:
+  """Writes the manifest of a save that is complete but for the renaming of its folder; Orbax calls it on the first process."""
+  temporary = folder.with_name(folder.name + TEMPORARY)
+  manifest.seal(temporary if temporary.is_dir() else folder)
+
+
+def _agreed_fault(folder: pathlib.Path) -> str:
+  """What keeps a folder from being whole, "" for nothing. Several processes read a part of it each and come to the same end."""
+  index, count = jax.process_index(), jax.process_count()
+  fault = manifest.find_fault(folder, (index, count))
+  if count > 1 and multihost_utils.process_allgather(np.array(bool(fault))).any():
+    return fault or "another process found a damaged file"
+  return fault
+
+
+def _set_aside(folder: pathlib.Path, whole: int | None) -> None:
+  """Renames the steps after the newest whole one, all of them damaged."""
+  for step in _steps(folder) if jax.process_index() == 0 and whole is not None else ():
+    if step <= whole:
+      break
+    names = [f"{step}.damaged", *(f"{step}.damaged{number}" for number in range(2, 1000))]
+    (folder / str(step)).rename(next(folder / name for name in names if not (folder / name).exists()))
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
 
 
 def _first_line(error: Exception) -> str:

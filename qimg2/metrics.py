@@ -1,16 +1,23 @@
 """Where a stage writes its numbers.
 
 `metrics.jsonl` holds what training computes and nothing that depends on the clock: an interrupted and resumed run writes the same bytes as
-an uninterrupted one. `timing.jsonl` holds samples per second and the like. TensorBoard gets both.
+an uninterrupted one. `faults.jsonl`, if there is one, holds what qimg2.faults found, with all sample ids of the first process's rows, and nothing of
+the clock either. `timing.jsonl` holds samples per second and the like, and where the time went: rows of `Accounts`, which stay when a run goes on
+from an earlier step. TensorBoard gets metrics and timing.
 """
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorboardX
+
+
+NEXT_TO_STEPS = ("start", "compile", "data", "save", "evaluation")  # what time goes to beside steps
 
 
 class MetricsWriter:
@@ -26,8 +33,9 @@ class MetricsWriter:
     if not active:
       return
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "timing.jsonl"):
+    for name in ("metrics.jsonl", "timing.jsonl", "faults.jsonl"):
       _truncate(folder / name, step)
+    self._folder = folder
     self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
     self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")
     self._events = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
@@ -39,6 +47,14 @@ class MetricsWriter:
   def write_timing(self, step: int, scalars: Mapping[str, float]) -> None:
     """Adds a row to timing.jsonl and to TensorBoard."""
     self._row("_timing", step, scalars)
+
+  def write_fault(self, step: int, row: Mapping) -> None:
+    """Adds a JSON-serialisable row to faults.jsonl."""
+    if self._active:
+      with open(self._folder / "faults.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **row}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
   def write_image(self, step: int, name: str, image: np.ndarray) -> None:
     """Adds an [H, W, 3] uint8 picture to TensorBoard."""
@@ -88,7 +104,67 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:
-  rows = [row for row in read_rows(path) if row["step"] <= step]
+  if path.name == "faults.jsonl" and not path.exists():
+    return
+  rows = [row for row in read_rows(path) if row["step"] <= step or "wall_s" in row]
   part = path.with_suffix(".part")
   part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
   part.replace(path)
+
+
+# Where the time goes.
+
+
+class Accounts:
+  """Where the wall time of a stage goes. What is spent on nothing else is spent on steps."""
+
+  def __init__(self, began: float | None = None):
+    """Args: `time.monotonic()` of when the stage began, which until now went to its start; None for now."""
+    self._mark = time.monotonic() if began is None else began
+    self._spent = dict.fromkeys(NEXT_TO_STEPS, 0.0)
+    self._spent["start"] = time.monotonic() - self._mark
+
+  @contextlib.contextmanager
+  def spend(self, kind: str) -> Iterator[None]:
+    """Counts the time inside as spent on `kind`, one of NEXT_TO_STEPS."""
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self.add(kind, time.monotonic() - start)
+
+  def add(self, kind: str, seconds: float) -> None:
+    """Counts seconds that were spent on `kind`."""
+    self._spent[kind] += seconds
+
+  def row(self) -> dict[str, float]:
+    """Seconds since the last row, to be logged: `wall_s` of all, `step_s` and one for each of NEXT_TO_STEPS of its parts; `goodput`, the share of
+    steps, 0 to 1."""
+    now = time.monotonic()
+    wall, spent = now - self._mark, {f"{kind}_s": seconds for kind, seconds in self._spent.items()}
+    self._mark, self._spent = now, dict.fromkeys(NEXT_TO_STEPS, 0.0)
+    step = max(0.0, wall - sum(spent.values()))
+    return {"wall_s": wall, "step_s": step, **spent, "goodput": step / max(wall, 1e-9)}
+
+
+def goodput(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Sums of the rows of `Accounts` among the rows of timing.jsonl, over all starts of a stage; {} when there are none.
+
+  `wall_s`, `step_s` and one for each of NEXT_TO_STEPS in seconds; `lost_s`, steps that a later start computed again, which are not in `step_s`;
+  `starts`, how often the stage was started. What a killed process did after its last row is in none of them, and neither is the time between two.
+  """
+  rows = [row for row in rows if "wall_s" in row]
+  if not rows:
+    return {}
+  names = ("wall_s", "step_s", *(f"{kind}_s" for kind in NEXT_TO_STEPS))
+  total = {name: sum(row[name] for row in rows) for name in names}
+  lost, starts, done, at = 0.0, 0, [], 0  # done: (from step, to step, seconds)
+  for row in rows:
+    if row["start_s"]:
+      starts, at = starts + 1, row["step"]
+      lost += sum(seconds * (to - max(first, at)) / (to - first) for first, to, seconds in done if to > at)
+      done = [(first, min(to, at), seconds * (min(to, at) - first) / (to - first)) for first, to, seconds in done if first < at]
+    if row["step"] > at:
+      done.append((at, row["step"], row["step_s"]))
+    at = row["step"]
+  return {**total, "step_s": total["step_s"] - lost, "lost_s": lost, "starts": starts}

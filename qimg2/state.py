@@ -21,7 +21,7 @@ class TrainState:
   """All that changes while a stage trains.
 
   Attributes:
-    step: int32, number of updates done.
+    step: int32, number of steps done, with those whose update was skipped.
     params: trained role -> weights.
     opt: trained role -> optimizer state.
     slow: name -> slow copy of a role's weights.
@@ -61,25 +61,32 @@ def abstract_state(algorithm: Algorithm, optimizers: Optimizers, specs: dict[str
 
 
 def make_step(algorithm: Algorithm, optimizers: Optimizers, nets: Any, accumulate: int = 1):
-  """`step(state, frozen, batch) -> (state, metrics)`, a pure function to be compiled; metrics are float32 scalars."""
+  """`step(state, frozen, batch) -> (state, metrics)`, a pure function to be compiled; metrics are float32 scalars.
+
+  A role whose loss or whose gradient's global norm is no finite number keeps its weights, optimizer state and slow copies to the bit; the step
+  counts all the same. The metric "skipped" says how many roles that were.
+  """
   def step(state: TrainState, frozen: dict[str, Any], batch: dict):
     key = jax.random.fold_in(state.key, state.step)
     if algorithm.experience is not None:
       key, key_experience = jax.random.split(key)
       batch = algorithm.experience({**frozen, **state.params, **state.slow}, nets, batch, key_experience)
-    params, opt, metrics = dict(state.params), dict(state.opt), {}
+    params, opt, metrics, good = dict(state.params), dict(state.opt), {}, {}
     for number, (role, optimizer) in enumerate(sorted(optimizers.items())):
       gradient = _gradient(algorithm, nets, role, frozen, params, batch, jax.random.fold_in(key, number), accumulate)
       update = lambda: _update(optimizer, params[role], opt[role], gradient)
       every = algorithm.every.get(role, 1)
       if every == 1:
-        params[role], opt[role], role_metrics = update()
+        params[role], opt[role], role_metrics, good[role] = update()
       else:
-        skip = lambda: (params[role], opt[role], {name: jnp.full((), jnp.nan) for name in jax.eval_shape(update)[2]})
-        params[role], opt[role], role_metrics = jax.lax.cond(state.step % every == 0, update, skip)
+        skip = lambda: (params[role], opt[role], {name: jnp.full((), jnp.nan) for name in jax.eval_shape(update)[2]},
+                        jnp.bool_(True))
+        params[role], opt[role], role_metrics, good[role] = jax.lax.cond(state.step % every == 0, update, skip)
       prefix = "" if len(optimizers) == 1 else f"{role}/"
       metrics |= {prefix + name: value for name, value in role_metrics.items()}
-    slow = {name: _track(state.slow[name], params[role], decay, state.step) for name, (role, decay) in algorithm.track.items()}
+    slow = {name: _choose(good[role], _track(state.slow[name], params[role], decay, state.step), state.slow[name])
+            for name, (role, decay) in algorithm.track.items()}
+    metrics["skipped"] = sum(1.0 - one.astype(jnp.float32) for one in good.values())
     return TrainState(state.step + 1, params, opt, slow, state.key), metrics
   return step
 
@@ -106,10 +113,17 @@ def _gradient(algorithm: Algorithm, nets: Any, role: str, frozen: dict, params: 
   return accumulated
 
 
-def _update(optimizer: optax.GradientTransformation, weights: Any, opt: Any, gradient) -> tuple[Any, Any, dict]:
+def _update(optimizer: optax.GradientTransformation, weights: Any, opt: Any, gradient) -> tuple[Any, Any, dict, jax.Array]:
+  """(weights, optimizer state, metrics, whether the update was made): the old ones where it was not."""
   metrics, grads = gradient()
-  updates, opt = optimizer.update(grads, opt, weights)
-  return optax.apply_updates(weights, updates), opt, {**metrics, "grad_norm": optax.global_norm(grads)}
+  norm = optax.global_norm(grads)
+  good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+  updates, new_opt = optimizer.update(grads, opt, weights)
+  return _choose(good, optax.apply_updates(weights, updates), weights), _choose(good, new_opt, opt), {**metrics, "grad_norm": norm}, good
+
+
+def _choose(good: jax.Array, new: Any, old: Any) -> Any:
+  return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
 
 def _track(slow: Any, weights: Any, decay: float, step: jax.Array) -> Any:

@@ -5,14 +5,16 @@ its last step. What happens at a step is a function of the step alone, so that a
 same numbers as one that never stopped.
 
 Nothing stands between two steps but their dispatch: while a step runs, the next one is dispatched and the batch after that is on its way to the
-device. No more than that: beside the batch of the running step the device holds at most two.
+device. No more than that: beside the batch of the running step the device holds at most two. What a step computed is looked at when later ones have
+long been dispatched.
+
+A run that is asked to stop saves after the step that it is at. An evaluation that is due there is left to the run that goes on from it.
 """
 
 import collections
 import dataclasses
 import itertools
 import json
-import math
 import pathlib
 import sys
 import time
@@ -25,8 +27,9 @@ from absl import logging
 from tqdm import tqdm
 
 from qimg2.algorithms import Algorithm
-from qimg2.checkpoint import Checkpoints
-from qimg2.metrics import MetricsWriter
+from qimg2.checkpoint import Checkpoints, SaveError
+from qimg2.faults import Preempted, Settings, Watch
+from qimg2.metrics import Accounts, MetricsWriter
 from qimg2.sharding import Rules, put_batch
 from qimg2.state import Optimizers, TrainState, abstract_state, init_state, make_step
 
@@ -54,6 +57,7 @@ class Stage:
     hooks: (every n steps, function of (weights of all roles, step, writer) -> scalars to log); also run after the last step.
     accumulate: micro-batches per step.
     log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep.
+    faults: what it bears.
     description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data.
   """
   name: str
@@ -67,11 +71,22 @@ class Stage:
   log_every_steps: int = 10
   save_every_steps: int = 500
   keep: int = 2
+  faults: Settings = Settings()
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Books:
+  """What a stage writes."""
+  writer: MetricsWriter
+  checkpoints: Checkpoints
+  watch: Watch
+  accounts: Accounts
+
+
 def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
-                start: Callable[[], tuple[dict, dict]], frozen: dict[str, Any], finish_batches: Callable[[], list[dict]]) -> TrainState:
+                start: Callable[[], tuple[dict, dict]], frozen: dict[str, Any], finish_batches: Callable[[], list[dict]],
+                stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> TrainState:
   """The state after the stage's last step. Everything it writes lies in `workdir / stage.name`.
 
   Args:
@@ -84,31 +99,71 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     start: gives (weights of each trained role, slow copies) of step 0; called only when the stage has no checkpoint.
     frozen: weights of the frozen roles.
     finish_batches: gives the batches for the algorithm's `finish`.
+    stop: asked at every step, by every process, whether to stop after it; see `qimg2.faults.Notice`.
+    began: `time.monotonic()` of when the time that goes to this stage began; None for now.
+
+  Raises:
+    Preempted: `stop` said so. The stage is saved, and the same call goes on with it.
+    FloatingPointError: too many updates in a row were skipped.
+    SaveError: a checkpoint could not be written.
+    ValueError: there are checkpoints but none is whole, or they do not fit.
   """
-  folder = workdir / stage.name
-  checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
-  abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
-  latest = checkpoints.latest_step()
-  if latest is None:
-    state = jax.device_put(init_state(stage.algorithm, stage.optimizers, *start(), key), jax.tree.map(lambda x: x.sharding, abstract))
-  else:
-    state, meta = checkpoints.restore(abstract, latest)
+  folder, accounts = workdir / stage.name, Accounts(began)
+  with accounts.spend("start"):
+    checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
+    abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
+    state, meta = _first_state(stage, checkpoints, abstract, start, key)
   step = int(state.step)
   if step >= stage.num_steps:
     checkpoints.close()
     return state
-  if latest is not None:
-    _warn_of_another_order(stage, step, meta.get("stage", {}))
-  writer = MetricsWriter(folder, step, active=jax.process_index() == 0)
-  steps = compile_steps(stage, nets, abstract, frozen)
-  state = _loop(stage, state, frozen, steps, loader, mesh, rules, writer, checkpoints)
+  writer = MetricsWriter(folder, step, active=_is_first())
+  books = Books(writer, checkpoints, Watch(stage.name, stage.faults, writer.write_fault, meta.get("watch")), accounts)
+  _leave_before_start(stage, step, stop)
+  with accounts.spend("compile"):
+    steps = compile_steps(stage, nets, abstract, frozen)
+  _leave_before_start(stage, step, stop)
+  if meta.get("hooks_due"):
+    _run_hooks(stage, state, frozen, step, books)
+  writer.write_timing(step, accounts.row())
+  feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
+  state = _loop(stage, state, frozen, steps, feed, books, stop)
+  return _end(stage, state, frozen, nets, finish_batches, books, stop)
+
+
+def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, start: Callable[[], tuple[dict, dict]],
+                 key: jax.Array) -> tuple[TrainState, dict]:
+  """(state, meta) of the newest whole checkpoint; without any checkpoint the state of step 0 and nothing."""
+  latest = checkpoints.latest_step()
+  if latest is None:
+    state = init_state(stage.algorithm, stage.optimizers, *start(), key)
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract)), {}
+  state, meta = checkpoints.restore(abstract, latest)
+  if latest < stage.num_steps:
+    _warn_of_another_order(stage, latest, meta.get("stage", {}))
+  return state, meta
+
+
+def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], list[dict]], books: Books,
+         stop: Callable[[int], bool]) -> TrainState:
+  """What follows the last step: the algorithm's `finish`, the hooks, the save.
+
+  Raises:
+    Preempted: the run was asked to stop meanwhile.
+    SaveError: the state could not be written.
+  """
+  stopping = stop(stage.num_steps)
   if stage.algorithm.finish is not None:
-    state = _finish(stage.algorithm, state, frozen, nets, finish_batches())
-  _run_hooks(stage, state, frozen, stage.num_steps, writer)
-  writer.sync()
-  checkpoints.save(state, {"loader_step": stage.num_steps, "stage": dict(stage.description)})
-  checkpoints.close()
-  writer.close()
+    with books.accounts.spend("evaluation"):
+      state = _finish(stage.algorithm, state, frozen, nets, finish_batches())
+  _run_hooks(stage, state, frozen, stage.num_steps, books)
+  with books.accounts.spend("save"):
+    _save(stage, state, stage.num_steps, books)
+    books.checkpoints.close()
+  books.writer.write_timing(stage.num_steps, books.accounts.row())
+  books.writer.close()
+  if stop(stage.num_steps + 1) or stopping:
+    raise Preempted(f"Stage {stage.name} was asked to stop when it was done and saved: the same command goes on.")
   return state
 
 
@@ -121,45 +176,110 @@ def compile_steps(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[st
   return [step.lower(abstract, frozen_shapes, batch).compile() for batch in shapes]
 
 
-def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], loader: Loader, mesh: jax.sharding.Mesh, rules: Rules,
-          writer: MetricsWriter, checkpoints: Checkpoints) -> TrainState:
+def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], feed: "Feed", books: Books, stop: Callable[[int], bool]) -> TrainState:
   """Runs the steps that are left; saves, but not after the last one, which `finish` still follows."""
   first = int(state.step)
   progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
   clock, num_samples, dispatched = time.monotonic(), 0, collections.deque()
-  feed = Feed(loader.iterate(first), lambda batch: put_batch(batch, mesh, rules))
   feed.look_ahead()
   for step in range(first + 1, stage.num_steps + 1):
     bucket, sample_ids, batch = feed.get()
     num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
     state, metrics = steps[bucket](state, frozen, batch)
     del batch  # so that the device is free of it as soon as the step is done
-    dispatched.append(metrics)
+    dispatched.append((step, sample_ids, metrics))
     if len(dispatched) > MAX_DISPATCHED:
-      jax.block_until_ready(dispatched.popleft())
-    if step < stage.num_steps:
-      feed.look_ahead(metrics["loss"])
-    if step % stage.log_every_steps == 0 or step == stage.num_steps:
-      values = {name: float(value) for name, value in metrics.items()}
-      writer.write(step, values)
-      elapsed = time.monotonic() - clock
-      timing = {"samples_per_second": num_samples / elapsed, **feed.timing(elapsed)}
-      writer.write_timing(step, timing)
-      progress.set_postfix(loss=f"{values['loss']:.4f}", samples_per_s=f"{timing['samples_per_second']:.0f}",
+      _look(dispatched, 1, books.watch)
+    last = step == stage.num_steps
+    if not last:
+      feed.look_ahead(next(iter(metrics.values())))
+    if step % stage.log_every_steps == 0 or last:
+      _look(dispatched, len(dispatched), books.watch)
+      now = time.monotonic()
+      values, timing = _log(stage, step, metrics, num_samples, now - clock, feed, books)
+      progress.set_postfix(loss=f"{_loss(values):.4f}", samples_per_s=f"{timing['samples_per_second']:.0f}",
                            data_wait=f"{timing['data_wait_share']:.0%}", refresh=False)
-      _check_finite(stage, step, values, sample_ids)
-      clock, num_samples = time.monotonic(), 0
+      clock, num_samples = now, 0
     progress.update(1)
-    if step == stage.num_steps:
+    if last:
       break
-    pause = time.monotonic()
-    _run_hooks(stage, state, frozen, step, writer)
-    if step % stage.save_every_steps == 0:
-      writer.sync()
-      checkpoints.save(state, {"loader_step": step, "stage": dict(stage.description)})
-    clock += time.monotonic() - pause
+    stopping = stop(step)
+    if stopping or _is_due(stage, step) or step % stage.save_every_steps == 0:
+      _look(dispatched, len(dispatched), books.watch)  # the device is done with the steps: what follows is no time of theirs
+      pause = time.monotonic()
+      if stopping:
+        progress.close()
+        _leave(stage, state, step, books)
+      _run_hooks(stage, state, frozen, step, books)
+      if step % stage.save_every_steps == 0:
+        with books.accounts.spend("save"):
+          _save(stage, state, step, books, can_continue=True)
+      clock += time.monotonic() - pause
   progress.close()
   return state
+
+
+def _look(dispatched: collections.deque, num: int, watch: Watch) -> None:
+  """Waits for the `num` oldest of the dispatched steps and looks at what they computed."""
+  for _ in range(num):
+    step, sample_ids, metrics = dispatched.popleft()
+    jax.block_until_ready(metrics)
+    watch.look(step, sample_ids, metrics)
+
+
+def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: "Feed",
+         books: Books) -> tuple[dict[str, float], dict[str, float]]:
+  """Writes the rows of a step that is done, and returns (its metrics, its timing)."""
+  values = {name: float(value) for name, value in metrics.items()} | {"skipped": float(books.watch.skipped)}
+  books.writer.write(step, values)
+  timing = {"samples_per_second": num_samples / elapsed_s, **feed.timing(elapsed_s)}
+  books.writer.write_timing(step, timing)
+  books.accounts.add("data", timing["data_wait_share"] * elapsed_s)
+  books.writer.write_timing(step, books.accounts.row())
+  return values, timing
+
+
+def _loss(values: Mapping[str, float]) -> float:
+  """The loss of the only role, or of the first of several that has one at this step."""
+  losses = [value for name, value in values.items() if name.split("/")[-1] == "loss"]
+  return next((value for value in losses if value == value), losses[0])
+
+
+# Saving and stopping.
+
+
+def _save(stage: Stage, state: TrainState, step: int, books: Books, hooks_due: bool = False, can_continue: bool = False) -> None:
+  """Starts to save the state. If the stage bears that, a failure of the save before this one is only said, with `can_continue` one of this too."""
+  books.writer.sync()
+  meta = {"loader_step": step, "stage": dict(stage.description), "watch": books.watch.saved(), "hooks_due": hooks_due}
+  for part, bearable in ((books.checkpoints.wait, True), (lambda: books.checkpoints.save(state, meta), can_continue)):
+    try:
+      part()
+    except SaveError as error:
+      if not bearable or stage.faults.on_save_error == "stop" or jax.process_count() > 1:
+        raise
+      logging.warning("Stage %s goes on without a save: %s", stage.name, error)
+
+
+def _leave(stage: Stage, state: TrainState, step: int, books: Books) -> None:
+  """Saves the state after `step`, before the evaluation that may be due there.
+
+  Raises:
+    Preempted: always, once it is saved.
+    SaveError: it could not be saved.
+  """
+  with books.accounts.spend("save"):
+    _save(stage, state, step, books, hooks_due=_is_due(stage, step))
+    books.checkpoints.close()
+  books.writer.write_timing(step, books.accounts.row())
+  books.writer.close()
+  raise Preempted(f"Stage {stage.name} was asked to stop and is saved at step {step} of {stage.num_steps}: the same command goes on.")
+
+
+def _leave_before_start(stage: Stage, step: int, stop: Callable[[int], bool]) -> None:
+  if stop(step):
+    raise Preempted(f"Stage {stage.name} was asked to stop before its first step, with nothing new to save at step {step} of {stage.num_steps}: the "
+                    "same command goes on.")
 
 
 class Feed:
@@ -219,19 +339,17 @@ def _is_first() -> bool:
   return jax.process_index() == 0
 
 
-def _check_finite(stage: Stage, step: int, values: Mapping[str, float], sample_ids: np.ndarray) -> None:
-  if not math.isfinite(values["loss"]):
-    ids = ", ".join(str(i) for i in sample_ids[:8])
-    raise FloatingPointError(f"The loss of stage {stage.name} at step {step} is {values['loss']} (samples {ids} ...): lower the learning rate or "
-                             "look at these samples; the last checkpoint is kept.")
+def _is_due(stage: Stage, step: int) -> bool:
+  return any(step % every == 0 for every, _ in stage.hooks)
 
 
-def _run_hooks(stage: Stage, state: TrainState, frozen: dict, step: int, writer: MetricsWriter) -> None:
-  for every, hook in stage.hooks:
-    if step % every == 0 or step == stage.num_steps:
-      scalars = hook({**frozen, **state.params, **state.slow}, step, writer)
-      if scalars:
-        writer.write(step, scalars)
+def _run_hooks(stage: Stage, state: TrainState, frozen: dict, step: int, books: Books) -> None:
+  with books.accounts.spend("evaluation"):
+    for every, hook in stage.hooks:
+      if step % every == 0 or step == stage.num_steps:
+        scalars = hook({**frozen, **state.params, **state.slow}, step, books.writer)
+        if scalars:
+          books.writer.write(step, scalars)
 
 
 def _finish(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, batches: list[dict]) -> TrainState:

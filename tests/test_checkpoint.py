@@ -1,11 +1,19 @@
 """What is saved comes back to the bit, and what does not fit is an error."""
 
+import contextlib
+import errno
+import os
+import re
+import resource
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from qimg2 import checkpoint, optim, sharding, state
+from qimg2 import checkpoint, manifest, optim, sharding, state
 from qimg2 import params as P
 from qimg2.algorithms import Algorithm
 
@@ -34,7 +42,7 @@ def assert_equal(a, b):
 
 def test_round_trip_onto_another_mesh(tmp_path):
   _, saved = make({"fsdp": 8}, specs())
-  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
   checkpoints.save(saved, {"loader_step": 5, "stage": {"name": "x"}})
   checkpoints.close()
   abstract, _ = make({"fsdp": 2, "tensor": 4}, specs())
@@ -58,7 +66,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_what_does_not_fit_is_an_error(tmp_path):
   abstract, saved = make({"fsdp": 8}, specs())
-  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
   with pytest.raises(FileNotFoundError, match="no checkpoint in"):
     checkpoints.restore_item("params.model", abstract.params["model"])
   checkpoints.save(saved, {})
@@ -79,3 +87,162 @@ def test_frozen_weights_round_trip(tmp_path):
   wider, _ = make({"fsdp": 8}, specs(width=16))
   with pytest.raises(ValueError, match="do not fit the config"):
     checkpoint.restore_weights(tmp_path / "w", wider.params["model"])
+
+
+# What is damaged is recognised, named, and never read.
+
+
+@pytest.fixture
+def two(tmp_path):
+  """(folder with the checkpoints of steps 5 and 6, what step 5 holds, what step 6 holds, abstract state)."""
+  abstract, five = make({"fsdp": 8}, specs())
+  six = five.replace(step=jnp.int32(6), params=jax.tree.map(lambda x: x + 1, five.params))
+  checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=2)
+  for each in (five, six):
+    checkpoints.save(each, {"loader_step": int(each.step)})
+  checkpoints.close()
+  return tmp_path / "c", five, six, abstract
+
+
+def files_of(folder):
+  return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path, offset):
+  content = bytearray(path.read_bytes())
+  content[offset // 8] ^= 1 << offset % 8
+  path.write_bytes(content)
+
+
+def flips(folder, num, seed):
+  """`num` places (file, bit) in the files of a folder, every file equally often."""
+  rng = np.random.default_rng(seed)
+  filled = [path for path in files_of(folder) if path.stat().st_size]
+  for number in range(num):
+    path = filled[number % len(filled)]
+    yield path, int(rng.integers(8 * path.stat().st_size))
+
+
+def test_no_flipped_bit_is_restored(two, caplog):
+  folder, five, six, abstract = two
+  used = []
+  for path, offset in flips(folder / "6", 50, 0):
+    whole = path.read_bytes()
+    flip(path, offset)
+    reader = checkpoint.Checkpoints(folder)
+    step = reader.latest_step()
+    assert_equal(reader.restore(abstract, step)[0], {5: five, 6: six}[step])  # to the bit, from whichever it says
+    assert_equal(reader.restore_item("params.model", abstract.params["model"]), {5: five, 6: six}[step].params["model"])
+    if path.name not in ("commit_success.txt", "_CHECKPOINT_METADATA", "manifest.json") or path.parent.name != "6":
+      assert step == 5 and path.relative_to(folder / "6").as_posix() in caplog.text
+    used.append(step)
+    caplog.clear()
+    path.write_bytes(whole)
+  assert used.count(5) > 40
+  assert checkpoint.Checkpoints(folder).latest_step() == 6
+
+
+@pytest.mark.parametrize("harm, said", [
+    (lambda step: (step / "manifest.json").unlink(), "it has no manifest.json"),
+    (lambda step: (step / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    (lambda step: (step / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    (lambda step: (step / "optimizer" / "_METADATA").unlink(), "optimizer/_METADATA is missing"),
+    (lambda step: shutil.rmtree(step / "slow.ema"), "slow.ema/.* is missing"),
+    (lambda step: os.truncate(max(files_of(step / "optimizer"), key=lambda path: path.stat().st_size), 100), "has 100 bytes and had"),
+    (lambda step: [os.truncate(path, 0) for path in files_of(step)], "manifest.json cannot be read"),
+])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, caplog, harm, said):
+  folder, five, _, abstract = two
+  harm(folder / "6")
+  assert checkpoint.Checkpoints(folder).latest_step() == 5
+  assert re.search(f"checkpoint {folder / '6'} is damaged: .*{said}.* of step 5, is used instead", caplog.text)
+  with pytest.raises(ValueError, match="6 is damaged: "):
+    checkpoint.Checkpoints(folder).restore_item("params.model", abstract.params["model"], 6)
+  writer = checkpoint.Checkpoints(folder, keep=2)  # a run that goes on from step 5
+  assert sorted(path.name for path in folder.iterdir()) == ["5", "6.damaged"]
+  writer.save(five.replace(step=jnp.int32(6)), {})
+  writer.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["5", "6", "6.damaged"] and checkpoint.Checkpoints(folder).latest_step() == 6
+
+
+def test_where_none_is_whole_nothing_is_read_and_nothing_begun(two):
+  folder, _, _, abstract = two
+  for step in "56":
+    (folder / step / "manifest.json").unlink()
+  for keep in (None, 2, 2):  # again: the first time must not hide it from the second
+    with pytest.raises(ValueError, match="6 is damaged.*5 is damaged.*No other in .* is whole: put back a copy"):
+      checkpoint.Checkpoints(folder, keep).restore_item("params.model", abstract.params["model"])
+  manifest.seal(folder / "5")
+  assert checkpoint.Checkpoints(folder).latest_step() == 5
+
+
+def test_damage_to_an_older_step_harms_no_run(two):
+  folder, _, six, abstract = two
+  for path in files_of(folder / "5"):
+    os.truncate(path, 0)
+  writer = checkpoint.Checkpoints(folder, keep=2)
+  assert_equal(writer.restore(abstract, writer.latest_step())[0], six)
+  writer.save(six.replace(step=jnp.int32(7)), {})
+  writer.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["6", "7"]
+
+
+def test_a_save_that_was_cut_off_does_not_count(two):
+  folder, five, _, _ = two
+  (folder / "6").rename(folder / "7.orbax-checkpoint-tmp")
+  assert checkpoint.Checkpoints(folder).latest_step() == 5
+  assert (folder / "7.orbax-checkpoint-tmp").is_dir()  # perhaps a run is at it
+  writer = checkpoint.Checkpoints(folder, keep=2)
+  assert writer.latest_step() == 5
+  writer.save(five.replace(step=jnp.int32(7)), {})
+  writer.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["5", "7"]
+
+
+def test_damaged_weights_of_a_frozen_role_are_refused(tmp_path):
+  abstract, saved = make({"fsdp": 8}, specs())
+  folder, places = tmp_path / "w", 0
+  checkpoint.save_weights(folder, saved.params["model"])
+  for path, offset in flips(folder, 20, 1):
+    whole = path.read_bytes()
+    flip(path, offset)
+    try:
+      assert_equal(checkpoint.restore_weights(folder, abstract.params["model"]), saved.params["model"])
+    except ValueError as error:
+      assert "are damaged: " in str(error)
+      places += 1
+    path.write_bytes(whole)
+  assert places > 15
+  assert_equal(checkpoint.restore_weights(folder, abstract.params["model"]), saved.params["model"])
+
+
+@contextlib.contextmanager
+def no_room(where):
+  """A disk that is full when a save begins, when its manifest is written, or after the first 64 bytes of any file."""
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+  if where == "files":
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  else:
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(*((manifest, "seal") if where == "manifest" else (ocp.CheckpointManager, "save")), full)
+      yield
+
+
+@pytest.mark.parametrize("where", ["begin", "files", "manifest"])
+def test_a_full_disk_leaves_the_last_good_one(two, where):
+  folder, _, six, abstract = two
+  seven = six.replace(step=jnp.int32(7))
+  writer = checkpoint.Checkpoints(folder, keep=2)
+  with no_room(where):
+    with pytest.raises(checkpoint.SaveError, match="checkpoint .*/7 could not be written .*; those before it are kept"):
+      writer.save(seven, {})
+      writer.wait()
+  assert sorted(path.name for path in folder.iterdir()) == ["5", "6"]
+  assert_equal(writer.restore(abstract, writer.latest_step())[0], six)
+  writer.save(seven, {})  # there is room again
+  writer.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["6", "7"]

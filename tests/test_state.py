@@ -83,6 +83,40 @@ def test_a_role_can_be_updated_more_rarely():
   assert moved == [(k % 3 == 0, True) for k in range(6)]
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])  # the last one overflows in the loss
+def test_an_update_without_numbers_changes_nothing_but_the_step(accumulate, value):
+  algorithm = dataclasses.replace(ONE, track={"ema": ("model", 0.9)})
+  now, step = make(algorithm, dataclasses.replace(SETTINGS, accumulate=accumulate))
+  now, metrics = step(now, {}, batch())
+  assert metrics["skipped"] == 0
+  bad = batch(seed=1)
+  bad["x"][3, 1] = value
+  after, metrics = step(now, {}, bad)
+  assert metrics["skipped"] == 1 and int(after.step) == 2
+  raw = lambda x: np.asarray(x).tobytes()
+  for part in ("params", "opt", "slow"):
+    assert jax.tree.map(raw, getattr(after, part)) == jax.tree.map(raw, getattr(now, part))
+  again, metrics = step(after, {}, batch(seed=2))
+  assert metrics["skipped"] == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(again.params))
+
+
+def test_a_role_without_numbers_holds_up_no_other():
+  def broken(params, nets, data, key):
+    loss, metrics = squared("critic")(params, nets, data, key)
+    return jnp.where(jnp.any(data["y"] > 90), jnp.nan, 1.0) * loss, metrics
+  algorithm = Algorithm(losses={"model": squared("model"), "critic": broken}, every={"model": 2},
+                        track={"m": ("model", 0.5), "c": ("critic", 0.5)})
+  now, step = make(algorithm)
+  for k, bad in enumerate((False, True, True, False)):
+    data = batch(seed=k)
+    data["y"][0, 0] = 99 if bad else 0
+    before, (now, metrics) = now, step(now, {}, data)
+    moved = [bool((now.params[role]["w"] != before.params[role]["w"]).any()) for role in ("model", "critic")]
+    assert moved == [k % 2 == 0, not bad] and metrics["skipped"] == bad and int(now.step) == k + 1
+    assert bool((now.slow["c"]["w"] != before.slow["c"]["w"]).any()) == (not bad)
+
+
 def test_frozen_roles_are_seen_and_experience_replaces_the_batch():
   def experience(params, nets, batch, key):
     return {**batch, "y": params["teacher"] + jnp.zeros_like(batch["y"])}

@@ -1,5 +1,6 @@
 """What lies between the loader and the steps: which batch a step gets, what is held, what is said."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from launch.run import save_config
-from qimg2 import trainer
+from qimg2 import checkpoint, faults, metrics, trainer
 
 STAGE = trainer.Stage("s", None, None, {}, num_steps=7, batch_shapes=({"sample_id": np.zeros(4)},) * 2, save_every_steps=3)
 
@@ -45,16 +46,19 @@ class Batch:
 class Loop:
   """`trainer._loop` over made-up batches, which the steps write down."""
 
-  def __init__(self, monkeypatch, num_steps=7, start=0, losses=None, broken=None, log_every=2):
+  def __init__(self, num_steps=7, start=0, losses=None, broken=None, log_every=2, settings=None, hooks=(), stop=lambda step: False):
     self.seen, self.put_ids, self.alive, self.results, self.most_unready, self.logged = [], [], [], [], 0, {}
     self.losses, self.broken = losses or {}, broken
-    monkeypatch.setattr(trainer, "put_batch", self.put)
     stage = dataclasses.replace(STAGE, num_steps=num_steps, log_every_steps=log_every)
-    writer = types.SimpleNamespace(write=self.log, write_timing=self.log, sync=lambda: None)
-    self.saved = []
-    checkpoints = types.SimpleNamespace(save=lambda state, meta: self.saved.append(meta["loader_step"]))
-    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, slow={}), {}, [self.step] * 2, self, None, None, writer,
-                                     checkpoints)
+    self.faults, self.saved, self.hooked = [], [], []
+    stage = dataclasses.replace(stage, faults=settings or faults.Settings(), hooks=hooks)
+    writer = types.SimpleNamespace(write=self.log, write_timing=self.log, sync=lambda: None, close=lambda: None)
+    save = lambda state, meta: self.saved.append(meta)
+    checkpoints = types.SimpleNamespace(save=save, wait=lambda: None, close=lambda: None)
+    watch = faults.Watch("s", stage.faults, lambda step, row: self.faults.append((step, row)))
+    self.books = trainer.Books(writer, checkpoints, watch, metrics.Accounts())
+    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, slow={}), {}, [self.step] * 2,
+                                     trainer.Feed(self.iterate(start), self.put), self.books, stop)
 
   def iterate(self, start):
     for k in range(start, 10**6):
@@ -62,7 +66,7 @@ class Loop:
         raise ValueError(f"batch {k} is broken")
       yield k % 2, {"sample_id": np.arange(4) + 100 * k}
 
-  def put(self, batch, mesh, rules):
+  def put(self, batch):
     self.most_unready = max(self.most_unready, sum(not result.ready for result in self.results))
     array = Batch(batch)
     self.put_ids.append(int(array.ids[0]) // 100)
@@ -73,33 +77,69 @@ class Loop:
   def step(self, state, frozen, batch):
     self.seen.append(int(batch.ids[0]) // 100)
     self.results.append(Result(self.losses.get(len(self.seen), 0.5)))
-    return state, {"loss": self.results[-1]}
+    loss = self.results[-1].value
+    return state, {"loss": self.results[-1], "grad_norm": Result(loss), "skipped": Result(float(not math.isfinite(loss)))}
 
   def log(self, step, scalars):
     self.logged.setdefault(step, {}).update(scalars)
 
 
-def test_looking_ahead_changes_no_step_and_holds_few_batches(monkeypatch):
+def test_looking_ahead_changes_no_step_and_holds_few_batches():
   for start in (0, 3):
-    loop = Loop(monkeypatch, start=start, log_every=1000)
+    loop = Loop(start=start, log_every=1000)
     loop.run()
     assert loop.seen == loop.put_ids == list(range(start, 7))  # nothing after the last step's is read
     # At a `put` two steps may be under way: with the batch that is put, the device holds two beside that of the running step.
     assert loop.most_unready == trainer.MAX_DISPATCHED == 2
-  assert set(loop.logged[7]) == {"loss", "samples_per_second", "data_wait_share", "loader_batches_per_second"}
+  accounts = set(loop.books.accounts.row())
+  assert set(loop.logged[7]) == {"loss", "grad_norm", "skipped", "samples_per_second", "data_wait_share", "loader_batches_per_second"} | accounts
   assert 0 <= loop.logged[7]["data_wait_share"] <= 1
 
 
-def test_a_loss_that_is_no_number_names_the_samples_of_its_own_step(monkeypatch):
-  with pytest.raises(FloatingPointError, match=r"at step 4 is nan \(samples 300, 301, 302, 303 "):
-    Loop(monkeypatch, losses={4: math.nan}).run()
+def test_skipped_updates_are_counted_and_name_the_samples_of_their_own_step(caplog):
+  loop = Loop(losses={4: math.nan, 6: math.inf}, settings=faults.Settings(max_skipped=1), num_steps=9)
+  loop.run()
+  assert [(step, row["fault"], row["sample_ids"][0]) for step, row in loop.faults] == [(4, "skipped", 300), (6, "skipped", 500)]
+  assert [loop.logged[step]["skipped"] for step in (2, 4, 6, 8)] == [0, 1, 2, 2]
+  assert "step 4: the update is skipped because a gradient is no number: loss nan, grad_norm nan (samples 300, 301, 302, 303)" in caplog.text
 
 
-def test_a_broken_batch_stops_its_own_step_and_not_the_one_before(monkeypatch):
-  loop = Loop(monkeypatch, broken=6, log_every=1, num_steps=9)
+def test_too_many_skipped_updates_in_a_row_stop_the_run():
+  loop = Loop(losses={3: math.nan, 4: math.nan, 5: math.nan}, settings=faults.Settings(max_skipped=2), log_every=1000, num_steps=1000)
+  with pytest.raises(FloatingPointError, match=r"skipped 3 updates in a row, steps 3 to 5, .*step 3: samples 200, .*step 5: samples 400, 401, 402"):
+    loop.run()
+  assert 5 < len(loop.seen) <= 5 + trainer.MAX_DISPATCHED  # looked at when it is done, while later ones run
+
+
+def test_a_stop_saves_the_step_and_leaves_the_evaluation_that_is_due():
+  hooked = []
+  for at, due in ((5, False), (4, True)):
+    loop = Loop(log_every=3, hooks=((4, lambda weights, step, writer: hooked.append(step)),), stop=lambda step, at=at: step == at)
+    with pytest.raises(faults.Preempted, match=f"is saved at step {at} of 7"):
+      loop.run()
+    assert len(loop.seen) == at and loop.saved[-1]["loader_step"] == at and loop.saved[-1]["hooks_due"] == due
+    assert loop.seen == list(range(at)) and "loss" not in loop.logged[at]
+  assert hooked == [4]  # by the first one
+
+
+def test_a_save_that_fails_stops_the_run_or_is_said(caplog):
+  def refuse(state, meta):
+    if meta["loader_step"] == 3:
+      raise checkpoint.SaveError("no space")
+  for on_save_error in ("stop", "continue"):
+    loop = Loop(settings=faults.Settings(on_save_error=on_save_error))
+    loop.books.checkpoints.save = refuse
+    with pytest.raises(checkpoint.SaveError) if on_save_error == "stop" else contextlib.nullcontext():
+      loop.run()
+    assert len(loop.seen) == (3 if on_save_error == "stop" else 7)
+  assert caplog.text.count("goes on without a save: no space") == 1
+
+
+def test_a_broken_batch_stops_its_own_step_and_not_the_one_before():
+  loop = Loop(broken=6, log_every=1, num_steps=9)
   with pytest.raises(ValueError, match="batch 6 is broken"):
     loop.run()
-  assert loop.seen == list(range(6)) and max(loop.logged) == 6 and loop.saved == [3, 6]
+  assert loop.seen == list(range(6)) and max(loop.logged) == 6 and [meta["loader_step"] for meta in loop.saved] == [3, 6]
 
 
 def test_waiting_counts_only_while_no_step_runs():

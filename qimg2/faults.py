@@ -1,0 +1,164 @@
+"""What a run does when something goes wrong: a machine that is taken away, gradients that are no numbers, a loss that jumps.
+
+Nothing here reads a step's results before the loop says that the step is done, so nothing here makes the device wait.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped as asked; the same command goes on
+ON_SAVE_ERROR = ("stop", "continue")
+WINDOW = 100  # losses that the median of a spike is taken over
+MIN_LOSSES = 20  # fewer say nothing about a spike
+NUM_SHOWN = 8  # sample ids in a message; faults.jsonl has all
+
+
+class Preempted(Exception):
+  """The run was asked to stop and has stopped; the same command goes on with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What a stage bears.
+
+  Attributes:
+    max_skipped: updates in a row that may be skipped because a gradient or a loss was no number; one more ends the run.
+    spike_factor: a loss above this many times the median of the last 100 is logged with its samples; 0 for never.
+    on_save_error: "stop" when a checkpoint cannot be written, or "continue" with a warning. The last one of a stage must be written, and with
+      several processes every failure stops.
+
+  Raises:
+    ValueError: a number below 0, or another word.
+  """
+  max_skipped: int = 10
+  spike_factor: float = 10.0
+  on_save_error: str = "stop"
+
+  def __post_init__(self):
+    if self.max_skipped < 0 or self.spike_factor < 0:
+      raise ValueError("faults.max_skipped and faults.spike_factor must be 0 or more.")
+    if self.on_save_error not in ON_SAVE_ERROR:
+      raise ValueError(f"faults.on_save_error is {self.on_save_error!r}: choose one of {', '.join(ON_SAVE_ERROR)}.")
+
+
+class Notice:
+  """Whether the run is asked to stop: `with Notice() as stop: ... stop(step)`.
+
+  SIGTERM, which comes before a machine is taken away, and the first SIGINT ask for it; a second SIGINT ends the process at once, with 130. One
+  process stops after the step that it is running. Several stop after the same step: whichever of them is asked, the coordination service of
+  `jax.distributed` tells the others, and they agree on a step that none of them has passed. That costs a look at a local number per step.
+  """
+
+  def __init__(self):
+    self._asked = False
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+      for number in (signal.SIGINT,) if self._shared() else (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self._handle)
+      pipe, self._pipe = os.pipe()
+      os.set_blocking(self._pipe, False)
+      self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+      threading.Thread(target=_end_at_second_interrupt, args=(pipe,), daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    if self._before:
+      signal.set_wakeup_fd(self._pipe_before)
+      os.close(self._pipe)
+
+  def __call__(self, step: int) -> bool:
+    """Whether all processes stop after `step`. Every process asks at every step."""
+    if self._shared():
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._asked
+
+  def _shared(self) -> bool:
+    return jax.process_count() > 1
+
+  def _handle(self, number: int, _) -> None:
+    self._asked = True
+    if number == signal.SIGINT and self._shared():
+      os.kill(os.getpid(), signal.SIGTERM)  # jax's own handler tells the other processes
+
+
+def _end_at_second_interrupt(pipe: int) -> None:
+  """Reads the numbers of signals as they come, which Python's handlers, in the main thread, cannot while that compiles or waits for a device."""
+  num = 0
+  with open(pipe, "rb", buffering=0) as numbers:
+    while some := numbers.read(64):
+      num += some.count(signal.SIGINT)
+      if num > 1:
+        os._exit(130)
+
+
+class Watch:
+  """Looks at the results of the steps of a stage, in order and each after it is done, and says what is wrong with them.
+
+  What it remembers is saved with a checkpoint, so that an interrupted run says the same as one that nothing stopped.
+  """
+
+  def __init__(self, name: str, settings: Settings, record: Callable[[int, dict], None], saved: Mapping[str, Any] | None = None):
+    """Args: name of the stage; settings; function of (step, JSON-serialisable row) that writes down a fault; what `saved` gave earlier."""
+    saved = saved or {}
+    self._name, self._settings, self._record = name, settings, record
+    self.skipped = int(saved.get("skipped", 0))
+    self._row = [(step, list(ids)) for step, ids in saved.get("row", ())]
+    self._losses = {key: collections.deque(losses, WINDOW) for key, losses in saved.get("losses", {}).items()}
+
+  def saved(self) -> dict:
+    """All that it remembers, JSON-serialisable."""
+    return {"skipped": self.skipped, "row": [[step, ids] for step, ids in self._row],
+            "losses": {key: list(losses) for key, losses in self._losses.items()}}
+
+  def look(self, step: int, sample_ids: Sequence, metrics: Mapping[str, Any]) -> None:
+    """Looks at the metrics of a step that is done; `sample_ids` are those of this process's rows.
+
+    Raises:
+      FloatingPointError: more than `max_skipped` updates in a row were skipped.
+    """
+    losses = {name: float(value) for name, value in metrics.items() if name.split("/")[-1] == "loss"}
+    if float(metrics["skipped"]):
+      self._skip(step, [int(i) for i in sample_ids], losses | {name: float(metrics[name]) for name in metrics if "grad_norm" in name})
+      return
+    self._row.clear()
+    for name, loss in losses.items():
+      if not math.isfinite(loss):
+        continue  # of a role that this step did not update
+      earlier = self._losses.setdefault(name, collections.deque(maxlen=WINDOW))
+      median = statistics.median(earlier) if len(earlier) >= MIN_LOSSES else 0.0
+      if self._settings.spike_factor and loss > self._settings.spike_factor * median > 0:
+        ids = [int(i) for i in sample_ids]
+        logging.warning("Stage %s, step %d: %s is %.4g, the median of the steps before %.4g (%s).", self._name, step, name, loss, median, _show(ids))
+        self._record(step, {"fault": "spike", name: loss, "median": median, "sample_ids": ids})
+      earlier.append(loss)
+
+  def _skip(self, step: int, ids: list[int], values: dict[str, float]) -> None:
+    self.skipped += 1
+    self._row.append((step, ids))
+    said = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    logging.warning("Stage %s, step %d: the update is skipped because a gradient is no number: %s (%s).", self._name, step, said, _show(ids))
+    self._record(step, {"fault": "skipped", **{name: str(value) for name, value in values.items()}, "sample_ids": ids})
+    if len(self._row) > self._settings.max_skipped:
+      batches = "; ".join(f"step {step}: {_show(ids)}" for step, ids in self._row)
+      raise FloatingPointError(f"Stage {self._name} skipped {len(self._row)} updates in a row, steps {self._row[0][0]} to {step}, because gradients "
+                               f"were no numbers ({batches}): lower the learning rate, look at these samples, or raise faults.max_skipped; the last "
+                               "checkpoint is kept.")
+
+
+def _show(ids: Sequence[int]) -> str:
+  return f"samples {', '.join(map(str, ids[:NUM_SHOWN]))}{' ...' if len(ids) > NUM_SHOWN else ''}"

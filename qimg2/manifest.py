@@ -1,0 +1,121 @@
+"""What makes saved weights whole: a manifest with the checksum of every file, written when all of them are there.
+
+Orbax commits a checkpoint by renaming its folder. The manifest is written into the folder before that, so a process that is killed at any moment
+leaves either no checkpoint or one with its manifest. A folder without one therefore lost files, or was written by another program: it is not
+whole. `seal` accepts such a folder as it is.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+
+NAME = "manifest.json"
+METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it after the manifest; the rest of it is compared
+LATE = (NAME, METADATA, "commit_success.txt")
+_TIME = "commit_timestamp_nsecs"
+_NUM_THREADS = 8
+_known: dict[tuple, tuple[list, str]] = {}  # (folder, share) -> (sizes and times of the files, what was found)
+
+
+def seal(folder: pathlib.Path) -> None:
+  """Writes the manifest of a folder with what it holds now.
+
+  Raises:
+    OSError: the folder cannot be read or written.
+  """
+  folder = pathlib.Path(folder)
+  paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_late(path, folder))
+  with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+    digests = list(pool.map(_digest, paths))
+  content = {"files": {path.relative_to(folder).as_posix(): [path.stat().st_size, digest] for path, digest in zip(paths, digests)},
+             "metadata": _metadata(folder)}
+  part = folder / f"{NAME}.part"
+  with open(part, "w", encoding="utf-8") as file:
+    json.dump({"content": content, "sha256": _digest_of(content)}, file, indent=1)
+    file.flush()
+    os.fsync(file.fileno())
+  part.replace(folder / NAME)
+
+
+def find_fault(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str:
+  """What keeps a sealed folder from being whole, in words that name the file; "" when nothing does.
+
+  Reads every file, once for as long as none of them changes.
+
+  Args:
+    folder: a step of a checkpoint, or weights.
+    share: (i, n): reads the content of every n-th file only, from the i-th on, so that n processes can share the reading.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    signature = sorted((path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+  except OSError as error:
+    return f"it cannot be listed ({error.strerror})"
+  known = _known.get((folder, share))
+  if known is None or known[0] != signature:
+    known = _known[folder, share] = (signature, _find_fault(folder, share))
+  return known[1]
+
+
+def _find_fault(folder: pathlib.Path, share: tuple[int, int]) -> str:
+  try:
+    record = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    content = record["content"]
+    if _digest_of(content) != record["sha256"]:
+      return f"{NAME} was changed"
+  except FileNotFoundError:
+    return f"it has no {NAME}"
+  except (OSError, ValueError, KeyError, TypeError):
+    return f"{NAME} cannot be read"
+  try:
+    if _metadata(folder) != content["metadata"]:
+      return f"{METADATA} was changed"
+  except (OSError, ValueError):
+    return f"{METADATA} cannot be read"
+  files = sorted(content["files"].items())
+  for name, (size, _) in files:
+    path = folder / name
+    if not path.is_file():
+      return f"{name} is missing"
+    if path.stat().st_size != size:
+      return f"{name} has {path.stat().st_size} bytes and had {size}"
+  check = lambda item: _check_content(folder / item[0], *item)
+  with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+    return next((fault for fault in pool.map(check, files[share[0]::share[1]]) if fault), "")
+
+
+def _check_content(path: pathlib.Path, name: str, expected: list) -> str:
+  try:
+    return "" if _digest(path) == expected[1] else f"the content of {name} was changed"
+  except OSError as error:
+    return f"{name} cannot be read ({error.strerror})"
+
+
+def _metadata(folder: pathlib.Path) -> dict | None:
+  """What Orbax says of the checkpoint, without the time of its commit; None where it says nothing.
+
+  Raises:
+    ValueError: it is not what Orbax writes.
+  """
+  path = folder / METADATA
+  if not path.exists():
+    return None
+  metadata = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(metadata, dict) or not isinstance(metadata.pop(_TIME, None), int | None):
+    raise ValueError(f"{path} is not what Orbax writes.")
+  return metadata
+
+
+def _is_late(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  return path.parent == folder and (path.name in LATE or path.name == f"{NAME}.part")
+
+
+def _digest(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(content: dict) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,206 @@
+"""What goes wrong around a run: it is asked to stop, losses jump, time is lost. Real signals go to real processes."""
+
+import json
+import math
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from qimg2 import faults, metrics
+from qimg2.metrics import read_rows
+from test_train import CONFIG, NUM_STEPS, ROOT, STAGES, command, environment, final_weights
+
+# The notice.
+
+LOOP = """
+import sys, time
+import jax
+{setup}
+from qimg2.faults import Notice
+with Notice() as stop:
+  print("ready", flush=True)
+  for step in range(1, 10**6):
+    time.sleep({pause})
+    if stop(step):
+      print(step, flush=True)
+      {after}
+"""
+
+
+def start(tmp_path, **parts):
+  parts = {"setup": "", "pause": 0.01, "after": "break"} | parts
+  process = subprocess.Popen([sys.executable, "-c", LOOP.format(**parts)], cwd=ROOT, env=environment(str(tmp_path)), stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+  return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_is_asked_for_and_a_second_interrupt_ends_at_once(tmp_path, number):
+  process = start(tmp_path, after="pass" if number == signal.SIGINT else "break")
+  assert process.stdout.readline() == "ready\n"
+  process.send_signal(number)
+  assert int(process.stdout.readline()) > 0
+  if number == signal.SIGINT:
+    process.send_signal(number)
+  assert process.wait(20) == (130 if number == signal.SIGINT else 0)
+  process.communicate()
+
+
+def test_a_second_interrupt_does_not_wait_for_compiled_code(tmp_path):
+  work = 'import hashlib; print("busy", flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'  # minutes, without Python's lock
+  process = start(tmp_path, after=work)
+  assert process.stdout.readline() == "ready\n"
+  process.send_signal(signal.SIGTERM)
+  assert [process.stdout.readline() for _ in range(2)][1] == "busy\n"
+  for _ in range(2):
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+  assert process.wait(10) == 130
+  process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, to", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_two_processes_stop_after_the_same_step(tmp_path, number, to):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  setup = "jax.distributed.initialize({!r}, 2, {}); assert jax.process_count() == 2"
+  processes = [start(tmp_path, setup=setup.format(address, index), pause=pause) for index, pause in enumerate((0.01, 0.03))]
+  assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+  time.sleep(1)
+  processes[to].send_signal(number)
+  steps = [process.communicate(timeout=60)[0] for process in processes]
+  assert steps[0] == steps[1] and int(steps[0]) > 20
+  assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_handlers_are_put_back():
+  before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+  with faults.Notice() as stop:
+    assert not stop(1)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop(2)
+    signal.raise_signal(signal.SIGINT)
+  assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.slow
+def test_runs_that_are_asked_to_stop_end_bit_identical(data_dir, compilation_cache, tmp_path):
+  """Asked in each stage, once before the first step, by both signals."""
+  config = tmp_path / "short.py"
+  config.write_text(CONFIG.format(data_dir=str(data_dir), num_steps=NUM_STEPS))
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  env = environment(compilation_cache)
+  subprocess.run(command(config, whole, "--compilation_cache="), cwd=ROOT, env=env, check=True)
+  plan = [("vae", 0, signal.SIGTERM), ("vae", 4, signal.SIGTERM), ("vae", 7, signal.SIGINT), ("high_resolution", 5, signal.SIGTERM),
+          ("high_resolution", 13, signal.SIGINT)]
+  for stage, num_rows, number in plan:
+    process = subprocess.Popen(command(config, cut, "--compilation_cache="), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    path = cut / stage / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= num_rows):
+      time.sleep(0.001)
+    process.send_signal(number)
+    asked = time.monotonic()
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == faults.EXIT_CODE == 75, message
+    assert f"Stage {stage} was asked to stop" in message and "the same command goes on" in message
+    print(f"{stage} {num_rows}: {message.strip().splitlines()[-1]} {time.monotonic() - asked:.1f} s after the signal")
+  subprocess.run(command(config, cut, "--compilation_cache="), cwd=ROOT, env=env, check=True)
+  for stage in STAGES:
+    assert (cut / stage / "metrics.jsonl").read_bytes() == (whole / stage / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, final_weights(cut, stage), final_weights(whole, stage))
+    total = metrics.goodput(read_rows(cut / stage / "timing.jsonl"))
+    assert total["starts"] == 3 and total["lost_s"] == 0 and 0 < total["step_s"] < total["wall_s"]
+  assert "Goodput" in (cut / "report.html").read_text()
+
+
+# Losses.
+
+
+def watch_all(losses, settings=faults.Settings(), saved=None):
+  rows = []
+  watch = faults.Watch("s", settings, lambda step, row: rows.append((step, row)), saved)
+  for step, loss in losses:
+    watch.look(step, [step * 10, step * 10 + 1], {"loss": loss, "grad_norm": 1.0, "skipped": float(not math.isfinite(loss))})
+  return watch, rows
+
+
+def test_a_jump_of_the_loss_is_said_with_its_samples(caplog):
+  losses = [(step, 1.0 + 0.01 * (step % 3)) for step in range(1, 60)]
+  losses[4], losses[39], losses[44], losses[49] = (5, 50.0), (40, 50.0), (45, 0.001), (50, 9.9)  # the first one too early to tell
+  _, rows = watch_all(losses)
+  assert rows == [(40, {"fault": "spike", "loss": 50.0, "median": 1.01, "sample_ids": [400, 401]})]
+  assert "Stage s, step 40: loss is 50, the median of the steps before 1.01 (samples 400, 401)." in caplog.text
+  assert not watch_all(losses, faults.Settings(spike_factor=0))[1]
+
+
+def test_what_a_watch_remembers_goes_on_after_a_restart():
+  losses = [(step, 100.0 if step % 37 == 0 else math.nan if step % 25 < 3 else 1.0) for step in range(1, 200)]
+  _, whole = watch_all(losses)
+  for cut in (26, 60, 125):
+    first, rows = watch_all(losses[:cut])
+    second, more = watch_all(losses[cut:], saved=json.loads(json.dumps(first.saved())))
+    assert rows + more == whole and second.skipped == sum(math.isnan(loss) for _, loss in losses)
+
+
+def test_fault_rows_after_the_checkpoint_are_written_again(tmp_path):
+  for start_at in (0, 4):
+    writer = metrics.MetricsWriter(tmp_path, start_at)
+    assert start_at or not (tmp_path / "faults.jsonl").exists()
+    for step in range(start_at + 1, 9):
+      writer.write_fault(step, {"fault": "skipped", "sample_ids": [step]})
+    writer.close()
+  assert [row["step"] for row in read_rows(tmp_path / "faults.jsonl")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("fields, message", [({"on_save_error": "ignore"}, "on_save_error is 'ignore': choose one of stop, continue"),
+                                             ({"max_skipped": -1}, "must be 0 or more"), ({"spike_factor": -1.0}, "must be 0 or more")])
+def test_settings_errors(fields, message):
+  with pytest.raises(ValueError, match=message):
+    faults.Settings(**fields)
+
+
+# Time.
+
+
+def test_accounts_divide_the_wall_time(monkeypatch):
+  now = [10.0]
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  accounts = metrics.Accounts(began=7.0)
+  with accounts.spend("compile"):
+    now[0] += 5
+  row = accounts.row()
+  assert row["wall_s"] == 8 and row["start_s"] == 3 and row["compile_s"] == 5 and row["step_s"] == row["goodput"] == 0
+  with accounts.spend("save"):
+    now[0] += 1
+  now[0] += 3
+  row = accounts.row()
+  assert (row["wall_s"], row["save_s"], row["step_s"], row["goodput"]) == (4, 1, 3, 0.75)
+
+
+def test_goodput_leaves_out_what_was_computed_twice(tmp_path):
+  parts = {f"{kind}_s": 0.0 for kind in metrics.NEXT_TO_STEPS}
+
+  def start_at(step, to):
+    writer = metrics.MetricsWriter(tmp_path, step)
+    writer.write_timing(step, parts | {"wall_s": 5, "step_s": 0, "start_s": 5})
+    for end in range(step + 10, to + 1, 10):
+      writer.write_timing(end, {"samples_per_second": 1.0})
+      writer.write_timing(end, parts | {"wall_s": 10, "step_s": 8, "save_s": 2})
+    writer.close()
+  start_at(0, 40)
+  start_at(25, 45)  # 15 steps are computed again: 0.5 + 1 rows
+  start_at(45, 65)
+  rows = read_rows(tmp_path / "timing.jsonl")
+  total = metrics.goodput(rows)
+  assert total["starts"] == 3 and total["lost_s"] == 12 and total["wall_s"] == 15 + 80 and total["save_s"] == 16
+  assert total["step_s"] == 8 * 8 - 12
+  assert [row["step"] for row in rows if "samples_per_second" in row] == [10, 20, 35, 45, 55, 65]
+  assert metrics.goodput([{"step": 1, "samples_per_second": 1.0}]) == {}
