@@ -1,4 +1,4 @@
-"""Optimizers: AdamW on float32 weights, moments in float32 (the first one in bfloat16 if wanted), clipped by the global norm, under a schedule per stage."""
+"""Optimizers: AdamW on float32 weights with moments in float32, the first in bfloat16 if wanted; clipped by the global norm, under a schedule."""
 
 import dataclasses
 

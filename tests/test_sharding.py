@@ -80,7 +80,7 @@ def test_rules_that_leave_devices_without_work_are_refused():
 
 class Chip:
   """A device of a slice, as far as a mesh looks at it."""
-  platform, device_kind, process_index = "tpu", "chip", 0
+  platform, device_kind, process_index = "any", "chip", 0
 
   def __init__(self, number, slice_index):
     self.id, self.slice_index = number, slice_index

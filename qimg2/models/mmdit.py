@@ -155,7 +155,7 @@ def apply(cfg: Config, params: dict, target: jax.Array, t: jax.Array, text: jax.
     layout: the joint sequence.
     shard: constrains activations to the mesh.
   """
-  prefix = _embed_prefix(cfg, params, text, images, layout)
+  prefix = _embed_prefix(cfg, params, text, images, layout, shard)
   x = jnp.concatenate([prefix, layers.linear(target.astype(cfg.dtype), params["img_in"])], axis=1)  # B S D
   times = jnp.stack([jnp.zeros_like(t) if cfg.condition_time == "zero" else t, t])
   is_target = (jnp.arange(x.shape[1]) >= prefix.shape[1])[:, None]  # S 1
@@ -174,7 +174,7 @@ def prefix_cache(cfg: Config, params: dict, text: jax.Array, images: jax.Array |
   if not cfg.prefix_is_fixed:
     raise ValueError("The prefix can only be cached with model.attention 'block_causal' and model.condition_time 'zero', but the config has "
                      f"{cfg.attention!r} and {cfg.condition_time!r}: sample without a cache.")
-  x = _embed_prefix(cfg, params, text, images, layout)  # B P D
+  x = _embed_prefix(cfg, params, text, images, layout, shard)  # B P D
   alone = jax.tree.map(lambda leaf: leaf[:, :x.shape[1]], layout)
   *modulation, _ = [m[0][:, None] for m in _modulate(cfg, params, jnp.zeros((1, x.shape[0])))]  # B 1 D
   _, cache = _run_blocks(cfg, params, x, modulation, alone.positions, _mask(cfg, alone, images), shard, keep=True)
@@ -212,14 +212,17 @@ def _project_out(cfg: Config, params: dict, x: jax.Array, scale: jax.Array) -> j
   return layers.linear(layers.layer_norm(x, eps=cfg.eps) * (1 + scale), params["proj_out"]).astype(jnp.float32)
 
 
-def _embed_prefix(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout) -> jax.Array:
+def _embed_prefix(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout,
+                  shard: Shard) -> jax.Array:
   w = params["txt_in"]
   x = layers.rms_norm(text.astype(cfg.dtype), 1 + w["norm"], cfg.eps)
   x = layers.linear(jax.nn.gelu(layers.linear(x, w["in"]), approximate=True), w["out"])  # B M D
   if images is None:
     return x
   x = jnp.concatenate([x, layers.linear(images.astype(cfg.dtype), params["img_in"])], axis=1)
-  return jnp.take_along_axis(x, layout.index[..., None], axis=1)  # B P D
+  # Whole rows: left to itself, the partitioner splits the tokens of this gather, and over context and tensor together its gradient is wrong.
+  x = shard(x, "batch", None, None)
+  return shard(jnp.take_along_axis(x, layout.index[..., None], axis=1), "batch", None, None)  # B P D
 
 
 def _modulate(cfg: Config, params: dict, times: jax.Array) -> list[jax.Array]:
