@@ -94,7 +94,7 @@ POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT, "attention"], offload_src="device", offload_dst="pinned_host"),
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device", offload_dst="pinned_host"),
 }
 
 
@@ -104,7 +104,7 @@ def checkpoint_layer(layer, policy: str):
   Args:
     layer: the function that `jax.lax.scan` runs per layer.
     policy: what the backward pass finds: "none" every activation; "full" the layer's input; "dots" the results of matrix products with weights;
-      "attention" the layer's input and what attention gave, so that no attention runs twice; "offload" the same, kept in the host's memory.
+      "attention" the layer's input and what attention gave, so that no attention runs twice; "offload" the layer's input, in the host's memory.
 
   Raises:
     ValueError: an unknown policy.

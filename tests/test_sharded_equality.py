@@ -1,7 +1,8 @@
 """A step of a whole stage gives the same on eight devices as on one, whatever the rules, the mesh and the attention back end.
 
-The stage is the generator's: editing with prompts of different lengths, AdamW with decay and clipping, EMA. In some cases the frozen encoder
-with its vision part and the frozen VAE run in the step; in the others, to save the time of compiling them, the batch holds what they make. Loss (forward), first moments (the clipped gradients) and weights after the step are compared.
+The stage is the generator's: drawing or editing with prompts of different lengths, AdamW with decay and clipping, EMA. In some cases the
+frozen encoder with its vision part and the frozen VAE run in the step; in the others, to save the time of compiling them, the batch holds what
+they make. Loss (forward), first moments (the clipped gradients) and weights after the step are compared.
 
 Tolerance: everything is float32, and devices add up the same terms in another order. An addition rounds by 6e-8; sums over at most a few
 thousand terms and ten layers stay below 1e-5 of a tensor's largest value. Adam divides a gradient by its own size, which would blow up the
