@@ -50,7 +50,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       min_bucket_records=0,  # buckets with fewer records are merged into the nearest: each costs a compiled step
       max_faulty=0.01,  # largest share of records that may be broken
       optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="constant", final_ratio=0.0, b1=0.9, b2=0.95, weight_decay=0.001,
-                     clip_norm=1.0, accumulate=1),
+                     mu_dtype="float32", clip_norm=1.0, accumulate=1),
       # Updates in a row that may be skipped; a loss above so many times its median is logged; "stop" or "continue" when a save fails.
       faults=dict(max_skipped=10, spike_factor=10.0, on_save_error="stop"),
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200, keep=2,

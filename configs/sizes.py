@@ -8,13 +8,15 @@ IMAGE_TOKEN = 6  # of the tokenizers that are trained with the embedded data set
 def mmdit_7b() -> ConfigDict:
   """The published generator: 32 layers of width 4096, 7,115,124,736 weights."""
   return ConfigDict(dict(latent_channels=64, width=4096, num_layers=32, num_heads=32, head_dim=128, mlp_ratio=3, context_width=4096,
-                         rope_dims=(16, 56, 56), attention="block_causal", condition_time="zero", remat="dots", dtype="bfloat16"))
+                         rope_dims=(16, 56, 56), attention="block_causal", condition_time="zero", attention_backend="auto",
+                         remat="dots", dtype="bfloat16"))
 
 
 def mmdit_tiny() -> ConfigDict:
   """A generator that learns the embedded data sets on two CPU cores in minutes."""
   return ConfigDict(dict(latent_channels=32, width=192, num_layers=4, num_heads=4, head_dim=48, mlp_ratio=3, context_width=64,
-                         rope_dims=(8, 20, 20), attention="block_causal", condition_time="zero", remat="none", dtype="float32"))
+                         rope_dims=(8, 20, 20), attention="block_causal", condition_time="zero", attention_backend="auto",
+                         remat="none", dtype="float32"))
 
 
 def qwen3_vl(size: str = "8B") -> ConfigDict:
@@ -26,13 +28,15 @@ def qwen3_vl(size: str = "8B") -> ConfigDict:
                                                                                                      deepstack_layers=(8, 16, 24))
   return ConfigDict(dict(vocab_size=151936, width=width, num_layers=num_layers, num_heads=num_heads, num_kv_heads=8, head_dim=128,
                          mlp_width=mlp_width, mrope_sections=(24, 20, 20), tie_embeddings=tied,
-                         vision=dict(num_heads=16, out_width=width, **(small if tied else large)), dtype="bfloat16"))
+                         vision=dict(num_heads=16, out_width=width, **(small if tied else large)), attention_backend="auto",
+                         dtype="bfloat16"))
 
 
 def qwen3_vl_tiny() -> ConfigDict:
   """A language model of two layers and a vision tower of two, with random weights: enough to tell prompts apart."""
   return ConfigDict(dict(vocab_size=1024, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=128,
-                         mrope_sections=(6, 5, 5), image_token_id=IMAGE_TOKEN, tie_embeddings=False, vision=vision_tiny(64), dtype="float32"))
+                         mrope_sections=(6, 5, 5), image_token_id=IMAGE_TOKEN, tie_embeddings=False, vision=vision_tiny(64), attention_backend="auto",
+                         dtype="float32"))
 
 
 def vision_tiny(out_width: int) -> ConfigDict:

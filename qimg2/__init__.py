@@ -2,6 +2,7 @@
 
 Reading order:
   params, sharding, layers        a weight is declared once; the mesh; what all networks share
+  attention                       who sees whom, and a back end for each kind of device
   models                          mmdit (the generator), qwen3_vl (the condition encoder), vae (pixels <-> latents)
   conditioning                    from a batch to latents, text states and the layout of the joint sequence
   flow, sampler                   the path between data and noise; the ODE from noise to data

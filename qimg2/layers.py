@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1) -> jax.Array:
@@ -86,20 +87,34 @@ def sinusoid(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+LAYER_INPUT = "layer_input"
+POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device", offload_dst="pinned_host"),
+}
+
+
 def checkpoint_layer(layer, policy: str):
   """`layer` under a named rematerialisation policy.
 
   Args:
     layer: the function that `jax.lax.scan` runs per layer.
-    policy: "none" keeps every activation; "full" keeps only the layer's input; "dots" keeps the results of matrix products with weights.
+    policy: what the backward pass finds: "none" every activation; "full" the layer's input; "dots" the results of matrix products with weights;
+      "attention" the layer's input and what attention gave, so that no attention runs twice; "offload" the layer's input, in the host's memory.
 
   Raises:
     ValueError: an unknown policy.
   """
-  policies = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-  if policy not in policies:
-    raise ValueError(f"Unknown remat policy {policy!r}: choose one of {', '.join(policies)}.")
-  return layer if policy == "none" else jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)
+  if policy not in POLICIES:
+    raise ValueError(f"Unknown remat policy {policy!r}: choose one of {', '.join(POLICIES)}.")
+  if policy == "none":
+    return layer
+  named = lambda carry, inputs: layer(jax.tree.map(lambda x: checkpoint_name(x, LAYER_INPUT), carry), inputs)
+  return jax.checkpoint(named, policy=POLICIES[policy], prevent_cse=False)
 
 
 def concat_angles(positions: Sequence[jax.Array], dims: Sequence[int], theta: float) -> jax.Array:

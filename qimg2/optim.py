@@ -1,4 +1,4 @@
-"""Optimizers: AdamW with float32 moments on float32 weights, clipped by the global norm, under a schedule per stage."""
+"""Optimizers: AdamW on float32 weights with moments in float32, the first in bfloat16 if wanted; clipped by the global norm, under a schedule."""
 
 import dataclasses
 
@@ -19,11 +19,12 @@ class Config:
     warmup_steps: steps of linear rise from 0.
     schedule: "constant" after warm-up, or "cosine" or "linear" down to `final_ratio` of the peak at the stage's last step.
     b1, b2, eps, weight_decay: AdamW (arXiv 1711.05101); weight decay is decoupled and leaves vectors (norm weights, biases) alone.
+    mu_dtype: type in which the first moment is kept, "float32" or "bfloat16"; the second stays in float32.
     clip_norm: largest global norm of the gradient.
     accumulate: micro-batches per step; each row of a batch belongs to one of them.
 
   Raises:
-    ValueError: an unknown schedule, or a number out of its range.
+    ValueError: an unknown schedule or type, or a number out of its range.
   """
   learning_rate: float = 1e-4
   warmup_steps: int = 0
@@ -33,12 +34,15 @@ class Config:
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.001
+  mu_dtype: str = "float32"
   clip_norm: float = 1.0
   accumulate: int = 1
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
       raise ValueError(f"optimizer.schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}.")
+    if self.mu_dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"optimizer.mu_dtype is {self.mu_dtype!r}: choose 'float32' or 'bfloat16'.")
     if self.learning_rate <= 0 or self.clip_norm <= 0 or self.accumulate < 1:
       raise ValueError("optimizer.learning_rate and clip_norm must be above 0 and accumulate at least 1.")
 
@@ -64,4 +68,5 @@ def make_optimizer(cfg: Config, num_steps: int, specs: dict) -> optax.GradientTr
   decayed = jax.tree.map(lambda p: sum(axis != "layer" for axis in p.axes) > 1, specs, is_leaf=P.is_param)
   return optax.chain(
       optax.clip_by_global_norm(cfg.clip_norm),
-      optax.adamw(learning_rate(cfg, num_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed))
+      optax.adamw(learning_rate(cfg, num_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed,
+                  mu_dtype=cfg.mu_dtype))

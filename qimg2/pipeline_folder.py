@@ -34,7 +34,7 @@ TOKENIZER = "processor/tokenizer.json"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 IMAGE_NORM = [0.5, 0.5, 0.5]
 # Fields that say how a network is run, or that come with the weights: they may differ between a run and the folder that it starts from.
-NOT_ARCHITECTURE = ("dtype", "remat", "temporal_weights", "latents_mean", "latents_std")
+NOT_ARCHITECTURE = ("dtype", "remat", "attention_backend", "temporal_weights", "latents_mean", "latents_std")
 
 
 class Component(NamedTuple):

@@ -21,16 +21,41 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 Rules = Mapping[str, tuple[str, ...]]
 Shard = Callable[..., jax.Array]
 
+_WHOLE: Rules = dict.fromkeys(("token", "embed", "heads", "kv_heads", "mlp", "vocab", "channel", "layer"), ())
+
+# What a rule set does not name lies whole on every device. Optimizer state, slow copies and frozen networks lie as the weights do.
 RULES: dict[str, Rules] = {
+    # Weights over fsdp alone, gathered layer by layer: for models and sequences of which one row fits a device.
+    "fsdp": {**_WHOLE, "batch": ("data", "fsdp"), "embed": ("fsdp",), "channel": ("fsdp",)},
+    # Heads and MLP width over tensor too; a context axis splits the tokens.
     "fsdp_tensor": {
-        "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp",), "heads": ("tensor",), "kv_heads": ("tensor",),
-        "mlp": ("tensor",), "vocab": ("tensor",), "channel": ("fsdp",), "layer": (),
+        **_WHOLE, "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp",), "channel": ("fsdp",),
+        "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",),
     },
-    "replicated": {
-        "batch": ("data", "fsdp"), "token": ("context",), "embed": (), "heads": (), "kv_heads": (), "mlp": (), "vocab": (), "channel": (),
-        "layer": (),
+    # For pictures of 2048 px, 16K tokens and more: tokens over context, over which the weights lie too, because all of it would hold the same.
+    "fsdp_context": {
+        **_WHOLE, "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp", "context"), "channel": ("fsdp", "context"),
     },
+    # Whole copies: for small networks.
+    "replicated": {**_WHOLE, "batch": ("data", "fsdp"), "token": ("context",)},
 }
+
+
+def find_rules(name: str, mesh: Mesh) -> Rules:
+  """The rule set `name`, for a mesh.
+
+  Raises:
+    ValueError: there is none, or it leaves an axis of the mesh unused, whose devices would all compute the same.
+  """
+  if name not in RULES:
+    raise ValueError(f"config.rules is {name!r}: choose one of {', '.join(RULES)}.")
+  used = {axis for axes in RULES[name].values() for axis in axes}
+  idle = [axis for axis in MESH_AXES if mesh.shape[axis] > 1 and axis not in used]
+  if idle:
+    fitting = [other for other, rules in RULES.items() if set(idle) <= {axis for axes in rules.values() for axis in axes}]
+    raise ValueError(f"config.rules {name!r} leaves mesh axis {idle[0]!r} of size {mesh.shape[idle[0]]} without work: set it to 1 or choose "
+                     f"{' or '.join(fitting)}.")
+  return RULES[name]
 
 
 def identity(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -112,11 +137,29 @@ def param_shardings(specs: dict, mesh: Mesh, rules: Rules) -> dict:
   return P.map_with_path(lambda path, p: array_sharding(mesh, p.axes, rules, p.shape, path), specs)
 
 
-def make_shard(mesh: Mesh, rules: Rules) -> Shard:
-  """`shard(x, *axes)`: constrains an activation to the layout of its logical axes."""
-  def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules, f"activation {x.shape}")))
-  return shard
+class Placement:
+  """`shard(x, *axes)`: constrains an activation to the layout of its logical axes. Knows the mesh, for what runs on each device by itself."""
+
+  def __init__(self, mesh: Mesh, rules: Rules):
+    self.mesh, self.rules = mesh, rules
+
+  def __call__(self, x: jax.Array, *axes: str | None) -> jax.Array:
+    spec = partition_spec(axes, self.rules, f"activation {x.shape}")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+  def parts(self, axis: str) -> int:
+    """Over how many devices the logical `axis` is split."""
+    return math.prod(self.mesh.shape[name] for name in self.rules[axis])
+
+  def spec(self, shape: Sequence[int], *axes: str | None) -> PartitionSpec:
+    """The PartitionSpec of an activation of `shape`; dimensions that their mesh axes do not divide stay whole."""
+    divides = lambda size, axis: axis is not None and size % self.parts(axis) == 0
+    return partition_spec([axis if divides(size, axis) else None for size, axis in zip(shape, axes, strict=True)], self.rules)
+
+
+def make_shard(mesh: Mesh, rules: Rules) -> Placement:
+  """The `shard` argument of a model that runs on a mesh."""
+  return Placement(mesh, rules)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
@@ -133,3 +176,21 @@ def put_batch(batch: dict, mesh: Mesh, rules: Rules) -> dict:
   """A batch of numpy arrays (this process's rows) as global arrays, rows sharded over the batch axes."""
   sharding = batch_sharding(mesh, rules)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+# Compilation.
+
+# Names and values as in the XLA of jax 0.10; unknown ones are an error when a program is compiled.
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
+    # Weights are gathered and gradients scattered while something else computes. Async collective fusion is left to the compiler, which
+    # refuses it on TPU v5p.
+    "tpu": {"xla_tpu_enable_latency_hiding_scheduler": True, "xla_enable_async_all_gather": True, "xla_tpu_overlap_compute_collective_tc": True},
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "cpu": {},
+}
+
+
+def compile_options(mesh: Mesh) -> dict[str, Any]:
+  """`compiler_options` for `jax.stages.Lowered.compile`, by the platform of the mesh's devices: the same in training and in rehearsal."""
+  platform = {"cuda": "gpu"}.get(platform := mesh.devices.flat[0].platform, platform)
+  return dict(COMPILE_OPTIONS.get(platform, {}))

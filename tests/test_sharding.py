@@ -53,3 +53,56 @@ def test_batches_are_split_by_rows():
   batch = sharding.put_batch({"x": np.arange(24).reshape(8, 3), "sources": ()}, mesh, RULES)
   assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 3)}
   np.testing.assert_array_equal(batch["x"], np.arange(24).reshape(8, 3))
+
+
+@pytest.mark.parametrize("name", sharding.RULES)
+def test_rule_sets_know_the_same_axes(name):
+  assert sharding.RULES[name].keys() == RULES.keys()
+
+
+def test_fsdp_splits_weights_over_fsdp_alone_and_fsdp_context_over_both():
+  project, hidden = ("layer", "embed", "heads", None), ("batch", "token", None)
+  spec = lambda axes, name: sharding.partition_spec(axes, sharding.RULES[name])
+  assert spec(project, "fsdp") == PartitionSpec(None, "fsdp", None, None)
+  assert spec(hidden, "fsdp") == PartitionSpec(("data", "fsdp"), None, None)
+  assert spec(project, "fsdp_context") == PartitionSpec(None, ("fsdp", "context"), None, None)
+  assert spec(hidden, "fsdp_context") == PartitionSpec(("data", "fsdp"), "context", None)
+
+
+def test_rules_that_leave_devices_without_work_are_refused():
+  mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+  assert sharding.find_rules("fsdp_tensor", mesh) is RULES
+  with pytest.raises(ValueError, match="config.rules 'fsdp' leaves mesh axis 'tensor' of size 2 without work: set it to 1 or choose fsdp_tensor"):
+    sharding.find_rules("fsdp", mesh)
+  with pytest.raises(ValueError, match="config.rules is 'fdsp': choose one of fsdp, fsdp_tensor"):
+    sharding.find_rules("fdsp", mesh)
+
+
+class Chip:
+  """A device of a slice, as far as a mesh looks at it."""
+  platform, device_kind, process_index = "any", "chip", 0
+
+  def __init__(self, number, slice_index):
+    self.id, self.slice_index = number, slice_index
+
+
+def test_slices_are_split_over_data_alone():
+  chips = [Chip(i, i // 4) for i in range(8)]
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, chips)
+  assert [{chip.slice_index for chip in row.flat} for row in mesh.devices] == [{0}, {1}]
+  with pytest.raises(ValueError, match="The data axis has size 1, which 2 slices do not divide"):
+    sharding.make_mesh({"fsdp": 8}, chips)
+
+
+def test_activations_that_do_not_divide_stay_whole_where_devices_compute_alone():
+  shard = sharding.make_shard(sharding.make_mesh({"data": 2, "context": 2, "tensor": 2}), RULES)
+  assert shard.parts("batch") == 2 and shard.parts("token") == 2
+  assert shard.spec((4, 7, 2, 8), "batch", "token", "heads", None) == PartitionSpec(("data", "fsdp"), None, "tensor", None)
+
+
+def test_compile_options_compile():
+  mesh = sharding.make_mesh({"fsdp": 8})
+  assert sharding.compile_options(mesh) == {}
+  # Options of a GPU are parsed on every platform; those of a TPU need its compiler.
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+  assert lowered.compile(compiler_options={**sharding.compile_options(mesh), **sharding.COMPILE_OPTIONS["gpu"]})(1.0) == 2

@@ -21,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qimg2 import layers
+from qimg2 import attention, layers
 from qimg2 import params as P
 from qimg2.sharding import Shard, identity
 
@@ -40,6 +40,7 @@ class Config:
     attention: "block_causal" (text causal, each image whole, the target sees all) or "full".
     condition_time: "zero" modulates text and condition images as at t = 0, "shared" with the target's t.
     time_dim: size of the sinusoidal time features.
+    attention_backend: what computes attention, see `qimg2.attention`; "xla" for methods that differentiate forward.
     remat: rematerialisation policy of the blocks, see `layers.checkpoint_layer`.
     dtype: compute type.
 
@@ -59,6 +60,7 @@ class Config:
   attention: str = "block_causal"
   condition_time: str = "zero"
   time_dim: int = 256
+  attention_backend: str = "auto"
   remat: str = "none"
   dtype: str = "float32"
 
@@ -69,6 +71,7 @@ class Config:
       raise ValueError(f"model.attention is {self.attention!r}: choose 'block_causal' or 'full'.")
     if self.condition_time not in ("zero", "shared"):
       raise ValueError(f"model.condition_time is {self.condition_time!r}: choose 'zero' or 'shared'.")
+    attention.check_backend(self.attention_backend)
 
   @property
   def prefix_is_fixed(self) -> bool:
@@ -152,12 +155,12 @@ def apply(cfg: Config, params: dict, target: jax.Array, t: jax.Array, text: jax.
     layout: the joint sequence.
     shard: constrains activations to the mesh.
   """
-  prefix = _embed_prefix(cfg, params, text, images, layout)
+  prefix = _embed_prefix(cfg, params, text, images, layout, shard)
   x = jnp.concatenate([prefix, layers.linear(target.astype(cfg.dtype), params["img_in"])], axis=1)  # B S D
   times = jnp.stack([jnp.zeros_like(t) if cfg.condition_time == "zero" else t, t])
   is_target = (jnp.arange(x.shape[1]) >= prefix.shape[1])[:, None]  # S 1
   *modulation, scale_out = [jnp.where(is_target, m[1][:, None], m[0][:, None]) for m in _modulate(cfg, params, times)]  # B S D
-  x, _ = _run_blocks(cfg, params, x, modulation, layout.positions, attention_mask(cfg, layout), shard)
+  x, _ = _run_blocks(cfg, params, x, modulation, layout.positions, _mask(cfg, layout, images), shard)
   num_target = target.shape[1]
   return _project_out(cfg, params, x[:, -num_target:], scale_out[:, -num_target:])
 
@@ -171,10 +174,10 @@ def prefix_cache(cfg: Config, params: dict, text: jax.Array, images: jax.Array |
   if not cfg.prefix_is_fixed:
     raise ValueError("The prefix can only be cached with model.attention 'block_causal' and model.condition_time 'zero', but the config has "
                      f"{cfg.attention!r} and {cfg.condition_time!r}: sample without a cache.")
-  x = _embed_prefix(cfg, params, text, images, layout)  # B P D
+  x = _embed_prefix(cfg, params, text, images, layout, shard)  # B P D
   alone = jax.tree.map(lambda leaf: leaf[:, :x.shape[1]], layout)
   *modulation, _ = [m[0][:, None] for m in _modulate(cfg, params, jnp.zeros((1, x.shape[0])))]  # B 1 D
-  _, cache = _run_blocks(cfg, params, x, modulation, alone.positions, attention_mask(cfg, alone), shard, keep=True)
+  _, cache = _run_blocks(cfg, params, x, modulation, alone.positions, _mask(cfg, alone, images), shard, keep=True)
   return cache
 
 
@@ -182,13 +185,13 @@ def apply_cached(cfg: Config, params: dict, target: jax.Array, t: jax.Array, cac
   """`apply` with the prefix in place of its text and images: the same velocity [B, N, C], at the cost of the target tokens alone."""
   x = layers.linear(target.astype(cfg.dtype), params["img_in"])  # B N D
   *modulation, scale_out = [m[0][:, None] for m in _modulate(cfg, params, t[None])]  # B 1 D
-  visible = layout.valid[:, None, :]  # the target comes last and sees everything
-  x, _ = _run_blocks(cfg, params, x, modulation, layout.positions[:, -x.shape[1]:], visible, shard, cache)
+  mask = attention.Mask(valid=layout.valid)  # the target comes last and sees everything
+  x, _ = _run_blocks(cfg, params, x, modulation, layout.positions[:, -x.shape[1]:], mask, shard, cache)
   return _project_out(cfg, params, x, scale_out)
 
 
-def _run_blocks(cfg: Config, params: dict, x: jax.Array, modulation: list[jax.Array], positions: jax.Array, mask: jax.Array, shard: Shard,
-                past: Cache | None = None, keep: bool = False) -> tuple[jax.Array, Cache | None]:
+def _run_blocks(cfg: Config, params: dict, x: jax.Array, modulation: list[jax.Array], positions: jax.Array, mask: attention.Mask,
+                shard: Shard, past: Cache | None = None, keep: bool = False) -> tuple[jax.Array, Cache | None]:
   """(tokens [B, S, D] after the last block, their keys and values of every layer if `keep`); `past` tokens come before these."""
   angles = layers.concat_angles(jnp.moveaxis(positions, -1, 0), cfg.rope_dims, cfg.rope_theta)  # B S K/2
   scale1, gate1, scale2, gate2 = modulation
@@ -209,14 +212,17 @@ def _project_out(cfg: Config, params: dict, x: jax.Array, scale: jax.Array) -> j
   return layers.linear(layers.layer_norm(x, eps=cfg.eps) * (1 + scale), params["proj_out"]).astype(jnp.float32)
 
 
-def _embed_prefix(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout) -> jax.Array:
+def _embed_prefix(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout,
+                  shard: Shard) -> jax.Array:
   w = params["txt_in"]
   x = layers.rms_norm(text.astype(cfg.dtype), 1 + w["norm"], cfg.eps)
   x = layers.linear(jax.nn.gelu(layers.linear(x, w["in"]), approximate=True), w["out"])  # B M D
   if images is None:
     return x
   x = jnp.concatenate([x, layers.linear(images.astype(cfg.dtype), params["img_in"])], axis=1)
-  return jnp.take_along_axis(x, layout.index[..., None], axis=1)  # B P D
+  # Whole rows: left to itself, the partitioner splits the tokens of this gather, and over context and tensor together its gradient is wrong.
+  x = shard(x, "batch", None, None)
+  return shard(jnp.take_along_axis(x, layout.index[..., None], axis=1), "batch", None, None)  # B P D
 
 
 def _modulate(cfg: Config, params: dict, times: jax.Array) -> list[jax.Array]:
@@ -230,21 +236,22 @@ def _embed_time(cfg: Config, params: dict, t: jax.Array) -> jax.Array:
   return layers.linear(jax.nn.silu(layers.linear(x, params["in"])), params["out"])
 
 
-def _attend(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: jax.Array, past: Cache | None,
+def _attend(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: attention.Mask, past: Cache | None,
             shard: Shard) -> tuple[jax.Array, Cache]:
   q, k, v = (shard(layers.linear(x, params[name]), "batch", "token", "heads", None) for name in ("q", "k", "v"))  # B S H K
   q = layers.rotate_pairs(layers.rms_norm(q, params["norm_q"], cfg.eps), angles)
   own = Cache(layers.rotate_pairs(layers.rms_norm(k, params["norm_k"], cfg.eps), angles), v)
   seen = own if past is None else jax.tree.map(lambda before, now: jnp.concatenate([before, now], axis=1), past, own)
-  return layers.linear(layers.attention(q, seen.key, seen.value, mask), params["out"], num_dims=2), own
+  attended = attention.attention(q, seen.key, seen.value, mask, cfg.attention_backend, shard)
+  return layers.linear(attended, params["out"], num_dims=2), own
+
+
+def _mask(cfg: Config, layout: Layout, images: jax.Array | None) -> attention.Mask:
+  if cfg.attention == "full":
+    return attention.Mask(valid=layout.valid)
+  return attention.block_causal(layout.block, layout.valid, layout.index.shape[1], 0 if images is None else images.shape[1])
 
 
 def attention_mask(cfg: Config, layout: Layout) -> jax.Array:
-  """[B, S, S] bool, True where a query (row) may see a key: never padding; under "block_causal" what comes before it or its own image."""
-  visible = layout.valid[:, None, :]
-  if cfg.attention == "full":
-    return visible
-  place = jnp.arange(layout.block.shape[1])
-  before = place[:, None] >= place[None, :]
-  same_image = (layout.block[:, :, None] == layout.block[:, None, :]) & (layout.block[:, None, :] > 0)
-  return visible & (before | same_image)
+  """[B, S or 1, S] bool, True where a query (row) may see a key: never padding; under "block_causal" what comes before it or its own image."""
+  return attention.dense(_mask(cfg, layout, layout.block), layout.block.shape[1])

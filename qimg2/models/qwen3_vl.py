@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qimg2 import layers
+from qimg2 import attention, layers
 from qimg2 import params as P
 from qimg2.models.qwen3_vl_vision import VisionConfig, image_grid, vision_apply, vision_specs
 from qimg2.sharding import Shard, identity
@@ -49,6 +49,7 @@ class Config:
     image_token_id: the token whose embeddings are replaced by image tokens.
     vision: the vision transformer; None for a text-only encoder.
     dtype: compute type, "float32" or "bfloat16".
+    attention_backend: what computes attention in both parts, see `qimg2.attention`.
     remat: rematerialisation policy, see `layers.checkpoint_layer`.
 
   Raises:
@@ -68,6 +69,7 @@ class Config:
   image_token_id: int = 151_655
   vision: VisionConfig | None = VisionConfig()
   dtype: str = "float32"
+  attention_backend: str = "auto"
   remat: str = "none"
 
   def __post_init__(self):
@@ -80,6 +82,7 @@ class Config:
       raise ValueError(f"mrope_sections {self.mrope_sections}: row and column may take at most a third of the pairs each.")
     if self.dtype not in DTYPES:
       raise ValueError(f"Unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
+    attention.check_backend(self.attention_backend)
     self._check_vision()
 
   def _check_vision(self):
@@ -154,7 +157,7 @@ def apply(cfg: Config, params: dict, tokens: jax.Array, token_count: jax.Array, 
     # One more row, of zeros, for all layers past the taps.
     deepstack = jnp.pad(features[1:], ((0, 1), (0, 0), (0, 0), (0, 0)))
   angles = mrope_angles(cfg, positions)
-  causal = jnp.tril(jnp.ones((1, *2 * tokens.shape[1:]), bool))  # hides the padding too: it is on the right
+  causal = attention.causal(*tokens.shape)  # hides the padding too: it is on the right
 
   def layer(x, inputs):
     index, weights = inputs
@@ -224,7 +227,7 @@ def _image_tables(grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndar
 
 def _look(cfg: Config, params: dict, images: Sequence[jax.Array], shard: Shard) -> jax.Array:
   # Image tokens and DeepStack features of all slots, one after the other: 1+J B n D.
-  return jnp.concatenate([vision_apply(cfg.vision, params, image, cfg.dtype, cfg.remat, shard) for image in images], axis=2)
+  return jnp.concatenate([vision_apply(cfg.vision, params, image, cfg.dtype, cfg.remat, shard, cfg.attention_backend) for image in images], axis=2)
 
 
 def _place(features: jax.Array, ordinal: jax.Array, visual: jax.Array) -> jax.Array:
@@ -233,12 +236,13 @@ def _place(features: jax.Array, ordinal: jax.Array, visual: jax.Array) -> jax.Ar
   return jnp.where(visual[None, :, :, None], jnp.take_along_axis(features, index, axis=2), 0)
 
 
-def _block(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: jax.Array, shard: Shard) -> jax.Array:
+def _block(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: attention.Mask, shard: Shard) -> jax.Array:
   attn, h = params["attn"], layers.rms_norm(x, params["norm1"], cfg.eps)
   query = shard(layers.rms_norm(layers.linear(h, attn["q"]), attn["q_norm"], cfg.eps), "batch", "token", "heads", None)
   key = shard(layers.rms_norm(layers.linear(h, attn["k"]), attn["k_norm"], cfg.eps), "batch", "token", "kv_heads", None)
   value = shard(layers.linear(h, attn["v"]), "batch", "token", "kv_heads", None)
-  h = layers.attention(layers.rotate_halves(query, angles), layers.rotate_halves(key, angles), value, mask)
+  query, key = layers.rotate_halves(query, angles), layers.rotate_halves(key, angles)
+  h = attention.attention(query, key, value, mask, cfg.attention_backend, shard)
   x = x + layers.linear(h, attn["out"], num_dims=2)
   mlp = params["mlp"]
   x = x + layers.swiglu(layers.rms_norm(x, params["norm2"], cfg.eps), mlp["gate"], mlp["proj"], mlp["out"])

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qimg2 import layers
+from qimg2 import attention, layers
 from qimg2 import params as P
 from qimg2.sharding import Shard, identity
 
@@ -131,7 +131,7 @@ def _mlp(num_in: int, num_hidden: int, num_out: int, gain: float = 1.0) -> dict:
 
 
 def vision_apply(cfg: VisionConfig, params: dict, image: jax.Array, dtype: str = "float32", remat: str = "none",
-                 shard: Shard = identity) -> jax.Array:
+                 shard: Shard = identity, backend: str = "auto") -> jax.Array:
   """The image tokens and DeepStack features of one image slot, [1 + J, B, n, out_width] in `dtype`: tokens first, then one row per tap.
 
   Args:
@@ -141,6 +141,7 @@ def vision_apply(cfg: VisionConfig, params: dict, image: jax.Array, dtype: str =
     dtype: compute type.
     remat: rematerialisation policy of the blocks.
     shard: constrains activations to the layout of their logical axes.
+    backend: what computes attention, see `qimg2.attention`.
 
   Raises:
     ValueError: as `image_grid`.
@@ -156,7 +157,7 @@ def vision_apply(cfg: VisionConfig, params: dict, image: jax.Array, dtype: str =
 
   def layer(carry, inputs):
     (x, taps), (slot, weights) = carry, inputs
-    x = _block(cfg, weights, x, angles, shard)
+    x = _block(cfg, weights, x, angles, shard, backend)
     return (x, taps.at[slot].set(x)), None
 
   taps = jnp.zeros((len(cfg.deepstack_layers) + 1, *x.shape), x.dtype)
@@ -205,10 +206,11 @@ def _patch_index(cfg: VisionConfig, rows: int, cols: int) -> np.ndarray:
   return index.transpose(0, 1, 3, 2, 4).reshape(2, -1)
 
 
-def _block(cfg: VisionConfig, params: dict, x: jax.Array, angles: jax.Array, shard: Shard) -> jax.Array:
+def _block(cfg: VisionConfig, params: dict, x: jax.Array, angles: jax.Array, shard: Shard, backend: str) -> jax.Array:
   h = _linear(_layer_norm(x, params["norm1"], cfg.eps), params["attn"]["qkv"])  # B N 3 H K
   query, key, value = (shard(h[:, :, i], "batch", "token", "heads", None) for i in range(3))
-  h = layers.attention(layers.rotate_halves(query, angles), layers.rotate_halves(key, angles), value)
+  query, key = layers.rotate_halves(query, angles), layers.rotate_halves(key, angles)
+  h = attention.attention(query, key, value, attention.Mask(), backend, shard)
   x = x + _linear(h, params["attn"]["out"], num_dims=2)
   h = jax.nn.gelu(_linear(_layer_norm(x, params["norm2"], cfg.eps), params["mlp"]["in"]), approximate=True)
   return shard(x + _linear(h, params["mlp"]["out"]), "batch", "token", None)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qimg2 import layers
+from qimg2 import attention, layers
 from qimg2 import params as P
 from qimg2.params import Param
 from qimg2.sharding import Shard, identity
@@ -232,7 +232,7 @@ def encode(cfg: Config, params: dict, image: jax.Array, shard: Shard = identity)
   x = shard(_conv(image.astype(cfg.dtype), p["conv_in"]), *IMAGE_AXES)
   for i, level in enumerate(cfg.encoder_levels):
     x = shard(_rematted(cfg, _level_down)(level, p[f"level_{i}"], x), *IMAGE_AXES)  # B H W C -> B H/2 W/2 C'
-  x = _mid(p["mid"], x)
+  x = _mid(p["mid"], x, shard)
   x = _conv(jax.nn.silu(_norm(x, p["norm_out"])), p["conv_out"])
   mean, logvar = jnp.split(_conv(x, p["quant"]).astype(jnp.float32), 2, axis=-1)
   return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
@@ -255,7 +255,7 @@ def decode(cfg: Config, params: dict, latents: jax.Array, shard: Shard = identit
     raise ValueError(f"Latents of shape {latents.shape} do not fit: the autoencoder decodes [B, h, w, {cfg.latent_channels}].")
   p = params["decoder"]
   x = _conv(_conv(latents.astype(cfg.dtype), p["quant"]), p["conv_in"])
-  x = shard(_mid(p["mid"], x), *IMAGE_AXES)
+  x = shard(_mid(p["mid"], x, shard), *IMAGE_AXES)
   for i, level in enumerate(cfg.decoder_levels):
     x = shard(_rematted(cfg, _level_up)(level, p[f"level_{i}"], x), *IMAGE_AXES)  # B h w C -> B 2h 2w C'
   x = _conv(jax.nn.silu(_norm(x, p["norm_out"])), p["conv_out"]).astype(jnp.float32)
@@ -299,15 +299,15 @@ def _block(p: dict, x: jax.Array) -> jax.Array:
   return y + (_conv(x, p["shortcut"]) if "shortcut" in p else x)
 
 
-def _mid(p: dict, x: jax.Array) -> jax.Array:
+def _mid(p: dict, x: jax.Array, shard: Shard) -> jax.Array:
   x = _block(p["block_0"], x)
-  return _block(p["block_1"], x + _attention(p["attn"], x))
+  return _block(p["block_1"], x + _attention(p["attn"], x, shard))
 
 
-def _attention(p: dict, x: jax.Array) -> jax.Array:
+def _attention(p: dict, x: jax.Array, shard: Shard) -> jax.Array:
   batch, height, width, dim = x.shape
   qkv = _conv(_norm(x, p["norm"]), p["qkv"]).reshape(batch, height * width, 3, 1, dim)  # B S 3 H K with one head
-  y = layers.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+  y = attention.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], shard=shard)
   return _conv(y.reshape(x.shape), p["proj"])
 
 

@@ -1,0 +1,209 @@
+"""Every back end gives what the definition gives, forward and gradient, for every kind of mask; none holds a square of the sequence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from qimg2 import attention, layers, sharding
+from qimg2.attention import Mask
+
+# Float32 sums in another order: 24 bits, a few dozen terms.
+TOLERANCE = 1e-5
+PREFIX, TARGET = 21, 16
+
+
+def layout(runs, true_length):
+  """(block, valid) of one row; `runs` are (block, length) in the prefix."""
+  prefix = np.repeat([block for block, _ in runs], [length for _, length in runs])
+  block = np.concatenate([prefix, np.full(TARGET, prefix.max() + 1)])
+  return block, np.concatenate([np.arange(PREFIX) < true_length, np.ones(TARGET, bool)])
+
+
+def rows(*layouts):
+  return (jnp.asarray(np.stack(parts)) for parts in zip(*layouts))
+
+
+# Images of 4 and 5 tokens at other places in each row, and padding of other lengths.
+MIXED = [layout([(0, 2), (1, 4), (0, 1), (2, 5), (0, 9)], 15), layout([(0, 5), (1, 4), (2, 5), (0, 7)], 14),
+         layout([(1, 4), (0, 3), (2, 5), (0, 9)], 21), layout([(0, 1), (1, 4), (0, 6), (2, 5), (0, 5)], 16)]
+TEXT = [layout([(0, PREFIX)], length) for length in (21, 3, 1, 12)]
+
+
+def mask_of(layouts, longest):
+  block, valid = rows(*layouts)
+  return attention.block_causal(block, valid, PREFIX, longest)
+
+
+MASKS = {
+    "text": (mask_of(TEXT, 0), PREFIX + TARGET), "images": (mask_of(MIXED, 9), PREFIX + TARGET),
+    "prefix alone": (attention.block_causal(*(x[:, :PREFIX] for x in rows(*MIXED)), PREFIX, 9), PREFIX),
+    "target alone": (Mask(valid=list(rows(*MIXED))[1]), TARGET), "full": (Mask(valid=list(rows(*TEXT))[1]), PREFIX + TARGET),
+    "causal": (attention.causal(4, 30), 30), "everything": (Mask(), 19),
+}
+
+
+def arrays(mask, num_queries, heads=4, groups=2, dim=12, dtype=jnp.float32):
+  """(query, key, value, weight [B, S, 1, 1] of each query in the loss: 0 at padding)."""
+  num_keys = num_queries if mask.valid is None else mask.valid.shape[1]
+  shapes = (4, num_queries, heads, dim), (4, num_keys, groups, dim), (4, num_keys, groups, dim), (4, num_queries, heads, dim)
+  q, k, v, w = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes))
+  real = jnp.ones((4, num_queries), bool) if mask.valid is None else mask.valid[:, -num_queries:]
+  return q, k, v, w * real[..., None, None]
+
+
+def both(run, mask, arguments):
+  """(output where queries are real, gradients) of `run(query, key, value, mask)`."""
+  @jax.jit
+  def compute(q, k, v, w, mask):
+    out, pull = jax.vjp(lambda q, k, v: run(q, k, v, mask), q, k, v)
+    return jnp.where(w != 0, out, 0), pull(w)
+  return compute(*arguments, mask)
+
+
+def close(ours, theirs, tolerance=TOLERANCE):
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    assert reference.relative_error(a.astype(jnp.float32), b.astype(jnp.float32)) < tolerance
+
+
+def xla(q, k, v, mask):
+  return attention.attention(q, k, v, mask, "xla")
+
+
+def test_block_causal_is_before_or_same_image():
+  block, valid = rows(*MIXED)
+  place = np.arange(block.shape[1])
+  same = (block[:, :, None] == block[:, None, :]) & (block > 0)[:, None, :]
+  expected = valid[:, None] & ((place[:, None] >= place) | same)
+  found = mask_of(MIXED, 9)
+  np.testing.assert_array_equal(attention.dense(found, len(place)), expected)
+  assert (found.last[:, :PREFIX] <= np.minimum(place[:PREFIX] + found.reach, PREFIX - 1)).all()
+
+
+@pytest.mark.parametrize("backend", ["splash", "ring", "cudnn"])
+@pytest.mark.parametrize("case", MASKS)
+def test_equals_the_definition(case, backend):
+  mask, num_queries = MASKS[case]
+  arguments = arrays(mask, num_queries)
+  # What is there of cuDNN without a GPU: which calls are made, not the kernel.
+  run = functools.partial(attention._cudnn, implementation="xla") if backend == "cudnn" else functools.partial(
+      attention.attention, backend=backend)
+  close(both(run, mask, arguments), both(xla, mask, arguments))
+
+
+MESHES = [({"context": 4, "tensor": 2}, "fsdp_tensor"), ({"data": 2, "fsdp": 2, "context": 2}, "fsdp_context"), ({"data": 2, "fsdp": 4}, "fsdp")]
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash", "ring"])
+@pytest.mark.parametrize("sizes, rules", MESHES)
+def test_parts_equal_the_whole(sizes, rules, backend):
+  """37 tokens divide over no mesh axis."""
+  mesh = sharding.make_mesh(sizes)
+  shard = sharding.make_shard(mesh, sharding.find_rules(rules, mesh))
+  for case in ("images", "target alone"):
+    mask, num_queries = MASKS[case]
+    arguments = tuple(jnp.concatenate([x, x]) for x in arrays(mask, num_queries))
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), mask)
+    run = functools.partial(attention.attention, backend=backend, shard=shard)
+    close(both(run, twice, arguments), both(xla, twice, arguments))
+
+
+def test_few_key_heads_stay_whole_with_their_queries():
+  shard = sharding.make_shard(sharding.make_mesh({"data": 2, "tensor": 4}), sharding.RULES["fsdp_tensor"])
+  mask, num_queries = MASKS["images"]
+  arguments = arrays(mask, num_queries)  # 4 heads divide, 2 key heads do not
+  close(both(functools.partial(attention.attention, backend="ring", shard=shard), mask, arguments), both(xla, mask, arguments))
+
+
+def test_long_sequences_in_bfloat16():
+  """Several blocks per row and column, with blocks that are skipped: bfloat16 has 8 bits, and results are rounded to it."""
+  length, longest = 700, 200
+  block = jnp.zeros((4, length), jnp.int32).at[:, 100:300].set(1).at[:, 400:].set(2)
+  valid = jnp.arange(length) < jnp.array([390, 400, 310, 350])[:, None]
+  mask = attention.block_causal(block, valid | (block == 2), 400, longest)
+  arguments = arrays(mask, length, dtype=jnp.bfloat16)
+  wide = tuple(x.astype(jnp.float32) for x in arguments)
+  for backend in ("splash", "ring"):
+    close(both(functools.partial(attention.attention, backend=backend), mask, arguments), both(xla, mask, wide), 0.02)
+
+
+def test_the_kernel_skips_what_the_prefix_cannot_see():
+  kernel = attention._splash_kernel(2, 1024, 1024, 512, 0, 128, 128, True)
+  visited = int((kernel.fwd_mask_info.block_mask > 0).sum())
+  assert visited == 4 * 5 // 2 + 4 * 8  # a triangle, and the target's rows
+
+
+def shapes(jaxpr):
+  """Shapes of everything that a program computes, those inside kernels and loops included."""
+  for equation in jaxpr.eqns:
+    yield from (x.aval.shape for x in equation.outvars)
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from shapes(inner)
+
+
+@pytest.mark.parametrize("backend", ["splash", "ring"])
+def test_no_square_of_the_sequence_is_held(backend):
+  length = 2048
+  shard = sharding.make_shard(sharding.make_mesh({"context": 8}), sharding.RULES["fsdp_context"])
+  block, valid = jnp.zeros((1, length), jnp.int32).at[:, 512:].set(1), jnp.ones((1, length), bool)
+  def loss(q):
+    return jnp.sum(attention.attention(q, q, q, attention.block_causal(block, valid, 512, 0), backend, shard))
+  found = list(shapes(jax.make_jaxpr(jax.grad(loss))(jnp.zeros((1, length, 1, 128))).jaxpr))
+  assert len(found) > 100
+  assert not [shape for shape in found if sum(size >= length // 2 for size in shape) > 1]
+
+
+def test_only_the_definition_is_differentiated_forward():
+  mask, num_queries = MASKS["images"]
+  q, k, v, _ = arrays(mask, num_queries)
+  out, tangent = jax.jvp(lambda q: xla(q, k, v, mask), (q,), (jnp.ones_like(q),))
+  assert out.shape == tangent.shape and jnp.isfinite(tangent).all()
+  for backend in ("splash", "ring"):
+    with pytest.raises(TypeError, match="custom_vjp"):
+      jax.jvp(lambda q: attention.attention(q, k, v, mask, backend), (q,), (jnp.ones_like(q),))
+
+
+@pytest.mark.parametrize("platform, dtype, head_dim, parts, expected", [
+    ("cpu", "float32", 128, 1, "xla"), ("cpu", "bfloat16", 128, 4, "xla"), ("tpu", "bfloat16", 128, 1, "splash"), ("tpu", "float32", 72, 4, "splash"),
+    ("cuda", "bfloat16", 128, 1, "cudnn"), ("gpu", "bfloat16", 128, 4, "ring"),
+    ("gpu", "float32", 128, 1, "xla"), ("gpu", "bfloat16", 768, 1, "xla")])
+def test_auto_follows_the_platform(platform, dtype, head_dim, parts, expected):
+  assert attention.resolve("auto", platform, dtype, head_dim, parts) == expected
+
+
+@pytest.mark.parametrize("backend, platform, dtype, parts, message", [
+    ("flash", "cpu", "float32", 1, "Unknown attention_backend 'flash': choose one of auto, xla, splash, cudnn, ring"),
+    ("splash", "gpu", "bfloat16", 1, "is a TPU kernel, but this is a gpu"), ("cudnn", "cpu", "bfloat16", 1, "needs an NVIDIA GPU, but this is a cpu"),
+    ("cudnn", "gpu", "float32", 1, "needs a 16-bit dtype"),
+    ("cudnn", "gpu", "bfloat16", 2, "and a whole sequence, but there are bfloat16, 64 and 2")])
+def test_unusable_back_ends_are_refused(backend, platform, dtype, parts, message):
+  with pytest.raises(ValueError, match=message):
+    attention.resolve(backend, platform, dtype, 64, parts)
+
+
+# Rematerialisation.
+
+
+@pytest.mark.parametrize("policy", layers.POLICIES)
+@pytest.mark.parametrize("backend", ["xla", "ring", "splash"])
+def test_policies_change_memory_and_not_numbers(policy, backend):
+  mask, num_queries = MASKS["images"]
+  q, _, _, w = arrays(mask, num_queries, groups=4)
+  weights = jax.random.normal(jax.random.key(9), (3, 12, 12)) / 4
+
+  def gradient(policy, backend):
+    def layer(x, weight):
+      return x + attention.attention(x @ weight, x, jnp.sin(x @ weight), mask, backend), None
+    return jax.jit(jax.grad(lambda ws: jnp.sum(w * jax.lax.scan(layers.checkpoint_layer(layer, policy), q, ws)[0])))(weights)
+
+  close(gradient(policy, backend), gradient("none", "xla"))
+
+
+def test_unknown_policies_are_refused():
+  with pytest.raises(ValueError, match="Unknown remat policy 'some': choose one of none, full, dots, attention, offload"):
+    layers.checkpoint_layer(None, "some")
