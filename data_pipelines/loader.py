@@ -127,7 +127,8 @@ class Loader:
 
   # ---- records to arrays -------------------------------------------------------------------------
 
-  def example(self, bucket: Bucket) -> dict:
+  @staticmethod
+  def example(bucket: Bucket) -> dict:
     """Returns a global batch of a bucket with the true shapes and types and no meaning. Its pages are never touched, so it takes no memory."""
     num = bucket.batch_size
     return _tuples(_arrays(num, bucket)) | {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32),

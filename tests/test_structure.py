@@ -18,7 +18,7 @@ ALLOWED = {
     "configs": {"configs", "ml_collections"},
 }
 # A module of qimg2 may import those in earlier rows.
-ORDER = [["params"], ["sharding", "layers", "pretrained"], ["models"], ["names", "conditioning"], ["flow"], ["pipeline_folder"], ["export"],
+ORDER = [["params"], ["sharding", "layers", "pretrained"], ["models"], ["names", "conditioning", "flops"], ["flow"], ["pipeline_folder"], ["export"],
          ["sampler"], ["algorithms"], ["optim"], ["state"], ["checkpoint", "metrics"], ["evaluate"], ["trainer"]]
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
