@@ -22,6 +22,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id",
          "iota", "opt-barrier", "domain", "add-dependency"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # dimensions, permutation
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
@@ -194,13 +195,18 @@ class _Walker:
     self.hbm_bytes = self.flops = 0.0
     self.unknown: list[str] = []
 
-  def visit(self, name: str, times: int, inside: bool = False) -> None:
-    """Counts a computation `times` times; `inside` a fusion nothing goes through memory."""
+  def visit(self, name: str, times: int, inside: bool = False, seen: set[str] | None = None) -> None:
+    """Counts a computation `times` times; `inside` a fusion nothing goes through memory. `seen` are the channels that the caller has used: the
+    TPU compiler writes a collective that runs beside products into the fusion that starts it, those that it runs beside, and the last one."""
     named = self._named[name]
+    seen = set() if seen is None or not inside else seen
     for one in self._computations[name]:
       kind = one.opcode.removesuffix("-start")
       if kind in COLLECTIVES:
-        self._collect(one, kind, named, times, name)
+        channel = str((kind, [array.shape for array in one.arrays], re.findall(r"channel_id=\d+", one.attributes)))
+        if not inside or channel not in seen:
+          self._collect(one, kind, named, times, name)
+        seen.add(channel)
       elif kind in ("dot", "convolution"):
         self.flops += times * _flops(one, named)
       if not inside and one.opcode not in _FREE and not one.opcode.endswith(("-done", "-update")):
@@ -209,7 +215,7 @@ class _Walker:
         self.visit(re.search(r"body=%?([\w.\-]+)", one.attributes)[1], times * self._trips(one))
       elif one.opcode in ("fusion", "call", "conditional", "async-start", "custom-call"):
         for called in _called(one):
-          self.visit(called, times, inside or one.opcode in ("fusion", "async-start", "custom-call"))
+          self.visit(called, times, inside or one.opcode in ("fusion", "async-start", "custom-call"), seen)
 
   def _collect(self, one: Instruction, kind: str, named: dict, times: int, computation: str) -> None:
     num_bytes = sum(array.num_bytes for name in one.operands if name in named for array in named[name].arrays)
@@ -297,14 +303,40 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
     pairs = np.array([int(n) for n in re.findall(r"\d+", found[1])], np.int64).reshape(-1, 2)
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     return pairs if len(pairs) else np.zeros((1, 1), np.int64)
-  if found := re.search(r"(?:replica_groups|device_list)=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-    shape, dims = ([int(n) for n in found[i].split(",")] for i in (1, 2))
-    order = np.arange(math.prod(dims)).reshape(dims)
-    order = order.transpose([int(n) for n in found[3].split(",")]) if found[3] else order
-    return order.reshape(-1, shape[-1]) if len(shape) > 1 else order.reshape(1, -1)
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[\d,]*\](?:<=)?(.*?)\))? \{([^}]*)\}", attributes):
+    return _groups_of_axes(found[1], found[2], found[3])
+  if found := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", attributes):
+    return _order(found[2], found[3]).reshape([-1, int(found[1].split(",")[-1])])
   if found := re.search(r"replica_groups=\{((?:\{[\d,]+\},?\s*)+)\}", attributes):
     return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])], np.int64)
+  if re.search(r"replica_groups=(?!\{\})", attributes):
+    raise ValueError(f"The groups of a collective are written in a way that qimg2/hlo.py does not read: {attributes.strip(', ')[:200]}.")
   return np.arange(num_devices)[None]
+
+
+def _groups_of_axes(mesh: str, order: str | None, axes: str) -> np.ndarray:
+  """Groups along some axes of a mesh such as "'x'=2,'y'=4"; "'y':(2)2" is the part of size 2 of y that lies inside its outermost 2 parts."""
+  sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
+  chosen = [(name, int(outer or 1), int(size or sizes[name])) for name, outer, size in re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", axes)]
+  factors = []  # (size, whether a group spans it), outermost first
+  for name, size in sizes.items():
+    done = 1
+    for _, outer, part in sorted(one for one in chosen if one[0] == name):
+      factors += [(outer // done, False), (part, True)]
+      done = outer * part
+    factors.append((size // done, False))
+  dims = re.match(rf"{_IOTA}", order) if order else None
+  places = _order(dims[1], dims[2]) if dims else np.arange(math.prod(sizes.values()))
+  places = places.reshape([size for size, _ in factors])
+  inside = [number for number, (_, spanned) in enumerate(factors) if spanned]
+  outside = [number for number in range(len(factors)) if number not in inside]
+  return places.transpose(outside + inside).reshape(-1, math.prod(factors[number][0] for number in inside))
+
+
+def _order(dims: str, permutation: str | None) -> np.ndarray:
+  """The numbers 0, 1, ... in an array of `dims`, transposed, in one row."""
+  order = np.arange(math.prod(map(int, dims.split(",")))).reshape([int(n) for n in dims.split(",")])
+  return (order.transpose([int(n) for n in permutation.split(",")]) if permutation else order).reshape(-1)
 
 
 def _flops(one: Instruction, named: dict) -> float:

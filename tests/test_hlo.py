@@ -78,9 +78,18 @@ def test_memory_of_a_scan_reads_each_layer_once():
     ("replica_groups=[2,4]<=[8], dimensions={0}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
     ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ("source_target_pairs={{0,1},{1,0},{2,2}}", [[0, 1], [1, 0]]),
+    ("replica_groups=mesh['x'=2,'y'=4] {'y'}, use_global_device_ids=true", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=mesh['x'=2,'y'=4] {'x'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['x'=8] {'x':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ("replica_groups=mesh['x'=4,'y'=2], device_ids=([8]<=[2,4]T(1,0)) {'y'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]])])
 def test_groups(attributes, expected):
   np.testing.assert_array_equal(hlo._groups(", " + attributes, 8), expected)
+
+
+def test_groups_in_an_unknown_form():
+  with pytest.raises(ValueError, match="does not read: replica_groups=<8>"):
+    hlo._groups("replica_groups=<8>", 8)
 
 
 def test_a_line_of_a_tpu_program():
@@ -101,6 +110,27 @@ def test_convolutions_count_what_they_multiply():
   line = ("  %c = f32[4,8,8]{2,1,0} convolution(%a, %b), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf")
   one = hlo._instruction(line)
   assert hlo._convolution(one, [(4, 8, 32), (4, 32, 8)]) == 4 * 8 * 8 * 32  # a batched product, as the TPU compiler writes it
+
+
+def test_a_collective_in_several_fusions_counts_once():
+  text = """HloModule m
+%start (p: bf16[8,4]) -> bf16[32,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %g = bf16[32,4]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['x'=4] {'x'}, dimensions={0}
+}
+%done (q: bf16[8,4]) -> bf16[32,4] {
+  %q = bf16[8,4]{1,0} parameter(0)
+  ROOT %h = bf16[32,4]{1,0} all-gather(%q), channel_id=7, replica_groups=mesh['x'=4] {'x'}, dimensions={0}
+}
+ENTRY %main (a: bf16[8,4]) -> bf16[32,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[32,4]{1,0:S(1)} fusion(%a), kind=kCustom, calls=%start
+  ROOT %c = bf16[32,4]{1,0} fusion(%a, %b), kind=kCustom, calls=%done
+}
+"""
+  traffic = hlo.analyze(text, 4)
+  assert [(one.kind, one.num_bytes, one.times) for one in traffic.collectives] == [("all-gather", 3 * 64, 1)]
+  assert traffic.hbm_bytes == 64 + 64 + 256  # what lies in on-chip memory costs nothing
 
 
 @pytest.mark.parametrize("message, expected", [
