@@ -12,13 +12,17 @@ per word and mark of the published template; a real vocabulary may split a word,
 a condition image adds 6 tokens of words beside its slots.
 """
 
+import atexit
 import copy
 import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -142,7 +146,7 @@ class Rehearsal:
         raise
       return {"peak_bytes": sizes[0], "limit_bytes": sizes[1], "compile_s": time.monotonic() - start}
     memory = compiled.memory_analysis()
-    traffic = hlo.analyze(compiled.as_text(), self.mesh.size)
+    traffic = hlo.analyze(program_text(compiled), self.mesh.size)
     limit = self.chip.hbm_bytes if self.chip else None
     return {"peak_bytes": float(memory.peak_memory_in_bytes), "limit_bytes": limit, "compile_s": time.monotonic() - start, "traffic": traffic}
 
@@ -153,6 +157,22 @@ def _ratios(ratios: Sequence[Any], choice: Choice) -> list[Any]:
     return list(ratios)
   square, widest = min(ratios, key=lambda ratio: max(parse_ratio(ratio), 1 / parse_ratio(ratio))), max(ratios, key=parse_ratio)
   return [square] if choice.squares else list(dict.fromkeys((square, widest)))
+
+
+def program_text(compiled: jax.stages.Compiled) -> str:
+  """The program as text. A libtpu that is newer than jaxlib writes some that jaxlib cannot read back; then what the compiler dumped counts.
+
+  Raises:
+    JaxRuntimeError: the program cannot be read, and nothing was dumped.
+  """
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError:
+    folder = re.search(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
+    files = sorted(pathlib.Path(folder[1]).glob("*jit_step*after_codegen.txt") if folder else (), key=lambda file: file.stat().st_mtime)
+    if not files:
+      raise
+    return files[-1].read_text(encoding="utf-8")
 
 
 def find_tokenizer(cfg: ConfigDict) -> PromptTokenizer | None:
@@ -189,10 +209,16 @@ def find_devices(topology: str, num_slices: int = 1) -> tuple[list[Any], rooflin
 
 
 def prepare_environment(topology: str) -> None:
-  """Sets what jax and libtpu read when they start: no search for a real TPU, no lock between processes, simulated devices for cpu:N."""
+  """Sets what jax and libtpu read when they start: no search for a real TPU, no lock between processes, simulated devices for cpu:N, and for a
+  TPU a folder for the text of what is compiled, which lives as long as the process."""
   for name, value in ENVIRONMENT.items():
     os.environ[name] = value
   jax.config.update("jax_platforms", "cpu")
+  if "--xla_dump_to" not in os.environ.get("XLA_FLAGS", "") and not topology.startswith("cpu"):
+    folder = tempfile.mkdtemp(prefix="rehearse_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
   kind, _, shape = topology.partition(":")
   if kind == "cpu" and shape.isdigit():
     jax.config.update("jax_num_cpu_devices", int(shape))

@@ -266,8 +266,9 @@ class _Walker:
     read = {}
     for one in body:
       if one.opcode == "parameter" and one.text.isdigit() and (uses := list(_uses(one, users))):
-        if all(use.opcode in _SLICES or (use.opcode == "dynamic-update-slice" and use.operands[0] == operand) for use, operand in uses):
-          read[int(one.text)] = sum(_all(use.arrays) for use, _ in uses if use.opcode in _SLICES)
+        amounts = [self._read_by(use, operand) for use, operand in uses]
+        if None not in amounts:
+          read[int(one.text)] = sum(amounts)
     roots = [one for one in body if one.is_root]
     if roots and roots[0].opcode == "tuple":
       roots = [named[operand] for operand in roots[0].operands]
@@ -279,6 +280,18 @@ class _Walker:
       cut |= in_place
       written += _all(named[root.operands[1]].arrays) if in_place else _main(root.arrays)
     return read, written if cut else None
+
+
+  def _read_by(self, use: Instruction, operand: str) -> int | None:
+    """Bytes that an instruction in a fusion reads of an operand; None for all of it."""
+    if use.opcode in _SLICES:
+      return _all(use.arrays)
+    if use.opcode == "dynamic-update-slice" and use.operands[0] == operand:
+      return 0
+    if use.opcode == "fusion":
+      amounts = [self._fusion(_called(use)[0])[0].get(place) for place, name in enumerate(use.operands) if name == operand]
+      return None if None in amounts else sum(amounts)
+    return None
 
 
 def _uses(one: Instruction, users: dict) -> Iterator[tuple[Instruction, str]]:

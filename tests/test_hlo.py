@@ -133,6 +133,28 @@ ENTRY %main (a: bf16[8,4]) -> bf16[32,4] {
   assert traffic.hbm_bytes == 64 + 64 + 256  # what lies in on-chip memory costs nothing
 
 
+def test_a_layer_cut_out_of_a_stack_in_a_nested_fusion():
+  text = """HloModule m
+%inner (p: bf16[32,8,4], i: s32[]) -> bf16[1,8,4] {
+  %p = bf16[32,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %cut = bf16[1,8,4]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,8,4}
+}
+%outer (q: bf16[32,8,4], j: s32[]) -> bf16[1,8,4] {
+  %q = bf16[32,8,4]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %f = bf16[1,8,4]{2,1,0} fusion(%q, %j), kind=kLoop, calls=%inner
+}
+ENTRY %main (a: bf16[32,8,4], k: s32[]) -> bf16[1,8,4] {
+  %a = bf16[32,8,4]{2,1,0} parameter(0)
+  %k = s32[]{:S(6)} parameter(1)
+  ROOT %c = bf16[1,8,4]{2,1,0} fusion(%a, %k), kind=kLoop, calls=%outer
+}
+"""
+  assert hlo.analyze(text, 1).hbm_bytes == 2 * 64
+
+
 @pytest.mark.parametrize("message, expected", [
     ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA: total memory required for HLO temporaries (163.95G) exceeds available HBM (31.24G)",
      (163.95 * 2**30, 31.24 * 2**30)),

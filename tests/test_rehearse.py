@@ -125,6 +125,26 @@ def test_mistakes(monkeypatch):
     rehearse.rehearse(quickstart.get_config("smoke"), jax.devices()[:8], None, Choice(stages=("nothing",)))
 
 
+def test_search_takes_the_best_bound_that_fits(monkeypatch):
+  def row(self, section, bucket):
+    accumulate, remat = section.optimizer.accumulate, self.nets.model.remat
+    per_chip = bucket.batch_size / accumulate / 8
+    peak = per_chip * {"none": 8, "dots": 3, "full": 1}[remat] + (self.cfg.rules == "replicated") * 20
+    mfu = {"none": 0.2, "dots": 0.4, "full": 0.3}[remat] + 0.01 * per_chip
+    return dataclasses.replace(ROW, stage=section.name, rules=self.cfg.rules, remat=remat, batch_size=bucket.batch_size, accumulate=accumulate,
+                               peak_bytes=peak, limit_bytes=7.0, bound={"mfu": mfu})
+  monkeypatch.setattr(Rehearsal, "row", row)
+  cfg = quickstart.get_config("smoke")
+  for resolution in cfg.stages[3].resolutions:
+    resolution.batch_size = 32
+  before = cfg.stages[3].optimizer.accumulate
+  rows, best = rehearse.search(cfg, jax.devices()[:8], None, Choice(stages=("sft",)))
+  tried = [(one.remat, one.accumulate) for one in rows if one.rules == "fsdp_tensor"]
+  assert tried == [("none", 4), ("dots", 4), ("dots", 2), ("dots", 1), ("full", 1)]
+  assert (best["sft"].rules, best["sft"].remat, best["sft"].accumulate) == ("fsdp_tensor", "dots", 2)
+  assert not [one for one in rows if one.rules == "replicated" and one.fits] and cfg.stages[3].optimizer.accumulate == before
+
+
 def launch(*arguments):
   return subprocess.run([sys.executable, "-m", "launch.rehearse", *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
 
@@ -132,7 +152,8 @@ def launch(*arguments):
 @pytest.mark.slow
 def test_simulated_devices(tmp_path):
   file = tmp_path / "rows.json"
-  result = launch("--config=configs/quickstart.py:smoke", "--topology=cpu:8", "--stage=vae", "--squares", f"--json={file}",
+  result = launch("--config=configs/quickstart.py:smoke", "--topology=cpu:8", "--stage=vae", "--task=t2i", "--squares",
+                  f"--json={file}",
                   "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
   assert result.returncode == 0, result.stderr
   row, = json.loads(file.read_text())["rows"]
