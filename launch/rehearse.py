@@ -160,19 +160,11 @@ def _ratios(ratios: Sequence[Any], choice: Choice) -> list[Any]:
 
 
 def program_text(compiled: jax.stages.Compiled) -> str:
-  """The program as text. A libtpu that is newer than jaxlib writes some that jaxlib cannot read back; then what the compiler dumped counts.
-
-  Raises:
-    JaxRuntimeError: the program cannot be read, and nothing was dumped.
-  """
-  try:
-    return compiled.as_text()
-  except jax.errors.JaxRuntimeError:
-    folder = re.search(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
-    files = sorted(pathlib.Path(folder[1]).glob("*jit_step*after_codegen.txt") if folder else (), key=lambda file: file.stat().st_mtime)
-    if not files:
-      raise
-    return files[-1].read_text(encoding="utf-8")
+  """The program that was compiled last as text: what the compiler dumped, where it did. A libtpu that is newer than jaxlib writes instructions
+  that `as_text` cannot read back."""
+  folder = re.search(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
+  files = list(pathlib.Path(folder[1]).glob("*jit_step*after_codegen.txt")) if folder else []
+  return max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8") if files else compiled.as_text()
 
 
 def find_tokenizer(cfg: ConfigDict) -> PromptTokenizer | None:

@@ -96,7 +96,7 @@ def progress(row: Row) -> str:
 def table(rows: Sequence[Row]) -> str:
   """The rows as text, two tables: memory and bound; then messages. Units: GiB = 2^30 and GB = 10^9 bytes, TFLOP = 10^12, ms."""
   head = ["stage", "bucket", "rules", "remat", "batch", "micro", "per chip", "peak GiB", "of", "fits", "model TFLOP", "run TFLOP", "HBM GB",
-          "compute ms", "HBM ms", "ICI ms", "DCN ms", "MFU <="]
+          "compute ms", "HBM ms", "ICI ms", "DCN ms", "MFU <=", "serial"]
   lines = []
   for row in rows:
     limit = "-" if row.limit_bytes is None else f"{row.limit_bytes / GIB:.2f}"
@@ -104,7 +104,7 @@ def table(rows: Sequence[Row]) -> str:
     times = [f"{1e3 * row.bound[key]:,.1f}" if row.bound else "-" for key in ("compute_s", "hbm_s", "ici_s", "dcn_s")]
     lines.append([row.stage, bucket_name(row), row.rules, row.remat, f"{row.batch_size:,}", str(row.accumulate), f"{row.per_chip:g}",
                   f"{row.peak_bytes / GIB:,.2f}", limit, fit_text(row), f"{sum(row.model_flops.values()) / 1e12:,.2f}", *traffic, *times,
-                  f"{row.bound['mfu']:.1%}" if row.bound else "-"])
+                  *(f"{row.bound[key]:.1%}" if row.bound else "-" for key in ("mfu", "serial_mfu"))])
   text = _columns([head, *lines])
   messages = [[row.stage, bucket_name(row), row.remat, one["kind"], one["axes"], f"{one['bytes'] / 1e9:,.3f}", f"{one['calls']:,}"]
               for row in rows for one in _by_axes(row)]

@@ -3,9 +3,10 @@
   step time >= max(operations / peak, HBM bytes / HBM bandwidth, busiest ICI axis, DCN bytes / DCN bandwidth)                       (1)
   MFU       <= model FLOPs / (peak · step time)                                                                                    (2)
 
-It is a bound, not a forecast: everything overlaps perfectly and every unit runs at its published peak. Messages of a mesh axis travel over
-the torus axes that its devices differ on, each at the rate of one link per direction: both directions where a group spans a torus axis that
-is closed to a ring, one where it is a line. Mesh axes that lie on the same torus axis wait for each other.
+It is a bound, not a forecast: everything overlaps perfectly and every unit runs at its published peak. "Serial" is the other end: the four times
+one after the other. Messages of a mesh axis travel over the torus axes that its devices differ on, each at the rate of one link per direction:
+both directions where a group spans a torus axis that is closed to a ring, one where it is a line. Mesh axes that lie on the same torus axis wait
+for each other.
 
 Rates: Google Cloud TPU documentation, per chip. ICI is published as the sum over all links and both directions; a link has that over 4 (2-D
 torus) or 6 (3-D torus), half of it each way.
@@ -98,7 +99,7 @@ def interconnect_seconds(chip: Chip, messages: Sequence[tuple[Route, float]]) ->
 
 
 def bound(chip: Chip, model_flops: float, executed_flops: float, hbm_bytes: float, messages: Sequence[tuple[Route, float]]) -> dict[str, float]:
-  """{"compute_s", "hbm_s", "ici_s", "dcn_s", "step_s", "mfu"} by equations 1 and 2.
+  """{"compute_s", "hbm_s", "ici_s", "dcn_s", "step_s", "mfu", "serial_mfu"} by equations 1 and 2.
 
   Args:
     chip: rates.
@@ -109,5 +110,5 @@ def bound(chip: Chip, model_flops: float, executed_flops: float, hbm_bytes: floa
   """
   ici, dcn = interconnect_seconds(chip, messages)
   times = {"compute_s": max(model_flops, executed_flops) / chip.peak_flops, "hbm_s": hbm_bytes / chip.hbm_bandwidth, "ici_s": ici, "dcn_s": dcn}
-  step = max(times.values())
-  return {**times, "step_s": step, "mfu": model_flops / (chip.peak_flops * step)}
+  ideal, step = model_flops / chip.peak_flops, max(times.values())
+  return {**times, "step_s": step, "mfu": ideal / step, "serial_mfu": ideal / sum(times.values())}

@@ -192,3 +192,4 @@ def test_routes_and_bounds():
   assert (across.num_slices, across.per_slice, across.torus_axes) == (2, 128, (0, 1, 2))
   bound = roofline.bound(chip, 459e12, 2 * 459e12, 2765e9, [(ring, 2e11)])
   assert bound["compute_s"] == bound["step_s"] == 2.0 and bound["hbm_s"] == bound["ici_s"] == 1.0 and bound["mfu"] == 0.5
+  assert bound["serial_mfu"] == 0.25

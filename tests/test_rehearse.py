@@ -152,9 +152,8 @@ def launch(*arguments):
 @pytest.mark.slow
 def test_simulated_devices(tmp_path):
   file = tmp_path / "rows.json"
-  result = launch("--config=configs/quickstart.py:smoke", "--topology=cpu:8", "--stage=vae", "--task=t2i", "--squares",
-                  f"--json={file}",
-                  "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+  result = launch("--config=configs/quickstart.py:smoke", "--topology=cpu:8", "--stage=vae", "--task=t2i", "--squares", "--base_px=32",
+                  f"--json={file}", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
   assert result.returncode == 0, result.stderr
   row, = json.loads(file.read_text())["rows"]
   assert row["stage"] == "vae" and row["fits"] is None and row["traffic"]["hbm_bytes"] > 0 and row["per_chip"] == 1
