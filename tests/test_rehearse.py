@@ -153,12 +153,12 @@ def launch(*arguments):
 def test_simulated_devices(tmp_path):
   file = tmp_path / "rows.json"
   result = launch("--config=configs/quickstart.py:smoke", "--topology=cpu:8", "--stage=vae", "--task=t2i", "--squares", "--base_px=32",
-                  f"--json={file}", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+                  f"--json={file}")
   assert result.returncode == 0, result.stderr
   row, = json.loads(file.read_text())["rows"]
   assert row["stage"] == "vae" and row["fits"] is None and row["traffic"]["hbm_bytes"] > 0 and row["per_chip"] == 1
-  assert {one["axes"] for one in row["collectives"]} <= {"fsdp", "tensor", "fsdp+tensor"} and row["collectives"]
-  assert 0.8 < row["traffic"]["flops"] / row["model_flops"]["vae"] < 1.5
+  assert {one["axes"] for one in row["collectives"]} == {"fsdp"}
+  assert 0.4 < row["traffic"]["flops"] / row["model_flops"]["vae"] < 1.2  # at 2 x 2 latents most taps of a convolution lie outside
   assert "no limit" in result.stdout and "all-reduce" in result.stdout
 
 
