@@ -64,6 +64,8 @@ def with_bound(row: Row, chip: roofline.Chip | None, mesh: Mesh) -> Row:
   for one in row.traffic.collectives:
     kind, axes = one.kind, "+".join(hlo.mesh_axes(one.groups, mesh.shape)) or "none"
     way = roofline.route(chip, list(mesh.devices.flat), one.groups) if chip else None
+    if kind == "send":  # to the host, and from there to the other slices
+      axes, way = "data", roofline.NETWORK
     entry = sums.setdefault((kind, axes, way), {"kind": kind, "axes": axes, "bytes": 0.0, "calls": 0, "route": way})
     entry["bytes"] += one.num_bytes * one.times
     entry["calls"] += one.times

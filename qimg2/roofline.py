@@ -66,6 +66,9 @@ class Route:
   per_slice: int = 1
 
 
+NETWORK = Route((), 0.0, num_slices=2)  # of a message that leaves its slice
+
+
 def route(chip: Chip, devices: Sequence[Any], groups: np.ndarray) -> Route:
   """The route of a collective over `groups` [G, n] of places in `devices`, the mesh in row-major order.
 

@@ -190,6 +190,7 @@ def test_routes_and_bounds():
   two = [*devices, *(Place(i, 1) for i in range(128))]
   across = roofline.route(chip, two, np.arange(256).reshape(1, 256))
   assert (across.num_slices, across.per_slice, across.torus_axes) == (2, 128, (0, 1, 2))
+  assert roofline.interconnect_seconds(chip, [(roofline.NETWORK, 6.25e9)]) == (0.0, 1.0)
   bound = roofline.bound(chip, 459e12, 2 * 459e12, 2765e9, [(ring, 2e11)])
   assert bound["compute_s"] == bound["step_s"] == 2.0 and bound["hbm_s"] == bound["ici_s"] == 1.0 and bound["mfu"] == 0.5
   assert bound["serial_mfu"] == 0.25
