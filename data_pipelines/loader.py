@@ -127,7 +127,8 @@ class Loader:
 
   # ---- records to arrays -------------------------------------------------------------------------
 
-  def example(self, bucket: Bucket) -> dict:
+  @staticmethod
+  def example(bucket: Bucket) -> dict:
     """Returns a global batch of a bucket with the true shapes and types and no meaning. Its pages are never touched, so it takes no memory."""
     return _tuples(_arrays(bucket.batch_size, bucket) | _prompts(bucket.batch_size, bucket))
 

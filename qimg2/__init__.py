@@ -9,6 +9,7 @@ Reading order:
   algorithms                      what a stage minimises: flow_matching, reconstruction
   optim, state, checkpoint        the update, what it changes, and where that is kept
   metrics, evaluate, trainer      numbers, deterministic validation, the one loop
+  flops, hlo, roofline            operations a step asks for; what a compiled one does; the fastest it could be on a chip
   pretrained, names               published tensors <-> our weights, tensor by tensor, and their names
   pipeline_folder, export         a whole published folder: read, and written so that diffusers loads it
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "configs": {"configs", "ml_collections"},
 }
 # A module of qimg2 may import those in earlier rows.
-ORDER = [["params"], ["sharding", "layers", "pretrained"], ["attention"], ["models"], ["names", "conditioning"], ["flow"], ["pipeline_folder"],
+ORDER = [["params"], ["sharding", "layers", "pretrained"], ["attention"], ["models"], ["names", "conditioning", "flops"], ["flow"], ["pipeline_folder"],
          ["export"], ["sampler"], ["algorithms"], ["optim"], ["state", "manifest"], ["checkpoint", "metrics", "faults"], ["evaluate"], ["trainer"]]
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 

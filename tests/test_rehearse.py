@@ -1,0 +1,179 @@
+"""FLOP counts against counts by hand and XLA's, and rehearsals on simulated devices and, where its compiler is installed, for a TPU."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import pretrain, quickstart
+from launch import rehearse, rehearse_table
+from launch.rehearse import Choice, Rehearsal
+from qimg2 import conditioning, flops
+from qimg2 import params as P
+from qimg2.models import mmdit, qwen3_vl, vae
+from qimg2.models.qwen3_vl_vision import VisionConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+ROW = rehearse_table.Row(stage="one", task="t2i", height=64, width=64, num_sources=0, num_tokens=64, batch_size=16, accumulate=2, num_devices=8,
+                         rules="fsdp_tensor", remat="dots", model_flops={"model": 3e12, "vae": 1e12}, peak_bytes=20 * 2**30,
+                         limit_bytes=15.75 * 2**30, compile_s=1.0)
+
+
+def counted(function, *trees):
+  """XLA's FLOPs of a function that has no loop of more than one round."""
+  analysis = jax.jit(function).lower(*trees).cost_analysis()
+  return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+
+def test_the_generator_by_hand():
+  cfg = mmdit.Config(latent_channels=3, width=8, num_layers=2, num_heads=2, head_dim=4, mlp_ratio=3, context_width=5, rope_dims=(0, 2, 2), time_dim=6)
+  # 7 text tokens of which one is an image slot of 4 latents: a prefix of 10, with 16 target tokens a sequence of 26.
+  block = 2 * 26 * (4 * 8 * 8 + 3 * 8 * 24) + 2 * 26 * 26 * 4 * 2 * 2
+  borders = 2 * (16 + 4) * 3 * 8 + 2 * 7 * (5 * 8 + 8 * 8) + 2 * 16 * 8 * 3
+  times = 2 * 2 * (6 * 8 + 8 * 8 + 5 * 8 * 8)
+  assert flops.generator_forward(cfg, 7, 16, 4) == 2 * block + borders + times
+
+
+def test_the_published_generator_costs_two_flops_per_weight_and_token():
+  cfg = mmdit.Config()
+  per_token = flops.generator_forward(cfg, 0, 1) - 4 * cfg.num_layers * cfg.width
+  assert per_token == pytest.approx(2 * P.count(mmdit.specs(cfg)), rel=0.05)
+
+
+def test_the_generator_by_xla():
+  cfg = mmdit.Config(latent_channels=16, width=256, num_layers=1, num_heads=4, head_dim=64, context_width=128, rope_dims=(16, 24, 24))
+  tokens, count = jax.ShapeDtypeStruct((1, 96), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+  layout = jax.eval_shape(lambda tokens, count: conditioning.make_layout(tokens, count, 3, [(8, 8)], (16, 16)), tokens, count)
+  float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  found = counted(lambda *a: mmdit.apply(cfg, *a), P.abstract(mmdit.specs(cfg)), float32(1, 256, 16), float32(1), float32(1, 96, 128),
+                  float32(1, 64, 16), layout)
+  assert found == pytest.approx(flops.generator_forward(cfg, 96, 256, 64), rel=0.05)
+
+
+def test_the_encoder_by_xla():
+  vision = VisionConfig(width=128, num_layers=1, num_heads=2, mlp_width=256, num_positions=64, out_width=256, deepstack_layers=(0,))
+  cfg = qwen3_vl.Config(vocab_size=512, width=256, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=512, mrope_sections=(12, 10, 10),
+                        image_token_id=6, vision=vision)
+  weights, tokens = P.abstract(qwen3_vl.specs(cfg)), jax.ShapeDtypeStruct((1, 128), jnp.int32)
+  count, picture = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1, 128, 256, 3), jnp.uint8)
+  assert counted(lambda *a: qwen3_vl.apply(cfg, *a), weights, tokens, count) == pytest.approx(flops.encoder_forward(cfg, 128), rel=0.05)
+  found = counted(lambda w, t, c, p: qwen3_vl.apply(cfg, w, t, c, [p]), weights, tokens, count, picture)
+  assert found == pytest.approx(flops.encoder_forward(cfg, 128, ((128, 256),)), rel=0.05)
+
+
+def test_the_vae_by_xla():
+  cfg = vae.Config(base_dim=16, decoder_base_dim=24, latent_channels=8, num_res_blocks=1, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8)
+  weights, picture = P.abstract(vae.specs(cfg)), jax.ShapeDtypeStruct((1, 256, 512, 4), jnp.float32)
+  latents = jax.ShapeDtypeStruct((1, 16, 32, 8), jnp.float32)
+  assert counted(lambda *a: vae.encode(cfg, *a), weights, picture) == pytest.approx(flops.vae_encode(cfg, 256, 512), rel=0.1)
+  assert counted(lambda *a: vae.decode(cfg, *a), weights, latents) == pytest.approx(flops.vae_decode(cfg, 256, 512), rel=0.1)
+
+
+def test_a_step_counts_training_three_times_and_caches_not_at_all():
+  nets = conditioning.Networks(mmdit.Config(), qwen3_vl.Config(), vae.Config(), 12)
+  pixels = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.uint8)
+  batch = {"tokens": pixels(4, 76), "target": pixels(4, 256, 256, 3), "sources": (pixels(4, 64, 64, 3),)}
+  counts = flops.step_flops(nets, ("model",), ("encoder", "vae"), batch)
+  assert counts["model"] == 3 * 4 * flops.generator_forward(nets.model, 64, 256, 16)
+  assert counts["encoder"] == 4 * flops.encoder_forward(nets.encoder, 76, ((64, 64),))
+  assert counts["vae"] == 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_encode(nets.vae, 64, 64))
+  cached = {"tokens": pixels(4, 76), "latents": pixels(4, 16, 16, 64), "source_latents": (pixels(4, 4, 4, 64),), "features": pixels(4, 64, 4096)}
+  assert flops.step_flops(nets, ("model",), ("encoder", "vae"), cached) == {"model": counts["model"], "encoder": 0, "vae": 0}
+  assert flops.step_flops(nets, ("vae",), (), batch)["vae"] == 3 * 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_decode(nets.vae, 256, 256))
+  with pytest.raises(ValueError, match="no FLOP count for role 'judge'"):
+    flops.step_flops(nets, ("judge",), (), batch)
+
+
+def test_buckets_of_the_published_curriculum():
+  cfg = pretrain.get_config()
+  cfg.mesh.fsdp, cfg.mesh.tensor = 4, 2
+  rehearsal = Rehearsal(cfg, jax.devices()[:8])
+  section = cfg.stages[-1]
+  shapes = [(one.task, one.height, one.width, one.source_sizes, one.num_tokens) for one in rehearsal.buckets(section, Choice(base_px=(512,)))]
+  assert shapes == [("t2i", 512, 512, (), 1024), ("t2i", 288, 896, (), 1024), ("ti2i", 512, 512, ((512, 512),), 1024 + 256 + 6),
+                    ("ti2i", 288, 896, ((288, 896),), 1024 + 9 * 28 + 6)]
+  assert len(rehearsal.buckets(section, Choice(squares=True))) == 2 * 3
+  assert len(rehearsal.buckets(section, Choice(tasks=("t2i",), base_px=(2048,), all_buckets=True))) == 9
+  with pytest.raises(ValueError, match="16384 cannot be divided over 4 devices of the axes data and fsdp in 3 micro-batches"):
+    section.optimizer.accumulate = 3
+    rehearsal.row(section, rehearsal.buckets(section)[0])
+
+
+def test_the_table_says_what_does_not_fit():
+  text = rehearse_table.table([ROW, dataclasses.replace(ROW, stage="two", limit_bytes=None), dataclasses.replace(ROW, peak_bytes=2**30)])
+  first, second, third = text.splitlines()[1:4]
+  assert "4.2 over" in first and "t2i 64x64 64t" in first and "no limit" in second and "fits" in third
+  assert ROW.fits is False and ROW.per_chip == 1
+  assert json.loads(json.dumps(rehearse_table.as_json(ROW)))["fits"] is False
+  assert "--config.stages[3].optimizer.accumulate=2" in rehearse_table.advice(ROW, 3)
+
+
+def test_mistakes(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="pip install libtpu"):
+    rehearse.find_devices("v5p:4x4x8")
+  with pytest.raises(ValueError, match="'v9:2x2' is not understood"):
+    rehearse.find_devices("v9:2x2")
+  with pytest.raises(ValueError, match="has no stage 'nothing'"):
+    rehearse.rehearse(quickstart.get_config("smoke"), jax.devices()[:8], None, Choice(stages=("nothing",)))
+
+
+def test_search_takes_the_best_bound_that_fits(monkeypatch):
+  def row(self, section, bucket):
+    accumulate, remat = section.optimizer.accumulate, self.nets.model.remat
+    per_chip = bucket.batch_size / accumulate / 8
+    peak = per_chip * {"none": 8, "dots": 3, "full": 1}[remat] + (self.cfg.rules == "replicated") * 20
+    mfu = {"none": 0.2, "dots": 0.4, "full": 0.3}[remat] + 0.01 * per_chip
+    return dataclasses.replace(ROW, stage=section.name, rules=self.cfg.rules, remat=remat, batch_size=bucket.batch_size, accumulate=accumulate,
+                               peak_bytes=peak, limit_bytes=7.0, bound={"mfu": mfu})
+  monkeypatch.setattr(Rehearsal, "row", row)
+  cfg = quickstart.get_config("smoke")
+  for resolution in cfg.stages[3].resolutions:
+    resolution.batch_size = 32
+  before = cfg.stages[3].optimizer.accumulate
+  rows, best = rehearse.search(cfg, jax.devices()[:8], None, Choice(stages=("sft",)))
+  tried = [(one.remat, one.accumulate) for one in rows if one.rules == "fsdp_tensor"]
+  assert tried == [("none", 4), ("dots", 4), ("dots", 2), ("dots", 1), ("full", 1)]
+  assert (best["sft"].rules, best["sft"].remat, best["sft"].accumulate) == ("fsdp_tensor", "dots", 2)
+  assert not [one for one in rows if one.rules == "replicated" and one.fits] and cfg.stages[3].optimizer.accumulate == before
+
+
+def launch(*arguments):
+  return subprocess.run([sys.executable, "-m", "launch.rehearse", *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_simulated_devices(tmp_path):
+  file = tmp_path / "rows.json"
+  result = launch("--config=configs/quickstart.py:smoke", "--topology=cpu:8", "--stage=vae", "--task=t2i", "--squares", "--base_px=32",
+                  f"--json={file}")
+  assert result.returncode == 0, result.stderr
+  row, = json.loads(file.read_text())["rows"]
+  assert row["stage"] == "vae" and row["fits"] is None and row["traffic"]["hbm_bytes"] > 0 and row["per_chip"] == 1
+  assert {one["axes"] for one in row["collectives"]} == {"fsdp"}
+  assert 0.4 < row["traffic"]["flops"] / row["model_flops"]["vae"] < 1.2  # at 2 x 2 latents most taps of a convolution lie outside
+  assert "no limit" in result.stdout and "all-reduce" in result.stdout
+
+
+TINY = ("--config=configs/quickstart.py:smoke", "--stage=sft", "--task=t2i", "--squares")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_tpu(tmp_path):
+  file = tmp_path / "rows.json"
+  result = launch(*TINY, "--topology=v5e:2x2", f"--json={file}")
+  assert result.returncode == 0, result.stderr
+  row, = json.loads(file.read_text())["rows"]
+  assert row["fits"] and 0 < row["peak_bytes"] < 2**30 and row["limit_bytes"] == 15.75 * 2**30
+  assert 0 < row["bound"]["mfu"] < 1 and row["bound"]["ici_s"] > 0 and not row["traffic"]["unknown_loops"]
+  assert any(one["axes"] == "fsdp" and one["calls"] >= 2 for one in row["collectives"])
+  result = launch(*TINY, "--topology=v5e:2x2", "--config.stages[3].resolutions[0].batch_size=4194304", "--config.stages[3].resolutions[0].base_px=64")
+  assert result.returncode == 1 and " over" in result.stdout and "Does not fit: sft" in result.stderr, result.stderr
