@@ -90,7 +90,8 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
   latest = checkpoints.latest_step()
   if latest is None:
-    state = jax.device_put(init_state(stage.algorithm, stage.optimizers, *start(), key), jax.tree.map(lambda x: x.sharding, abstract))
+    begin = lambda params, slow: init_state(stage.algorithm, stage.optimizers, params, slow, key)  # jitted, for arrays that span processes
+    state = jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start())
   else:
     state, meta = checkpoints.restore(abstract, latest)
   step = int(state.step)
