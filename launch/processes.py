@@ -8,7 +8,7 @@ the others through JAX's coordination service; when one of them is lost, that se
 ends with one line and a code that says whether starting all of them again helps:
 
   1    a mistake or a defect: the line says what; it would happen again
-  75   a process is lost, its machine perhaps: start all again, and training goes on from the last checkpoint
+  75   a process is lost, its machine perhaps, or did not start: start all again, and training goes on from the last checkpoint
 """
 
 import hashlib
@@ -83,9 +83,12 @@ def start(args: flags.FlagValues) -> bool:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     _initialize(args.heartbeat_timeout, initialization_timeout=args.connect_timeout, **where)
-  except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-    met = f"The processes did not meet at {args.coordinator} within {args.connect_timeout} s" if where else "JAX found no other processes"
-    raise ValueError(f"{met} ({' '.join(str(error).split())[:200]}): start all of them with the same flags, each with its own --process_id.") from error
+  except jax.errors.JaxRuntimeError as error:
+    _end(f"The processes did not meet within {args.connect_timeout} s ({' '.join(str(error).split())[:200]}): start all of them with the same "
+         "flags, each with its own --process_id.", TRY_AGAIN)
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(f"JAX cannot connect the processes ({' '.join(str(error).split())[:200]}): give --coordinator, --num_processes and "
+                     "--process_id where it does not find the others by itself.") from error
   threading.Thread(target=_watch, daemon=True).start()
   if jax.process_index() and not args["verbosity"].present:
     logging.set_verbosity(logging.ERROR)  # process 0 says it
