@@ -113,7 +113,7 @@ class Run:
       ValueError: a config that does not fit together.
     """
     self.cfg, self.workdir = cfg, pathlib.Path(workdir)
-    self.mesh = sharding.make_mesh(plain(cfg.mesh))
+    self.mesh = sharding.make_mesh(plain(cfg.mesh), strict=not trained)
     if cfg.rules not in sharding.RULES:
       raise ValueError(f"config.rules is {cfg.rules!r}: choose one of {', '.join(sharding.RULES)}.")
     self.rules = sharding.RULES[cfg.rules]

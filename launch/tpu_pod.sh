@@ -40,9 +40,9 @@ say() { printf '%s %s\n' "$(date '+%F %T')" "$*" >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 need_settings() {
-  local name
-  for name in PROJECT ZONE NAME BUCKET; do
-    [[ -n "${!name:-}" ]] || fail "The environment variable $name is not set: see launch/tpu_pod.sh --help."
+  local setting
+  for setting in PROJECT ZONE NAME BUCKET; do
+    [[ -n "${!setting:-}" ]] || fail "The environment variable $setting is not set: see launch/tpu_pod.sh --help."
   done
 }
 

@@ -39,9 +39,10 @@ def identity(x: jax.Array, *axes: str | None) -> jax.Array:
   return x
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, strict: bool = True) -> Mesh:
   """The mesh of a run. `sizes` maps mesh axes to sizes; at most one may be -1, which takes the devices that are left.
 
+  Where `strict` is False, sizes that do not fit the devices give way to all devices on `fsdp`: what was trained on many is read on few.
   Devices of several slices (those with different `slice_index`) are split over `data`, the only axis that crosses the data-centre network.
 
   Raises:
@@ -56,6 +57,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     raise ValueError(f"Mesh {dict(sizes)}: only one axis may be -1.")
   if -1 in shape:
     shape[shape.index(-1)] = max(1, len(devices) // -math.prod(shape))
+  if math.prod(shape) != len(devices) and not strict:
+    return make_mesh({"fsdp": -1}, devices)
   if math.prod(shape) != len(devices):
     raise ValueError(f"Mesh {dict(zip(MESH_AXES, shape))} asks for {math.prod(shape)} devices, but there are {len(devices)}: "
                      "set one axis to -1 or change the sizes.")

@@ -6,12 +6,14 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
+SHELLCHECK = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 SETTINGS = {"PROJECT": "p", "ZONE": "z", "NAME": "job", "BUCKET": "b", "POLL_S": "0", "PAUSE_S": "0", "MAX_RESTARTS": "3"}
 GCLOUD = """#!/usr/bin/env bash
 printf '%s\\n' "$*" | tr '\\n' ' ' >>"$STUB/calls"; echo >>"$STUB/calls"
@@ -52,9 +54,9 @@ def test_the_script_is_bash():
   assert os.access(SCRIPT, os.X_OK) and "set -euo pipefail" in SCRIPT.read_text()
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
-  result = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True)
+  result = subprocess.run([SHELLCHECK, str(SCRIPT)], capture_output=True, text=True)
   assert result.returncode == 0, result.stdout
 
 
