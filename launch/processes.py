@@ -4,17 +4,21 @@
   python -m launch.train ... --distributed=auto                                          (on every worker of a TPU pod, or under Slurm)
 
 All processes call the same functions in the same order; process 0 alone writes files that are not checkpoints. When one of them fails, it tells
-the others through JAX's coordination service; when one of them is lost, that service notices the missing heartbeats. Either way every other one
-ends with one line and a code that says whether starting all of them again helps:
+the others through JAX's coordination service, which runs in process 0; when one of them is lost, process 0 misses its heartbeats there and tells
+the others; when process 0 is lost, JAX aborts the others, which is caught. Either way every other one ends with one line and a code that says
+whether starting all of them again helps:
 
   1    a mistake or a defect: the line says what; it would happen again
   75   a process is lost, its machine perhaps, or did not start: start all again, and training goes on from the last checkpoint
 """
 
+import ctypes
 import hashlib
 import itertools
 import os
 import re
+import signal
+import socket
 import sys
 import threading
 import time
@@ -31,11 +35,12 @@ from launch.cli import USER_ERRORS
 TRY_AGAIN = 75  # EX_TEMPFAIL
 BARRIER_S = 3600
 _POLL_S = 1.0
-_FAILURE = "qimg2/failure"
-_CONNECTION = re.compile(r"gloo|peer|socket|connection|barrier|UNAVAILABLE|DEADLINE|ABORTED|CANCELLED|heartbeat", re.IGNORECASE)
+_FAILURE, _BEATS = "qimg2/failure", "qimg2/beat/"
+_BROKEN = re.compile(r"gloo|(closed|reset) by peer|coordination service|barrier|heartbeat|task:\d", re.IGNORECASE)
+_AGAIN = "start all processes again, and training goes on from the last checkpoint."
 _numbers = itertools.count()
 _end_once = threading.Lock()
-_ended = threading.Event()
+_met, _ended = threading.Event(), threading.Event()
 
 
 def define_flags() -> None:
@@ -57,14 +62,17 @@ def together(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]],
       return
     try:
       main(argv)
-    except USER_ERRORS as error:
-      _fail_all(" ".join(str(error).split()))
-    except jax.errors.JaxRuntimeError as error:
-      _wait_for_the_cause(error)
-    except Exception as error:  # a defect: its traceback here, one line on the others
-      traceback.print_exc()
-      _fail_all(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    _ended.set()
+      barrier("end")  # a process that is done is not lost
+    except Exception as error:  # whatever it is, the others must hear of it
+      sentence = " ".join(str(error).split())
+      if _BROKEN.search(sentence):  # JAX raises it as JaxRuntimeError or ValueError, depending on where the connection broke
+        _wait_for_the_cause(sentence)
+      if not isinstance(error, USER_ERRORS):
+        traceback.print_exc()
+        sentence = f"{type(error).__name__}: {sentence[:300]}"
+      _fail_all(sentence)
+    finally:
+      _ended.set()
   return wrapped
 
 
@@ -81,15 +89,15 @@ def start(args: flags.FlagValues) -> bool:
   where = _place(args)
   if where:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)  # Python's own handlers never run in a process that aborts
   try:
-    _initialize(args.heartbeat_timeout, initialization_timeout=args.connect_timeout, **where)
-  except jax.errors.JaxRuntimeError as error:
-    _end(f"The processes did not meet within {args.connect_timeout} s ({' '.join(str(error).split())[:200]}): start all of them with the same "
-         "flags, each with its own --process_id.", TRY_AGAIN)
-  except (RuntimeError, ValueError) as error:
+    # JAX's own heartbeats are the last resort: it ends processes with pages of text.
+    jax.distributed.initialize(initialization_timeout=args.connect_timeout, heartbeat_timeout_seconds=2 * args.heartbeat_timeout + 30, **where)
+  except (RuntimeError, ValueError) as error:  # those who do not come make it abort
     raise ValueError(f"JAX cannot connect the processes ({' '.join(str(error).split())[:200]}): give --coordinator, --num_processes and "
                      "--process_id where it does not find the others by itself.") from error
-  threading.Thread(target=_watch, daemon=True).start()
+  threading.Thread(target=_watch, args=(args.heartbeat_timeout,), daemon=True).start()
+  _met.set()
   if jax.process_index() and not args["verbosity"].present:
     logging.set_verbosity(logging.ERROR)  # process 0 says it
   return True
@@ -145,17 +153,6 @@ def _place(args: flags.FlagValues) -> dict[str, Any]:
   return {"coordinator_address": args.coordinator, "num_processes": args.num_processes, "process_id": args.process_id}
 
 
-def _initialize(heartbeat_timeout: int, **settings: Any) -> None:
-  """`jax.distributed.initialize` with a callback for lost processes, which it has no argument for: its own one aborts with a stack trace."""
-  library = distributed._jax
-  make = library.get_distributed_runtime_client
-  library.get_distributed_runtime_client = lambda *args, **more: make(*args, **more, missed_heartbeat_callback=_on_lost)
-  try:
-    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout, **settings)
-  finally:
-    library.get_distributed_runtime_client = make
-
-
 # How it ends.
 
 
@@ -179,34 +176,59 @@ def _fail_all(sentence: str) -> None:
   _end(sentence, 1)
 
 
-def _watch() -> None:
-  """Looks whether another process failed, until this one ends."""
+def _watch(heartbeat_timeout: int) -> None:
+  """Until this process ends: says that it lives, and looks whether another one failed. Process 0 also looks whether all live."""
+  client, me, beats = distributed.global_state.client, distributed.global_state.process_id, _Beats(distributed.global_state.num_processes)
   while not _ended.wait(_POLL_S):
     try:
-      sentence = distributed.global_state.client.key_value_try_get(_FAILURE)
-    except (jax.errors.JaxRuntimeError, AttributeError):
-      continue  # nobody did, or the coordinator is gone, of which `_on_lost` hears
-    if is_first():
+      client.key_value_set(f"{_BEATS}{me}", str(time.monotonic()), allow_overwrite=True)
+      lost = beats.lost(client.key_value_dir_get(_BEATS), heartbeat_timeout) if me == 0 else []
+      if lost:
+        client.key_value_set(_FAILURE, f"{_names(lost)} lost: {_AGAIN}")
+      sentence = client.key_value_try_get(_FAILURE)
+    except jax.errors.JaxRuntimeError:
+      continue  # nobody failed
+    if me == 0:
       time.sleep(3 * _POLL_S)
-    _end(sentence, 1)
+    _end(sentence, TRY_AGAIN if sentence.endswith(_AGAIN) else 1)
 
 
-def _on_lost(status: Any) -> None:
-  """Called by the coordination service."""
-  if _ended.is_set():
-    return
-  lost = sorted({int(task) for task in re.findall(r"task:(\d+)", str(status))})
-  who = f"Process {', '.join(map(str, lost))} is" if len(lost) == 1 else f"Processes {', '.join(map(str, lost))} are" if lost else (
-      "Process 0, the coordinator, is")
-  _end(f"{who} lost: start all processes again, and training goes on from the last checkpoint.", TRY_AGAIN)
+class _Beats:
+  """When each process last said that it lives, by this process's clock."""
+
+  def __init__(self, num: int):
+    self._last = {process: ("", time.monotonic()) for process in range(num)}
+
+  def lost(self, found: Sequence[tuple[str, str]], timeout: float) -> list[int]:
+    """The processes that said nothing new for `timeout` seconds; `found` holds (key, what it said last) of each."""
+    now = time.monotonic()
+    for key, text in found:
+      process = int(key.rpartition("/")[2])
+      if self._last[process][0] != text:
+        self._last[process] = text, now
+    return [process for process, (_, when) in self._last.items() if now - when > timeout]
 
 
-def _wait_for_the_cause(error: Exception) -> None:
-  """A broken connection says that somebody is gone, but not who and why: waits until that is known, and then ends."""
-  broken = bool(_CONNECTION.search(str(error)))
-  time.sleep(flags.FLAGS.heartbeat_timeout + 10 if broken else 3 * _POLL_S)
-  if broken:
-    _end(f"The connection to another process broke ({' '.join(str(error).split())[:200]}): start all processes again, and training goes on from the "
-         "last checkpoint.", TRY_AGAIN)
-  traceback.print_exc()
-  _fail_all(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+def _names(numbers: Sequence[int]) -> str:
+  return f"Process {numbers[0]} is" if len(numbers) == 1 else f"Processes {', '.join(map(str, numbers))} are"
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+  """Ends a process that JAX aborts, which it does when processes do not meet, or when it cannot reach process 0. Where process 0 answers, the
+  reason is another one."""
+  if not _met.is_set():
+    _end(f"The processes did not meet within {flags.FLAGS.connect_timeout} s: start all of them with the same flags, each with its own --process_id.",
+         TRY_AGAIN)
+  host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+  except OSError:
+    _end(f"{_names([0])} lost, which all others are connected to: {_AGAIN}", TRY_AGAIN)
+  _end("JAX aborted this process, for the reason above.", 128 + number)
+
+
+def _wait_for_the_cause(sentence: str) -> None:
+  """A broken connection says that somebody is gone, but not who and why: waits until `_watch` or `_on_lost` knows and ends this process."""
+  time.sleep(flags.FLAGS.heartbeat_timeout + 10)
+  _end(f"The connection to another process broke ({sentence[:200]}): {_AGAIN}", TRY_AGAIN)

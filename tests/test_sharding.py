@@ -53,3 +53,8 @@ def test_batches_are_split_by_rows():
   batch = sharding.put_batch({"x": np.arange(24).reshape(8, 3), "sources": ()}, mesh, RULES)
   assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 3)}
   np.testing.assert_array_equal(batch["x"], np.arange(24).reshape(8, 3))
+
+
+def test_a_run_of_many_devices_is_read_onto_those_there_are():
+  assert sharding.make_mesh({"fsdp": 64, "tensor": 2}, strict=False).shape["fsdp"] == 8
+  assert sharding.make_mesh({"fsdp": 2, "tensor": 4}, strict=False).shape["tensor"] == 4
