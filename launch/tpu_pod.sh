@@ -91,8 +91,8 @@ install() {
   rm -f "$archive"
   on all "set -e
     rm -rf qimg2 && mkdir -p qimg2 bucket && tar -xzf qimg2.tar.gz -C qimg2
-    python3 -c 'import sys; assert sys.version_info >= (3, 11), sys.version'
-    python3 -m venv .venv && .venv/bin/pip install -q -r qimg2/requirements.txt 'jax[tpu]'
+    python3 -m pip install -q --user uv && export PATH=\$HOME/.local/bin:\$PATH  # the image's own Python is too old
+    uv venv -q --clear --python 3.12 .venv && uv pip install -q --python .venv/bin/python -r qimg2/requirements.txt 'jax[tpu]'
     command -v gcsfuse >/dev/null || {
       export CODENAME=gcsfuse-\$(lsb_release -c -s)
       echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt \$CODENAME main\" |
