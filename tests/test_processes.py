@@ -15,6 +15,7 @@ import types
 import numpy as np
 import pytest
 
+from data_pipelines.loader import Loader
 from launch import processes
 from qimg2.metrics import read_rows
 
@@ -258,3 +259,21 @@ def test_flags_that_do_not_go_together(given, message):
   args = types.SimpleNamespace(**{"coordinator": "", "num_processes": None, "process_id": None, "distributed": "off", **given})
   with pytest.raises(ValueError, match=re.escape(message)):
     processes.start(args)
+
+
+# Parts.
+
+
+def test_a_process_is_lost_when_it_says_nothing_new(monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
+  beats, found = processes._Beats(12), lambda second: [(f"qimg2/beat/{i}", f"{second}") for i in range(12) if i != 11 or second < 3]
+  for clock[0] in range(1, 6):
+    assert beats.lost(found(clock[0]), 2.5) == ([11] if clock[0] == 5 else [])
+
+
+def test_rows_need_not_lie_together():
+  """As on a TPU slice, where the devices of a machine are a square of the grid."""
+  loader = object.__new__(Loader)
+  loader._process = (0, 1, 4, 5), 8
+  assert loader.own_rows(16).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
