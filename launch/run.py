@@ -353,8 +353,8 @@ def fold_name(seed: int, name: str) -> int:
 
 
 def save_config(cfg: ConfigDict, workdir: pathlib.Path, allow_change: bool = False) -> None:
-  """Writes config.json, once for all processes. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` lets pass is printed
-  to stderr, a line per difference.
+  """Writes config.json, by process 0. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` lets
+  pass is printed to stderr, a line per difference.
 
   Raises:
     ValueError: the config changed in a way that matters and `allow_change` is False.
