@@ -16,7 +16,7 @@ The VAE learns from the text-to-image pictures.
 What it costs: a pod for weeks. `python -m launch.describe --config=configs/pretrain.py` lists every weight; `:smoke` runs all stages here.
 
 Command:
-  python -m launch.train --config=configs/pretrain.py --workdir=gs://BUCKET/RUN --config.data_dir=gs://BUCKET/DATA
+  python -m launch.train --config=configs/pretrain.py --distributed=auto --workdir=bucket/RUN --config.data_dir=bucket/DATA
 """
 
 from ml_collections import ConfigDict

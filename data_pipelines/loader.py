@@ -43,20 +43,22 @@ class Loader:
 
   def __init__(self, datasets: Sequence[DatasetSpec], resolutions: Sequence[Resolution], num_tokens: int,
                tokenizer: PromptTokenizer, seed: int, caption_dropout: float = 0.1, max_crop: float = 0.2, prompt_classes: Sequence[int] = (),
-               min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int = 0, process_count: int = 1, num_workers: int = 0):
+               min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
+               num_workers: int = 0):
     """Args: those of `Mixture`; share of prompts that are emptied; largest share of records that may be broken; which of how many processes
-    this one is; worker processes, 0 for threads.
+    this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads.
 
     Raises:
       ValueError: numbers that make no sense, or data sets of which nothing is left.
     """
-    _check(resolutions, caption_dropout, max_faulty, process_index, process_count)
+    parts = (process_index,) if isinstance(process_index, int) else tuple(process_index)
+    _check(resolutions, caption_dropout, max_faulty, parts, process_count)
     self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records)
     self.buckets, self.counts = self.mixture.buckets, self.mixture.counts
     self.faults: list[Fault] = []
     self._tokenizer, self._seed = tokenizer, seed
     self._caption_dropout, self._max_faulty = caption_dropout, max_faulty
-    self._process, self._num_workers = (process_index, process_count), num_workers
+    self._process, self._num_workers = (parts, process_count), num_workers
 
   # ---- batches -----------------------------------------------------------------------------------
 
@@ -114,8 +116,9 @@ class Loader:
     """
     for k, (bucket, rows, weight) in enumerate(self._passes(max_samples)):
       own = self.own_rows(len(rows))
-      for _, batch in self._judged([(bucket, *self._load(self.buckets[bucket], rows[own], None))], k, k + 1):
-        wanted = [int(self.mixture.sample_ids(cell.dataset, cell.records[place])) for cell, place in rows[own]]
+      mine = [rows[row] for row in own]
+      for _, batch in self._judged([(bucket, *self._load(self.buckets[bucket], mine, None))], k, k + 1):
+        wanted = [int(self.mixture.sample_ids(cell.dataset, cell.records[place])) for cell, place in mine]
         yield bucket, batch | {"weight": weight[own] * (batch["sample_id"] == wanted)}
 
   def _passes(self, max_samples: int | None) -> Iterator[tuple[int, list[tuple[Cell, int]], np.ndarray]]:
@@ -132,10 +135,10 @@ class Loader:
     """Returns a global batch of a bucket with the true shapes and types and no meaning. Its pages are never touched, so it takes no memory."""
     return _tuples(_arrays(bucket.batch_size, bucket) | _prompts(bucket.batch_size, bucket))
 
-  def own_rows(self, batch_size: int) -> slice:
-    """Returns which rows of a global batch are this process's."""
-    index, count = self._process
-    return slice(index * batch_size // count, (index + 1) * batch_size // count)
+  def own_rows(self, batch_size: int) -> np.ndarray:
+    """Returns the numbers of the rows of a global batch that are this process's, ascending."""
+    parts, count = self._process
+    return np.concatenate([np.arange(part * batch_size // count, (part + 1) * batch_size // count) for part in parts])
 
   def _load(self, bucket: Bucket, rows: list[tuple[Cell, int]], draws: np.ndarray | None) -> tuple[dict, list[Fault]]:
     arrays, faults, used = _arrays(len(rows), bucket) | _prompts(len(rows), bucket), [], []
@@ -260,7 +263,7 @@ def _encoded(languages: tuple[str, ...]) -> frozenset[bytes]:
   return frozenset(language.encode() for language in languages)
 
 
-def _check(resolutions, caption_dropout, max_faulty, process_index, process_count) -> None:
+def _check(resolutions, caption_dropout, max_faulty, parts, process_count) -> None:
   for resolution in resolutions:
     if resolution.batch_size < 1 or resolution.batch_size % process_count:
       raise ValueError(f"batch_size={resolution.batch_size} at {resolution.base_px} px does not divide over "
@@ -269,5 +272,5 @@ def _check(resolutions, caption_dropout, max_faulty, process_index, process_coun
     raise ValueError(f"caption_dropout={caption_dropout} must lie between 0 and 1.")
   if not 0 <= max_faulty <= 1:
     raise ValueError(f"max_faulty={max_faulty} must lie between 0 and 1.")
-  if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index={process_index} must lie in [0, {process_count}).")
+  if not parts or not all(0 <= part < process_count for part in parts):
+    raise ValueError(f"process_index={', '.join(map(str, parts))} must lie in [0, {process_count}).")

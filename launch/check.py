@@ -18,7 +18,7 @@ from absl import flags
 from data_pipelines import emoji, emoji_pairs, glyph_edits, glyphs
 from data_pipelines.buckets import Bucket, nearest_bucket
 from data_pipelines.transforms import composite_on_white, resize_crop
-from launch import cli
+from launch import cli, processes
 from launch.generator import Generator, Size
 from launch.pictures import grid, save_png
 from launch.run import Run, load_run
@@ -40,8 +40,9 @@ def check(run: Run, stage_name: str = "") -> dict:
   name, weights = sampling_weights(run, stage_name)
   shares, images, captions = checks[run.cfg.check.name](run, name, weights)
   result = {"stage": name, "check": run.cfg.check.name, "num_prompts": run.cfg.check.num_prompts, **shares}
-  (run.workdir / "check.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-  save_png(grid(images[:NUM_SHOWN], 8, captions[:NUM_SHOWN]), run.workdir / "check.png")
+  if processes.is_first():
+    (run.workdir / "check.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    save_png(grid(images[:NUM_SHOWN], 8, captions[:NUM_SHOWN]), run.workdir / "check.png")
   return result
 
 
@@ -165,12 +166,15 @@ def define_flags() -> None:
   """The flags of this launcher."""
   flags.DEFINE_string("workdir", None, "Folder of the run, as given to launch.train.", required=True)
   flags.DEFINE_string("stage", "", "Stage to check; the last trained one when empty.")
+  processes.define_flags()
 
 
 def main(_) -> None:
   """Checks as the flags say and prints the result."""
-  print(describe(check(load_run(flags.FLAGS.workdir), flags.FLAGS.stage)))
+  result = check(load_run(flags.FLAGS.workdir), flags.FLAGS.stage)
+  if processes.is_first():
+    print(describe(result))
 
 
 if __name__ == "__main__":
-  cli.run(main, define_flags)
+  cli.run(processes.together(main), define_flags)

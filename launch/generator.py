@@ -13,7 +13,7 @@ from data_pipelines.buckets import bucket_size
 from data_pipelines.mixture import SLOT_PX, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from data_pipelines.transforms import composite_on_white, decode_image
-from qimg2 import conditioning, flow, sampler
+from qimg2 import conditioning, flow, sampler, sharding
 
 
 class Source(Protocol):
@@ -22,9 +22,7 @@ class Source(Protocol):
   tokenizer: PromptTokenizer
   schedule: flow.Schedule
   mesh: jax.sharding.Mesh
-
-  def put(self, batch: dict) -> dict:
-    """Arrays of rows on the mesh."""
+  rules: sharding.Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,8 @@ class Generator:
            noise: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8), one per prompt.
 
-    Picture i depends on the seed, i, its prompt and its images, never on the other prompts.
+    Picture i depends on the seed, i, its prompt and its images, never on the other prompts. Of several processes all ask for the same pictures
+    and all get them.
 
     Args:
       weights: of the roles "model", "encoder" and "vae".
@@ -116,8 +115,11 @@ class Generator:
       texts, sources = texts + [negative_prompt] * len(rows), [np.concatenate([image, image]) for image in sources]
     tokens, token_count = self._source.tokenizer.encode_batch(texts, self._size.num_tokens, source_grids(self._size.source_sizes))
     target = np.zeros((len(texts), self._size.height, self._size.width, 3), np.uint8)  # only its shape is read
-    batch = self._source.put({"target": target, "sources": tuple(sources), "tokens": tokens, "token_count": token_count})
-    return jax.device_get(self._generate(weights, batch, self._source.put({"noise": noise})["noise"]))
+    batch = self._put({"target": target, "sources": tuple(sources), "tokens": tokens, "token_count": token_count})
+    return sharding.to_host(self._generate(weights, batch, self._put({"noise": np.asarray(noise)})["noise"]))
+
+  def _put(self, batch: dict) -> dict:
+    return sharding.put_whole(batch, self._source.mesh, self._source.rules)
 
 
 def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_channels: int) -> np.ndarray:

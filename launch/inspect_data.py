@@ -117,7 +117,7 @@ def first_rows(loader: Loader, num: int) -> Loader:
   """The same loader, reading only the first `num` of this process's rows of each batch; what is in them depends on no other row."""
   some, whole = copy.copy(loader), loader.own_rows
   some.faults = []
-  some.own_rows = lambda batch_size: slice(whole(batch_size).start, min(whole(batch_size).stop, whole(batch_size).start + num))
+  some.own_rows = lambda batch_size: whole(batch_size)[:num]
   return some
 
 

@@ -38,10 +38,6 @@ class Pretrained:
       raise ValueError(f"The tokenizer in {folder} gives image slots the id {self.tokenizer.image_token_id}, its text encoder "
                        f"{self.folder.encoder.image_token_id}: they are of different models.")
 
-  def put(self, batch: dict) -> dict:
-    """Rows on the mesh."""
-    return sharding.put_batch(batch, self.mesh, self.rules)
-
   def load(self) -> dict[str, dict]:
     """The weights of all roles, read tensor by tensor onto the mesh."""
     weights = {}

@@ -72,10 +72,8 @@ class Rehearsal:
       ValueError: a config that does not fit together, or does not fit the devices.
     """
     self.cfg, self.chip = cfg, chip
-    if cfg.rules not in sharding.RULES:
-      raise ValueError(f"config.rules is {cfg.rules!r}: choose one of {', '.join(sharding.RULES)}.")
-    self.rules = sharding.RULES[cfg.rules]
     self.mesh = sharding.make_mesh(plain(cfg.mesh), devices)
+    self.rules = sharding.find_rules(cfg.rules, self.mesh)
     self.tokenizer = find_tokenizer(cfg)
     system = self.tokenizer.num_system_tokens if self.tokenizer else SYSTEM_TOKENS
     self.nets = conditioning.Networks(*model_configs(cfg), system, sharding.make_shard(self.mesh, self.rules))
@@ -139,7 +137,7 @@ class Rehearsal:
     frozen = {role: place(self.specs[role]) for role in stage.algorithm.frozen}
     start = time.monotonic()
     try:
-      compiled, = compile_steps(stage, self.nets, state, frozen)
+      compiled, = compile_steps(stage, self.nets, state, frozen, self.mesh)
     except jax.errors.JaxRuntimeError as error:
       sizes = hlo.out_of_memory(str(error))
       if sizes is None:

@@ -26,6 +26,7 @@ from data_pipelines.mixture import DatasetSpec, Resolution
 from data_pipelines.records import list_splits
 from data_pipelines.tokenizer import PromptTokenizer
 from launch.cli import plain
+from launch.processes import agree, barrier, in_turn, is_first
 from launch.sections import check_is_run, from_section, make_algorithm, model_configs
 from qimg2 import conditioning, flow, optim, sharding
 from qimg2 import params as P
@@ -52,10 +53,8 @@ class Run:
     """
     self.cfg, self.workdir = cfg, pathlib.Path(workdir)
     check_is_run(cfg)
-    self.mesh = sharding.make_mesh(plain(cfg.mesh))
-    if cfg.rules not in sharding.RULES:
-      raise ValueError(f"config.rules is {cfg.rules!r}: choose one of {', '.join(sharding.RULES)}.")
-    self.rules = sharding.RULES[cfg.rules]
+    self.mesh = sharding.make_mesh(plain(cfg.mesh), strict=not trained)
+    self.rules = sharding.find_rules(cfg.rules, self.mesh)
     self.schedule = from_section(flow.Schedule, cfg.schedule, "schedule")
     self.stages = {stage.name: stage for stage in cfg.stages}
     if len(self.stages) != len(cfg.stages):
@@ -95,7 +94,7 @@ class Run:
   def _ensure_data(self) -> None:
     for name in sorted({part["name"] for stage in self.cfg.stages for part in stage.mixture}):
       if name in EMBEDDED:
-        prepare(name, self.cfg.data_dir, num_examples=self.cfg.prepare.num_examples, seed=self.cfg.prepare.seed)
+        in_turn(f"data {name}", lambda: prepare(name, self.cfg.data_dir, self.cfg.prepare.num_examples, self.cfg.prepare.seed))
       elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
         raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
 
@@ -147,7 +146,7 @@ class Run:
 
   def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float, min_bucket_records: int,
               process: tuple[int, int] | None = None) -> Loader:
-    index, count = process or (jax.process_index(), jax.process_count())
+    index, count = process or sharding.local_parts(self.mesh, self.rules)
     return Loader(datasets, self._resolutions(stage), self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=plain(self.cfg.prompt_classes),
                   min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
@@ -255,7 +254,9 @@ class Run:
 
   def _saved_random_weights(self, role: str) -> dict:
     folder = self.workdir / "frozen" / role
-    if not folder.is_dir():
+    missing = not folder.is_dir()
+    barrier(f"frozen {role}")  # all have looked before the first one writes
+    if missing:
       save_weights(folder, self.random_weights(role))
     return restore_weights(folder, self.abstract(role))
 
@@ -298,18 +299,22 @@ def fold_name(seed: int, name: str) -> int:
 
 
 def save_config(cfg: ConfigDict, workdir: pathlib.Path, allow_change: bool = False) -> None:
-  """Writes config.json. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` lets pass is printed
-  to stderr, a line per difference.
+  """Writes config.json, by process 0. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` lets
+  pass is printed to stderr, a line per difference.
 
   Raises:
     ValueError: the config changed in a way that matters and `allow_change` is False.
   """
   path, config = workdir / "config.json", json.loads(json.dumps(plain(cfg)))
+  agree("config", json.dumps(config, sort_keys=True))
   changes = list(differences(json.loads(path.read_text(encoding="utf-8"))["config"], config, "config", FREE_KEYS)) if path.exists() else []
   if changes and not allow_change:
     raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
                      "--allow_config_change to go on with the new one.")
-  for change in changes if jax.process_index() == 0 else ():
+  barrier("config")  # all have compared it with the old record
+  if not is_first():
+    return
+  for change in changes:
     print(change, file=sys.stderr)
   workdir.mkdir(parents=True, exist_ok=True)
   record = {"config": config, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.mixture import source_grids
-from launch import cli
+from launch import cli, processes
 from launch.generator import Generator, Size, Source, load_condition_image
 from launch.pictures import grid, save_png
 from launch.pretrained import Pretrained
@@ -172,6 +172,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("width", 0, "Width in px; 0 takes the default.", lower_bound=0)
   flags.DEFINE_integer("output_resolution", 0, "Side of the square whose area pictures and condition images take; 0: the default.",
                        lower_bound=0)
+  processes.define_flags()
   flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type of the networks; default: the run's, or float32.")
   flags.DEFINE_bool("cache", True, "Compute keys and values of the prefix once.")
 
@@ -210,6 +211,8 @@ def main(_) -> None:
     name, weights = sampling_weights(source, args.stage, "ema" if args.copy is None else args.copy)
     where, defaults = f"stage {name}", run_defaults(source, name)
   latents, pictures, captions = sample(source, weights, request, defaults)
+  if not processes.is_first():
+    return
   write(args, latents, pictures, captions)
   print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} of {where} {'are' if len(pictures) > 1 else 'is'} in {args.out}")
 
@@ -229,4 +232,4 @@ def write(args: flags.FlagValues, latents: np.ndarray, pictures: np.ndarray, cap
 
 
 if __name__ == "__main__":
-  cli.run(main, define_flags)
+  cli.run(processes.together(main), define_flags)

@@ -16,14 +16,16 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from launch import cli, report
+from launch import cli, processes, report
 from launch.check import check, describe
 from launch.generator import Generator, Size
 from launch.pictures import grid, save_png
-from launch.run import Run, from_section, plain, save_config
+from launch.run import Run, plain, save_config
+from launch.sections import from_section
 from qimg2 import faults
 from qimg2.evaluate import Evaluator
 from qimg2.metrics import MetricsWriter
+from qimg2.sharding import to_host
 from qimg2.state import make_optimizers
 from qimg2.trainer import Stage, train_stage
 
@@ -44,11 +46,14 @@ def train(cfg: ConfigDict, workdir: str | pathlib.Path, allow_config_change: boo
     save_config(cfg, workdir, allow_config_change)
     for section in cfg.stages:
       train_one(run, section, stop, began)
-      report.write_report(run)
+      if processes.is_first():
+        report.write_report(run)
       began = time.monotonic()
-  if cfg.check.name:
-    print(describe(check(run)))
-  report.write_report(run)
+  result = check(run) if cfg.check.name else None
+  if processes.is_first():
+    if result:
+      print(describe(result))
+    report.write_report(run)
   return run
 
 
@@ -71,7 +76,8 @@ def train_one(run: Run, section: ConfigDict, stop: Callable[[int], bool] = lambd
       section.name, algorithm, make_optimizers(algorithm, run.specs, settings, section.num_steps), run.specs, section.num_steps,
       run.batch_shapes(loader), tuple(hooks), settings.accumulate, section.log_every_steps, section.save_every_steps, section.keep,
       fault_settings(section), description)
-  report.save_counts(run, section, loader)
+  if processes.is_first():
+    report.save_counts(run, section, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(section.name), lambda: run.start_weights(section), frozen,
               lambda: next(iter(batches.values())), stop, began)
 
@@ -97,7 +103,7 @@ def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
 
   Where a latent cache holds no pixels, they are decoded from its latents.
   """
-  first, cached = jax.device_get(batches[0]), "latents" in batches[0]
+  first, cached = to_host(batches[0]), "latents" in batches[0]
   num = min(run.cfg.sampling.num_images, int(first["weight"].sum()))  # not those that only fill the batch
   decode = jax.jit(lambda weights, latents: run.nets.decode(weights, latents.astype(jnp.float32)))
   factor = run.nets.vae.spatial_factor if cached else 1
@@ -106,14 +112,14 @@ def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
 
   def pictures(weights: dict) -> tuple[np.ndarray, list[np.ndarray]]:
     """(targets, condition images), the first rows of each."""
-    some = lambda latents: jax.device_get(decode(weights["vae"], latents))[:num]
+    some = lambda latents: to_host(decode(weights["vae"], latents))[:num]
     target = some(batches[0]["latents"]) if cached else first["target"][:num]
     unseen = cached and not first["sources"]
     return target, list(map(some, batches[0]["source_latents"])) if unseen else [source[:num] for source in first["sources"]]
 
   if "vae" in run.algorithm(section).losses:
     rebuild = jax.jit(lambda weights, pixels: run.nets.decode(weights, run.nets.encode(weights, pixels)))
-    draw = lambda weights, _: jax.device_get(rebuild(weights["vae"], batches[0]["target"]))[:num]
+    draw = lambda weights, _: to_host(rebuild(weights["vae"], batches[0]["target"]))[:num]
     captions = ()
   else:
     prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
@@ -127,7 +133,7 @@ def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
     rows = [image for row in zip(*sources, draw(weights, sources), targets) for image in row]
     per_row = len(sources) + 2
     sheet = grid(rows, max(1, 8 // per_row) * per_row, captions, scale=max(1, 96 // targets.shape[1]))
-    if jax.process_index() == 0:
+    if processes.is_first():
       name = f"{step:08d}.png" if task == "t2i" else f"{step:08d}_{task}.png"
       save_png(sheet, run.workdir / section.name / "samples" / name)
       writer.write_image(step, f"{PREFIXES[task]}samples", sheet)
@@ -142,6 +148,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.", required=True)
   flags.DEFINE_bool("allow_config_change", False, "Go on although the config differs from the one that started the run.")
   flags.DEFINE_string("compilation_cache", "~/.cache/qimg2", "Folder of compiled programs, kept between runs; empty for none.")
+  processes.define_flags()
 
 
 def main(_) -> None:
@@ -154,9 +161,10 @@ def main(_) -> None:
   except faults.Preempted as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(faults.EXIT_CODE)
-  print(f"Report: {run.workdir / 'report.html'}")
-  print(f"Samples: {run.workdir}/<stage>/samples/")
+  if processes.is_first():
+    print(f"Report: {run.workdir / 'report.html'}")
+    print(f"Samples: {run.workdir}/<stage>/samples/")
 
 
 if __name__ == "__main__":
-  cli.run(main, define_flags)
+  cli.run(processes.together(main), define_flags)

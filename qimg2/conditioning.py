@@ -16,7 +16,7 @@ import numpy as np
 
 from qimg2 import params as P
 from qimg2.models import mmdit, qwen3_vl, vae
-from qimg2.sharding import Shard, identity
+from qimg2.sharding import Shard, identity, to_host
 
 LATENTS_PER_SLOT = 4
 Grid = tuple[int, int]
@@ -134,7 +134,7 @@ def vae_specs(cfg: vae.Config) -> dict:
 def fingerprint(params: dict) -> str:
   """Names weights by all of their values: equal for equal ones, however they lie on the mesh and whatever floating type holds them."""
   digest = hashlib.sha256()
-  for (path, leaf), sums in zip(jax.tree.leaves_with_path(params), jax.device_get(_all_checksums(jax.tree.leaves(params)))):
+  for (path, leaf), sums in zip(jax.tree.leaves_with_path(params), to_host(_all_checksums(jax.tree.leaves(params)))):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {[int(one) for one in sums]}\n".encode())
   return digest.hexdigest()[:16]
 

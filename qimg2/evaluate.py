@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from qimg2.algorithms import Algorithm
+from qimg2.sharding import to_host
 
 
 class Evaluator:
@@ -41,7 +42,7 @@ class Evaluator:
     Raises:
       ValueError: no held-out example could be used.
     """
-    parts = [jax.tree.map(lambda x: np.asarray(x, np.float64), self._sums(params, batch)) for batch in self._batches]
+    parts = [jax.tree.map(lambda x: np.asarray(x, np.float64), to_host(self._sums(params, batch))) for batch in self._batches]
     counts = sum(part[1] for part in parts)
     filled = np.flatnonzero(counts)
     if not len(filled):

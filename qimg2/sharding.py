@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qimg2 import params as P
@@ -64,9 +64,10 @@ def identity(x: jax.Array, *axes: str | None) -> jax.Array:
   return x
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, strict: bool = True) -> Mesh:
   """The mesh of a run. `sizes` maps mesh axes to sizes; at most one may be -1, which takes the devices that are left.
 
+  Where `strict` is False, sizes that do not fit the devices give way to all devices on `fsdp`: what was trained on many is read on few.
   Devices of several slices (those with different `slice_index`) are split over `data`, the only axis that crosses the data-centre network.
 
   Raises:
@@ -81,6 +82,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     raise ValueError(f"Mesh {dict(sizes)}: only one axis may be -1.")
   if -1 in shape:
     shape[shape.index(-1)] = max(1, len(devices) // -math.prod(shape))
+  if math.prod(shape) != len(devices) and not strict:
+    return make_mesh({"fsdp": -1}, devices)
   if math.prod(shape) != len(devices):
     raise ValueError(f"Mesh {dict(zip(MESH_AXES, shape))} asks for {math.prod(shape)} devices, but there are {len(devices)}: "
                      "set one axis to -1 or change the sizes.")
@@ -172,10 +175,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def local_parts(mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], int]:
+  """(which parts of every batch lie on this process's devices, ascending; into how many equal parts rows are divided).
+
+  Processes whose devices differ along `context` or `tensor` alone hold the same rows. One process holds the whole as one part.
+  """
+  if jax.process_count() == 1:
+    return (0,), 1
+  num = math.prod(mesh.shape[axis] for axis in rules["batch"])
+  places = batch_sharding(mesh, rules).addressable_devices_indices_map((num,)).values()
+  return tuple(sorted({rows.start or 0 for rows, in places})), num
+
+
 def put_batch(batch: dict, mesh: Mesh, rules: Rules) -> dict:
-  """A batch of numpy arrays (this process's rows) as global arrays, rows sharded over the batch axes."""
+  """A batch of numpy arrays (this process's rows, see `local_parts`) as global arrays, rows sharded over the batch axes."""
+  sharding, (parts, num) = batch_sharding(mesh, rules), local_parts(mesh, rules)
+
+  def put(x):
+    x = np.asarray(x)
+    return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] // len(parts) * num, *x.shape[1:]))
+  return jax.tree.map(put, batch)
+
+
+def put_whole(batch: dict, mesh: Mesh, rules: Rules) -> dict:
+  """A batch of numpy arrays that every process holds whole as global arrays, rows sharded over the batch axes."""
   sharding = batch_sharding(mesh, rules)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
+
+
+def to_host(tree: Any) -> Any:
+  """`tree` as whole numpy arrays on every process. All processes must call it alike: what lies on several of them is gathered."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  whole = lambda x: np.asarray(x) if x.is_fully_addressable or x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True)
+  return jax.tree.map(lambda x: whole(x) if isinstance(x, jax.Array) else np.asarray(x), tree)
 
 
 # Compilation.

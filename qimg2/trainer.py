@@ -30,7 +30,7 @@ from qimg2.algorithms import Algorithm
 from qimg2.checkpoint import Checkpoints, SaveError
 from qimg2.faults import Preempted, Settings, Watch
 from qimg2.metrics import Accounts, MetricsWriter
-from qimg2.sharding import Rules, put_batch
+from qimg2.sharding import Rules, compile_options, put_batch
 from qimg2.state import Optimizers, TrainState, abstract_state, init_state, make_step
 
 RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
@@ -121,7 +121,7 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   books = Books(writer, checkpoints, Watch(stage.name, stage.faults, writer.write_fault, meta.get("watch")), accounts)
   _leave_before_start(stage, step, stop)
   with accounts.spend("compile"):
-    steps = compile_steps(stage, nets, abstract, frozen)
+    steps = compile_steps(stage, nets, abstract, frozen, mesh)
   _leave_before_start(stage, step, stop)
   if meta.get("hooks_due"):
     _run_hooks(stage, state, frozen, step, books)
@@ -136,8 +136,8 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, s
   """(state, meta) of the newest whole checkpoint; without any checkpoint the state of step 0 and nothing."""
   latest = checkpoints.latest_step()
   if latest is None:
-    state = init_state(stage.algorithm, stage.optimizers, *start(), key)
-    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract)), {}
+    begin = lambda params, slow: init_state(stage.algorithm, stage.optimizers, params, slow, key)  # jitted, for arrays that span processes
+    return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start()), {}
   state, meta = checkpoints.restore(abstract, latest)
   if latest < stage.num_steps:
     _warn_of_another_order(stage, latest, meta.get("stage", {}))
@@ -167,13 +167,13 @@ def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batche
   return state
 
 
-def compile_steps(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any]) -> list[Any]:
+def compile_steps(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh) -> list[Any]:
   """The train step compiled for each bucket's batch, with progress. Nothing is run."""
   step = jax.jit(make_step(stage.algorithm, stage.optimizers, nets, stage.accumulate), donate_argnums=0,
                  out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
   frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
   shapes = tqdm(stage.batch_shapes, desc=f"{stage.name}: compile", unit="bucket", disable=None, leave=False)
-  return [step.lower(abstract, frozen_shapes, batch).compile() for batch in shapes]
+  return [step.lower(abstract, frozen_shapes, batch).compile(compiler_options=compile_options(mesh)) for batch in shapes]
 
 
 def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], feed: "Feed", books: Books, stop: Callable[[int], bool]) -> TrainState:

@@ -106,3 +106,6 @@ def test_compile_options_compile():
   # Options of a GPU are parsed on every platform; those of a TPU need its compiler.
   lowered = jax.jit(lambda x: x + 1).lower(1.0)
   assert lowered.compile(compiler_options={**sharding.compile_options(mesh), **sharding.COMPILE_OPTIONS["gpu"]})(1.0) == 2
+def test_a_run_of_many_devices_is_read_onto_those_there_are():
+  assert sharding.make_mesh({"fsdp": 64, "tensor": 2}, strict=False).shape["fsdp"] == 8
+  assert sharding.make_mesh({"fsdp": 2, "tensor": 4}, strict=False).shape["tensor"] == 4

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qimg2.algorithms import Algorithm
+from qimg2.sharding import to_host
 
 MIN_STD = 1e-3
 
@@ -60,7 +61,7 @@ def measure_statistics(params: dict, nets, batches: list[dict]) -> dict:
     row = batch["weight"][:, None, None, None] * jnp.ones_like(z[..., :1])
     return jnp.sum(row), jnp.sum(row * z, axis=(0, 1, 2)), jnp.sum(row * jnp.square(z), axis=(0, 1, 2))
 
-  totals = [jax.tree.map(lambda x: np.asarray(x, np.float64), sums(params["vae"], batch)) for batch in batches]
+  totals = [jax.tree.map(lambda x: np.asarray(x, np.float64), to_host(sums(params["vae"], batch))) for batch in batches]
   number, first, second = (sum(parts) for parts in zip(*totals))
   mean = first / number
   std = np.sqrt(np.maximum(second / number - mean**2, MIN_STD**2))

@@ -1,0 +1,61 @@
+"""What tests/test_processes.py runs as several processes where a whole training run would only take longer.
+
+  python tests/worker.py --do=batches --workdir=... (one JSON list of sample ids per batch, by process 0)
+  python tests/worker.py --do=wait --workdir=... [--victim=1 --mistake] (collectives for two minutes; the victim raises)
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from launch import cli, processes
+from launch.run import Run
+from qimg2.sharding import put_whole, to_host
+
+NUM_BATCHES = 6
+
+
+def batches(args):
+  run = Run(args.config, args.workdir)
+  loader = run.loader(run.cfg.stages[-1])
+  for k in range(NUM_BATCHES):
+    ids = to_host(run.put(loader.batch(k)[1])["sample_id"])
+    if processes.is_first():
+      print(json.dumps(ids.tolist()), flush=True)
+
+
+def wait(args):
+  mesh, rules = jax.make_mesh((jax.device_count(),), ("fsdp",)), {"batch": ("fsdp",)}
+  total = jax.jit(lambda x: jnp.sum(x["x"]))
+  start = time.monotonic()
+  while time.monotonic() - start < 120:
+    to_host(total(put_whole({"x": jnp.ones(jax.device_count())}, mesh, rules)))
+    pathlib.Path(args.workdir, f"started{jax.process_index()}").touch()
+    if args.mistake and jax.process_index() == args.victim:
+      raise ValueError("This process alone\nmade a mistake.")
+    time.sleep(0.05)
+
+
+def define_flags():
+  config_flags.DEFINE_config_file("config", None, "Config.")
+  flags.DEFINE_string("workdir", None, "Folder.", required=True)
+  flags.DEFINE_string("do", None, "What.", required=True)
+  flags.DEFINE_integer("victim", 0, "Which process fails.")
+  flags.DEFINE_bool("mistake", False, "Whether it raises.")
+  processes.define_flags()
+
+
+def main(_):
+  {"batches": batches, "wait": wait}[flags.FLAGS.do](flags.FLAGS)
+
+
+if __name__ == "__main__":
+  cli.run(processes.together(main), define_flags)
