@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -45,7 +46,7 @@ from qimg2.state import abstract_state, make_optimizers
 from qimg2.trainer import Stage, compile_steps
 
 SYSTEM_TOKENS, WORDS_PER_IMAGE = 12, 6
-REMAT = ("none", "dots", "full")  # least work first
+REMAT = ("none", "dots", "attention", "full", "offload")  # least work first
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled",
                "TPU_WORKER_HOSTNAMES": "localhost"}
 ACCELERATORS = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}  # only so that libtpu does not ask the network
@@ -135,7 +136,10 @@ class Rehearsal:
     state = abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules)
     place = lambda specs: P.abstract(specs, sharding.param_shardings(specs, self.mesh, self.rules))
     frozen = {role: place(self.specs[role]) for role in stage.algorithm.frozen}
-    start = time.monotonic()
+    start, limit = time.monotonic(), self.chip.hbm_bytes if self.chip else None
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves((state, frozen)))
+    if limit and held > limit:  # nothing to compile
+      return {"peak_bytes": float(held), "limit_bytes": limit, "compile_s": 0.0}
     try:
       compiled, = compile_steps(stage, self.nets, state, frozen, self.mesh)
     except jax.errors.JaxRuntimeError as error:
@@ -145,7 +149,6 @@ class Rehearsal:
       return {"peak_bytes": sizes[0], "limit_bytes": sizes[1], "compile_s": time.monotonic() - start}
     memory = compiled.memory_analysis()
     traffic = hlo.analyze(program_text(compiled), self.mesh.size)
-    limit = self.chip.hbm_bytes if self.chip else None
     return {"peak_bytes": float(memory.peak_memory_in_bytes), "limit_bytes": limit, "compile_s": time.monotonic() - start, "traffic": traffic}
 
 
@@ -234,45 +237,73 @@ def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None
   return rows
 
 
-def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice()) -> tuple[list[Row], dict[str, Row]]:
-  """(all rows tried, stage -> the best of those that fit): rule set, remat policy and number of micro-batches with the highest bound on MFU.
+def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
+           rules: Sequence[str] = ()) -> tuple[list[Row], dict[str, Row]]:
+  """(all rows tried, stage -> the best): the rule set, remat policy and number of micro-batches with the highest bound on MFU, of those rows that
+  fill at most nine tenths of the memory.
 
-  A stage is tried with its heaviest bucket, that of most model FLOPs per micro-batch. For each rule set the per-chip batch begins at one row per
-  shard and doubles while it fits; what no longer fits is tried with the next remat policy, which computes more and keeps less. Equal bounds
-  are told apart by fewer micro-batches.
+  A stage is tried with its heaviest bucket, that of most tokens per batch, under each rule set (`rules`; all by default) on the mesh that
+  `fitting_mesh` gives it. The per-chip batch begins at one row per shard; from that and two rows follows how many the memory should hold, which is
+  then compiled. What no longer fits is tried with the next remat policy, which computes more and keeps less. Equal bounds are told apart by fewer
+  micro-batches.
   """
   rows, best = [], {}
   for section in _sections(cfg, choice):
-    tried = []
-    for rules in sharding.RULES:
-      tried += _climb(cfg, rules, section.name, devices, chip, choice)
+    tried = [row for name in rules or sharding.RULES for row in _climb(cfg, name, section.name, devices, chip, choice)]
     rows += tried
-    if fitting := [row for row in tried if row.fits is not False]:
-      best[section.name] = max(fitting, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
+    if roomy := [row for row in tried if row.roomy]:
+      best[section.name] = max(roomy, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
   return rows, best
+
+
+def fitting_mesh(rules: str, sizes: dict[str, int]) -> dict[str, int]:
+  """`sizes` without the axes that a rule set leaves idle: their devices go to `context` where it splits tokens but not heads, else to `fsdp`."""
+  used = {axis for axes in sharding.RULES[rules].values() for axis in axes}
+  idle = {axis: size for axis, size in sizes.items() if axis not in used}
+  takes = "context" if "context" in used and rules != "replicated" else "fsdp"
+  kept = {axis: size for axis, size in sizes.items() if axis in used}
+  return kept | {takes: kept.get(takes, 1) * math.prod(idle.values())}
 
 
 def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice) -> list[Row]:
   rows, accumulate = [], None
+
+  def attempt() -> Row:
+    section.optimizer.accumulate = accumulate
+    rows.append(rehearsal.row(section, heaviest))
+    print(rehearse_table.progress(rows[-1]), file=sys.stderr, flush=True)
+    return rows[-1]
+
   for remat in REMAT:
     changed = copy.deepcopy(cfg)
-    changed.rules, changed.model.remat = rules, remat
+    changed.rules, changed.model.remat, changed.mesh = rules, remat, ConfigDict(fitting_mesh(rules, plain(cfg.mesh)))
     rehearsal = Rehearsal(changed, devices, chip)
     section = next(one for one in changed.stages if one.name == stage)
     buckets = rehearsal.buckets(section, choice)
     heaviest = max(buckets, key=lambda bucket: bucket.batch_size * (bucket.num_tokens + bucket.height * bucket.width / 64))
     if accumulate is None:
       accumulate = min(bucket.batch_size for bucket in buckets) // (rehearsal.mesh.shape["data"] * rehearsal.mesh.shape["fsdp"])
-    while accumulate >= 1:
-      section.optimizer.accumulate = accumulate
-      rows.append(rehearsal.row(section, heaviest))
-      print(rehearse_table.progress(rows[-1]), file=sys.stderr, flush=True)
-      if rows[-1].fits is False:
+    previous = None
+    while accumulate >= 1 and (row := attempt()).roomy:
+      accumulate //= _step(previous, row) if previous else 2
+      previous = row
+    while previous and accumulate >= 1 and not row.roomy and 2 * accumulate < previous.accumulate:  # it went too far: back, to the last that fits
+      accumulate *= 2
+      if (row := attempt()).roomy:
+        accumulate //= 2
         break
-      accumulate //= 2
     if accumulate < 1:
       break
   return rows
+
+
+def _step(before: Row, now: Row) -> int:
+  """By how much, a power of two, the micro-batch may grow: memory grows with it as it did from `before` to `now`."""
+  if now.limit_bytes is None or now.peak_bytes <= before.peak_bytes:
+    return 2
+  per_row = (now.peak_bytes - before.peak_bytes) / (now.per_chip - before.per_chip)
+  room = (rehearse_table.HEADROOM * now.limit_bytes - now.peak_bytes) / per_row / now.per_chip
+  return max(2, 2 ** int(math.log2(max(1.0, 1 + room))))
 
 
 def _sections(cfg: ConfigDict, choice: Choice) -> list[ConfigDict]:
@@ -297,7 +328,7 @@ def define_flags() -> None:
   flags.DEFINE_multi_integer("base_px", [], "Resolutions to rehearse; all by default.")
   flags.DEFINE_bool("all_buckets", False, "All aspect ratios, not only the square and the widest of each resolution.")
   flags.DEFINE_bool("squares", False, "Only the square of each resolution.")
-  flags.DEFINE_string("rules", "", "Rule set in place of config.rules.")
+  flags.DEFINE_string("rules", "", "Rule set in place of config.rules; with --search the only one to try.")
   flags.DEFINE_bool("search", False, "Look for the rule set, remat policy and micro-batches that fit with the best bound.")
   flags.DEFINE_string("json", "", "File to write the rows to as JSON.")
 
@@ -313,7 +344,7 @@ def main(_) -> None:
     cfg.mesh.data = cfg.mesh.get("data", 1) * args.num_slices
   choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares)
   if args.search:
-    rows, best = search(cfg, devices, chip, choice)
+    rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else ())
     missing = [section.name for section in _sections(cfg, choice) if section.name not in best]
   else:
     rows, best = rehearse(cfg, devices, chip, choice), {}

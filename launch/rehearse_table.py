@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from qimg2 import hlo, roofline
 
 GIB = 2**30
+HEADROOM = 0.9  # of the memory, which a plan should not exceed: the next compiler may need a little more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Row:
   def fits(self) -> bool | None:
     """Whether the program fits into memory; None where there is no limit."""
     return None if self.limit_bytes is None else self.peak_bytes <= self.limit_bytes
+
+  @property
+  def roomy(self) -> bool:
+    """Whether it fills at most `HEADROOM` of the memory."""
+    return self.limit_bytes is None or self.peak_bytes <= HEADROOM * self.limit_bytes
 
   @property
   def per_chip(self) -> float:

@@ -17,6 +17,8 @@ With a mesh, each back end but xla runs on a device's own rows, heads and tokens
 
 import functools
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -223,7 +225,9 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, inte
       infos = tuple(info._replace(q_sequence=last) for info in infos)
     return splash_kernel.SplashAttentionKernel(*infos, **kernel.kwargs)(query, key, value, segments)
 
-  return jax.vmap(one)(query, key, value, last, segments).swapaxes(1, 2)[:, :S, :, :K]
+  visited = np.count_nonzero(kernel.fwd_mask_info.block_mask)
+  with jax.named_scope(f"splash_{visited}of{query.shape[2] // block_q}x{key.shape[2] // block_k}"):  # for `splash_cost`
+    return jax.vmap(one)(query, key, value, last, segments).swapaxes(1, 2)[:, :S, :, :K]
 
 
 def _block_size(length: int, head_dim: int) -> int:
@@ -244,6 +248,27 @@ def _splash_kernel(num_heads: int, num_queries: int, num_keys: int, num_prefix: 
     kernel = splash_kernel.make_splash_mha(splash_mask.MultiHeadMask([mask] * num_heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
                                            residual_checkpoint_name=SAVED, interpret=interpret)
     return jax.tree.map(np.asarray, kernel)
+
+
+def splash_cost(text: str, operands: Sequence[tuple[tuple[int, ...], int]]) -> tuple[float, float] | None:
+  """(operations, bytes read more than once) of a call of the kernel in a compiled program, which says nothing of either; None for another call.
+
+  The forward kernel multiplies each visited block twice (logits, output), that for dq three times, that for dk and dv four times. It holds one
+  block of queries and reads those of keys and values that they see; that for dk and dv holds keys and reads queries and output gradients.
+
+  Args:
+    text: of the instruction, with its name and the scope that `_splash` puts it in.
+    operands: (shape, bytes per element) of its floating-point operands, of which the first three are queries, keys and values.
+  """
+  found = re.search(r"splash_mha_(fwd|dq|dkv).*splash_(\d+)of(\d+)x(\d+)", text, re.DOTALL)
+  if not found:
+    return None
+  kind, (visited, num_q, num_k) = found[1], map(int, found.groups()[1:])
+  (*heads, S, K), item = operands[0]
+  num, (keys, values), query = math.prod(heads), (math.prod(shape) * item for shape, item in operands[1:3]), math.prod(operands[0][0]) * item
+  block = S / num_q * operands[1][0][-2] / num_k
+  streamed, once = (2 * S / num_q, 2 * query) if kind == "dkv" else (2 * operands[1][0][-2] / num_k, keys + values)
+  return {"fwd": 2, "dq": 3, "dkv": 4}[kind] * 2.0 * num * visited * block * K, max(0.0, num * visited * streamed * K * item - once)
 
 
 # GPU.

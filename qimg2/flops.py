@@ -3,7 +3,8 @@
 A product [m, k] x [k, n] counts 2 m k n. Per example, with the letters of `qimg2` (S = joint sequence, P = its prefix, I = latents of all
 condition images, E = context width):
 
-  generator  L (2 S (4 D H K + 3 D F) + 4 S² H K)                          blocks; attention counts the whole square, masked or not
+  generator  L (2 S (4 D H K + 3 D F) + 4 (P² + N S) H K)                  blocks; the prefix sees itself, the N target tokens see all;
+                                                                           with model.attention "full" S² in place of P² + N S
              + 2 (N + I) C D + 2 (M E D + M D D) + 2 N D C                 latents in, text in, latents out
              + 2 R (T D + D D + 5 D D)                                     time embedding and modulation, R = 2 times (0 and t)      (1)
   encoder    L (2 M (2 D H K + 2 D G K + 3 D F) + 4 M² H K)                decoder layers over all M tokens of the prompt
@@ -49,7 +50,8 @@ def generator_forward(cfg: mmdit.Config, num_text: int, num_target: int, num_sou
   """Equation 1 for one example: M text tokens with image slots and padding but without the system turn, N target and I source latents."""
   D, C, E, HK = cfg.width, cfg.latent_channels, cfg.context_width, cfg.num_heads * cfg.head_dim
   S = num_text + num_source - num_source // LATENTS_PER_SLOT + num_target
-  blocks = cfg.num_layers * (2 * S * (4 * D * HK + 3 * D * D * cfg.mlp_ratio) + 4 * S * S * HK)
+  seen = S * S if cfg.attention == "full" else (S - num_target) ** 2 + num_target * S
+  blocks = cfg.num_layers * (2 * S * (4 * D * HK + 3 * D * D * cfg.mlp_ratio) + 4 * seen * HK)
   borders = 2 * (num_target + num_source) * C * D + 2 * num_text * (E * D + D * D) + 2 * num_target * D * C
   return blocks + borders + 2 * 2 * (cfg.time_dim * D + D * D + (mmdit.NUM_MODULATIONS + 1) * D * D)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from qimg2.attention import splash_cost
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast", "send")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id", "replica-id",
          "iota", "opt-barrier", "domain", "add-dependency"}
@@ -119,7 +121,7 @@ def parse(text: str) -> dict[str, list[Instruction]]:
   """Name of each computation -> its instructions; the entry computation has the name "ENTRY"."""
   computations: dict[str, list[Instruction]] = {}
   current: list[Instruction] | None = None
-  for line in text.splitlines():
+  for line in re.sub(r'\n(?=["}]\S)', " ", text).splitlines():  # what a kernel says of itself comes on lines of its own
     if current is None or not line.startswith(" "):
       header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
       if header and not line.startswith("HloModule"):
@@ -209,6 +211,10 @@ class _Walker:
         seen.add(channel)
       elif kind in ("dot", "convolution"):
         self.flops += times * _flops(one, named)
+      elif kind == "custom-call":
+        operands = [array for operand in one.operands if operand in named for array in named[operand].arrays if "f" in array.dtype]
+        cost = splash_cost(f"{one.name} {one.attributes}", [(array.shape, array.num_bytes // math.prod(array.shape)) for array in operands])
+        self.flops, self.hbm_bytes = (total + times * more for total, more in zip((self.flops, self.hbm_bytes), cost or (0, 0)))
       if not inside and one.opcode not in _FREE and not one.opcode.endswith(("-done", "-update")):
         self.hbm_bytes += times * self._memory(one, named)
       if one.opcode == "while":

@@ -88,11 +88,12 @@ def sinusoid(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
 
 
 LAYER_INPUT = "layer_input"
+_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION),
+    "attention": _SAVE_ATTENTION,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device", offload_dst="pinned_host"),
 }
@@ -103,8 +104,8 @@ def checkpoint_layer(layer, policy: str):
 
   Args:
     layer: the function that `jax.lax.scan` runs per layer.
-    policy: what the backward pass finds: "none" every activation; "full" the layer's input; "dots" the results of matrix products with weights;
-      "attention" the layer's input and what attention gave, so that no attention runs twice; "offload" the layer's input, in the host's memory.
+    policy: what the backward pass finds: "none" every activation; "full" the layer's input; "dots" the results of matrix products with weights
+      and what attention gave; "attention" the layer's input and what attention gave, so that no attention runs twice; "offload" the layer's input, in the host's memory.
 
   Raises:
     ValueError: an unknown policy.

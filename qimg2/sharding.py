@@ -5,18 +5,22 @@ and `tensor` (heads and MLP width). All four always exist, most of size one, so 
 `AxisType.Auto`: the compiler propagates, and `shard` states what the model means.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qimg2 import params as P
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+WHOLE_BYTES = 2**30  # per device: more in weights that the mesh does not divide is worth a warning
 
 Rules = Mapping[str, tuple[str, ...]]
 Shard = Callable[..., jax.Array]
@@ -121,23 +125,41 @@ def partition_spec(axes: Sequence[str | None], rules: Rules, name: str = "array"
 
 
 def array_sharding(mesh: Mesh, axes: Sequence[str | None], rules: Rules, shape: Sequence[int] | None = None, name: str = "array") -> NamedSharding:
-  """The NamedSharding of an array with logical `axes`; given its `shape`, dimensions must divide.
+  """The NamedSharding of an array with logical `axes`; given its `shape`, dimensions that their mesh axes do not divide stay whole.
 
   Raises:
-    ValueError: as `partition_spec`, and for a dimension that its mesh axes do not divide.
+    ValueError: as `partition_spec`.
   """
   spec = partition_spec(axes, rules, name)
-  for dim, entry in enumerate(spec if shape is not None else ()):
-    parts = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
-    if shape[dim] % parts:
-      raise ValueError(f"{name} of shape {tuple(shape)}: dimension {dim} ({axes[dim]}) is not divisible by the {parts} parts of mesh axis "
-                       f"{entry}; choose a smaller mesh axis or other sizes.")
+  if shape is not None:
+    spec = PartitionSpec(*(entry if size % _num_parts(mesh, entry) == 0 else None for size, entry in zip(shape, spec, strict=True)))
   return NamedSharding(mesh, spec)
 
 
+def _num_parts(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:
+  return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
 def param_shardings(specs: dict, mesh: Mesh, rules: Rules) -> dict:
-  """A tree of NamedSharding for the weights in `specs`."""
-  return P.map_with_path(lambda path, p: array_sharding(mesh, p.axes, rules, p.shape, path), specs)
+  """A tree of NamedSharding for the weights in `specs`. Those that the mesh does not divide lie whole along such a dimension, with a warning if
+  they are many: on 128 devices and more the odd widths of a VAE or a vision tower do not divide."""
+  whole = []
+
+  def place(path, p):
+    sharding = array_sharding(mesh, p.axes, rules, p.shape, path)
+    if sharding.spec != partition_spec(p.axes, rules, path):
+      whole.append((math.prod(sharding.shard_shape(p.shape)) * jnp.dtype(p.dtype).itemsize, path))
+    return sharding
+  placed = P.map_with_path(place, specs)
+  if (size := sum(size for size, _ in whole)) > WHOLE_BYTES:
+    _warn_once(f"{len(whole)} weights have sizes that mesh {dict(mesh.shape)} does not divide and take {size / 2**30:.1f} GiB on every device, "
+               f"{max(whole)[1]} most.")
+  return placed
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+  logging.warning(text)
 
 
 class Placement:
@@ -156,8 +178,7 @@ class Placement:
 
   def spec(self, shape: Sequence[int], *axes: str | None) -> PartitionSpec:
     """The PartitionSpec of an activation of `shape`; dimensions that their mesh axes do not divide stay whole."""
-    divides = lambda size, axis: axis is not None and size % self.parts(axis) == 0
-    return partition_spec([axis if divides(size, axis) else None for size, axis in zip(shape, axes, strict=True)], self.rules)
+    return array_sharding(self.mesh, axes, self.rules, shape).spec
 
 
 def make_shard(mesh: Mesh, rules: Rules) -> Placement:

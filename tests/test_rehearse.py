@@ -35,10 +35,12 @@ def counted(function, *trees):
 def test_the_generator_by_hand():
   cfg = mmdit.Config(latent_channels=3, width=8, num_layers=2, num_heads=2, head_dim=4, mlp_ratio=3, context_width=5, rope_dims=(0, 2, 2), time_dim=6)
   # 7 text tokens of which one is an image slot of 4 latents: a prefix of 10, with 16 target tokens a sequence of 26.
-  block = 2 * 26 * (4 * 8 * 8 + 3 * 8 * 24) + 2 * 26 * 26 * 4 * 2 * 2
+  block = 2 * 26 * (4 * 8 * 8 + 3 * 8 * 24) + 2 * (10 * 10 + 16 * 26) * 4 * 2 * 2
   borders = 2 * (16 + 4) * 3 * 8 + 2 * 7 * (5 * 8 + 8 * 8) + 2 * 16 * 8 * 3
   times = 2 * 2 * (6 * 8 + 8 * 8 + 5 * 8 * 8)
   assert flops.generator_forward(cfg, 7, 16, 4) == 2 * block + borders + times
+  full = 2 * (26 * 26 - 10 * 10 - 16 * 26) * 4 * 2 * 2
+  assert flops.generator_forward(dataclasses.replace(cfg, attention="full"), 7, 16, 4) == 2 * (block + full) + borders + times
 
 
 def test_the_published_generator_costs_two_flops_per_weight_and_token():
@@ -48,7 +50,8 @@ def test_the_published_generator_costs_two_flops_per_weight_and_token():
 
 
 def test_the_generator_by_xla():
-  cfg = mmdit.Config(latent_channels=16, width=256, num_layers=1, num_heads=4, head_dim=64, context_width=128, rope_dims=(16, 24, 24))
+  cfg = mmdit.Config(latent_channels=16, width=256, num_layers=1, num_heads=4, head_dim=64, context_width=128, rope_dims=(16, 24, 24),
+                     attention="full")  # on a CPU whatever the mask hides is multiplied, too
   tokens, count = jax.ShapeDtypeStruct((1, 96), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
   layout = jax.eval_shape(lambda tokens, count: conditioning.make_layout(tokens, count, 3, [(8, 8)], (16, 16)), tokens, count)
   float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -125,24 +128,49 @@ def test_mistakes(monkeypatch):
     rehearse.rehearse(quickstart.get_config("smoke"), jax.devices()[:8], None, Choice(stages=("nothing",)))
 
 
-def test_search_takes_the_best_bound_that_fits(monkeypatch):
+def searched(monkeypatch, batch_size, peak, **options):
+  """(rows, best) of a search for stage sft on 8 devices, where a row takes `peak(rules, remat, rows per chip)` of 10 bytes."""
   def row(self, section, bucket):
     accumulate, remat = section.optimizer.accumulate, self.nets.model.remat
     per_chip = bucket.batch_size / accumulate / 8
-    peak = per_chip * {"none": 8, "dots": 3, "full": 1}[remat] + (self.cfg.rules == "replicated") * 20
-    mfu = {"none": 0.2, "dots": 0.4, "full": 0.3}[remat] + 0.01 * per_chip
+    mfu = {"none": 0.2, "dots": 0.4, "attention": 0.35}.get(remat, 0.3) + 0.01 * per_chip
     return dataclasses.replace(ROW, stage=section.name, rules=self.cfg.rules, remat=remat, batch_size=bucket.batch_size, accumulate=accumulate,
-                               peak_bytes=peak, limit_bytes=7.0, bound={"mfu": mfu})
+                               num_devices=8, peak_bytes=peak(self.cfg.rules, remat, per_chip), limit_bytes=10.0, bound={"mfu": mfu})
   monkeypatch.setattr(Rehearsal, "row", row)
   cfg = quickstart.get_config("smoke")
   for resolution in cfg.stages[3].resolutions:
-    resolution.batch_size = 32
+    resolution.batch_size = batch_size
   before = cfg.stages[3].optimizer.accumulate
-  rows, best = rehearse.search(cfg, jax.devices()[:8], None, Choice(stages=("sft",)))
+  rows, best = rehearse.search(cfg, jax.devices()[:8], None, Choice(stages=("sft",)), **options)
+  assert cfg.stages[3].optimizer.accumulate == before
+  return rows, best
+
+
+def test_search_takes_the_best_bound_that_fits(monkeypatch):
+  sizes = {"none": 12, "dots": 4, "attention": 3, "full": 1, "offload": 1}
+  rows, best = searched(monkeypatch, 32, lambda rules, remat, per_chip: per_chip * sizes[remat] + (rules == "replicated") * 20)
   tried = [(one.remat, one.accumulate) for one in rows if one.rules == "fsdp_tensor"]
-  assert tried == [("none", 4), ("dots", 4), ("dots", 2), ("dots", 1), ("full", 1)]
-  assert (best["sft"].rules, best["sft"].remat, best["sft"].accumulate) == ("fsdp_tensor", "dots", 2)
-  assert not [one for one in rows if one.rules == "replicated" and one.fits] and cfg.stages[3].optimizer.accumulate == before
+  assert tried == [("none", 4), ("dots", 4), ("dots", 2), ("dots", 1), ("attention", 1), ("full", 1)]
+  assert (best["sft"].rules, best["sft"].remat, best["sft"].accumulate) == ("fsdp", "dots", 2)
+  assert not [one for one in rows if one.rules == "replicated" and one.fits]
+
+
+def test_search_leaps_to_what_should_fit_and_back_if_it_does_not(monkeypatch):
+  leaps = lambda peak: [one.accumulate for one in searched(monkeypatch, 8 * 64, peak, rules=("fsdp",))[0]]
+  assert leaps(lambda rules, remat, per_chip: 1 + per_chip / 8) == [64, 32, 1]
+  # From two rows to 64 in one leap; it is more than it looked like from there, and 16 are the most that fit.
+  bent = lambda rules, remat, per_chip: 1 + per_chip / 8 + (per_chip > 16) * 5 if remat == "none" else 11
+  assert leaps(bent)[:5] == [64, 32, 1, 2, 4]
+  nothing = searched(monkeypatch, 8, lambda *_: 9.5, rules=("fsdp",))
+  assert not nothing[1] and all(one.fits for one in nothing[0])  # nine tenths are the limit of a plan
+
+
+def test_a_rule_set_is_tried_on_a_mesh_without_idle_axes():
+  sizes = {"data": 2, "fsdp": 8, "context": 1, "tensor": 4}
+  assert rehearse.fitting_mesh("fsdp_tensor", sizes) == sizes
+  assert rehearse.fitting_mesh("fsdp", sizes) == {"data": 2, "fsdp": 32}
+  assert rehearse.fitting_mesh("fsdp_context", sizes) == {"data": 2, "fsdp": 8, "context": 4}
+  assert rehearse.fitting_mesh("replicated", sizes) == {"data": 2, "fsdp": 32, "context": 1}
 
 
 def launch(*arguments):

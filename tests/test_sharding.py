@@ -41,11 +41,14 @@ def test_partition_errors(axes, message):
     sharding.partition_spec(axes, RULES, "w")
 
 
-def test_what_does_not_divide_is_named():
+def test_what_does_not_divide_lies_whole_and_is_named_if_it_is_large(monkeypatch, caplog):
   mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
-  specs = {"blocks": {"w": P.Param((6, 8), ("embed", "mlp"))}}
-  with pytest.raises(ValueError, match=r"blocks/w of shape \(6, 8\): dimension 0 \(embed\) is not divisible by the 4 parts"):
-    sharding.param_shardings(specs, mesh, RULES)
+  specs = {"blocks": {"w": P.Param((6, 8), ("embed", "mlp")), "v": P.Param((8, 8), ("embed", "mlp"))}}
+  placed = sharding.param_shardings(specs, mesh, RULES)["blocks"]
+  assert placed["w"].spec == PartitionSpec(None, "tensor") and placed["v"].spec == PartitionSpec("fsdp", "tensor") and not caplog.records
+  monkeypatch.setattr(sharding, "WHOLE_BYTES", 4 * 6 * 4 - 1)
+  sharding.param_shardings(specs, mesh, RULES)
+  assert "1 weights have sizes that mesh" in caplog.text and "blocks/w most" in caplog.text
 
 
 def test_batches_are_split_by_rows():

@@ -18,8 +18,9 @@ ALLOWED = {
     "configs": {"configs", "ml_collections"},
 }
 # A module of qimg2 may import those in earlier rows.
-ORDER = [["params"], ["sharding", "layers", "pretrained"], ["attention"], ["models"], ["names", "conditioning", "flops"], ["flow"], ["pipeline_folder"],
-         ["export"], ["sampler"], ["algorithms"], ["optim"], ["state", "manifest"], ["checkpoint", "metrics", "faults"], ["evaluate"], ["trainer"]]
+ORDER = [["params"], ["sharding", "layers", "pretrained"], ["attention"], ["models"], ["names", "conditioning", "flops", "hlo"], ["flow"],
+         ["pipeline_folder"], ["export"], ["sampler"], ["algorithms"], ["optim"], ["state", "manifest"], ["checkpoint", "metrics", "faults"],
+         ["evaluate"], ["trainer"]]
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
 
