@@ -13,11 +13,14 @@ S1 and S3 of section 2.3), and the later stages mix their resolutions in equal s
 (0.9, 0.95), 1,000 steps of warm-up in every stage, a constant rate, EMA 0.9999, logit-normal times with the resolution shift. K is 1,024.
 The VAE learns from the text-to-image pictures.
 
-What it costs: a pod for weeks. `python -m launch.describe --config=configs/pretrain.py` lists every weight; `:smoke` runs all stages here.
+What it costs: a pod for weeks. `python -m launch.describe --config=configs/pretrain.py` lists every weight; `:smoke` runs all stages here; a pod's
+name, such as `:v6e-256`, takes the plan for it, and docs/pods.md says what each of them was rehearsed to need.
 
 Command:
-  python -m launch.train --config=configs/pretrain.py --distributed=auto --workdir=bucket/RUN --config.data_dir=bucket/DATA
+  python -m launch.train --config=configs/pretrain.py:v5p-256 --distributed=auto --workdir=bucket/RUN --config.data_dir=bucket/DATA
 """
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
@@ -27,15 +30,48 @@ K = 1024
 RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "1:3", "3:1")
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How a pod is used: mesh sizes, and what the backward pass finds (`layers.checkpoint_layer`)."""
+  fsdp: int
+  tensor: int
+  data: int = 1
+  remat: str = "dots"
+
+  @property
+  def accumulate(self) -> int:
+    """Micro-batches of which one holds one row of 2048 px for each part that rows are divided into, two of 1024 px, and so on."""
+    return batch_size(2048) // (self.data * self.fsdp)
+
+
+# Cloud's names count two cores for a chip of v5p and tpu7x. JAX shows a v5p chip as one device and a tpu7x chip as two.
+PLANS = {
+    "v5p-128": Plan(32, 2),
+    "v5p-256": Plan(64, 2),
+    "v5p-1024": Plan(256, 2),
+    "v5p-128x2": Plan(32, 2, data=2),  # two slices
+    "v6e-256": Plan(64, 4, remat="attention"),
+    "tpu7x-128": Plan(64, 2),
+}
+
+
 def get_config(arg: str = "") -> ConfigDict:
-  """The report's curriculum; `arg` is "" or "smoke"."""
+  """The report's curriculum; `arg` is a pod of `PLANS`, "" for v5p-256, or "smoke".
+
+  Raises:
+    ValueError: another word.
+  """
+  if arg not in ("", "smoke", *PLANS):
+    raise ValueError(f"configs/pretrain.py knows no {arg!r}: choose one of smoke, {', '.join(PLANS)}, or set config.mesh yourself.")
+  plan = PLANS.get(arg, PLANS["v5p-256"])
   cfg = base.base()
-  cfg.mesh = ConfigDict(dict(data=1, fsdp=64, context=1, tensor=2))  # 128 chips
+  cfg.mesh = ConfigDict(dict(data=plan.data, fsdp=plan.fsdp, context=1, tensor=plan.tensor))
   cfg.data_dir = "data"
   cfg.num_tokens = 1024
   cfg.prompt_classes = (128, 256, 512)
   cfg.num_workers = 8
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_7b(), sizes.qwen3_vl("8B"), sizes.vae_f16c64(image_channels=4)
+  cfg.model.remat = plan.remat
   cfg.stages = (
       autoencoder(),
       generator("pretrain_256_t2i", "", 250_000, 1e-4, (256,), (base.part("t2i"),)),  # S1
@@ -45,6 +81,8 @@ def get_config(arg: str = "") -> ConfigDict:
       generator("cpt_2048", "cpt_1024", 125_000, 2e-5, (512, 1024, 2048), mixture(0.7)),  # S5
       generator("sft", "cpt_2048", 10_000, 1e-5, (512, 1024, 2048), tuple(dict(part, min_quality=1.0) for part in mixture(0.7))),  # S6
   )
+  for stage in cfg.stages[1:]:
+    stage.optimizer.accumulate = plan.accumulate
   return smoke(cfg) if arg == "smoke" else cfg
 
 
@@ -62,12 +100,17 @@ def autoencoder() -> ConfigDict:
       save_every_steps=1000, keep=3)
 
 
+def batch_size(px: int) -> int:
+  """The report's batch at a resolution: 32K at 256 px, halved with each doubling of the side."""
+  return 32 * K * 256 // px
+
+
 def generator(name: str, start_from: str, num_steps: int, learning_rate: float, base_px: tuple[int, ...], parts: tuple[dict, ...]) -> ConfigDict:
-  """A stage of the generator at the report's batch size for each resolution: 32K at 256 px, halved with each doubling of the side."""
+  """A stage of the generator at the report's batch size for each resolution."""
   return base.stage(
       name, "flow_matching", start_from=start_from, num_steps=num_steps,
       algorithm=dict(ema_decay=0.9999),
-      resolutions=tuple(dict(base_px=px, batch_size=32 * K * 256 // px, ratios=RATIOS, weight=1.0) for px in base_px),
+      resolutions=tuple(dict(base_px=px, batch_size=batch_size(px), ratios=RATIOS, weight=1.0) for px in base_px),
       mixture=parts, evaluation=dict(num_samples=4096), caption_dropout=0.1,
       optimizer=dict(learning_rate=learning_rate, warmup_steps=1000, schedule="constant", weight_decay=0.001, clip_norm=1.0),
       log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000, save_every_steps=1000, keep=3)

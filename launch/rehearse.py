@@ -322,7 +322,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "File of the config.")
   flags.mark_flag_as_required("config")
   flags.DEFINE_string("topology", None, "Chip and slice, such as v5p:4x4x8 or v6e:16x16; cpu:8 for simulated devices.", required=True)
-  flags.DEFINE_integer("num_slices", 1, "Slices; the data axis of the mesh is multiplied by it.", lower_bound=1)
+  flags.DEFINE_integer("num_slices", 1, "Slices. A mesh that fits one of them is repeated along its data axis.", lower_bound=1)
   flags.DEFINE_multi_string("stage", [], "Stages to rehearse; all by default.")
   flags.DEFINE_multi_string("task", [], "Tasks to rehearse, t2i or ti2i; all by default.")
   flags.DEFINE_multi_integer("base_px", [], "Resolutions to rehearse; all by default.")
@@ -340,7 +340,8 @@ def main(_) -> None:
   devices, chip = find_devices(args.topology, args.num_slices)
   cfg = args.config
   cfg.rules = args.rules or cfg.rules
-  if args.num_slices > 1 and cfg.mesh.get("data", 1) != -1:
+  sizes = plain(cfg.mesh).values()
+  if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
     cfg.mesh.data = cfg.mesh.get("data", 1) * args.num_slices
   choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares)
   if args.search:

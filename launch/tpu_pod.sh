@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training job on a TPU pod slice of Cloud TPU VMs, from the request for machines to the exit code. docs/pods_jobs.md walks through it.
+# One training job on a TPU pod slice of Cloud TPU VMs, from the request for machines to the exit code. docs/pods.md walks through it.
 set -euo pipefail
 
 usage() {
@@ -17,17 +17,17 @@ usage: launch/tpu_pod.sh COMMAND [-- ARGUMENTS OF launch.train]
   delete  gives the machines back
   worker  what `start` runs on each worker: training, started again whenever it ends with 75
 
-Settings are environment variables: PROJECT, ZONE, NAME, BUCKET (without gs://) must be set; ACCELERATOR (v5litepod-128),
-RUNTIME (v2-alpha-tpuv5-lite), SPOT (1: spot machines, 0: on demand), SERVICE_ACCOUNT (the default one), POLL_S (60), MAX_RESTARTS (100).
+Settings are environment variables: PROJECT, ZONE, NAME, BUCKET (without gs://) must be set; ACCELERATOR (v5p-256),
+RUNTIME (v2-alpha-tpuv5), SPOT (1: spot machines, 0: on demand), SERVICE_ACCOUNT (the default one), POLL_S (60), MAX_RESTARTS (100).
 
 example:
-  export PROJECT=my-project ZONE=us-west4-a NAME=qimg2 BUCKET=my-bucket
-  launch/tpu_pod.sh all -- --config=configs/pretrain.py --workdir=bucket/runs/first --config.data_dir=bucket/data
+  export PROJECT=my-project ZONE=us-east5-a NAME=qimg2 BUCKET=my-bucket
+  launch/tpu_pod.sh all -- --config=configs/pretrain.py:v5p-256 --workdir=bucket/runs/first --config.data_dir=bucket/data
 USAGE
 }
 
-ACCELERATOR=${ACCELERATOR:-v5litepod-128}
-RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
+ACCELERATOR=${ACCELERATOR:-v5p-256}
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5}
 SPOT=${SPOT:-1}
 SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-}
 POLL_S=${POLL_S:-60}

@@ -78,7 +78,7 @@ def test_a_job_from_the_request_to_its_end(stub):
   verbs, lines = calls(folder)
   assert verbs == ["create", "scp", "ssh", "ssh"]
   create = next(line for line in lines if " create " in line)
-  assert "--node-id=job --accelerator-type=v5litepod-128 --runtime-version=v2-alpha-tpuv5-lite --spot" in create
+  assert "--node-id=job --accelerator-type=v5p-256 --runtime-version=v2-alpha-tpuv5 --spot" in create
   started = next(line for line in lines if "tpu_pod.sh worker" in line)
   assert "--worker=all" in started and r"--workdir=bucket/a\ run" in started
 

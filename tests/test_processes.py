@@ -1,14 +1,9 @@
 """Several real processes on this machine: the numbers of one, whatever they are, and one clear end for all when one of them fails or is lost."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 import types
 
@@ -16,12 +11,11 @@ import numpy as np
 import pytest
 
 from data_pipelines.loader import Loader
+from kill_points import Job, kill_and_compare
 from launch import processes
+from many import PATIENCE_S, ends, error_lines, start, together, train
 from qimg2.metrics import read_rows
 
-ROOT = pathlib.Path(__file__).parent.parent
-HEARTBEAT_S = 10
-PATIENCE_S = 60  # for the survivors: the heartbeat, twice, and a busy machine
 STEPS = 6
 CONFIG = """
 from configs import quickstart
@@ -29,7 +23,8 @@ from configs import quickstart
 def get_config(arg=""):
   cfg = quickstart.get_config("smoke")
   cfg.data_dir = {data_dir!r}
-  cfg.stages, cfg.check.name, cfg.sampling.guidance = cfg.stages[:2], "", 1.0
+  cfg.stages = cfg.stages[0], cfg.stages[2]  # the second one mixes drawing and editing
+  cfg.stages[1].start_from, cfg.check.name, cfg.sampling.guidance = "", "", 1.0
   cfg.stages[0].resolutions = cfg.stages[0].resolutions[:1]
   cfg.stages[1].num_steps, cfg.stages[1].save_every_steps, cfg.stages[1].eval_every_steps, cfg.stages[1].sample_every_steps = {steps}, 2, 3, 6
   cfg.stages[1].optimizer.schedule, cfg.stages[1].optimizer.warmup_steps = "constant", 2
@@ -40,48 +35,8 @@ def get_config(arg=""):
 RTOL = 1e-5
 
 
-def free_port():
-  with socket.socket() as one:
-    one.bind(("127.0.0.1", 0))
-    return one.getsockname()[1]
-
-
-def start(num, *arguments, extra=lambda i: ()):
-  """`num` processes of one command."""
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  meet = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={num}", f"--heartbeat_timeout={HEARTBEAT_S}"] if num > 1 else []
-  return [subprocess.Popen([sys.executable, *arguments, *meet, *([f"--process_id={i}"] if num > 1 else []), *extra(i)], cwd=ROOT, env=env,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(num)]
-
-
-def ends(started, timeout):
-  """(exit code, stdout, stderr) of each; kills what does not end."""
-  try:
-    texts = [one.communicate(timeout=timeout) for one in started]
-  finally:
-    for one in started:
-      one.kill()
-  return [(one.returncode, *text) for one, text in zip(started, texts)]
-
-
-def together(num, *arguments, timeout=600, **options):
-  """What the processes printed, after all have ended well."""
-  results = ends(start(num, *arguments, **options), timeout)
-  for code, _, stderr in results:
-    assert code == 0, stderr[-3000:]
-  return ["".join(line for line in stdout.splitlines(keepends=True) if not line.startswith("[Gloo]")) for _, stdout, _ in results]
-
-
-def train(config, workdir, cache, *more):
-  return ["-m", "launch.train", f"--config={config}", f"--workdir={workdir}", f"--compilation_cache={cache}", *more]
-
-
-def error_lines(stderr):
-  return [line for line in stderr.splitlines() if line.startswith("error:")]
-
-
 def assert_same_numbers(one, other):
-  for stage in ("vae", "low_resolution"):
+  for stage in ("vae", "high_resolution"):
     ours, theirs = (read_rows(workdir / stage / "metrics.jsonl") for workdir in (one, other))
     assert [sorted(row) for row in ours] == [sorted(row) for row in theirs]
     for mine, its in zip(ours, theirs):
@@ -122,8 +77,9 @@ def test_four_processes_train_evaluate_and_draw_as_one_does(alone, half, config_
   assert_same_numbers(workdir, alone)
   names = lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts
                                 and "frozen" not in path.parts and not path.name.startswith("events."))
-  assert set(names(workdir)) - set(names(alone)) == {f"low_resolution/samples/{STEPS // 2:08d}.png"}  # after the last step of the half
-  assert set(names(alone)) <= set(names(workdir)) and (workdir / "low_resolution" / "samples" / f"{STEPS:08d}.png").is_file()
+  of_half = {f"high_resolution/samples/{STEPS // 2:08d}{task}.png" for task in ("", "_ti2i")}  # after the last step of the half
+  assert set(names(workdir)) - set(names(alone)) == of_half
+  assert set(names(alone)) <= set(names(workdir)) and (workdir / "high_resolution" / "samples" / f"{STEPS:08d}.png").is_file()
   assert len(list((workdir / "vae").glob("events.*"))) == 1
   assert "Report:" in printed[0] and not any(printed[1:])
 
@@ -149,7 +105,7 @@ def test_two_processes_check_what_one_checks(alone, tmp_path):
     record["config"]["check"].update(name="glyphs", num_prompts=8)
     (workdir / "config.json").write_text(json.dumps(record))
     printed = together(num, "-m", "launch.check", f"--workdir={workdir}")
-    assert printed[0].startswith("Check of stage low_resolution") and not any(printed[1:])
+    assert printed[0].startswith("Check of stage high_resolution") and not any(printed[1:])
     results[num] = json.loads((workdir / "check.json").read_text())
   assert results[1] == results[2]
 
@@ -173,7 +129,7 @@ def test_what_four_saved_others_take_up(alone, half, config_file, compilation_ca
   workdir = shutil.copytree(half, tmp_path / "run")
   together(num, *train(config_file, workdir, compilation_cache, *more))
   assert_same_numbers(workdir, alone)
-  assert [row["step"] for row in read_rows(workdir / "low_resolution" / "metrics.jsonl") if "loss" in row] == list(range(1, STEPS + 1))
+  assert [row["step"] for row in read_rows(workdir / "high_resolution" / "metrics.jsonl") if "loss" in row] == list(range(1, STEPS + 1))
 
 
 # One of them fails.
@@ -237,12 +193,18 @@ def test_a_process_that_never_starts_is_waited_for_in_vain(tmp_path):
 def test_a_killed_job_goes_on_from_its_last_checkpoint(alone, config_file, compilation_cache, tmp_path):
   command = train(config_file, tmp_path / "run", compilation_cache)
   started = start(2, *command)
-  wait_for(tmp_path / "run" / "low_resolution" / "checkpoints" / "2" / "meta", started)
+  wait_for(tmp_path / "run" / "high_resolution" / "checkpoints" / "2" / "meta", started)
   started[1].send_signal(signal.SIGKILL)
   (code, _, stderr), _ = ends(started, PATIENCE_S)
   assert code == processes.EXIT_CODE and len(error_lines(stderr)) == 1, stderr[-3000:]
   together(2, *command)
   assert_same_numbers(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_a_job_ends_bit_identical(config_file, compilation_cache, tmp_path):
+  """A few of the kill points of which tests/kill_points.py makes more."""
+  assert kill_and_compare(Job(str(config_file), 2, compilation_cache), tmp_path, num_kills=2, seed=0) >= 1
 
 
 # Flags.

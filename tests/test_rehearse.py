@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -107,6 +108,20 @@ def test_buckets_of_the_published_curriculum():
   with pytest.raises(ValueError, match="16384 cannot be divided over 4 devices of the axes data and fsdp in 3 micro-batches"):
     section.optimizer.accumulate = 3
     rehearsal.row(section, rehearsal.buckets(section)[0])
+
+
+def test_plans_of_the_published_curriculum():
+  """Each pod's mesh has its chips, or cores for tpu7x, and every batch divides into the micro-batches."""
+  devices = {"v5p-128": 64, "v5p-256": 128, "v5p-1024": 512, "v5p-128x2": 128, "v6e-256": 256, "tpu7x-128": 128}
+  assert devices.keys() == pretrain.PLANS.keys()
+  for name, num in devices.items():
+    cfg = pretrain.get_config(name)
+    assert math.prod(cfg.mesh.values()) == num
+    for stage in cfg.stages:
+      for resolution in stage.resolutions:
+        assert resolution.batch_size % (cfg.mesh.data * cfg.mesh.fsdp * stage.optimizer.accumulate) == 0
+  with pytest.raises(ValueError, match="knows no 'v4-8': choose one of smoke, v5p-128,"):
+    pretrain.get_config("v4-8")
 
 
 def test_the_table_says_what_does_not_fit():

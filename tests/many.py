@@ -1,0 +1,51 @@
+"""Commands that run as several processes on this machine, for tests."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+HEARTBEAT_S = 10
+PATIENCE_S = 60  # for the survivors: the heartbeat, twice, and a busy machine
+
+
+def free_port():
+  with socket.socket() as one:
+    one.bind(("127.0.0.1", 0))
+    return one.getsockname()[1]
+
+
+def start(num, *arguments, extra=lambda i: ()):
+  """`num` processes of one command."""
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  meet = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={num}", f"--heartbeat_timeout={HEARTBEAT_S}"] if num > 1 else []
+  return [subprocess.Popen([sys.executable, *arguments, *meet, *([f"--process_id={i}"] if num > 1 else []), *extra(i)], cwd=ROOT, env=env,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(num)]
+
+
+def ends(started, timeout):
+  """(exit code, stdout, stderr) of each; kills what does not end."""
+  try:
+    texts = [one.communicate(timeout=timeout) for one in started]
+  finally:
+    for one in started:
+      one.kill()
+  return [(one.returncode, *text) for one, text in zip(started, texts)]
+
+
+def together(num, *arguments, timeout=600, **options):
+  """What the processes printed, after all have ended well."""
+  results = ends(start(num, *arguments, **options), timeout)
+  for code, _, stderr in results:
+    assert code == 0, stderr[-3000:]
+  return ["".join(line for line in stdout.splitlines(keepends=True) if not line.startswith("[Gloo]")) for _, stdout, _ in results]
+
+
+def train(config, workdir, cache, *more):
+  return ["-m", "launch.train", f"--config={config}", f"--workdir={workdir}", f"--compilation_cache={cache}", *more]
+
+
+def error_lines(stderr):
+  return [line for line in stderr.splitlines() if line.startswith("error:")]
