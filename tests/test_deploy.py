@@ -1,6 +1,7 @@
 """The scripts and manifests of a pod job, as far as they can be tried without a pod: their syntax, their fields, and the script with a gcloud
 that only says what it was asked."""
 
+import math
 import os
 import pathlib
 import re
@@ -183,8 +184,8 @@ def test_the_jobset_is_whole(manifest):
   job = pods(manifest)
   pod = job["template"]["spec"]
   container = pod["containers"][0]
-  rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
-  assert job["parallelism"] == job["completions"] == rows * columns // container["resources"]["limits"]["google.com/tpu"]
+  num_chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+  assert job["parallelism"] == job["completions"] == num_chips // container["resources"]["limits"]["google.com/tpu"]
   assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
   exits = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
   assert exits["values"] == [1, 2] and exits["containerName"] == container["name"]
