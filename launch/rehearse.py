@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -220,8 +220,14 @@ def prepare_environment(topology: str) -> None:
 # What to rehearse.
 
 
-def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice()) -> list[Row]:
-  """A row for every chosen stage and bucket.
+def say(row: Row) -> None:
+  """One line to read while the others compile."""
+  print(rehearse_table.progress(row), file=sys.stderr, flush=True)
+
+
+def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
+             done: Callable[[Row], None] = say) -> list[Row]:
+  """A row for every chosen stage and bucket; `done` is called with each when it is there.
 
   Raises:
     ValueError: a stage that the config does not have, or a choice that leaves nothing.
@@ -231,14 +237,14 @@ def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None
   for section in _sections(cfg, choice):
     for bucket in rehearsal.buckets(section, choice):
       rows.append(rehearsal.row(section, bucket))
-      print(rehearse_table.progress(rows[-1]), file=sys.stderr, flush=True)
+      done(rows[-1])
   if not rows:
     raise ValueError("The stages have no bucket of this --task and --base_px: leave one of the flags out.")
   return rows
 
 
 def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
-           rules: Sequence[str] = ()) -> tuple[list[Row], dict[str, Row]]:
+           rules: Sequence[str] = (), done: Callable[[Row], None] = say) -> tuple[list[Row], dict[str, Row]]:
   """(all rows tried, stage -> the best): the rule set, remat policy and number of micro-batches with the highest bound on MFU, of those rows that
   fill at most nine tenths of the memory.
 
@@ -249,7 +255,7 @@ def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, 
   """
   rows, best = [], {}
   for section in _sections(cfg, choice):
-    tried = [row for name in rules or sharding.RULES for row in _climb(cfg, name, section.name, devices, chip, choice)]
+    tried = [row for name in rules or sharding.RULES for row in _climb(cfg, name, section.name, devices, chip, choice, done)]
     rows += tried
     if roomy := [row for row in tried if row.roomy]:
       best[section.name] = max(roomy, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
@@ -265,13 +271,14 @@ def fitting_mesh(rules: str, sizes: dict[str, int]) -> dict[str, int]:
   return kept | {takes: kept.get(takes, 1) * math.prod(idle.values())}
 
 
-def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice) -> list[Row]:
+def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice,
+           done: Callable[[Row], None]) -> list[Row]:
   rows, accumulate = [], None
 
   def attempt() -> Row:
     section.optimizer.accumulate = accumulate
     rows.append(rehearsal.row(section, heaviest))
-    print(rehearse_table.progress(rows[-1]), file=sys.stderr, flush=True)
+    done(rows[-1])
     return rows[-1]
 
   for remat in REMAT:
@@ -344,15 +351,21 @@ def main(_) -> None:
   if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
     cfg.mesh.data = cfg.mesh.get("data", 1) * args.num_slices
   choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares)
+  so_far = []
+
+  def done(row: Row) -> None:
+    say(row)
+    so_far.append(rehearse_table.as_json(row))
+    if args.json:  # after every row: a compilation takes minutes, and may be the last that one waits for
+      record = {"topology": args.topology, "num_slices": args.num_slices, "mesh": plain(cfg.mesh), "rows": so_far}
+      pathlib.Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
   if args.search:
-    rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else ())
+    rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done)
     missing = [section.name for section in _sections(cfg, choice) if section.name not in best]
   else:
-    rows, best = rehearse(cfg, devices, chip, choice), {}
+    rows, best = rehearse(cfg, devices, chip, choice, done), {}
     missing = [row.stage for row in rows if row.fits is False]
-  if args.json:
-    record = {"topology": args.topology, "num_slices": args.num_slices, "mesh": plain(cfg.mesh), "rows": list(map(rehearse_table.as_json, rows))}
-    pathlib.Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
   print(rehearse_table.table(rows))
   for number, section in enumerate(cfg.stages):
     if section.name in best:

@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags
+from absl import app, flags, logging
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -114,6 +114,7 @@ def last_arrays(stage: pathlib.Path) -> dict:
 def main(_) -> None:
   """Kills as the flags say."""
   args = flags.FLAGS
+  logging.set_verbosity(logging.ERROR)
   folder = pathlib.Path(args.workdir)
   job = Job(args.config, args.num_processes, str(folder / "compiled"), (f"--config.data_dir={folder / 'data'}",))
   kill_and_compare(job, folder, args.num_kills, args.seed)

@@ -220,3 +220,21 @@ def test_a_tpu(tmp_path):
   assert any(one["axes"] == "fsdp" and one["calls"] >= 2 for one in row["collectives"])
   result = launch(*TINY, "--topology=v5e:2x2", "--config.stages[3].resolutions[0].batch_size=4194304", "--config.stages[3].resolutions[0].base_px=64")
   assert result.returncode == 1 and " over" in result.stdout and "Does not fit: sft" in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_published_curriculum_with_few_layers(tmp_path):
+  """The widths, batch and mesh of the plan for 128 chips; one layer of each stack."""
+  file = tmp_path / "rows.json"
+  few = [f"--config.{stack}.num_layers=1" for stack in ("model", "encoder", "encoder.vision")]
+  result = launch("--config=configs/pretrain.py:v5p-256", "--topology=v5p:4x4x8", "--stage=sft", "--squares", "--base_px=512",
+                  "--config.encoder.vision.deepstack_layers=(0,)", *few, f"--json={file}")
+  assert result.returncode == 0, result.stderr
+  drawing, editing = json.loads(file.read_text())["rows"]
+  for row in (drawing, editing):
+    assert row["fits"] and row["remat"] == "dots" and row["accumulate"] == 64 and not row["traffic"]["unknown_loops"]
+    # Splash kernels count, or the program would do less than the model asks for.
+    assert 1 < row["traffic"]["flops"] / sum(row["model_flops"].values()) < 1.5 and 0.5 < row["bound"]["mfu"] < 1
+    assert {"all-gather fsdp", "all-reduce tensor"} <= {f"{one['kind']} {one['axes']}" for one in row["collectives"]}
+  assert editing["peak_bytes"] > drawing["peak_bytes"] and editing["num_sources"] == 1
