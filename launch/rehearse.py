@@ -121,7 +121,7 @@ class Rehearsal:
     counts = flops.step_flops(self.nets, algorithm.losses, algorithm.frozen, batch)
     row = Row(stage=section.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=settings.accumulate, num_devices=self.mesh.size,
-              rules=self.cfg.rules, remat=self.nets.model.remat, model_flops={role: n / self.mesh.size for role, n in counts.items()},
+              mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=self.nets.model.remat, model_flops={role: n / self.mesh.size for role, n in counts.items()},
               **self._measured[key])
     return rehearse_table.with_bound(row, self.chip, self.mesh)
 
@@ -357,7 +357,7 @@ def main(_) -> None:
     say(row)
     so_far.append(rehearse_table.as_json(row))
     if args.json:  # after every row: a compilation takes minutes, and may be the last that one waits for
-      record = {"topology": args.topology, "num_slices": args.num_slices, "mesh": plain(cfg.mesh), "rows": so_far}
+      record = {"topology": args.topology, "num_slices": args.num_slices, "rows": so_far}
       pathlib.Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
   if args.search:

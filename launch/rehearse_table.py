@@ -19,6 +19,7 @@ class Row:
   Attributes:
     stage, task, height, width, num_sources, num_tokens: which bucket; px and prompt tokens, condition images counted.
     batch_size, accumulate, num_devices: global batch, micro-batches, devices.
+    mesh: mesh axis -> size.
     rules, remat: rule set and rematerialisation policy of the generator.
     model_flops: role -> FLOPs by `qimg2.flops`.
     peak_bytes, limit_bytes: memory at the fullest moment, and what there is; None for devices without a limit.
@@ -36,6 +37,7 @@ class Row:
   batch_size: int
   accumulate: int
   num_devices: int
+  mesh: dict[str, int]
   rules: str
   remat: str
   model_flops: dict[str, float]
@@ -142,7 +144,9 @@ def _columns(lines: Sequence[Sequence[str]]) -> str:
 def advice(row: Row, number: int) -> str:
   """The flags that give the best row that a search found; `number` is the stage's place in the config."""
   bound = f", MFU at most {row.bound['mfu']:.1%}" if row.bound else ""
-  return (f"{row.stage}: --config.rules={row.rules} --config.model.remat={row.remat} --config.stages[{number}].optimizer.accumulate={row.accumulate} "
+  mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in row.mesh.items())
+  return (f"{row.stage}: {mesh} --config.rules={row.rules} --config.model.remat={row.remat} "
+          f"--config.stages[{number}].optimizer.accumulate={row.accumulate} "
           f"({row.per_chip:g} per chip, {row.peak_bytes / GIB:.2f} GiB{bound})")
 
 

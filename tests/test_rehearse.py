@@ -23,7 +23,7 @@ from qimg2.models.qwen3_vl_vision import VisionConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROW = rehearse_table.Row(stage="one", task="t2i", height=64, width=64, num_sources=0, num_tokens=64, batch_size=16, accumulate=2, num_devices=8,
-                         rules="fsdp_tensor", remat="dots", model_flops={"model": 3e12, "vae": 1e12}, peak_bytes=20 * 2**30,
+                         mesh={"data": 1, "fsdp": 8}, rules="fsdp_tensor", remat="dots", model_flops={"model": 3e12, "vae": 1e12}, peak_bytes=20 * 2**30,
                          limit_bytes=15.75 * 2**30, compile_s=1.0)
 
 
@@ -130,6 +130,7 @@ def test_the_table_says_what_does_not_fit():
   assert "4.2 over" in first and "t2i 64x64 64t" in first and "no limit" in second and "fits" in third
   assert ROW.fits is False and ROW.per_chip == 1
   assert json.loads(json.dumps(rehearse_table.as_json(ROW)))["fits"] is False
+  assert "--config.mesh.fsdp=8" in rehearse_table.advice(ROW, 3)
   assert "--config.stages[3].optimizer.accumulate=2" in rehearse_table.advice(ROW, 3)
 
 
