@@ -121,8 +121,8 @@ class Rehearsal:
     counts = flops.step_flops(self.nets, algorithm.losses, algorithm.frozen, batch)
     row = Row(stage=section.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=settings.accumulate, num_devices=self.mesh.size,
-              mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=self.nets.model.remat, model_flops={role: n / self.mesh.size for role, n in counts.items()},
-              **self._measured[key])
+              mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=self.nets.model.remat,
+              model_flops={role: n / self.mesh.size for role, n in counts.items()}, **self._measured[key])
     return rehearse_table.with_bound(row, self.chip, self.mesh)
 
   def _batch(self, bucket: Bucket) -> dict:

@@ -23,8 +23,8 @@ from qimg2.models.qwen3_vl_vision import VisionConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROW = rehearse_table.Row(stage="one", task="t2i", height=64, width=64, num_sources=0, num_tokens=64, batch_size=16, accumulate=2, num_devices=8,
-                         mesh={"data": 1, "fsdp": 8}, rules="fsdp_tensor", remat="dots", model_flops={"model": 3e12, "vae": 1e12}, peak_bytes=20 * 2**30,
-                         limit_bytes=15.75 * 2**30, compile_s=1.0)
+                         mesh={"data": 1, "fsdp": 8}, rules="fsdp_tensor", remat="dots", model_flops={"model": 3e12, "vae": 1e12},
+                         peak_bytes=20 * 2**30, limit_bytes=15.75 * 2**30, compile_s=1.0)
 
 
 def counted(function, *trees):
