@@ -36,7 +36,9 @@ from qimg2.faults import EXIT_CODE
 BARRIER_S = 3600
 _POLL_S = 1.0
 _FAILURE, _BEATS = "qimg2/failure", "qimg2/beat/"
-_BROKEN = re.compile(r"gloo|(closed|reset) by peer|coordination service|barrier|heartbeat|task:\d", re.IGNORECASE)
+# What JAX says when another process is gone: over gloo, by its coordination service, or from a TPU whose neighbour halted.
+_BROKEN = re.compile(r"gloo|(closed|reset) by peer|coordination service|barrier|heartbeat|task:\d|^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)|halted",
+                     re.IGNORECASE)
 _AGAIN = "start all processes again, and training goes on from the last checkpoint."
 _numbers = itertools.count()
 _end_once = threading.Lock()
@@ -54,15 +56,24 @@ def define_flags() -> None:
   flags.DEFINE_integer("connect_timeout", 300, "Seconds in which all processes must have started.", lower_bound=1)
 
 
-def together(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
-  """`main` as one of the processes that the flags speak of; without such flags `main` as it is."""
+def together(main: Callable[[Sequence[str]], None], stops_when_asked: bool = False) -> Callable[[Sequence[str]], None]:
+  """`main` as one of the processes that the flags speak of; without such flags `main` as it is. SIGTERM ends it, unless it `stops_when_asked` by
+  itself (`qimg2.faults.Notice`)."""
   def wrapped(argv: Sequence[str]) -> None:
+    jax.config.update("jax_enable_preemption_service", stops_when_asked)
     if not start(flags.FLAGS):
       main(argv)
       return
     try:
       main(argv)
       barrier("end")  # a process that is done is not lost
+    except SystemExit as stopped:
+      if stopped.code != EXIT_CODE:
+        _fail_all(f"it ended with {stopped.code}.")
+      barrier("end")  # all stop together
+      raise
+    except KeyboardInterrupt:
+      _fail_all("it was interrupted.")
     except Exception as error:  # whatever it is, the others must hear of it
       sentence = " ".join(str(error).split())
       if _BROKEN.search(sentence):  # JAX raises it as JaxRuntimeError or ValueError, depending on where the connection broke
@@ -229,6 +240,6 @@ def _on_abort(number: int) -> None:
 
 
 def _wait_for_the_cause(sentence: str) -> None:
-  """A broken connection says that somebody is gone, but not who and why: waits until `_watch` or `_on_lost` knows and ends this process."""
+  """A broken connection says that somebody is gone, but not who and why: waits until `_watch` or `_on_abort` knows and ends this process."""
   time.sleep(flags.FLAGS.heartbeat_timeout + 10)
   _end(f"The connection to another process broke ({sentence[:200]}): {_AGAIN}", EXIT_CODE)

@@ -16,6 +16,7 @@ import zlib
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -26,7 +27,7 @@ from data_pipelines.mixture import DatasetSpec, Resolution
 from data_pipelines.records import list_splits
 from data_pipelines.tokenizer import PromptTokenizer
 from launch.cli import plain
-from launch.processes import agree, barrier, in_turn, is_first
+from launch.processes import barrier, in_turn, is_first
 from launch.sections import check_is_run, from_section, make_algorithm, model_configs
 from qimg2 import conditioning, flow, optim, sharding
 from qimg2 import params as P
@@ -127,12 +128,13 @@ class Run:
     return [from_section(DatasetSpec, {"data_dir": self.cfg.data_dir, **plain(part)}, f"stages[{stage.name}].mixture") for part in stage.mixture]
 
   def evaluation_batches(self, stage: ConfigDict) -> dict[str, list[dict]]:
-    """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture."""
+    """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture. A batch has the rows of one of
+    training's micro-batches, for which there is room."""
     batches = {}
     for task in dict.fromkeys(part.task for part in self._datasets(stage)):
       parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
                for part in self._datasets(stage) if part.task == task}
-      loader = self._loader(stage, list(parts.values()), 0.0, 0)
+      loader = self._loader(stage, list(parts.values()), 0.0, 0, accumulate=stage.optimizer.accumulate)
       batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
     return batches
 
@@ -145,9 +147,10 @@ class Run:
     return "train"
 
   def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float, min_bucket_records: int,
-              process: tuple[int, int] | None = None) -> Loader:
+              process: tuple[int, int] | None = None, accumulate: int = 1) -> Loader:
+    resolutions = [dataclasses.replace(one, batch_size=max(1, one.batch_size // accumulate)) for one in self._resolutions(stage)]
     index, count = process or sharding.local_parts(self.mesh, self.rules)
-    return Loader(datasets, self._resolutions(stage), self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
+    return Loader(datasets, resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=plain(self.cfg.prompt_classes),
                   min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
                   num_workers=self.cfg.num_workers)
@@ -254,9 +257,7 @@ class Run:
 
   def _saved_random_weights(self, role: str) -> dict:
     folder = self.workdir / "frozen" / role
-    missing = not folder.is_dir()
-    barrier(f"frozen {role}")  # all have looked before the first one writes
-    if missing:
+    if sharding.from_first(np.int32(not folder.is_dir())):  # all have looked before the first one writes
       save_weights(folder, self.random_weights(role))
     return restore_weights(folder, self.abstract(role))
 
@@ -306,7 +307,6 @@ def save_config(cfg: ConfigDict, workdir: pathlib.Path, allow_change: bool = Fal
     ValueError: the config changed in a way that matters and `allow_change` is False.
   """
   path, config = workdir / "config.json", json.loads(json.dumps(plain(cfg)))
-  agree("config", json.dumps(config, sort_keys=True))
   changes = list(differences(json.loads(path.read_text(encoding="utf-8"))["config"], config, "config", FREE_KEYS)) if path.exists() else []
   if changes and not allow_change:
     raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "

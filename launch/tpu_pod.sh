@@ -34,6 +34,9 @@ POLL_S=${POLL_S:-60}
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 WORKER=${WORKER:-0}
 TRY_AGAIN=75
+# On a worker: ends an earlier `worker` with all that it started, or two would ask for the same chips. Any moment is good: checkpoints are atomic.
+# shellcheck disable=SC2016  # it is the worker that expands it
+END_EARLIER='[ ! -f qimg2.pid ] || kill -KILL -- -$(cat qimg2.pid) 2>/dev/null || true; rm -f qimg2.pid'
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*" >&2; }
 
@@ -90,6 +93,7 @@ install() {
   tpus tpu-vm scp "$archive" "$NAME:qimg2.tar.gz" --worker=all
   rm -f "$archive"
   on all "set -e
+    $END_EARLIER
     rm -rf qimg2 && mkdir -p qimg2 bucket && tar -xzf qimg2.tar.gz -C qimg2
     python3 -m pip install -q --user uv && export PATH=\$HOME/.local/bin:\$PATH  # the image's own Python is too old
     uv venv -q --clear --python 3.12 .venv && uv pip install -q --python .venv/bin/python -r qimg2/requirements.txt 'jax[tpu]'
@@ -99,7 +103,7 @@ install() {
         sudo tee /etc/apt/sources.list.d/gcsfuse.list
       curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
       sudo apt-get -q update && sudo apt-get -q install -y gcsfuse; }
-    mountpoint -q bucket || gcsfuse --implicit-dirs '$BUCKET' bucket"
+    mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=200000 '$BUCKET' bucket"
 }
 
 start() {
@@ -108,12 +112,13 @@ start() {
   printf -v arguments '%q ' "$@"
   say "Training starts on all workers."
   # HOME is the folder of relative paths, so that --workdir=bucket/... is in the bucket.
-  on all "rm -f qimg2.exit; MAX_RESTARTS=$MAX_RESTARTS nohup setsid bash qimg2/launch/tpu_pod.sh worker -- $arguments >>qimg2.log 2>&1 </dev/null &"
+  on all "$END_EARLIER; rm -f qimg2.exit; MAX_RESTARTS=$MAX_RESTARTS nohup setsid bash qimg2/launch/tpu_pod.sh worker -- $arguments >>qimg2.log 2>&1 </dev/null &"
 }
 
 worker() {
   local code restarts=0
   cd "${WORKER_HOME:-$HOME}"
+  echo $$ >qimg2.pid
   while :; do
     code=0
     PYTHONPATH=qimg2 "${PYTHON:-.venv/bin/python}" -m launch.train --distributed=auto "${@/#--config=configs/--config=qimg2/configs}" || code=$?

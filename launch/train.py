@@ -5,6 +5,7 @@ SIGTERM or Ctrl-C saves after the running step and exits with 75; the same comma
   python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.stages[1].num_steps=10]
 """
 
+import json
 import pathlib
 import sys
 import time
@@ -39,6 +40,7 @@ def train(cfg: ConfigDict, workdir: str | pathlib.Path, allow_config_change: boo
     qimg2.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
   """
   workdir, began = pathlib.Path(workdir), time.monotonic()
+  processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.Notice() as stop:
     run = Run(cfg, workdir)
     for section in cfg.stages:
@@ -167,4 +169,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(processes.together(main), define_flags)
+  cli.run(processes.together(main, stops_when_asked=True), define_flags)

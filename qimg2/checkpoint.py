@@ -14,6 +14,7 @@ compared with its manifest: a damaged one is named in the log and the one before
 import functools
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from qimg2 import manifest
+from qimg2.sharding import from_first
 from qimg2.state import TrainState
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder until its save is complete
@@ -57,8 +59,8 @@ class Checkpoints:
     Raises:
       ValueError: there are checkpoints but none is whole.
     """
-    steps, faults = _steps(self.folder), []
-    for step in steps:
+    faults = []
+    for step in _agreed_steps(self.folder):
       fault = _agreed_fault(self.folder / str(step))
       if not fault:
         if faults:
@@ -143,8 +145,7 @@ class Checkpoints:
       done = save()
     except Exception as error:  # whatever the file system raises, in Orbax's threads too
       if jax.process_count() == 1:  # several would have to fail together
-        for part in self.folder.glob(f"*{TEMPORARY}*"):
-          shutil.rmtree(part, ignore_errors=True)
+        _remove_parts(self.folder)
         self._manager = self._open()
       raise SaveError(f"The checkpoint {self.folder / str(self._saving)} could not be written ({_first_line(error)}); those before it are kept: "
                       "free some space or mend the disk.") from error
@@ -205,6 +206,38 @@ def _items(state: TrainState) -> dict[str, Any]:
 def _steps(folder: pathlib.Path) -> list[int]:
   """The steps whose save was completed, newest first, damaged or not."""
   return sorted((int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()), reverse=True) if folder.is_dir() else []
+
+
+def _remove_parts(folder: pathlib.Path) -> None:
+  """Removes what a failed save left, until nothing new comes: other threads of it may still write for a moment."""
+  quiet = 0
+  for _ in range(50):
+    parts = list(folder.glob(f"*{TEMPORARY}*"))
+    for part in parts:
+      shutil.rmtree(part, ignore_errors=True)
+    quiet = 0 if parts else quiet + 1
+    if quiet == 3:
+      return
+    time.sleep(0.1)
+
+
+def _agreed_steps(folder: pathlib.Path) -> list[int]:
+  """`_steps` as the first process sees them: the others may see an older listing.
+
+  Raises:
+    ValueError: a step that this process does not see at all.
+  """
+  steps = _steps(folder)
+  if jax.process_count() == 1:
+    return steps
+  found = np.zeros(int(from_first(np.int32(len(steps)))), np.int32)
+  found[:len(steps)] = steps[:len(found)]
+  steps = from_first(found).tolist() if len(found) else []
+  for step in steps:
+    if not (folder / str(step)).is_dir():
+      raise ValueError(f"Process {jax.process_index()} does not see the checkpoint {folder / str(step)}, which process 0 does: all processes need "
+                       "one shared --workdir.")
+  return steps
 
 
 def _seal(folder: pathlib.Path) -> None:

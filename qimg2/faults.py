@@ -61,7 +61,7 @@ class Notice:
   """
 
   def __init__(self):
-    self._asked = False
+    self._asked, self._num_calls = False, 0
     self._before: dict[int, Any] = {}
 
   def __enter__(self):
@@ -77,14 +77,18 @@ class Notice:
   def __exit__(self, *_):
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    if self._shared() and self._before:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax's own handler only notes it, and nobody looks any more
     if self._before:
       signal.set_wakeup_fd(self._pipe_before)
       os.close(self._pipe)
 
   def __call__(self, step: int) -> bool:
-    """Whether all processes stop after `step`. Every process asks at every step."""
+    """Whether all processes stop after `step`. Every process asks equally often."""
     if self._shared():
-      return multihost_utils.reached_preemption_sync_point(step)
+      # The point where all stop is a number of calls, not of steps: those begin anew with each stage, and a point behind them is never reached.
+      self._num_calls += 1
+      self._asked |= multihost_utils.reached_preemption_sync_point(self._num_calls)
     return self._asked
 
   def _shared(self) -> bool:
@@ -112,10 +116,13 @@ class Watch:
   What it remembers is saved with a checkpoint, so that an interrupted run says the same as one that nothing stopped.
   """
 
-  def __init__(self, name: str, settings: Settings, record: Callable[[int, dict], None], saved: Mapping[str, Any] | None = None):
-    """Args: name of the stage; settings; function of (step, JSON-serialisable row) that writes down a fault; what `saved` gave earlier."""
+  def __init__(self, name: str, settings: Settings, record: Callable[[int, dict], None], saved: Mapping[str, Any] | None = None,
+               gather: Callable[[Sequence], Sequence] = list):
+    """Args: name of the stage; settings; function of (step, JSON-serialisable row) that writes down a fault; what `saved` gave earlier; function
+    that makes of this process's sample ids those of all, called on all processes alike."""
     saved = saved or {}
     self._name, self._settings, self._record = name, settings, record
+    self._gather = lambda ids: [int(i) for i in gather(ids)]
     self.skipped = int(saved.get("skipped", 0))
     self._row = [(step, list(ids)) for step, ids in saved.get("row", ())]
     self._losses = {key: collections.deque(losses, WINDOW) for key, losses in saved.get("losses", {}).items()}
@@ -133,7 +140,7 @@ class Watch:
     """
     losses = {name: float(value) for name, value in metrics.items() if name.split("/")[-1] == "loss"}
     if float(metrics["skipped"]):
-      self._skip(step, [int(i) for i in sample_ids], losses | {name: float(metrics[name]) for name in metrics if "grad_norm" in name})
+      self._skip(step, self._gather(sample_ids), losses | {name: float(metrics[name]) for name in metrics if "grad_norm" in name})
       return
     self._row.clear()
     for name, loss in losses.items():
@@ -142,7 +149,7 @@ class Watch:
       earlier = self._losses.setdefault(name, collections.deque(maxlen=WINDOW))
       median = statistics.median(earlier) if len(earlier) >= MIN_LOSSES else 0.0
       if self._settings.spike_factor and loss > self._settings.spike_factor * median > 0:
-        ids = [int(i) for i in sample_ids]
+        ids = self._gather(sample_ids)
         logging.warning("Stage %s, step %d: %s is %.4g, the median of the steps before %.4g (%s).", self._name, step, name, loss, median, _show(ids))
         self._record(step, {"fault": "spike", name: loss, "median": median, "sample_ids": ids})
       earlier.append(loss)

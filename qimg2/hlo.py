@@ -212,7 +212,8 @@ class _Walker:
       elif kind in ("dot", "convolution"):
         self.flops += times * _flops(one, named)
       elif kind == "custom-call":
-        operands = [array for operand in one.operands if operand in named for array in named[operand].arrays if "f" in array.dtype]
+        arrays = [array for operand in one.operands if operand in named for array in named[operand].arrays]
+        operands = [array for array in arrays if "f" in array.dtype and array.num_bytes]
         cost = splash_cost(f"{one.name} {one.attributes}", [(array.shape, array.num_bytes // math.prod(array.shape)) for array in operands])
         self.flops, self.hbm_bytes = (total + times * more for total, more in zip((self.flops, self.hbm_bytes), cost or (0, 0)))
       if not inside and one.opcode not in _FREE and not one.opcode.endswith(("-done", "-update")):

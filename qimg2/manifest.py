@@ -47,12 +47,15 @@ def find_fault(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str:
   Args:
     folder: a step of a checkpoint, or weights.
     share: (i, n): reads the content of every n-th file only, from the i-th on, so that n processes can share the reading.
+
+  Raises:
+    OSError: a disk or a network that fails, which says nothing of the files.
   """
   folder = pathlib.Path(folder)
   try:
     signature = sorted((path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-  except OSError as error:
-    return f"it cannot be listed ({error.strerror})"
+  except FileNotFoundError:
+    return "files vanish while it is read"
   known = _known.get((folder, share))
   if known is None or known[0] != signature:
     known = _known[folder, share] = (signature, _find_fault(folder, share))
@@ -67,12 +70,12 @@ def _find_fault(folder: pathlib.Path, share: tuple[int, int]) -> str:
       return f"{NAME} was changed"
   except FileNotFoundError:
     return f"it has no {NAME}"
-  except (OSError, ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError):
     return f"{NAME} cannot be read"
   try:
     if _metadata(folder) != content["metadata"]:
       return f"{METADATA} was changed"
-  except (OSError, ValueError):
+  except ValueError:
     return f"{METADATA} cannot be read"
   files = sorted(content["files"].items())
   for name, (size, _) in files:
@@ -89,8 +92,8 @@ def _find_fault(folder: pathlib.Path, share: tuple[int, int]) -> str:
 def _check_content(path: pathlib.Path, name: str, expected: list) -> str:
   try:
     return "" if _digest(path) == expected[1] else f"the content of {name} was changed"
-  except OSError as error:
-    return f"{name} cannot be read ({error.strerror})"
+  except FileNotFoundError:
+    return f"{name} is missing"
 
 
 def _metadata(folder: pathlib.Path) -> dict | None:

@@ -1,8 +1,8 @@
 """Where a stage writes its numbers.
 
 `metrics.jsonl` holds what training computes and nothing that depends on the clock: an interrupted and resumed run writes the same bytes as
-an uninterrupted one. `faults.jsonl`, if there is one, holds what qimg2.faults found, with all sample ids of the first process's rows, and nothing of
-the clock either. `timing.jsonl` holds samples per second and the like, and where the time went: rows of `Accounts`, which stay when a run goes on
+an uninterrupted one. `faults.jsonl`, if there is one, holds what qimg2.faults found, with all sample ids of the batch, and nothing of the clock
+either. `timing.jsonl` holds samples per second and the like, and where the time went: rows of `Accounts`, which stay when a run goes on
 from an earlier step. TensorBoard gets metrics and timing.
 """
 
@@ -23,8 +23,9 @@ NEXT_TO_STEPS = ("start", "compile", "data", "save", "evaluation")  # what time 
 class MetricsWriter:
   """Appends rows of scalars under a stage's folder; rows after `step` (of a run that was cut off) are dropped, to be written again."""
 
-  def __init__(self, folder: pathlib.Path, step: int, active: bool = True):
-    """Args: folder of the stage; step it starts from; active is False on all processes but the first.
+  def __init__(self, folder: pathlib.Path, step: int, active: bool = True, hooks_due: bool = False):
+    """Args: folder of the stage; step it starts from; active is False on all processes but the first; hooks_due, whether the evaluation of that step
+    is still to come, so that rows of one that was cut off later are dropped, too.
 
     Raises:
       ValueError: a line in the middle of metrics.jsonl that is no JSON.
@@ -34,7 +35,7 @@ class MetricsWriter:
       return
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "timing.jsonl", "faults.jsonl"):
-      _truncate(folder / name, step)
+      _truncate(folder / name, step, hooks_due)
     self._folder = folder
     self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
     self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")
@@ -103,10 +104,11 @@ def read_rows(path: pathlib.Path) -> list[dict]:
   return rows
 
 
-def _truncate(path: pathlib.Path, step: int) -> None:
+def _truncate(path: pathlib.Path, step: int, hooks_due: bool) -> None:
   if path.name == "faults.jsonl" and not path.exists():
     return
-  rows = [row for row in read_rows(path) if row["step"] <= step or "wall_s" in row]
+  of_hook = lambda row: hooks_due and path.name == "metrics.jsonl" and row["step"] == step and "skipped" not in row
+  rows = [row for row in read_rows(path) if row["step"] <= step and not of_hook(row) or "wall_s" in row]
   part = path.with_suffix(".part")
   part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
   part.replace(path)

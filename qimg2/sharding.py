@@ -232,6 +232,20 @@ def to_host(tree: Any) -> Any:
   return jax.tree.map(lambda x: whole(x) if isinstance(x, jax.Array) else np.asarray(x), tree)
 
 
+def from_first(x: np.ndarray) -> np.ndarray:
+  """What process 0 holds, on every process. All must call it alike, with one shape and at most 32 bits."""
+  return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def all_ids(ids: Sequence) -> np.ndarray:
+  """The sample ids of all processes' rows, each once, from those of this one's. All must call it alike."""
+  ids = np.asarray(ids, np.int64)
+  if jax.process_count() == 1:
+    return ids
+  halves = multihost_utils.process_allgather(ids.view(np.int32))  # 64 bits would be cut
+  return np.unique(np.ascontiguousarray(halves).view(np.int64))
+
+
 # Compilation.
 
 # Names and values as in the XLA of jax 0.10; unknown ones are an error when a program is compiled.

@@ -30,7 +30,7 @@ from qimg2.algorithms import Algorithm
 from qimg2.checkpoint import Checkpoints, SaveError
 from qimg2.faults import Preempted, Settings, Watch
 from qimg2.metrics import Accounts, MetricsWriter
-from qimg2.sharding import Rules, compile_options, put_batch
+from qimg2.sharding import Rules, all_ids, compile_options, put_batch
 from qimg2.state import Optimizers, TrainState, abstract_state, init_state, make_step
 
 RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
@@ -117,8 +117,8 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   if step >= stage.num_steps:
     checkpoints.close()
     return state
-  writer = MetricsWriter(folder, step, active=_is_first())
-  books = Books(writer, checkpoints, Watch(stage.name, stage.faults, writer.write_fault, meta.get("watch")), accounts)
+  writer = MetricsWriter(folder, step, _is_first(), meta.get("hooks_due", False))
+  books = Books(writer, checkpoints, Watch(stage.name, stage.faults, writer.write_fault, meta.get("watch"), all_ids), accounts)
   _leave_before_start(stage, step, stop)
   with accounts.spend("compile"):
     steps = compile_steps(stage, nets, abstract, frozen, mesh)

@@ -165,6 +165,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(two, caplog, h
   assert sorted(path.name for path in folder.iterdir()) == ["5", "6", "6.damaged"] and checkpoint.Checkpoints(folder).latest_step() == 6
 
 
+def test_a_disk_that_fails_for_a_moment_says_nothing_of_a_checkpoint(two, monkeypatch):
+  folder, _, six, abstract = two
+
+  def fail(*_):
+    raise OSError(errno.EIO, "Input/output error")
+  with monkeypatch.context() as patch:
+    patch.setattr(manifest.hashlib, "file_digest", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+      checkpoint.Checkpoints(folder, keep=2)
+  reader = checkpoint.Checkpoints(folder, keep=2)
+  assert_equal(reader.restore(abstract, reader.latest_step())[0], six)
+  reader.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["5", "6"]
+
+
 def test_where_none_is_whole_nothing_is_read_and_nothing_begun(two):
   folder, _, _, abstract = two
   for step in "56":

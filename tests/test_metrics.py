@@ -29,6 +29,21 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path):
   assert list((tmp_path / "cut").glob("events.out.tfevents.*"))
 
 
+def test_an_evaluation_that_is_still_due_is_written_once(tmp_path):
+  """Asked to stop at step 2; the next start evaluates there, and is killed before it saves."""
+  for hooks_due in (False, True, True):
+    writer = metrics.MetricsWriter(tmp_path, 2 if hooks_due else 0, hooks_due=hooks_due)
+    if not hooks_due:
+      writer.write(1, {"loss": 1.0, "skipped": 0.0})
+      writer.write(1, {"val_loss": 2.0})
+      writer.write(2, {"loss": 1.0, "skipped": 0.0})
+    else:
+      writer.write(2, {"val_loss": 3.0})
+    writer.close()
+  assert [sorted(row) for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [
+      ["loss", "skipped", "step"], ["step", "val_loss"], ["loss", "skipped", "step"], ["step", "val_loss"]]
+
+
 def test_a_damaged_line_is_named(tmp_path):
   write(tmp_path, 0, [1, 2])
   path = tmp_path / "metrics.jsonl"

@@ -207,6 +207,41 @@ def test_killed_again_and_again_a_job_ends_bit_identical(config_file, compilatio
   assert kill_and_compare(Job(str(config_file), 2, compilation_cache), tmp_path, num_kills=2, seed=0) >= 1
 
 
+@pytest.mark.slow
+def test_whichever_is_asked_all_stop_after_one_step(tmp_path):
+  """Asked before the first step of a stage that goes on from 500."""
+  started = start(2, "tests/worker.py", "--do=stop", f"--workdir={tmp_path}")
+  for i in range(2):
+    wait_for(tmp_path / f"started{i}", started)
+  started[1].send_signal(signal.SIGTERM)
+  time.sleep(2)
+  (tmp_path / "go").touch()
+  said = [json.loads(stdout.splitlines()[-1]) for code, stdout, stderr in ends(started, PATIENCE_S) if code == 0 or pytest.fail(stderr[-2000:])]
+  assert said[0] == said[1] and said[0][0] in ("one 500", "one 501", "one 502")
+  assert said[0][1] == [7, 2**40, 2**40 + 1]
+
+
+@pytest.mark.slow
+def test_a_notice_ends_a_process_that_does_not_stop_by_itself(tmp_path):
+  started = start(2, "tests/worker.py", "--do=wait", f"--workdir={tmp_path}")
+  wait_for(tmp_path / "started1", started)
+  started[1].send_signal(signal.SIGTERM)
+  results = ends(started, PATIENCE_S)
+  assert results[1][0] == -signal.SIGTERM and results[0][0] == processes.EXIT_CODE, results
+
+
+@pytest.mark.slow
+def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(alone, config_file, compilation_cache, tmp_path):
+  command = train(config_file, tmp_path / "run", compilation_cache)
+  started = start(2, *command)
+  wait_for(tmp_path / "run" / "high_resolution" / "metrics.jsonl", started)
+  started[1].send_signal(signal.SIGTERM)
+  for code, _, stderr in ends(started, 300):
+    assert code == processes.EXIT_CODE and "was asked to stop" in stderr and "Traceback" not in stderr, stderr[-3000:]
+  together(2, *command)
+  assert_same_numbers(tmp_path / "run", alone)
+
+
 # Flags.
 
 

@@ -174,6 +174,7 @@ def test_search_takes_the_best_bound_that_fits(monkeypatch):
 def test_search_leaps_to_what_should_fit_and_back_if_it_does_not(monkeypatch):
   leaps = lambda peak: [one.accumulate for one in searched(monkeypatch, 8 * 64, peak, rules=("fsdp",))[0]]
   assert leaps(lambda rules, remat, per_chip: 1 + per_chip / 8) == [64, 32, 1]
+  assert leaps(lambda rules, remat, per_chip: 1 + per_chip / 1e4) == [64, 32, 1]  # room for more than there are
   # From two rows to 64 in one leap; it is more than it looked like from there, and 16 are the most that fit.
   bent = lambda rules, remat, per_chip: 1 + per_chip / 8 + (per_chip > 16) * 5 if remat == "none" else 11
   assert leaps(bent)[:5] == [64, 32, 1, 2, 4]

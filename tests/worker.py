@@ -1,6 +1,7 @@
 """What tests/test_processes.py runs as several processes where a whole training run would only take longer.
 
   python tests/worker.py --do=batches --workdir=... (one JSON list of sample ids per batch, by process 0)
+  python tests/worker.py --do=stop --workdir=... (two stages that are asked to stop; prints where they stopped and the ids of all processes)
   python tests/worker.py --do=wait --workdir=... [--victim=1 --mistake] (collectives for two minutes; the victim raises)
 """
 
@@ -18,7 +19,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from launch import cli, processes
 from launch.run import Run
-from qimg2.sharding import put_whole, to_host
+from qimg2 import faults
+from qimg2.sharding import all_ids, put_whole, to_host
 
 NUM_BATCHES = 6
 
@@ -44,6 +46,17 @@ def wait(args):
     time.sleep(0.05)
 
 
+def stop(args):
+  """Goes on from step 500 of a stage, once the file `go` is there; a second stage begins at 0."""
+  folder = pathlib.Path(args.workdir)
+  with faults.Notice() as asked:
+    (folder / f"started{jax.process_index()}").touch()
+    while not (folder / "go").exists():
+      time.sleep(0.02)
+    stopped = next((f"{stage} {step}" for stage, first in (("one", 500), ("two", 0)) for step in range(first, first + 20) if asked(step)), "never")
+  print(json.dumps([stopped, all_ids([2**40 + jax.process_index(), 7]).tolist()]), flush=True)
+
+
 def define_flags():
   config_flags.DEFINE_config_file("config", None, "Config.")
   flags.DEFINE_string("workdir", None, "Folder.", required=True)
@@ -54,8 +67,8 @@ def define_flags():
 
 
 def main(_):
-  {"batches": batches, "wait": wait}[flags.FLAGS.do](flags.FLAGS)
+  {"batches": batches, "stop": stop, "wait": wait}[flags.FLAGS.do](flags.FLAGS)
 
 
 if __name__ == "__main__":
-  cli.run(processes.together(main), define_flags)
+  cli.run(processes.together(main, stops_when_asked="--do=stop" in sys.argv), define_flags)
