@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 
+from benchmarks.attention import compare, make_inputs
 from qimg2 import attention, layers, sharding
 from qimg2.attention import Mask
 
@@ -207,3 +208,9 @@ def test_policies_change_memory_and_not_numbers(policy, backend):
 def test_unknown_policies_are_refused():
   with pytest.raises(ValueError, match="Unknown remat policy 'some': choose one of none, full, dots, attention, offload"):
     layers.checkpoint_layer(None, "some")
+
+
+def test_the_benchmark_compares_what_runs_here(capsys):
+  rows = compare(*make_inputs(1, 64, 32, 2, 8, "float32"), rounds=1)
+  assert [row["name"] for row in rows] == ["xla", "splash", "ring"] and "cudnn: " in capsys.readouterr().out
+  assert all(row["ms"] > 0 and row["out"] < TOLERANCE and row["gradient"] < TOLERANCE for row in rows)
