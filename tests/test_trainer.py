@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import time
 import types
 import weakref
 
@@ -142,19 +141,22 @@ def test_a_broken_batch_stops_its_own_step_and_not_the_one_before():
   assert loop.seen == list(range(6)) and max(loop.logged) == 6 and [meta["loader_step"] for meta in loop.saved] == [3, 6]
 
 
-def test_waiting_counts_only_while_no_step_runs():
+def test_waiting_counts_only_while_no_step_runs(monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(trainer, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
   def slow():
     while True:
-      time.sleep(0.02)
+      clock[0] += 0.02
       yield 0, {"sample_id": np.zeros(1)}
   feed = trainer.Feed(slow(), lambda batch: batch)
   for running, share in ((None, 1.0), (Result(ready=True), 1.0), (Result(ready=False), 0.0)):
-    start = time.monotonic()
+    start = clock[0]
     for _ in range(3):
       feed.look_ahead(running)
       feed.get()
-    timing = feed.timing(time.monotonic() - start)
-    assert abs(timing["data_wait_share"] - share) < 0.05 and 10 < timing["loader_batches_per_second"] < 51
+    timing = feed.timing(clock[0] - start)
+    assert timing["data_wait_share"] == pytest.approx(share) and timing["loader_batches_per_second"] == pytest.approx(50)
 
 
 # ---- another mixture -------------------------------------------------------------------------------
