@@ -16,11 +16,9 @@ from configs import quickstart
 from launch.train import train
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
   """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run."""
-  for item in items:
-    item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
+  item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -70,6 +70,12 @@ def test_files_are_short_and_documented(path):
   assert not lines or ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
+def test_several_workers_get_whole_groups(request):
+  """Else each of them trains every run that tests look at."""
+  if getattr(request.config.option, "loadgroup", False):
+    assert request.node.nodeid.endswith("@test_structure")
+
+
 def test_functions_fit_a_screen():
   for path in FILES:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
