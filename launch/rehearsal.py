@@ -148,7 +148,7 @@ def program_text(compiled: jax.stages.Compiled) -> str:
 def dumped() -> list[pathlib.Path]:
   """What the compiler wrote down of train steps."""
   folder = re.search(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
-  return list(pathlib.Path(folder[1]).glob("*jit_step*")) if folder else []
+  return [path for path in pathlib.Path(folder[1]).glob("*jit_step*") if path.is_file()] if folder else []
 
 
 def find_tokenizer(cfg: ConfigDict) -> PromptTokenizer | None:

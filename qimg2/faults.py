@@ -61,7 +61,7 @@ class Notice:
   """
 
   def __init__(self):
-    self._asked, self._num_calls = False, 0
+    self._asked, self._reached, self._num_calls = False, False, 0
     self._before: dict[int, Any] = {}
 
   def __enter__(self):
@@ -88,7 +88,8 @@ class Notice:
     if self._shared():
       # The point where all stop is a number of calls, not of steps: those begin anew with each stage, and a point behind them is never reached.
       self._num_calls += 1
-      self._asked |= multihost_utils.reached_preemption_sync_point(self._num_calls)
+      self._reached |= multihost_utils.reached_preemption_sync_point(self._num_calls)
+      return self._reached
     return self._asked
 
   def _shared(self) -> bool:

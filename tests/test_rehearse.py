@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import pretrain, quickstart
-from launch import rehearse, rehearse_table
+from launch import rehearsal, rehearse, rehearse_table
 from launch.rehearse import Choice, Rehearsal
 from qimg2 import conditioning, flops
 from qimg2 import params as P
@@ -190,6 +190,15 @@ def test_a_rule_set_is_tried_on_a_mesh_without_idle_axes():
   assert rehearse.fitting_mesh("replicated", sizes) == {"data": 2, "fsdp": 32, "context": 1}
 
 
+def test_what_the_compiler_wrote_down_are_files(tmp_path, monkeypatch):
+  """It makes folders of the same names beside them."""
+  monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path} --xla_other=1")
+  (tmp_path / "module_0000.jit_step.cl_1").mkdir()
+  (tmp_path / "module_0000.jit_step.cl_1.after_codegen.txt").write_text("HloModule")
+  assert [path.name for path in rehearsal.dumped()] == ["module_0000.jit_step.cl_1.after_codegen.txt"]
+  assert rehearsal.program_text(None) == "HloModule"
+
+
 def launch(*arguments):
   return subprocess.run([sys.executable, "-m", "launch.rehearse", *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
 
@@ -227,16 +236,14 @@ def test_a_tpu(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_published_curriculum_with_few_layers(tmp_path):
-  """The widths, batch and mesh of the plan for 128 chips; one layer of each stack."""
+  """The widths, batch and mesh of the plan for 128 chips, one layer of each stack and a narrow VAE: what compiles longest is left out."""
   file = tmp_path / "rows.json"
-  few = [f"--config.{stack}.num_layers=1" for stack in ("model", "encoder", "encoder.vision")]
-  result = launch("--config=configs/pretrain.py:v5p-256", "--topology=v5p:4x4x8", "--stage=sft", "--squares", "--base_px=512",
-                  "--config.encoder.vision.deepstack_layers=(0,)", *few, f"--json={file}")
+  few = [f"--config.{key}" for key in ("model.num_layers=1", "encoder.num_layers=3", "vae.base_dim=16", "vae.decoder_base_dim=16")]
+  result = launch("--config=configs/pretrain.py:v5p-256", "--topology=v5p:4x4x8", "--stage=sft", "--squares", "--base_px=512", "--task=t2i", *few,
+                  f"--json={file}")
   assert result.returncode == 0, result.stderr
-  drawing, editing = json.loads(file.read_text())["rows"]
-  for row in (drawing, editing):
-    assert row["fits"] and row["remat"] == "dots" and row["accumulate"] == 64 and not row["traffic"]["unknown_loops"]
-    # Splash kernels count, or the program would do less than the model asks for.
-    assert 1 < row["traffic"]["flops"] / sum(row["model_flops"].values()) < 1.5 and 0.5 < row["bound"]["mfu"] < 1
-    assert {"all-gather fsdp", "all-reduce tensor"} <= {f"{one['kind']} {one['axes']}" for one in row["collectives"]}
-  assert editing["peak_bytes"] > drawing["peak_bytes"] and editing["num_sources"] == 1
+  row, = json.loads(file.read_text())["rows"]
+  assert row["fits"] and row["remat"] == "dots" and row["accumulate"] == 64 and not row["traffic"]["unknown_loops"]
+  # Splash kernels count, or the program would do less than the model asks for.
+  assert 1 < row["traffic"]["flops"] / sum(row["model_flops"].values()) < 1.5 and 0.5 < row["bound"]["mfu"] < 1
+  assert {"all-gather fsdp", "all-reduce tensor"} <= {f"{one['kind']} {one['axes']}" for one in row["collectives"]}
