@@ -14,7 +14,7 @@ S1 and S3 of section 2.3), and the later stages mix their resolutions in equal s
 The VAE learns from the text-to-image pictures.
 
 What it costs: a pod for weeks. `python -m launch.describe --config=configs/pretrain.py` lists every weight; `:smoke` runs all stages here; a pod's
-name, such as `:v6e-256`, takes the plan for it, and docs/pods.md says what each of them was rehearsed to need.
+name, such as `:v6e-256`, takes the plan for it; docs/pods.md says what was rehearsed of them.
 
 Command:
   python -m launch.train --config=configs/pretrain.py:v5p-256 --distributed=auto --workdir=bucket/RUN --config.data_dir=bucket/DATA
