@@ -47,7 +47,7 @@ def plain(value: Any) -> Any:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
-    rest = app.parse_flags_with_usage(list(argv))
+    rest = flags.FLAGS(list(argv))
     if getattr(flags.FLAGS, "config", None) is not None:
       flags.FLAGS.config.keys()  # a missing file is only reported when the config is first read
     return rest
@@ -56,7 +56,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _fail_flags(error: Exception) -> None:
-  _fail(f"The flags cannot be used: {' '.join(str(error).split())}", 2)
+  text = str(error).strip()
+  if "Traceback" in text:  # ml_collections hands on that of a config file
+    text = text.splitlines()[-1].strip()
+  _fail(f"The flags cannot be used: {' '.join(text.split())}", 2)
 
 
 def _fail(sentence: str, code: int) -> None:

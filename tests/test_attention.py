@@ -214,3 +214,21 @@ def test_the_benchmark_compares_what_runs_here(capsys):
   rows = compare(*make_inputs(1, 64, 32, 2, 8, "float32"), rounds=1)
   assert [row["name"] for row in rows] == ["xla", "splash", "ring"] and "cudnn: " in capsys.readouterr().out
   assert all(row["ms"] > 0 and row["out"] < TOLERANCE and row["gradient"] < TOLERANCE for row in rows)
+
+
+@pytest.mark.parametrize("kind, products, streamed", [("fwd", 2, 256), ("dq", 3, 256), ("dkv", 4, 128)])
+def test_what_a_call_of_the_splash_kernel_costs(kind, products, streamed):
+  """Three of 4 x 2 blocks of 32 x 128: 4 heads, 128 queries, 256 keys of width 64, two bytes each."""
+  text = f'splash_mha_{kind}_segmented.1 metadata={{op_name="jit(step)/splash_3of4x2/pallas_call"}}'
+  operations, again = attention.splash_cost(text, [((4, 128, 64), 2), ((4, 256, 64), 2), ((4, 256, 64), 2)])
+  assert operations == products * 2 * 4 * 3 * 32 * 128 * 64
+  block = 128 if streamed == 256 else 32
+  assert again == max(0, 4 * 3 * 2 * block * 64 * 2 - 2 * 4 * streamed * 64 * 2)
+  assert attention.splash_cost("fusion.3 splash_3of4x2", []) is None
+
+
+def test_the_scope_of_the_kernel_counts_its_blocks():
+  mask, _ = MASKS["text"]
+  q, k, v, _ = arrays(mask, PREFIX + TARGET)
+  lowered = jax.jit(lambda q, k, v: attention.attention(q, k, v, mask, "splash")).lower(q, k, v)
+  assert "splash_1of1x1" in lowered.as_text(debug_info=True)

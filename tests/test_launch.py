@@ -54,7 +54,8 @@ def test_quickstart_fits_eight_devices():
 @pytest.mark.parametrize("arguments, code, message", [
     (("launch.train", "--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.stages[1].num_stepz=3"), 2, "num_stepz"),
     (("launch.train", "--config=configs/nothing.py", "--workdir=/tmp/x"), 2, "configs/nothing.py"),
-    (("launch.train", "--config=configs/quickstart.py"), 1, "workdir"),
+    (("launch.train", "--config=configs/quickstart.py"), 2, "workdir"),
+    (("launch.train", "--config=configs/pretrain.py:v9", "--workdir=/tmp/x"), 2, "knows no 'v9': choose one of smoke"),
     (("launch.sample", "--workdir=/nowhere", "--prompt=x"), 1, "There is no run in /nowhere"),
     (("launch.prepare_data", "--out=/tmp/x", "extra"), 2, "'extra'"),
 ])

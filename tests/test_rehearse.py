@@ -220,7 +220,6 @@ TINY = ("--config=configs/quickstart.py:smoke", "--stage=sft", "--task=t2i", "--
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_tpu(tmp_path):
   file = tmp_path / "rows.json"
   result = launch(*TINY, "--topology=v5e:2x2", f"--json={file}")
@@ -234,7 +233,6 @@ def test_a_tpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_the_published_curriculum_with_few_layers(tmp_path):
   """The widths, batch and mesh of the plan for 128 chips, one layer of each stack and a narrow VAE: what compiles longest is left out."""
   file = tmp_path / "rows.json"
