@@ -11,7 +11,6 @@ count as a checkpoint. Reading is strict: another shape or a missing weight is a
 compared with its manifest: a damaged one is named in the log and the one before it is read instead; where none is whole, that is an error.
 """
 
-import functools
 import pathlib
 import shutil
 import time
@@ -28,7 +27,7 @@ from qimg2 import manifest
 from qimg2.sharding import from_first
 from qimg2.state import TrainState
 
-TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder until its save is complete
+_ALL_WRITTEN = "async_write_complete"  # Orbax's barrier between the writing of all processes and what the first one does with it
 ACCEPT = "qimg2.manifest.seal(FOLDER) accepts it as it is"
 
 
@@ -135,7 +134,7 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     if self._keep is None:
       return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=False))
-    seal = ocp.AsyncOptions(post_finalization_callback=lambda: _seal(self.folder / str(self._saving)))
+    seal = _sealing(lambda: self.folder / str(self._saving))
     options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True, async_options=seal)
     return ocp.CheckpointManager(self.folder, options=options)
 
@@ -166,8 +165,7 @@ class Checkpoints:
 def save_weights(folder: pathlib.Path, params: dict) -> None:
   """Writes weights that no stage trains (a frozen role) to a folder of their own; waits until they are there."""
   folder = pathlib.Path(folder).absolute()
-  options = ocp.AsyncOptions(post_finalization_callback=functools.partial(_seal, folder))
-  with ocp.StandardCheckpointer(async_options=options) as checkpointer:
+  with ocp.StandardCheckpointer(async_options=_sealing(lambda: folder)) as checkpointer:
     checkpointer.save(folder, params)
 
 
@@ -212,7 +210,7 @@ def _remove_parts(folder: pathlib.Path) -> None:
   """Removes what a failed save left, until nothing new comes: other threads of it may still write for a moment."""
   quiet = 0
   for _ in range(50):
-    parts = list(folder.glob(f"*{TEMPORARY}*"))
+    parts = list(folder.glob(f"*{manifest.TEMPORARY}*"))
     for part in parts:
       shutil.rmtree(part, ignore_errors=True)
     quiet = 0 if parts else quiet + 1
@@ -240,10 +238,22 @@ def _agreed_steps(folder: pathlib.Path) -> list[int]:
   return steps
 
 
-def _seal(folder: pathlib.Path) -> None:
-  """Writes the manifest of a save that is complete but for the renaming of its folder; Orbax calls it on the first process."""
-  temporary = folder.with_name(folder.name + TEMPORARY)
-  manifest.seal(temporary if temporary.is_dir() else folder)
+def _sealing(find_folder: Callable[[], pathlib.Path]) -> ocp.AsyncOptions:
+  """Lets Orbax call `manifest.seal` on the first process when a save is complete but for the renaming of its folder, which `find_folder` tells; and
+  `manifest.write_part` on each of several processes when it has written its own files and is about to wait for the others."""
+  wait = ocp.multihost.get_barrier_sync_fn()
+
+  def temporary() -> pathlib.Path:
+    folder = find_folder()
+    path = folder.with_name(folder.name + manifest.TEMPORARY)
+    return path if path.is_dir() else folder
+
+  def barrier(*, key: str, timeout_ms: int) -> None:
+    if _ALL_WRITTEN in key:
+      manifest.write_part(temporary(), jax.process_index())
+    wait(key=key, timeout_ms=timeout_ms)
+
+  return ocp.AsyncOptions(post_finalization_callback=lambda: manifest.seal(temporary()), barrier_sync_fn=barrier)
 
 
 def _agreed_fault(folder: pathlib.Path) -> str:

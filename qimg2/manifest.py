@@ -3,6 +3,9 @@
 Orbax commits a checkpoint by renaming its folder. The manifest is written into the folder before that, so a process that is killed at any moment
 leaves either no checkpoint or one with its manifest. A folder without one therefore lost files, or was written by another program: it is not
 whole. `seal` accepts such a folder as it is.
+
+Where several processes write one checkpoint, each computes the checksums of its own files before the first one seals (`write_part`): a machine that
+is about to be taken away has seconds, and the whole may be 100 GB.
 """
 
 import concurrent.futures
@@ -14,29 +17,41 @@ import pathlib
 NAME = "manifest.json"
 METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it after the manifest; the rest of it is compared
 LATE = (NAME, METADATA, "commit_success.txt")
+TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder, and of those in it, until its save is complete
+OWN = "ocdbt.process_"  # Orbax: <item>/ocdbt.process_<index>/ holds what one process wrote, and no other changes it
+_PART = "digests."
 _TIME = "commit_timestamp_nsecs"
 _NUM_THREADS = 8
 _known: dict[tuple, tuple[list, str]] = {}  # (folder, share) -> (sizes and times of the files, what was found)
 
 
-def seal(folder: pathlib.Path) -> None:
-  """Writes the manifest of a folder with what it holds now.
+def write_part(folder: pathlib.Path, index: int) -> None:
+  """Writes down the checksums of the files that process `index` wrote into a folder which is not sealed yet.
 
   Raises:
     OSError: the folder cannot be read or written.
   """
   folder = pathlib.Path(folder)
-  paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_late(path, folder))
-  with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-    digests = list(pool.map(_digest, paths))
-  content = {"files": {path.relative_to(folder).as_posix(): [path.stat().st_size, digest] for path, digest in zip(paths, digests)},
-             "metadata": _metadata(folder)}
-  part = folder / f"{NAME}.part"
-  with open(part, "w", encoding="utf-8") as file:
-    json.dump({"content": content, "sha256": _digest_of(content)}, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(folder / NAME)
+  measured = _measure(folder, sorted(path for path in folder.rglob(f"{OWN}{index}/**/*") if path.is_file()))
+  _write(folder / f"{_PART}{index}", {name.replace(TEMPORARY, ""): found for name, found in measured.items()})
+
+
+def seal(folder: pathlib.Path) -> None:
+  """Writes the manifest of a folder with what it holds now. The checksums that `write_part` left are taken over, the others computed.
+
+  Raises:
+    OSError: the folder cannot be read or written.
+  """
+  folder = pathlib.Path(folder)
+  parts = sorted(folder.glob(f"{_PART}*"))
+  told = {name: found for part in parts for name, found in json.loads(part.read_text(encoding="utf-8")).items()}
+  paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_late(path, folder)}
+  files = {name: told[name] for name, path in paths.items() if name in told and told[name][0] == path.stat().st_size}
+  files |= _measure(folder, [path for name, path in paths.items() if name not in files])
+  content = {"files": files, "metadata": _metadata(folder)}
+  _write(folder / NAME, {"content": content, "sha256": _digest_of(content)})
+  for part in parts:
+    part.unlink()
 
 
 def find_fault(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str:
@@ -112,7 +127,23 @@ def _metadata(folder: pathlib.Path) -> dict | None:
 
 
 def _is_late(path: pathlib.Path, folder: pathlib.Path) -> bool:
-  return path.parent == folder and (path.name in LATE or path.name == f"{NAME}.part")
+  return path.parent == folder and (path.name in LATE or path.name.startswith(_PART) or path.name == f"{NAME}.part")
+
+
+def _measure(folder: pathlib.Path, paths: list[pathlib.Path]) -> dict[str, list]:
+  """Name -> [size, checksum]."""
+  with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+    digests = list(pool.map(_digest, paths))
+  return {path.relative_to(folder).as_posix(): [path.stat().st_size, digest] for path, digest in zip(paths, digests)}
+
+
+def _write(path: pathlib.Path, record: dict) -> None:
+  part = path.with_name(f"{path.name}.part")
+  with open(part, "w", encoding="utf-8") as file:
+    json.dump(record, file, indent=1)
+    file.flush()
+    os.fsync(file.fileno())
+  part.replace(path)
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -191,6 +191,21 @@ def test_where_none_is_whole_nothing_is_read_and_nothing_begun(two):
   assert checkpoint.Checkpoints(folder).latest_step() == 5
 
 
+def test_a_file_that_changed_after_its_process_measured_it(tmp_path):
+  """Another length is measured again; other content of the same length is what the checksum is there to find."""
+  folder = tmp_path / "item" / "ocdbt.process_1" / "d"
+  folder.mkdir(parents=True)
+  for name in "abc":
+    (folder / name).write_bytes(b"12345678")
+  manifest.write_part(tmp_path, 1)
+  (folder / "a").write_bytes(b"123456789")
+  (folder / "b").write_bytes(b"12345679")
+  manifest.seal(tmp_path)
+  assert "b was changed" in manifest.find_fault(tmp_path)
+  (folder / "b").write_bytes(b"12345678")
+  assert not manifest.find_fault(tmp_path)
+
+
 def test_damage_to_an_older_step_harms_no_run(two):
   folder, _, six, abstract = two
   for path in files_of(folder / "5"):

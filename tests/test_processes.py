@@ -1,6 +1,7 @@
 """Several real processes on this machine: the numbers of one, whatever they are, and one clear end for all when one of them fails or is lost."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from data_pipelines.loader import Loader
 from kill_points import Job, kill_and_compare
 from launch import processes
 from many import PATIENCE_S, ends, error_lines, start, together, train
+from qimg2 import manifest
 from qimg2.metrics import read_rows
 
 STEPS = 6
@@ -64,6 +66,19 @@ def half(config_file, compilation_cache, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("half")
   together(4, *train(config_file, workdir, compilation_cache, f"--config.stages[1].num_steps={STEPS // 2}"))
   return workdir
+
+
+def test_each_process_reads_back_what_it_wrote(tmp_path):
+  """So that the checksums of a large checkpoint are there within a notice of preemption."""
+  together(2, "tests/worker.py", "--do=save", f"--workdir={tmp_path}")
+  hashed = [json.loads((tmp_path / f"hashed{i}.json").read_text().replace(manifest.TEMPORARY, "")) for i in range(2)]
+  step = tmp_path / "checkpoints" / "3"
+  hashed = [[os.path.relpath(path, step) for path in paths] for paths in hashed]
+  owned = [{path.relative_to(step).as_posix() for path in step.rglob(f"ocdbt.process_{i}/**/*") if path.is_file()} for i in range(2)]
+  assert any("/d/" in name for name in owned[1]) and set(hashed[1]) == owned[1]
+  assert not owned[1] & set(hashed[0]) and owned[0] < set(hashed[0]) and len(hashed[0]) == len(set(hashed[0]))
+  assert set(json.loads((step / manifest.NAME).read_text())["content"]["files"]) == owned[1] | set(hashed[0])
+  assert not manifest.find_fault(step) and not list(step.glob("digests*"))
 
 
 # The numbers of one.

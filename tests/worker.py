@@ -2,6 +2,7 @@
 
   python tests/worker.py --do=batches --workdir=... (one JSON list of sample ids per batch, by process 0)
   python tests/worker.py --do=stop --workdir=... (two stages that are asked to stop; prints where they stopped and the ids of all processes)
+  python tests/worker.py --do=save --workdir=... (one checkpoint; each process writes to hashed<i>.json which files it read to compute checksums)
   python tests/worker.py --do=wait --workdir=... [--victim=1 --mistake] (collectives for two minutes; the victim raises)
 """
 
@@ -13,14 +14,16 @@ import time
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from launch import cli, processes
 from launch.run import Run
-from qimg2 import faults
+from qimg2 import checkpoint, faults, manifest
 from qimg2.sharding import all_ids, put_whole, to_host
+from qimg2.state import TrainState
 
 NUM_BATCHES = 6
 
@@ -32,6 +35,18 @@ def batches(args):
     ids = to_host(run.put(loader.batch(k)[1])["sample_id"])
     if processes.is_first():
       print(json.dumps(ids.tolist()), flush=True)
+
+
+def save(args):
+  folder, hashed, digest = pathlib.Path(args.workdir), [], manifest._digest
+  manifest._digest = lambda path: hashed.append(path.as_posix()) or digest(path)
+  mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
+  params = put_whole({"w": jnp.arange(64.0 * jax.device_count())}, mesh, {"batch": ("fsdp",)})
+  step, key = jax.jit(lambda: (jnp.int32(3), jax.random.key(0)), out_shardings=NamedSharding(mesh, PartitionSpec()))()
+  writer = checkpoint.Checkpoints(folder / "checkpoints", keep=2)
+  writer.save(TrainState(step, {"model": params}, {}, {}, key), {})
+  writer.close()
+  (folder / f"hashed{jax.process_index()}.json").write_text(json.dumps(hashed), encoding="utf-8")
 
 
 def wait(args):
@@ -67,7 +82,7 @@ def define_flags():
 
 
 def main(_):
-  {"batches": batches, "stop": stop, "wait": wait}[flags.FLAGS.do](flags.FLAGS)
+  {"batches": batches, "save": save, "stop": stop, "wait": wait}[flags.FLAGS.do](flags.FLAGS)
 
 
 if __name__ == "__main__":
