@@ -1,22 +1,27 @@
-"""The train step of a stage and bucket compiled for a mesh of devices that need not exist, and what is read from it. See `launch.rehearse`."""
+"""The train step of a stage and bucket compiled for a mesh of devices that need not exist, and what is read from it. See `launch.rehearse`.
+
+The compiler for TPUs first optimises the program, schedules it and gives every array its place in memory, and then writes machine code, which takes
+most of the time and changes none of what is read here. `Apart` lets it work in a process of its own, which is ended between the two.
+"""
 
 import dataclasses
 import math
-import os
+import multiprocessing
 import pathlib
-import re
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from data_pipelines.buckets import Bucket, bucket_size, parse_ratio
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
-from launch import rehearse_table
+from launch import rehearse_table, topology
 from launch.cli import plain
 from launch.rehearse_table import Row
 from launch.sections import from_section, make_algorithm, model_configs
@@ -39,16 +44,24 @@ class Choice:
   squares: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Apart:
+  """Name of a TPU topology and number of slices: steps for it are compiled in a process of their own, up to their machine code."""
+  topology: str
+  num_slices: int = 1
+
+
 class Rehearsal:
   """A config on a mesh of devices that need not exist."""
 
-  def __init__(self, cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None = None):
-    """Args: a run's config; the devices of a topology; their published rates, None for devices without.
+  def __init__(self, cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None = None, apart: Apart | None = None):
+    """Args: a run's config; the devices of a topology; their published rates, None for devices without; where to compile, None for in this process
+    and to the end.
 
     Raises:
       ValueError: a config that does not fit together, or does not fit the devices.
     """
-    self.cfg, self.chip = cfg, chip
+    self.cfg, self.chip, self.apart = cfg, chip, apart
     self.mesh = sharding.make_mesh(plain(cfg.mesh), devices)
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
     self.tokenizer = find_tokenizer(cfg)
@@ -93,7 +106,7 @@ class Rehearsal:
     if key not in self._measured:
       stage = Stage(section.name, algorithm, make_optimizers(algorithm, self.specs, settings, section.num_steps), self.specs, section.num_steps,
                     (batch,), accumulate=settings.accumulate)
-      self._measured[key] = self._measure(stage)
+      self._measured[key] = self._measure(stage, section.name, bucket)
     counts = flops.step_flops(self.nets, algorithm.losses, algorithm.frozen, batch)
     row = Row(stage=section.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=settings.accumulate, num_devices=self.mesh.size,
@@ -107,27 +120,77 @@ class Rehearsal:
     shape = lambda x: jax.ShapeDtypeStruct((bucket.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
     return jax.tree.map(shape, Loader.example(dataclasses.replace(bucket, batch_size=1)))
 
-  def _measure(self, stage: Stage) -> dict:
+  def _measure(self, stage: Stage, name: str, bucket: Bucket) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit."""
     state = abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules)
     place = lambda specs: P.abstract(specs, sharding.param_shardings(specs, self.mesh, self.rules))
     frozen = {role: place(self.specs[role]) for role in stage.algorithm.frozen}
-    start, limit = time.monotonic(), self.chip.hbm_bytes if self.chip else None
+    limit = self.chip.hbm_bytes if self.chip else None
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves((state, frozen)))
     if limit and held > limit:  # nothing to compile
       return {"peak_bytes": float(held), "limit_bytes": limit, "compile_s": 0.0}
-    for file in dumped():
+    for file in topology.dumped():
       file.unlink()  # of an earlier row
-    try:
-      compiled, = compile_steps(stage, self.nets, state, frozen, self.mesh)
-    except jax.errors.JaxRuntimeError as error:
-      sizes = hlo.out_of_memory(str(error))
-      if sizes is None:
-        raise
-      return {"peak_bytes": sizes[0], "limit_bytes": sizes[1], "compile_s": time.monotonic() - start}
-    memory = compiled.memory_analysis()
-    traffic = hlo.analyze(program_text(compiled), self.mesh.size)
-    return {"peak_bytes": float(memory.peak_memory_in_bytes), "limit_bytes": limit, "compile_s": time.monotonic() - start, "traffic": traffic}
+    start, peak = time.monotonic(), None
+    if self.apart:
+      told = _told_apart(self.apart, self.cfg, name, bucket)
+      if told is not None:
+        return told
+    else:
+      try:
+        compiled, = compile_steps(stage, self.nets, state, frozen, self.mesh)
+      except jax.errors.JaxRuntimeError as error:
+        sizes = hlo.out_of_memory(str(error))
+        if sizes is None:
+          raise
+        return {"peak_bytes": sizes[0], "limit_bytes": sizes[1], "compile_s": time.monotonic() - start}
+      peak = compiled.memory_analysis().peak_memory_in_bytes
+    measured = {"limit_bytes": limit, "compile_s": time.monotonic() - start}
+    text = topology.program_text() or compiled.as_text()
+    return {"peak_bytes": float(topology.reserved_bytes() or peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
+
+
+def _told_apart(apart: Apart, cfg: ConfigDict, name: str, bucket: Bucket) -> dict | None:
+  """Lets another process compile the step of a stage and bucket. None when the compiler has assigned the memory; what the other process measured
+  if it came to its end before that, which it does when the program does not fit.
+
+  Raises:
+    ValueError: as the other process did.
+    ChildProcessError: the other process ended otherwise.
+  """
+  context = multiprocessing.get_context("spawn")
+  receive, send = context.Pipe(duplex=False)
+  process = context.Process(target=_tell, args=(send, apart, cfg, name, bucket), daemon=True)
+  process.start()
+  send.close()
+  try:
+    while not topology.is_assigned():
+      if receive.poll(0.2):
+        try:
+          told = receive.recv()
+        except EOFError as error:
+          process.join()
+          raise ChildProcessError(f"The process that compiles stage {name!r} ended with code {process.exitcode}: what it said stands above; "
+                                  "-9 is a machine without memory left.") from error
+        if isinstance(told, Exception):
+          raise told
+        return told
+    return None
+  finally:
+    process.kill()
+    process.join()
+
+
+def _tell(send: Any, apart: Apart, cfg: ConfigDict, name: str, bucket: Bucket) -> None:
+  """What the other process does."""
+  tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
+  topology.prepare_environment(apart.topology)
+  rehearsal = Rehearsal(cfg, *topology.find_devices(apart.topology, apart.num_slices))
+  try:
+    row = rehearsal.row(next(section for section in cfg.stages if section.name == name), bucket)
+    send.send({"peak_bytes": row.peak_bytes, "limit_bytes": row.limit_bytes, "compile_s": row.compile_s, "traffic": row.traffic})
+  except ValueError as error:
+    send.send(error)
 
 
 def _ratios(ratios: Sequence[Any], choice: Choice) -> list[Any]:
@@ -136,19 +199,6 @@ def _ratios(ratios: Sequence[Any], choice: Choice) -> list[Any]:
     return list(ratios)
   square, widest = min(ratios, key=lambda ratio: max(parse_ratio(ratio), 1 / parse_ratio(ratio))), max(ratios, key=parse_ratio)
   return [square] if choice.squares else list(dict.fromkeys((square, widest)))
-
-
-def program_text(compiled: jax.stages.Compiled) -> str:
-  """The program that was compiled last as text: what the compiler dumped, where it did. A libtpu that is newer than jaxlib writes instructions
-  that `as_text` cannot read back."""
-  files = [file for file in dumped() if file.name.endswith("after_codegen.txt")]
-  return max(files, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8") if files else compiled.as_text()
-
-
-def dumped() -> list[pathlib.Path]:
-  """What the compiler wrote down of train steps."""
-  folder = re.search(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
-  return [path for path in pathlib.Path(folder[1]).glob("*jit_step*") if path.is_file()] if folder else []
 
 
 def find_tokenizer(cfg: ConfigDict) -> PromptTokenizer | None:

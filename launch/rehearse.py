@@ -12,80 +12,27 @@ per word and mark of the published template; a real vocabulary may split a word,
 a condition image adds 6 tokens of words beside its slots.
 """
 
-import atexit
 import copy
-import importlib.util
 import json
 import math
-import os
 import pathlib
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from absl import flags
-from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
 from data_pipelines.buckets import Bucket
 from launch import cli, rehearse_table
 from launch.cli import plain
-from launch.rehearsal import Choice, Rehearsal
+from launch.rehearsal import Apart, Choice, Rehearsal
 from launch.rehearse_table import Row
 from launch.sections import from_section, make_algorithm
+from launch.topology import find_devices, prepare_environment
 from qimg2 import flow, roofline, sharding
 
 REMAT = ("none", "dots", "attention", "full", "offload")  # least work first
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled",
-               "TPU_WORKER_HOSTNAMES": "localhost"}
-ACCELERATORS = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}  # only so that libtpu does not ask the network
-
-
-# Devices.
-
-
-def find_devices(topology: str, num_slices: int = 1) -> tuple[list[Any], roofline.Chip | None]:
-  """(devices of a topology such as "v5p:4x4x8" or "cpu:8", the published rates of its chip or None).
-
-  Raises:
-    ValueError: libtpu is missing, or does not know the topology.
-  """
-  kind, _, shape = topology.partition(":")
-  if kind == "cpu" and shape.isdigit():
-    if len(jax.devices("cpu")) < int(shape):
-      raise ValueError(f"Topology {topology!r} needs {shape} simulated devices, but this process has {len(jax.devices('cpu'))}: "
-                       f"set JAX_NUM_CPU_DEVICES={shape}.")
-    return jax.devices("cpu")[:int(shape)], None
-  if kind not in roofline.CHIPS:
-    raise ValueError(f"Topology {topology!r} is not understood: give one of {', '.join(roofline.CHIPS)} and a shape, such as v5p:4x4x8, or cpu:8.")
-  if importlib.util.find_spec("libtpu") is None:
-    raise ValueError("To compile for a TPU needs its compiler, which is not installed: pip install libtpu.")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", ACCELERATORS[kind])
-  try:
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **({"num_slices": num_slices} if num_slices > 1 else {}))
-  except jax.errors.JaxRuntimeError as error:
-    raise ValueError(f"Topology {topology!r} cannot be had: {error}.") from error
-  return list(described.devices), roofline.CHIPS[kind]
-
-
-def prepare_environment(topology: str) -> None:
-  """Sets what jax and libtpu read when they start: no search for a real TPU, no lock between processes, simulated devices for cpu:N, and for a
-  TPU a folder for the text of what is compiled, which lives as long as the process."""
-  for name, value in ENVIRONMENT.items():
-    os.environ[name] = value
-  jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_enable_compilation_cache", False)  # what is not compiled is not written down
-  if "--xla_dump_to" not in os.environ.get("XLA_FLAGS", "") and not topology.startswith("cpu"):
-    folder = tempfile.mkdtemp(prefix="rehearse_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
-  kind, _, shape = topology.partition(":")
-  if kind == "cpu" and shape.isdigit():
-    jax.config.update("jax_num_cpu_devices", int(shape))
 
 
 # What to rehearse.
@@ -97,13 +44,13 @@ def say(row: Row) -> None:
 
 
 def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
-             done: Callable[[Row], None] = say) -> list[Row]:
+             done: Callable[[Row], None] = say, apart: Apart | None = None) -> list[Row]:
   """A row for every chosen stage and bucket; `done` is called with each when it is there.
 
   Raises:
     ValueError: a stage that the config does not have, or a choice that leaves nothing.
   """
-  rehearsal = Rehearsal(cfg, devices, chip)
+  rehearsal = Rehearsal(cfg, devices, chip, apart)
   rows = []
   for section in _sections(cfg, choice):
     for bucket in rehearsal.buckets(section, choice):
@@ -115,7 +62,7 @@ def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None
 
 
 def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
-           rules: Sequence[str] = (), done: Callable[[Row], None] = say) -> tuple[list[Row], dict[str, Row]]:
+           rules: Sequence[str] = (), done: Callable[[Row], None] = say, apart: Apart | None = None) -> tuple[list[Row], dict[str, Row]]:
   """(all rows tried, stage -> the best): the rule set, remat policy and number of micro-batches with the highest bound on MFU, of those rows that
   fill at most nine tenths of the memory.
 
@@ -129,7 +76,7 @@ def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, 
     tried = []
     for name in rules or sharding.RULES:
       try:
-        tried += _climb(cfg, name, section.name, devices, chip, choice, done)
+        tried += _climb(cfg, name, section.name, devices, chip, choice, done, apart)
       except ValueError as error:  # another rule set may do
         print(f"Stage {section.name}, rules {name}: {error}", file=sys.stderr, flush=True)
     rows += tried
@@ -148,7 +95,7 @@ def fitting_mesh(rules: str, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice,
-           done: Callable[[Row], None]) -> list[Row]:
+           done: Callable[[Row], None], apart: Apart | None) -> list[Row]:
   rows, accumulate = [], None
   sizes = dict(sharding.make_mesh(plain(cfg.mesh), devices).shape)
 
@@ -161,7 +108,7 @@ def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip
   for remat in REMAT if _trains_generator(cfg, stage) else (cfg.model.remat,):
     changed = copy.deepcopy(cfg)
     changed.rules, changed.model.remat, changed.mesh = rules, remat, ConfigDict(fitting_mesh(rules, sizes))
-    rehearsal = Rehearsal(changed, devices, chip)
+    rehearsal = Rehearsal(changed, devices, chip, apart)
     section = next(one for one in changed.stages if one.name == stage)
     buckets = rehearsal.buckets(section, choice)
     if not buckets:
@@ -229,6 +176,7 @@ def define_flags() -> None:
   flags.DEFINE_bool("squares", False, "Only the square of each resolution.")
   flags.DEFINE_string("rules", "", "Rule set in place of config.rules; with --search the only one to try.")
   flags.DEFINE_bool("search", False, "Look for the rule set, remat policy and micro-batches that fit with the best bound.")
+  flags.DEFINE_bool("machine_code", False, "Compile for a TPU to the end. Takes minutes more and changes no number, but tries each kernel.")
   flags.DEFINE_string("json", "", "File to write the rows to as JSON.")
 
 
@@ -243,6 +191,7 @@ def main(_) -> None:
   if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
     cfg.mesh.data = cfg.mesh.get("data", 1) * args.num_slices
   choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares)
+  apart = Apart(args.topology, args.num_slices) if chip and not args.machine_code else None
   so_far = []
 
   def done(row: Row) -> None:
@@ -253,10 +202,10 @@ def main(_) -> None:
       pathlib.Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
   if args.search:
-    rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done)
+    rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done, apart)
     missing = [section.name for section in _sections(cfg, choice) if section.name not in best]
   else:
-    rows, best = rehearse(cfg, devices, chip, choice, done), {}
+    rows, best = rehearse(cfg, devices, chip, choice, done, apart), {}
     missing = [row.stage for row in rows if row.fits is False]
   print(rehearse_table.table(rows))
   for number, section in enumerate(cfg.stages):

@@ -22,7 +22,7 @@ class Row:
     mesh: mesh axis -> size.
     rules, remat: rule set and rematerialisation policy of the generator.
     model_flops: role -> FLOPs by `qimg2.flops`.
-    peak_bytes, limit_bytes: memory at the fullest moment, and what there is; None for devices without a limit.
+    peak_bytes, limit_bytes: memory that the program reserves, and what there is; None for devices without a limit.
     compile_s: seconds.
     traffic: what the compiled program does; None if it does not fit.
     collectives: rows of kind, axes, bytes, calls, route: the traffic's messages added up by kind and mesh axes.
@@ -99,7 +99,8 @@ def fit_text(row: Row) -> str:
 
 def progress(row: Row) -> str:
   """One line to read while the others compile."""
-  return (f"{row.stage} {bucket_name(row)} {row.rules} {row.remat} 1/{row.accumulate}: {row.peak_bytes / GIB:.2f} GiB, {fit_text(row)}, "
+  bound = f"MFU <= {row.bound['mfu']:.1%}, " if row.bound else ""
+  return (f"{row.stage} {bucket_name(row)} {row.rules} {row.remat} 1/{row.accumulate}: {row.peak_bytes / GIB:.2f} GiB, {fit_text(row)}, {bound}"
           f"compiled in {row.compile_s:.0f} s")
 
 

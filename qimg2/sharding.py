@@ -251,8 +251,9 @@ def all_ids(ids: Sequence) -> np.ndarray:
 # Names and values as in the XLA of jax 0.10; unknown ones are an error when a program is compiled.
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     # Weights are gathered and gradients scattered while something else computes. Async collective fusion is left to the compiler, which
-    # refuses it on TPU v5p.
-    "tpu": {"xla_tpu_enable_latency_hiding_scheduler": True, "xla_enable_async_all_gather": True, "xla_tpu_overlap_compute_collective_tc": True},
+    # refuses it on TPU v5p. A product is never cut into one per device of an axis, each of which would read and write the whole sum again.
+    "tpu": {"xla_tpu_enable_latency_hiding_scheduler": True, "xla_enable_async_all_gather": True, "xla_tpu_overlap_compute_collective_tc": True,
+            "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "cpu": {},
 }
