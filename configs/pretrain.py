@@ -50,7 +50,7 @@ PLANS = {
     "v5p-256": Plan(64, 2),
     "v5p-1024": Plan(256, 2),
     "v5p-128x2": Plan(32, 2, data=2),  # two slices
-    "v6e-256": Plan(64, 4, remat="attention"),
+    "v6e-256": Plan(128, 2, remat="attention"),
     "tpu7x-128": Plan(64, 2),
 }
 
