@@ -7,6 +7,7 @@ most of the time and changes none of what is read here. `Apart` lets it work in 
 import dataclasses
 import math
 import multiprocessing
+import os
 import pathlib
 import threading
 import time
@@ -184,6 +185,7 @@ def _told_apart(apart: Apart, cfg: ConfigDict, name: str, bucket: Bucket) -> dic
 def _tell(send: Any, apart: Apart, cfg: ConfigDict, name: str, bucket: Bucket) -> None:
   """What the other process does."""
   tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
+  threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # nobody is left to tell
   topology.prepare_environment(apart.topology)
   rehearsal = Rehearsal(cfg, *topology.find_devices(apart.topology, apart.num_slices))
   try:
