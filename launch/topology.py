@@ -84,10 +84,11 @@ def program_text() -> str | None:
 
 
 def reserved_bytes() -> float | None:
-  """Main memory that the program compiled last reserves: arguments, results, everything between and the gaps; None if that is not written down."""
-  report = _newest("memory-usage-report.txt")
-  found = report and re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", report)
-  return float(found[1]) if found else None
+  """Main memory that the program compiled last reserves: arguments, results, everything between and the gaps; None if that is not written down.
+  What is local to a thread of the compiled program is another name for a part of the rest, and memory of another colour is not main memory."""
+  text = _newest("after_optimizations-buffer-assignment.txt")
+  found = re.findall(r"^allocation \d+: size (\d+), page \d+(?!.*thread-local)", text or "", re.MULTILINE)
+  return float(sum(map(int, found))) if found else None
 
 
 def _newest(ending: str) -> str | None:
