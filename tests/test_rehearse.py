@@ -198,7 +198,7 @@ def test_what_the_compiler_wrote_down(tmp_path, monkeypatch):
   (tmp_path / f"{name}.debug_options").write_text("")
   (tmp_path / f"{name}.before_optimizations.txt").write_text("HloModule before")
   assert len(topology.dumped()) == 2 and not topology.is_assigned() and topology.program_text() is None and topology.reserved_bytes() is None
-  sizes = ((70, ", page 0, parameter 2"), (7, ", page 0, preallocated-temp"), (5, ", color 1, page 0, preallocated-temp"), (900, ", page 0, thread-local"))
+  sizes = ((70, ", page 0, parameter 2"), (7, ", page 0, preallocated-temp"), (5, ", color 1, page 0, constant"), (900, ", page 0, thread-local"))
   lines = [f"allocation {i}: size {size}{what}:\n value: <1 x @0> (size={size},offset=0): u8[]" for i, (size, what) in enumerate(sizes)]
   (tmp_path / f"{name}.after_optimizations-buffer-assignment.txt").write_text("\n".join(["BufferAssignment:", *lines]))
   (tmp_path / f"{name}.{topology.ASSIGNED}").write_text("HloModule")
