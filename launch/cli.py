@@ -2,10 +2,8 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 FLAG_ERRORS = (AttributeError, KeyError, OSError, ValueError, TypeError, IndexError, flags.Error)
@@ -38,13 +36,6 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
   app.run(guarded, flags_parser=_parse)
 
 
-def plain(value: Any) -> Any:
-  """`value` with every ConfigDict as a dict, at any depth."""
-  if isinstance(value, (ConfigDict, dict)):
-    return {key: plain(item) for key, item in value.items()}
-  return tuple(plain(item) for item in value) if isinstance(value, (tuple, list)) else value
-
-
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(list(argv))
@@ -65,3 +56,29 @@ def _fail_flags(error: Exception) -> None:
 def _fail(sentence: str, code: int) -> None:
   print(f"error: {sentence}", file=sys.stderr)
   sys.exit(code)
+
+
+# Launchers that can run as several processes.
+
+
+def define_process_flags() -> None:
+  """The flags of every launcher that can run as several processes."""
+  flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the processes of one run meet; empty for one process alone.")
+  flags.DEFINE_integer("num_processes", None, "How many processes there are; with --coordinator.", lower_bound=1)
+  flags.DEFINE_integer("process_id", None, "Which of them this one is, counted from 0; with --coordinator.", lower_bound=0)
+  flags.DEFINE_enum("distributed", "off", ["off", "auto"], "auto: one of several processes that JAX finds by itself, as on a TPU pod or under Slurm.")
+  flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds without a sign of life after which a process counts as lost and the others end.",
+                       lower_bound=2)
+  flags.DEFINE_integer("connect_timeout", 300, "Seconds in which all processes must have started.", lower_bound=1)
+
+
+def together(main: Callable[[Sequence[str]], None], stops_when_asked: bool = False) -> Callable[[Sequence[str]], None]:
+  """`main` as one of the processes that the flags speak of; without such flags `main` as it is. See `qimg2.runtime.processes.together`."""
+  def wrapped(argv: Sequence[str]) -> None:
+    from qimg2.runtime import processes  # jax is not needed to say --help
+
+    args = flags.FLAGS
+    meeting = processes.Meeting(args.coordinator, args.num_processes, args.process_id, args.distributed, args.heartbeat_timeout,
+                                args.connect_timeout, quiet=not args["verbosity"].present)
+    processes.together(lambda: main(argv), meeting, USER_ERRORS, stops_when_asked)
+  return wrapped

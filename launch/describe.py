@@ -4,76 +4,12 @@
 """
 
 import json
-import math
 
 from absl import flags
-from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from launch import cli
-from launch.cli import plain
-from launch.sections import model_configs
-from qimg2 import params as P
-from qimg2 import sharding
-from qimg2.models import mmdit, qwen3_vl, vae
-
-TEMPORAL = "/time/"
-
-
-def describe(cfg: ConfigDict, num_devices: int = 0) -> dict:
-  """{"mesh", "weights": rows of path, shape, axes, dtype, count, bytes per device, "totals": per model and per part}.
-
-  Args:
-    cfg: a run's config; only its networks, mesh and rules are read.
-    num_devices: devices to spread the weights over; 0 takes the product of the mesh sizes, with 1 for a size of -1.
-
-  Raises:
-    ValueError: sizes that do not fit together, or do not divide by the mesh.
-  """
-  model, encoder, autoencoder = model_configs(cfg)
-  mesh = abstract_mesh(plain(cfg.mesh), num_devices)
-  rules = sharding.RULES[cfg.rules]
-  trees = {"model": mmdit.specs(model), "encoder": qwen3_vl.specs(encoder), "vae": vae.specs(autoencoder)}
-  rows = [weight_row(f"{role}/{path}", p, mesh, rules) for role, specs in trees.items() for path, p in P.flatten(specs).items()]
-  return {"mesh": dict(mesh.shape), "weights": rows, "totals": totals(trees)}
-
-
-def abstract_mesh(sizes: dict[str, int], num_devices: int) -> AbstractMesh:
-  """The config's mesh without devices."""
-  fixed = math.prod(size for size in sizes.values() if size != -1)
-  shape = {axis: sizes.get(axis, 1) for axis in sharding.MESH_AXES}
-  shape = {axis: max(1, num_devices // fixed) if size == -1 else size for axis, size in shape.items()}
-  return AbstractMesh(tuple(shape.values()), tuple(shape))
-
-
-def weight_row(path: str, p: P.Param, mesh: AbstractMesh, rules: sharding.Rules) -> dict:
-  """One line of the table."""
-  placed = sharding.array_sharding(mesh, p.axes, rules, p.shape, path)
-  local = math.prod(placed.shard_shape(p.shape))
-  dtype = P.jnp.dtype(p.dtype)
-  return {"path": path, "shape": list(p.shape), "axes": list(p.axes), "dtype": dtype.name, "count": p.size,
-          "bytes_per_device": local * dtype.itemsize}
-
-
-def totals(trees: dict[str, dict]) -> dict[str, int]:
-  """Number of weights per model, per half of the VAE, and of the VAE's temporal weights, which images never use."""
-  counts = {role: P.count(specs) for role, specs in trees.items()}
-  counts |= {f"vae/{half}": P.count(specs) for half, specs in trees["vae"].items()}
-  counts["vae/temporal"] = sum(p.size for path, p in P.flatten(trees["vae"]).items() if TEMPORAL in path)
-  return counts
-
-
-def table(description: dict) -> str:
-  """The description as text."""
-  lines = [f"{'weight':<58} {'shape':<22} {'axes':<34} {'dtype':<9} {'count':>15} {'bytes/device':>15}"]
-  for row in description["weights"]:
-    axes = ", ".join(axis or "-" for axis in row["axes"])
-    shape = " x ".join(map(str, row["shape"]))
-    lines.append(f"{row['path']:<58} {shape:<22} {axes:<34} {row['dtype']:<9} {row['count']:>15,} {row['bytes_per_device']:>15,}")
-  per_device = sum(row["bytes_per_device"] for row in description["weights"])
-  lines += ["", f"mesh: {', '.join(f'{axis} {size}' for axis, size in description['mesh'].items())}"]
-  lines += [f"{name + ' weights:':<24} {count:>15,}" for name, count in description["totals"].items()]
-  return "\n".join([*lines, f"{'bytes per device:':<24} {per_device:>15,}"])
+from qimg2.runtime.weight_table import describe, table
 
 
 def define_flags() -> None:

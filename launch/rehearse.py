@@ -12,155 +12,21 @@ per word and mark of the published template; a real vocabulary may split a word,
 a condition image adds 6 tokens of words beside its slots.
 """
 
-import copy
 import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from data_pipelines.buckets import Bucket
-from launch import cli, rehearse_table
-from launch.cli import plain
-from launch.rehearsal import Apart, Choice, Rehearsal
-from launch.rehearse_table import Row
-from launch.sections import from_section, make_algorithm
-from launch.topology import find_devices, prepare_environment
-from qimg2 import flow, roofline, sharding
-
-REMAT = ("none", "dots", "attention", "full", "offload")  # least work first
-
-
-# What to rehearse.
-
-
-def say(row: Row) -> None:
-  """One line to read while the others compile."""
-  print(rehearse_table.progress(row), file=sys.stderr, flush=True)
-
-
-def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
-             done: Callable[[Row], None] = say, apart: Apart | None = None) -> list[Row]:
-  """A row for every chosen stage and bucket; `done` is called with each when it is there.
-
-  Raises:
-    ValueError: a stage that the config does not have, or a choice that leaves nothing.
-  """
-  rehearsal = Rehearsal(cfg, devices, chip, apart)
-  rows = []
-  for section in _sections(cfg, choice):
-    for bucket in rehearsal.buckets(section, choice):
-      rows.append(rehearsal.row(section, bucket))
-      done(rows[-1])
-  if not rows:
-    raise ValueError("The stages have no bucket of this --task and --base_px: leave one of the flags out.")
-  return rows
-
-
-def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
-           rules: Sequence[str] = (), done: Callable[[Row], None] = say, apart: Apart | None = None) -> tuple[list[Row], dict[str, Row]]:
-  """(all rows tried, stage -> the best): the rule set, remat policy and number of micro-batches with the highest bound on MFU, of those rows that
-  fill at most nine tenths of the memory.
-
-  A stage is tried with its heaviest bucket, that of most tokens per batch, under each rule set (`rules`; all by default) on the mesh that
-  `fitting_mesh` gives it. The per-chip batch begins at one row per shard; from that and two rows follows how many the memory should hold, which is
-  then compiled. What no longer fits is tried with the next remat policy, which computes more and keeps less. Equal bounds are told apart by fewer
-  micro-batches.
-  """
-  rows, best = [], {}
-  for section in _sections(cfg, choice):
-    tried = []
-    for name in rules or sharding.RULES:
-      try:
-        tried += _climb(cfg, name, section.name, devices, chip, choice, done, apart)
-      except ValueError as error:  # another rule set may do
-        print(f"Stage {section.name}, rules {name}: {error}", file=sys.stderr, flush=True)
-    rows += tried
-    if roomy := [row for row in tried if row.roomy]:
-      best[section.name] = max(roomy, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
-  return rows, best
-
-
-def fitting_mesh(rules: str, sizes: dict[str, int]) -> dict[str, int]:
-  """`sizes` without the axes that a rule set leaves idle: their devices go to `context` where it splits tokens but not heads, else to `fsdp`."""
-  used = {axis for axes in sharding.RULES[rules].values() for axis in axes}
-  idle = {axis: size for axis, size in sizes.items() if axis not in used}
-  takes = "context" if "context" in used and rules != "replicated" else "fsdp"
-  kept = {axis: size for axis, size in sizes.items() if axis in used}
-  return kept | {takes: kept.get(takes, 1) * math.prod(idle.values())}
-
-
-def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice,
-           done: Callable[[Row], None], apart: Apart | None) -> list[Row]:
-  rows, accumulate = [], None
-  sizes = dict(sharding.make_mesh(plain(cfg.mesh), devices).shape)
-
-  def attempt() -> Row:
-    section.optimizer.accumulate = accumulate
-    rows.append(rehearsal.row(section, heaviest))
-    done(rows[-1])
-    return rows[-1]
-
-  for remat in REMAT if _trains_generator(cfg, stage) else (cfg.model.remat,):
-    changed = copy.deepcopy(cfg)
-    changed.rules, changed.model.remat, changed.mesh = rules, remat, ConfigDict(fitting_mesh(rules, sizes))
-    rehearsal = Rehearsal(changed, devices, chip, apart)
-    section = next(one for one in changed.stages if one.name == stage)
-    buckets = rehearsal.buckets(section, choice)
-    if not buckets:
-      raise ValueError("there is no bucket of this --task and --base_px: leave one of the flags out.")
-    heaviest = max(buckets, key=lambda bucket: bucket.batch_size * _num_tokens(bucket, rehearsal.nets.vae.spatial_factor))
-    if accumulate is None:
-      smallest, shards = min(bucket.batch_size for bucket in buckets), rehearsal.mesh.shape["data"] * rehearsal.mesh.shape["fsdp"]
-      accumulate = smallest // shards
-      if not accumulate:
-        raise ValueError(f"a batch of {smallest} has no row for each of the {shards} parts of mesh {dict(rehearsal.mesh.shape)}.")
-    previous = None
-    while accumulate >= 1 and (row := attempt()).roomy:
-      accumulate = max(1, accumulate // (_step(previous, row) if previous else 2)) if accumulate > 1 else 0
-      previous = row
-    while previous and accumulate >= 1 and not row.roomy and 2 * accumulate < previous.accumulate:  # it went too far: back, to the last that fits
-      accumulate *= 2
-      if (row := attempt()).roomy:
-        accumulate //= 2
-        break
-    if accumulate < 1:
-      break
-  return rows
-
-
-def _trains_generator(cfg: ConfigDict, stage: str) -> bool:
-  section = next(one for one in cfg.stages if one.name == stage)
-  return "model" in make_algorithm(section.algorithm, from_section(flow.Schedule, cfg.schedule, "schedule")).losses
-
-
-def _num_tokens(bucket: Bucket, factor: int) -> float:
-  """Prompt and latent tokens of an example; `factor` is px per latent."""
-  return bucket.num_tokens + sum(height * width for height, width in (*bucket.source_sizes, (bucket.height, bucket.width))) / factor**2
-
-
-def _step(before: Row, now: Row) -> int:
-  """By how much, a power of two, the micro-batch may grow: memory grows with it as it did from `before` to `now`."""
-  if now.limit_bytes is None or now.peak_bytes <= before.peak_bytes:
-    return 2
-  per_row = (now.peak_bytes - before.peak_bytes) / (now.per_chip - before.per_chip)
-  room = (rehearse_table.HEADROOM * now.limit_bytes - now.peak_bytes) / per_row / now.per_chip
-  return max(2, 2 ** int(math.log2(max(1.0, 1 + room))))
-
-
-def _sections(cfg: ConfigDict, choice: Choice) -> list[ConfigDict]:
-  names = [section.name for section in cfg.stages]
-  for name in choice.stages:
-    if name not in names:
-      raise ValueError(f"The config has no stage {name!r}: it has {', '.join(names)}.")
-  return [section for section in cfg.stages if not choice.stages or section.name in choice.stages]
-
-
-# Command line.
+from launch import cli
+from qimg2.runtime.config import plain
+from qimg2.runtime.rehearsal import table
+from qimg2.runtime.rehearsal.search import rehearse, say, search, sections
+from qimg2.runtime.rehearsal.steps import Apart, Choice
+from qimg2.runtime.rehearsal.table import Row
+from qimg2.runtime.rehearsal.topology import find_devices, prepare_environment
 
 
 def define_flags() -> None:
@@ -196,21 +62,21 @@ def main(_) -> None:
 
   def done(row: Row) -> None:
     say(row)
-    so_far.append(rehearse_table.as_json(row))
+    so_far.append(table.as_json(row))
     if args.json:  # after every row: a compilation takes minutes, and may be the last that one waits for
       record = {"topology": args.topology, "num_slices": args.num_slices, "rows": so_far}
       pathlib.Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
   if args.search:
     rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done, apart)
-    missing = [section.name for section in _sections(cfg, choice) if section.name not in best]
+    missing = [section.name for section in sections(cfg, choice) if section.name not in best]
   else:
     rows, best = rehearse(cfg, devices, chip, choice, done, apart), {}
     missing = [row.stage for row in rows if row.fits is False]
-  print(rehearse_table.table(rows))
+  print(table.table(rows))
   for number, section in enumerate(cfg.stages):
     if section.name in best:
-      print(rehearse_table.advice(best[section.name], number))
+      print(table.advice(best[section.name], number))
   if missing:
     print(f"Does not fit: {', '.join(dict.fromkeys(missing))}.", file=sys.stderr)
     sys.exit(1)

@@ -14,17 +14,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
+
 import reference  # isort: skip (defines what transformers needs before it is imported)
 import torch
 from diffusers import QwenImage21Pipeline
 from PIL import Image
 
-from data_pipelines import glyph_edits, glyphs
-from launch.export import export
-from launch.generator import Generator, Size
-from launch.pictures import grid, save_png
-from launch.pretrained import Pretrained
-from launch.run import load_run
+from data_pipelines.embedded import glyph_edits, glyphs
+from qimg2.runtime.exporting import export
+from qimg2.runtime.generator import Generator, Size
+from qimg2.runtime.pretrained import Pretrained
+from qimg2.runtime.run import load_run
+from qimg2.runtime.sheets import grid, save_png
 
 SIDE_PX, NUM_STEPS, GUIDANCE, NUM_PICTURES = 64, 40, 3.0, 4
 

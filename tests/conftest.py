@@ -13,7 +13,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import pytest
 
 from configs import quickstart
-from launch.train import train
+from qimg2.runtime.curriculum import train
 
 
 def pytest_itemcollected(item):

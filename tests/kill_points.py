@@ -21,8 +21,9 @@ from absl import app, flags, logging
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from many import PATIENCE_S, ends, start, together, train
-from qimg2.faults import EXIT_CODE
-from qimg2.metrics import read_rows
+
+from qimg2.training.faults import EXIT_CODE
+from qimg2.training.metrics import read_rows
 
 
 @dataclasses.dataclass(frozen=True)

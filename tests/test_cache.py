@@ -11,14 +11,14 @@ import pytest
 
 from configs import base, quickstart
 from data_pipelines import records
-from launch import cache_latents as launcher
-from launch.cache_latents import cache_latents
-from launch.cache_networks import Encoder, Options
-from launch.run import Run
-from launch.train import train
-from qimg2 import conditioning
-from qimg2.checkpoint import save_weights
-from qimg2.metrics import read_rows
+from qimg2 import networks
+from qimg2.runtime.caching import latents as launcher
+from qimg2.runtime.caching.latents import cache_latents
+from qimg2.runtime.caching.networks import Encoder, Options
+from qimg2.runtime.curriculum import train
+from qimg2.runtime.run import Run
+from qimg2.training.checkpoint import save_weights
+from qimg2.training.metrics import read_rows
 
 STAGE = "high_resolution"
 VARIANTS = [("float32", False), ("float32", True), ("float16", True)]  # dtype, features
@@ -247,14 +247,14 @@ def test_another_vae_is_refused(config, run, caches, tmp_path):
 
 def test_a_fingerprint_knows_values_and_not_where_they_lie(run):
   weights = run.frozen_weights(run.stages[STAGE])["vae"]
-  name = conditioning.fingerprint(weights)
-  assert conditioning.fingerprint(jax.device_get(weights)) == name
+  name = networks.fingerprint(weights)
+  assert networks.fingerprint(jax.device_get(weights)) == name
   leaves, tree = jax.tree.flatten(jax.device_get(weights))
   big = max(range(len(leaves)), key=lambda i: leaves[i].size)
   swapped = leaves[big].copy()
   first, last = np.flatnonzero(swapped)[[0, -1]]
   swapped.flat[[first, last]] = swapped.flat[[last, first]]
-  assert conditioning.fingerprint(jax.tree.unflatten(tree, leaves[:big] + [swapped] + leaves[big + 1:])) != name
+  assert networks.fingerprint(jax.tree.unflatten(tree, leaves[:big] + [swapped] + leaves[big + 1:])) != name
 
 
 @pytest.mark.parametrize("features, change, message", [

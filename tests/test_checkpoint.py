@@ -13,9 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from qimg2 import checkpoint, manifest, optim, sharding, state
 from qimg2 import params as P
+from qimg2 import sharding
 from qimg2.algorithms import Algorithm
+from qimg2.training import checkpoint, manifest, optim, state
 
 RULES = sharding.RULES["fsdp_tensor"]
 ALGORITHM = Algorithm(losses={"model": lambda *_: None}, track={"ema": ("model", 0.5)})

@@ -25,7 +25,7 @@ from data_pipelines.curation.funnel import Row
 from data_pipelines.curation.sample import Caption, Sample
 from data_pipelines.transforms import decode_image
 from data_pipelines.verify import verify
-from launch.cli import plain
+from qimg2.runtime.config import plain
 from tests.raw_folder import encoded, make_folder, picture
 
 

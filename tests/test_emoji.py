@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import embedded, emoji, emoji_pairs, records
+from data_pipelines import embedded, records
+from data_pipelines.embedded import emoji, emoji_pairs
 from data_pipelines.mixture import DatasetSpec, usable_captions
 from data_pipelines.transforms import decode_image
 

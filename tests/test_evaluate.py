@@ -9,7 +9,7 @@ from qimg2 import flow
 from qimg2.algorithms import Algorithm
 from qimg2.algorithms.flow_matching import NUM_TIME_BINS, flow_matching, time_bins
 from qimg2.algorithms.reconstruction import reconstruction
-from qimg2.evaluate import Evaluator
+from qimg2.training.validation import Evaluator
 
 
 def test_mean_of_bin_means_without_filler(caplog):

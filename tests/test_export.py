@@ -21,16 +21,17 @@ import torch
 from PIL import Image
 
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
-from launch.export import export, model_card
-from qimg2 import conditioning, flow, pretrained, sharding
+from qimg2 import flow, networks, sharding
 from qimg2 import params as P
-from qimg2.export import export_pipeline, export_transformer
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
-from qimg2.names import mmdit as mmdit_names
-from qimg2.names import qwen3_vl as qwen3_vl_names
-from qimg2.names import vae as vae_names
-from qimg2.pipeline_folder import load_weights, open_folder
+from qimg2.published import tensors
+from qimg2.published.export import export_pipeline, export_transformer
+from qimg2.published.folder import load_weights, open_folder
+from qimg2.published.names import mmdit as mmdit_names
+from qimg2.published.names import qwen3_vl as qwen3_vl_names
+from qimg2.published.names import vae as vae_names
+from qimg2.runtime.exporting import export, model_card
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROLES = {"model": "transformer", "encoder": "text_encoder", "vae": "vae"}
@@ -51,7 +52,7 @@ def nets(tokenizer):
   encoder = qwen3_vl.Config(vocab_size=320, width=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, mlp_width=96,
                             mrope_sections=(6, 5, 5), image_token_id=tokenizer.image_token_id, vision=vision)
   autoencoder = vae.Config(base_dim=4, decoder_base_dim=6, latent_channels=8, num_res_blocks=1, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8)
-  return conditioning.Networks(model, encoder, autoencoder, tokenizer.num_system_tokens)
+  return networks.Networks(model, encoder, autoencoder, tokenizer.num_system_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def pipeline(exported):
 def tensors_of(nets, weights, role, dtype=None):
   """Our weights under their published names."""
   specs = {name: p for name, p in nets.specs()[role].items() if name != "statistics"}
-  return dict(pretrained.export_tensors({name: weights[role][name] for name in specs}, specs, TABLES[role](getattr(nets, role)), dtype))
+  return dict(tensors.export_tensors({name: weights[role][name] for name in specs}, specs, TABLES[role](getattr(nets, role)), dtype))
 
 
 def assert_same(module, expected):
@@ -120,7 +121,7 @@ def assert_same(module, expected):
 
 def read_back(path, shardings=None):
   opened = open_folder(path)
-  specs = conditioning.Networks(opened.model, opened.encoder, opened.vae, 1).specs()
+  specs = networks.Networks(opened.model, opened.encoder, opened.vae, 1).specs()
   return {role: load_weights(opened, role, specs[role], shardings and shardings[role]) for role in ROLES}
 
 
@@ -261,7 +262,7 @@ def test_system_turn_is_dropped_whole(pipeline, tokenizer):
 
 def test_pipeline_draws_what_we_draw(pipeline, exported, tokenizer):
   opened = open_folder(exported)
-  nets = conditioning.Networks(opened.model, opened.encoder, opened.vae, tokenizer.num_system_tokens)
+  nets = networks.Networks(opened.model, opened.encoder, opened.vae, tokenizer.num_system_tokens)
   ours = read_back(exported)
   noise = np.random.default_rng(0).standard_normal((1, 4, 6, 8), np.float32)
   theirs = pipeline("a red poster", height=64, width=96, num_inference_steps=3, latents=torch.from_numpy(noise.reshape(1, 24, 8)),
@@ -312,7 +313,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(write, nets, weights, t
   with pytest.raises(ValueError, match="must end in .safetensors"):
     export_transformer(tmp_path / "one.bin", nets.model, weights["model"])
   (tmp_path / ".out.part").mkdir()  # an earlier export that was killed
-  monkeypatch.setattr("qimg2.export.published_schedule", lambda schedule: 1 / 0)
+  monkeypatch.setattr("qimg2.published.export.published_schedule", lambda schedule: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     write(out=tmp_path / "out")
   assert [path.name for path in tmp_path.iterdir()] == ["there"]

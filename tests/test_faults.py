@@ -11,10 +11,10 @@ import time
 import jax
 import numpy as np
 import pytest
-
-from qimg2 import faults, metrics
-from qimg2.metrics import read_rows
 from test_train import CONFIG, NUM_STEPS, ROOT, STAGES, command, environment, final_weights
+
+from qimg2.training import faults, metrics
+from qimg2.training.metrics import read_rows
 
 # The notice.
 
@@ -22,7 +22,7 @@ LOOP = """
 import sys, time
 import jax
 {setup}
-from qimg2.faults import Notice
+from qimg2.training.faults import Notice
 with Notice() as stop:
   print("ready", flush=True)
   for step in range(1, 10**6):

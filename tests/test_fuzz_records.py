@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from data_pipelines import embedded, glyphs, records
+from data_pipelines import embedded, records
+from data_pipelines.embedded import glyphs
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import DatasetSpec, Resolution
 from data_pipelines.verify import verify

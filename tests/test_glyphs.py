@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import glyph_edits, glyphs
-from data_pipelines.glyphs import Attributes
+from data_pipelines.embedded import glyph_edits, glyphs
+from data_pipelines.embedded.glyphs import Attributes
 from data_pipelines.transforms import decode_image
 
 

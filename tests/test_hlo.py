@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from qimg2 import hlo, roofline
+from qimg2.analysis import hlo, roofline
 
 LAYERS, WIDTH = 5, 16
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from made_up import TOKENIZER, plain_index, world_of
 from PIL import Image
 
 from configs import quickstart
 from data_pipelines import mixture as mixtures
 from data_pipelines.cache import Cache
 from data_pipelines.loader import Loader
-from launch import inspect_data, pictures
-from launch.inspect_data import open_data
-from made_up import TOKENIZER, plain_index, world_of
+from qimg2.runtime import inspection, sheets
+from qimg2.runtime.inspection import open_data
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGE = "high_resolution"  # draws and edits
@@ -48,13 +48,13 @@ def changed(config, **changes):
 
 def drawn(monkeypatch, *arguments):
   """The rows that a sheet is drawn from, and the sheet."""
-  rows, real = [], inspect_data.strips
-  monkeypatch.setattr(inspect_data, "strips", lambda some, side: rows.extend(some) or real(some, side))
-  return rows, inspect_data.sheet(*arguments)
+  rows, real = [], inspection.strips
+  monkeypatch.setattr(inspection, "strips", lambda some, side: rows.extend(some) or real(some, side))
+  return rows, inspection.sheet(*arguments)
 
 
 def test_the_plan_is_what_the_loader_loads(data):
-  rows = json.loads(json.dumps(list(inspect_data.plan(data, 0, 24))))
+  rows = json.loads(json.dumps(list(inspection.plan(data, 0, 24))))
   assert [row["batch"] for row in rows] == list(range(24)) and {row["task"] for row in rows} == {"t2i", "ti2i"}
   assert {(row["bucket"]["height"], row["bucket"]["width"]) for row in rows} == {(64, 64), (64, 32)}
   for row in rows:
@@ -64,12 +64,12 @@ def test_the_plan_is_what_the_loader_loads(data):
     assert row["sample_ids"] == batch["sample_id"].tolist() and batch["tokens"].shape == (bucket["batch_size"], bucket["num_tokens"])
     assert batch["target"].shape[1:3] == (bucket["height"], bucket["width"])
     assert [list(source.shape[1:3]) for source in batch["sources"]] == bucket["source_sizes"]
-  assert list(inspect_data.plan(data, 5, 3)) == rows[5:8]
+  assert list(inspection.plan(data, 5, 3)) == rows[5:8]
 
 
 def test_processes_divide_the_plan(config, data):
   parts = [open_data(config, STAGE, (i, 4)) for i in range(4)]
-  for whole, *rows in zip(inspect_data.plan(data, 7, 5), *(inspect_data.plan(part, 7, 5) for part in parts)):
+  for whole, *rows in zip(inspection.plan(data, 7, 5), *(inspection.plan(part, 7, 5) for part in parts)):
     assert all(len(row["sample_ids"]) == 2 for row in rows)
     assert [number for row in rows for number in row["sample_ids"]] == whole["sample_ids"]
 
@@ -79,8 +79,8 @@ def test_no_weights_and_no_mesh_of_the_config_are_needed(config):
   cfg.mesh.fsdp, cfg.stages[0].start_from = 1024, "a stage that is nowhere"
   before = len(jax.live_arrays())
   some = open_data(cfg)
-  assert some.stage == "vae" and len(list(inspect_data.plan(some, 0, 2))) == 2
-  inspect_data.summary(some)
+  assert some.stage == "vae" and len(list(inspection.plan(some, 0, 2))) == 2
+  inspection.summary(some)
   assert len(jax.live_arrays()) == before and cfg.mesh.fsdp == 1024
 
 
@@ -124,18 +124,18 @@ class Ramp(Cache):
 def test_a_latent_cache_shows_its_first_channels(config, monkeypatch):
   monkeypatch.setattr(mixtures, "open_cache", lambda data_dir, name: Ramp("float16", 4, 16, feature_width=8, num_system_tokens=1))
   rows, sheet = drawn(monkeypatch, open_data(config, STAGE), 0, 8)
-  assert sheet.shape[0] > 8 * pictures.LINE_PX
+  assert sheet.shape[0] > 8 * sheets.LINE_PX
   images = [image for _, tiles in rows for some, _ in tiles for image in some]
   assert {len(some) for _, tiles in rows for some, _ in tiles} == {1, 2} and {image.shape for image in images} == {(4, 4, 3), (4, 2, 3), (2, 4, 3)}
   for image in images:
     assert (image[0, 0] == (0, 255, 128)).all() and (image[0, -1] == (255, 0, 128)).all()
-  gray = inspect_data._visible(np.full((1, 2, 2, 1), 3.0))
+  gray = inspection._visible(np.full((1, 2, 2, 1), 3.0))
   assert gray.shape == (1, 2, 2, 3) and (gray == 255).all()
 
 
 def test_the_summary_agrees_with_the_batches(config):
   some = open_data(changed(config, caption_dropout=0.3), STAGE)
-  facts = json.loads(json.dumps(inspect_data.summary(some)))
+  facts = json.loads(json.dumps(inspection.summary(some)))
   cycle, buckets = facts["cycle"], some.loader.buckets
   assert facts["num_steps"] == len(buckets) == 5 and len(facts["records"]) == len(some.loader.counts)
   assert [row["share"] for row in facts["datasets"]] == [0.65, 0.35]
@@ -149,7 +149,7 @@ def test_the_summary_agrees_with_the_batches(config):
     counts[number] += batch["token_count"].tolist()
   for number, row in enumerate(facts["buckets"]):
     assert abs(1 - np.mean(counts[number]) / buckets[number].num_tokens - row["padding"]) < 0.03 and len(counts[number]) >= 80
-  text = inspect_data.table(facts)
+  text = inspection.table(facts)
   assert "5 compiled steps" in text and "65.00%" in text and "64x64" in text and max(map(len, text.splitlines())) < 160
 
 
@@ -157,8 +157,8 @@ def test_padding_knows_how_often_each_kind_of_caption_is_drawn(monkeypatch):
   index = plain_index([(64, 64)]) | {"num_captions": np.array([4]), "caption_tokens": np.array([20, 30, 60, 64]),
                                      "caption_language": np.ones(4, int), "caption_kind": np.array([0, 0, 1, 2])}
   world = world_of(index, spec=dict(caption_weights={"general": 3.0, "text": 1.0}))
-  monkeypatch.setattr(inspect_data, "open_split", lambda *_: (None, index))
-  facts = inspect_data.summary(inspect_data.Data("s", world.build(Loader), TOKENIZER, 0.2))
+  monkeypatch.setattr(inspection, "open_split", lambda *_: (None, index))
+  facts = inspection.summary(inspection.Data("s", world.build(Loader), TOKENIZER, 0.2))
   mean = 0.8 * (0.75 * 25 + 0.25 * 60) + 0.2 * TOKENIZER.count([""])[0]
   assert facts["buckets"][0]["padding"] == pytest.approx(1 - mean / 64)
 
@@ -167,8 +167,8 @@ def test_padding_is_unknown_with_another_tokenizer(data):
   tokenizer = copy.copy(data.tokenizer)
   tokenizer.fingerprint = "another"
   other = dataclasses.replace(data, tokenizer=tokenizer)
-  assert {row["padding"] for row in inspect_data.summary(other)["buckets"]} == {None}
-  assert "unknown" in inspect_data.table(inspect_data.summary(other))
+  assert {row["padding"] for row in inspection.summary(other)["buckets"]} == {None}
+  assert "unknown" in inspection.table(inspection.summary(other))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -184,7 +184,7 @@ def test_mistakes_are_named(config, change, message):
 
 def test_nothing_to_draw_is_named(data):
   with pytest.raises(ValueError, match="nothing to draw in 0 batches of 8 tiles"):
-    inspect_data.sheet(data, 0, 0)
+    inspection.sheet(data, 0, 0)
 
 
 def launch(config, *arguments):
@@ -213,23 +213,23 @@ def test_the_command(config, data, tmp_path):
 @example("שלום עולם مرحبا بالعالم नमस्ते 🦊👨‍👩‍👧 \x00\ud800", 90)
 @given(st.text(max_size=200), st.integers(1, 200))
 def test_any_text_is_wrapped_and_drawn(text, width):
-  lines = pictures.wrap(text, width)
-  assert len(lines) <= pictures.MAX_LINES and all(line.strip() for line in lines)
-  assert all(pictures.font().getlength(line) <= width + pictures.TEXT_PX for line in lines if len(line) > 2)
+  lines = sheets.wrap(text, width)
+  assert len(lines) <= sheets.MAX_LINES and all(line.strip() for line in lines)
+  assert all(sheets.font().getlength(line) <= width + sheets.TEXT_PX for line in lines if len(line) > 2)
   image = np.zeros((4, 6, 3), np.uint8)
-  assert pictures.strips([(text, [([image, image], text)] * 2), ("", [])]).shape[2] == 3
-  assert pictures.grid([image], 1, [text], scale=8).shape[1] == 6 * 8 + 2 * pictures.MARGIN_PX
+  assert sheets.strips([(text, [([image, image], text)] * 2), ("", [])]).shape[2] == 3
+  assert sheets.grid([image], 1, [text], scale=8).shape[1] == 6 * 8 + 2 * sheets.MARGIN_PX
 
 
 def test_wrapping_loses_no_word_and_long_text_ends_in_an_ellipsis():
   text = "a large red ball on the grass beside a small blue cube"
-  assert " ".join(pictures.wrap(text, 100)) == text and len(pictures.wrap(text, 100)) > 2
-  assert "".join(pictures.wrap("x" * 60, 100)) == "x" * 60
-  long = pictures.wrap("word " * 500, 100)
-  assert len(long) == pictures.MAX_LINES and long[-1].endswith("…")
+  assert " ".join(sheets.wrap(text, 100)) == text and len(sheets.wrap(text, 100)) > 2
+  assert "".join(sheets.wrap("x" * 60, 100)) == "x" * 60
+  long = sheets.wrap("word " * 500, 100)
+  assert len(long) == sheets.MAX_LINES and long[-1].endswith("…")
 
 
 def test_sheet_sizes():
   small, large, wide = (np.full((*size, 3), 7, np.uint8) for size in ((16, 16), (1000, 500), (40, 400)))
   for image, size in ((small, (128, 128)), (large, (128, 64)), (wide, (12, 128))):
-    assert pictures._fit(image, 128).size == size[::-1]
+    assert sheets._fit(image, 128).size == size[::-1]

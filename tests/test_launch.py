@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from configs import pretrain, quickstart
-from launch import describe, report
-from launch.generator import Generator, Size
-from launch.run import load_run, plain
-from launch.sample import sampling_weights
 from qimg2 import params as P
+from qimg2.runtime import report, weight_table
+from qimg2.runtime.config import plain
+from qimg2.runtime.generator import Generator, Size
+from qimg2.runtime.run import load_run
+from qimg2.runtime.sampling import sampling_weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -36,19 +37,19 @@ def test_describe_prints_the_published_counts():
 
 def test_describe_divides_over_the_mesh():
   cfg = pretrain.get_config()
-  one = describe.describe(cfg)
+  one = weight_table.describe(cfg)
   assert one["mesh"] == {"data": 1, "fsdp": 64, "context": 1, "tensor": 2}
   row = next(row for row in one["weights"] if row["path"] == "model/blocks/mlp/gate")
   assert row["shape"] == [32, 4096, 12288] and row["axes"] == ["layer", "embed", "mlp"]
   assert row["bytes_per_device"] * 128 == row["count"] * 4
-  text = describe.table(one)
+  text = weight_table.table(one)
   assert "7,115,124,736" in text and "model/blocks/attn/q" in text
 
 
 def test_quickstart_fits_eight_devices():
   cfg = quickstart.get_config()
   cfg.mesh.update(dict(fsdp=4, tensor=2))
-  assert describe.describe(cfg)["totals"]["model"] > 1e6
+  assert weight_table.describe(cfg)["totals"]["model"] > 1e6
 
 
 @pytest.mark.parametrize("arguments, code, message", [

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from data_pipelines import embedded, glyph_edits, glyphs, records
-from data_pipelines.glyphs import Attributes
+from data_pipelines import embedded, records
+from data_pipelines.embedded import glyph_edits, glyphs
+from data_pipelines.embedded.glyphs import Attributes
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import DatasetSpec, Resolution, source_grids
 from data_pipelines.transforms import encode_png

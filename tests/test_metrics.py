@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qimg2 import metrics
+from qimg2.training import metrics
 
 
 def write(folder, start, steps):

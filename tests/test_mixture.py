@@ -9,13 +9,13 @@ import tracemalloc
 import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from made_up import LANGUAGES, TOKENIZER, World, plain_index, world_of, worlds
 
 from data_pipelines.buckets import RATIOS, bucket_size
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import DatasetSpec, Resolution
 from data_pipelines.order import apportion, permute
 from data_pipelines.records import KINDS
-from made_up import LANGUAGES, TOKENIZER, World, plain_index, world_of, worlds
 
 REASONS = ("low_quality", "low_stage", "no_caption", "too_long", "cropped", "rare")
 repeat = lambda num: settings(max_examples=num, deadline=None, derandomize=True, database=None)

@@ -9,10 +9,11 @@ import pytest
 import reference
 import torch
 
-from qimg2 import conditioning, pretrained, sharding
+from qimg2 import networks, sharding
 from qimg2 import params as P
 from qimg2.models import mmdit
-from qimg2.names import mmdit as names
+from qimg2.published import tensors
+from qimg2.published.names import mmdit as names
 
 CFG = mmdit.Config(latent_channels=6, width=48, num_layers=3, num_heads=2, head_dim=24, context_width=20, rope_dims=(8, 8, 8))
 SLOT = 9
@@ -32,7 +33,7 @@ def make_reference(cfg, seed=0):
 
 def load(cfg, module):
   published = reference.tensors(module)
-  return pretrained.import_tensors(mmdit.specs(cfg), names.table(cfg), set(published), published.__getitem__)
+  return tensors.import_tensors(mmdit.specs(cfg), names.table(cfg), set(published), published.__getitem__)
 
 
 def random_params(cfg, seed=0):
@@ -50,7 +51,7 @@ def inputs(cfg, ids, grids, target, seed=0, length=None):
   text[:, len(ids):] = 1e3
   latents = rng.normal(size=(1, target[0] * target[1], cfg.latent_channels)).astype(np.float32)
   images = rng.normal(size=(1, sum(h * w for h, w in grids), cfg.latent_channels)).astype(np.float32) if grids else None
-  layout = conditioning.make_layout(jnp.asarray(tokens), jnp.array([len(ids)]), SLOT, grids, target)
+  layout = networks.make_layout(jnp.asarray(tokens), jnp.array([len(ids)]), SLOT, grids, target)
   return latents, jnp.array([(0.37 + 0.1 * seed) % 1], jnp.float32), text, images, layout
 
 
@@ -94,7 +95,7 @@ def test_loss_gradient_matches_autograd(seed):
   out = module(states, torch.from_numpy(text), torch.from_numpy(np.array(t)), shapes, torch.tensor([slots])).sample
   out[:, -latents.shape[1]:].square().mean().backward()
   ours = jax.device_get(gradient(load(CFG, module), latents, t, text, images, layout))
-  for name, x in pretrained.export_tensors(ours, mmdit.specs(CFG), names.table(CFG)):
+  for name, x in tensors.export_tensors(ours, mmdit.specs(CFG), names.table(CFG)):
     theirs = module.get_parameter(name).grad.numpy()
     assert reference.relative_error(x, theirs) < 1e-4, name
 
@@ -102,7 +103,7 @@ def test_loss_gradient_matches_autograd(seed):
 def test_export_gives_back_the_published_tensors():
   module = make_reference(CFG)
   published = reference.tensors(module)
-  exported = dict(pretrained.export_tensors(load(CFG, module), mmdit.specs(CFG), names.table(CFG)))
+  exported = dict(tensors.export_tensors(load(CFG, module), mmdit.specs(CFG), names.table(CFG)))
   assert exported.keys() == published.keys()
   for name, x in published.items():
     np.testing.assert_array_equal(exported[name], x, err_msg=name)

@@ -13,7 +13,7 @@ from configs import curation
 from data_pipelines.curation import measures, ocr
 from data_pipelines.curation.operators import OPERATORS, make_operators, missing_report_operators
 from data_pipelines.curation.sample import Caption, Sample
-from data_pipelines.drawing import _font_path
+from data_pipelines.embedded.drawing import _font_path
 from data_pipelines.tokenizer import train_tokenizer
 
 

@@ -14,9 +14,9 @@ import reference
 import torch
 from PIL import Image
 
-from launch.generator import Generator, Size, load_condition_image
-from launch.pretrained import Pretrained
-from launch.sample import Request, pretrained_defaults, sample
+from qimg2.runtime.generator import Generator, Size, load_condition_image
+from qimg2.runtime.pretrained import Pretrained
+from qimg2.runtime.sampling import Request, pretrained_defaults, sample
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_STEPS, RESOLUTION, NUM_TOKENS = 8, 64, 96

@@ -18,13 +18,14 @@ import reference
 import safetensors.numpy
 import torch
 
-from qimg2 import conditioning, flow, pretrained, sharding
+from qimg2 import flow, networks, sharding
 from qimg2 import params as P
 from qimg2.models import mmdit
-from qimg2.names import mmdit as mmdit_names
-from qimg2.names import qwen3_vl as qwen3_vl_names
-from qimg2.names import vae as vae_names
-from qimg2.pipeline_folder import check_configs, load_weights, open_folder, published_schedule, read_schedule
+from qimg2.published import tensors
+from qimg2.published.folder import check_configs, load_weights, open_folder, published_schedule, read_schedule
+from qimg2.published.names import mmdit as mmdit_names
+from qimg2.published.names import qwen3_vl as qwen3_vl_names
+from qimg2.published.names import vae as vae_names
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROLES = {"model": "transformer", "encoder": "text_encoder", "vae": "vae"}
@@ -51,7 +52,7 @@ def broken(folder, tmp_path):
 
 
 def specs_of(opened):
-  return conditioning.Networks(opened.model, opened.encoder, opened.vae, 14).specs()
+  return networks.Networks(opened.model, opened.encoder, opened.vae, 14).specs()
 
 
 def load(path, role, shardings=None):
@@ -64,7 +65,7 @@ def published(path, role):
   opened = open_folder(path)
   specs, params = specs_of(opened)[role], load(path, role)
   specs.pop("statistics", None)
-  return dict(pretrained.export_tensors(params, specs, TABLES[role](getattr(opened, role))))
+  return dict(tensors.export_tensors(params, specs, TABLES[role](getattr(opened, role))))
 
 
 def assert_holds(found, module, dtype=torch.float32):
@@ -147,7 +148,7 @@ import json, pathlib, sys
 import jax, jax.numpy as jnp
 from qimg2 import export, params, pretrained
 from qimg2.models import mmdit
-from qimg2.names import mmdit as names
+from qimg2.published.names import mmdit as names
 
 def status(key):
   return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -172,7 +173,7 @@ print(json.dumps({"weights": 4 * params.count(specs), "loading": loading, "writi
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_host_memory_stays_near_the_weights(tmp_path, dtype):
   cfg = mmdit.Config(width=1024, num_layers=6, num_heads=8, context_width=1024)
-  shapes = pretrained.published_shapes(mmdit.specs(cfg), mmdit_names.table(cfg))
+  shapes = tensors.published_shapes(mmdit.specs(cfg), mmdit_names.table(cfg))
   draw = np.random.default_rng(0).standard_normal
   safetensors.numpy.save_file({name: draw(shape, np.float32).astype(dtype) for name, shape in shapes.items()},
                               tmp_path / "diffusion_pytorch_model.safetensors")
@@ -207,9 +208,9 @@ def test_shared_condition_time_is_what_causal_condition_false_does():
   rng = np.random.default_rng(0)
   tokens, grids = np.array([[1, 9, 9, 2, 3]]), [(2, 4)]
   text, images, target = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 5, 64), (1, 8, 8), (1, 16, 8)))
-  layout = conditioning.make_layout(jnp.asarray(tokens), jnp.array([5]), 9, grids, (4, 4))
+  layout = networks.make_layout(jnp.asarray(tokens), jnp.array([5]), 9, grids, (4, 4))
   arrays = reference.tensors(module)
-  params = pretrained.import_tensors(mmdit.specs(cfg), mmdit_names.table(cfg), arrays, arrays.__getitem__)
+  params = tensors.import_tensors(mmdit.specs(cfg), mmdit_names.table(cfg), arrays, arrays.__getitem__)
   with torch.no_grad():
     theirs = module(torch.from_numpy(np.concatenate([images, target], 1)), torch.from_numpy(text), torch.tensor([0.4]),
                     [[(1, 2, 4), (1, 4, 4)]], torch.tensor([[*(tokens[0] == 9), *[True] * 4]])).sample[:, -16:].numpy()
@@ -333,7 +334,7 @@ def test_an_index_must_agree_with_its_files(pipeline, tmp_path, change, message)
 
 def test_names_and_shapes_are_checked_before_anything_is_read(broken, monkeypatch):
   rewrite(broken, lambda x: x.update({"proj_out.weight": np.ones((8, 8), np.float32)}))
-  monkeypatch.setattr(pretrained.TensorFiles, "read", lambda self, name: pytest.fail(f"{name} was read"))
+  monkeypatch.setattr(tensors.TensorFiles, "read", lambda self, name: pytest.fail(f"{name} was read"))
   with pytest.raises(ValueError, match="proj_out.weight has shape"):
     load(broken, "model")
 

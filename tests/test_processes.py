@@ -10,13 +10,13 @@ import types
 
 import numpy as np
 import pytest
+from kill_points import Job, kill_and_compare
+from many import PATIENCE_S, ends, error_lines, start, together, train
 
 from data_pipelines.loader import Loader
-from kill_points import Job, kill_and_compare
-from launch import processes
-from many import PATIENCE_S, ends, error_lines, start, together, train
-from qimg2 import manifest
-from qimg2.metrics import read_rows
+from qimg2.runtime import processes
+from qimg2.training import manifest
+from qimg2.training.metrics import read_rows
 
 STEPS = 6
 CONFIG = """

@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import torch
 
-import reference
 from configs import sizes
-from launch.sections import encoder_config
 from qimg2 import params as P
-from qimg2 import pretrained, sharding
+from qimg2 import sharding
 from qimg2.models import qwen3_vl
 from qimg2.models.qwen3_vl_vision import VisionConfig
-from qimg2.names import qwen3_vl as names
+from qimg2.published import tensors
+from qimg2.published.names import qwen3_vl as names
+from qimg2.runtime.config import encoder_config
 
 TOLERANCE = 2e-5
 SIZES = {size: dataclasses.replace(encoder_config(sizes.qwen3_vl(size)), dtype="float32") for size in ("2B", "4B", "8B", "32B")}
@@ -33,7 +34,7 @@ def oracle(seed, tied=False):
   published = reference.tensors(model)
   if tied:
     del published["lm_head.weight"]  # the published files of tied models hold the embedding once
-  return model, cfg, pretrained.import_tensors(qwen3_vl.specs(cfg), names.table(cfg), set(published), published.__getitem__)
+  return model, cfg, tensors.import_tensors(qwen3_vl.specs(cfg), names.table(cfg), set(published), published.__getitem__)
 
 
 @torch.no_grad()
@@ -76,12 +77,12 @@ def test_state_and_logits_equal_published_class(seed, tied):
 def test_names_map_strictly_both_ways(tied):
   model, cfg, params = oracle(0, tied)
   published = reference.tensors(model)
-  exported = dict(pretrained.export_tensors(params, qwen3_vl.specs(cfg), names.table(cfg)))
+  exported = dict(tensors.export_tensors(params, qwen3_vl.specs(cfg), names.table(cfg)))
   assert set(published) - set(exported) == ({"lm_head.weight"} if tied else set())
   for name, x in exported.items():
     np.testing.assert_array_equal(x, published[name], strict=True)
   with pytest.raises(ValueError, match="lack"):
-    pretrained.import_tensors(qwen3_vl.specs(cfg), names.table(cfg), set(exported) - {"model.visual.patch_embed.proj.bias"}, exported.get)
+    tensors.import_tensors(qwen3_vl.specs(cfg), names.table(cfg), set(exported) - {"model.visual.patch_embed.proj.bias"}, exported.get)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import torch
 
-import reference
 from qimg2 import params as P
-from qimg2 import pretrained, sharding
+from qimg2 import sharding
 from qimg2.models import qwen3_vl, qwen3_vl_vision
-from qimg2.names import qwen3_vl as names
+from qimg2.published import tensors
+from qimg2.published.names import qwen3_vl as names
 
 TOLERANCE = 2e-5
 IMAGE, NUM_TOKENS = 300, 60
@@ -24,7 +25,7 @@ def oracle(seed):
   """(the published class, its config and weights read by our names)."""
   model = reference.tiny_qwen3_vl(seed)
   cfg, published = names.config(model.config.to_dict()), reference.tensors(model)
-  return model, cfg, pretrained.import_tensors(qwen3_vl.specs(cfg), names.table(cfg), set(published), published.__getitem__)
+  return model, cfg, tensors.import_tensors(qwen3_vl.specs(cfg), names.table(cfg), set(published), published.__getitem__)
 
 
 @functools.cache

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import pytest
 
 from configs import pretrain, quickstart
-from launch import rehearsal, rehearse, rehearse_table, topology
-from launch.rehearse import Choice, Rehearsal
-from qimg2 import conditioning, flops
+from qimg2 import networks
 from qimg2 import params as P
+from qimg2.analysis import flops
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
+from qimg2.runtime.rehearsal import search, steps, table, topology
+from qimg2.runtime.rehearsal.search import Choice, Rehearsal
 
 ROOT = pathlib.Path(__file__).parent.parent
-ROW = rehearse_table.Row(stage="one", task="t2i", height=64, width=64, num_sources=0, num_tokens=64, batch_size=16, accumulate=2, num_devices=8,
+ROW = table.Row(stage="one", task="t2i", height=64, width=64, num_sources=0, num_tokens=64, batch_size=16, accumulate=2, num_devices=8,
                          mesh={"data": 1, "fsdp": 8}, rules="fsdp_tensor", remat="dots", model_flops={"model": 3e12, "vae": 1e12},
                          peak_bytes=20 * 2**30, limit_bytes=15.75 * 2**30, compile_s=1.0)
 
@@ -54,7 +55,7 @@ def test_the_generator_by_xla():
   cfg = mmdit.Config(latent_channels=16, width=256, num_layers=1, num_heads=4, head_dim=64, context_width=128, rope_dims=(16, 24, 24),
                      attention="full")  # on a CPU whatever the mask hides is multiplied, too
   tokens, count = jax.ShapeDtypeStruct((1, 96), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-  layout = jax.eval_shape(lambda tokens, count: conditioning.make_layout(tokens, count, 3, [(8, 8)], (16, 16)), tokens, count)
+  layout = jax.eval_shape(lambda tokens, count: networks.make_layout(tokens, count, 3, [(8, 8)], (16, 16)), tokens, count)
   float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   found = counted(lambda *a: mmdit.apply(cfg, *a), P.abstract(mmdit.specs(cfg)), float32(1, 256, 16), float32(1), float32(1, 96, 128),
                   float32(1, 64, 16), layout)
@@ -81,7 +82,7 @@ def test_the_vae_by_xla():
 
 
 def test_a_step_counts_training_three_times_and_caches_not_at_all():
-  nets = conditioning.Networks(mmdit.Config(), qwen3_vl.Config(), vae.Config(), 12)
+  nets = networks.Networks(mmdit.Config(), qwen3_vl.Config(), vae.Config(), 12)
   pixels = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.uint8)
   batch = {"tokens": pixels(4, 76), "target": pixels(4, 256, 256, 3), "sources": (pixels(4, 64, 64, 3),)}
   counts = flops.step_flops(nets, ("model",), ("encoder", "vae"), batch)
@@ -98,16 +99,16 @@ def test_a_step_counts_training_three_times_and_caches_not_at_all():
 def test_buckets_of_the_published_curriculum():
   cfg = pretrain.get_config()
   cfg.mesh.fsdp, cfg.mesh.tensor = 4, 2
-  rehearsal = Rehearsal(cfg, jax.devices()[:8])
+  steps = Rehearsal(cfg, jax.devices()[:8])
   section = cfg.stages[-1]
-  shapes = [(one.task, one.height, one.width, one.source_sizes, one.num_tokens) for one in rehearsal.buckets(section, Choice(base_px=(512,)))]
+  shapes = [(one.task, one.height, one.width, one.source_sizes, one.num_tokens) for one in steps.buckets(section, Choice(base_px=(512,)))]
   assert shapes == [("t2i", 512, 512, (), 1024), ("t2i", 288, 896, (), 1024), ("ti2i", 512, 512, ((512, 512),), 1024 + 256 + 6),
                     ("ti2i", 288, 896, ((288, 896),), 1024 + 9 * 28 + 6)]
-  assert len(rehearsal.buckets(section, Choice(squares=True))) == 2 * 3
-  assert len(rehearsal.buckets(section, Choice(tasks=("t2i",), base_px=(2048,), all_buckets=True))) == 9
+  assert len(steps.buckets(section, Choice(squares=True))) == 2 * 3
+  assert len(steps.buckets(section, Choice(tasks=("t2i",), base_px=(2048,), all_buckets=True))) == 9
   with pytest.raises(ValueError, match="16384 cannot be divided over 4 devices of the axes data and fsdp in 3 micro-batches"):
     section.optimizer.accumulate = 3
-    rehearsal.row(section, rehearsal.buckets(section)[0])
+    steps.row(section, steps.buckets(section)[0])
 
 
 def test_plans_of_the_published_curriculum():
@@ -125,13 +126,13 @@ def test_plans_of_the_published_curriculum():
 
 
 def test_the_table_says_what_does_not_fit():
-  text = rehearse_table.table([ROW, dataclasses.replace(ROW, stage="two", limit_bytes=None), dataclasses.replace(ROW, peak_bytes=2**30)])
+  text = table.table([ROW, dataclasses.replace(ROW, stage="two", limit_bytes=None), dataclasses.replace(ROW, peak_bytes=2**30)])
   first, second, third = text.splitlines()[1:4]
   assert "4.2 over" in first and "t2i 64x64 64t" in first and "no limit" in second and "fits" in third
   assert ROW.fits is False and ROW.per_chip == 1
-  assert json.loads(json.dumps(rehearse_table.as_json(ROW)))["fits"] is False
-  assert "--config.mesh.fsdp=8" in rehearse_table.advice(ROW, 3)
-  assert "--config.stages[3].optimizer.accumulate=2" in rehearse_table.advice(ROW, 3)
+  assert json.loads(json.dumps(table.as_json(ROW)))["fits"] is False
+  assert "--config.mesh.fsdp=8" in table.advice(ROW, 3)
+  assert "--config.stages[3].optimizer.accumulate=2" in table.advice(ROW, 3)
 
 
 def test_mistakes(monkeypatch):
@@ -141,7 +142,7 @@ def test_mistakes(monkeypatch):
   with pytest.raises(ValueError, match="'v9:2x2' is not understood"):
     topology.find_devices("v9:2x2")
   with pytest.raises(ValueError, match="has no stage 'nothing'"):
-    rehearse.rehearse(quickstart.get_config("smoke"), jax.devices()[:8], None, Choice(stages=("nothing",)))
+    search.rehearse(quickstart.get_config("smoke"), jax.devices()[:8], None, Choice(stages=("nothing",)))
 
 
 def searched(monkeypatch, batch_size, peak, **options):
@@ -157,7 +158,7 @@ def searched(monkeypatch, batch_size, peak, **options):
   for resolution in cfg.stages[3].resolutions:
     resolution.batch_size = batch_size
   before = cfg.stages[3].optimizer.accumulate
-  rows, best = rehearse.search(cfg, jax.devices()[:8], None, Choice(stages=("sft",)), **options)
+  rows, best = search.search(cfg, jax.devices()[:8], None, Choice(stages=("sft",)), **options)
   assert cfg.stages[3].optimizer.accumulate == before
   return rows, best
 
@@ -184,10 +185,10 @@ def test_search_leaps_to_what_should_fit_and_back_if_it_does_not(monkeypatch):
 
 def test_a_rule_set_is_tried_on_a_mesh_without_idle_axes():
   sizes = {"data": 2, "fsdp": 8, "context": 1, "tensor": 4}
-  assert rehearse.fitting_mesh("fsdp_tensor", sizes) == sizes
-  assert rehearse.fitting_mesh("fsdp", sizes) == {"data": 2, "fsdp": 32}
-  assert rehearse.fitting_mesh("fsdp_context", sizes) == {"data": 2, "fsdp": 8, "context": 4}
-  assert rehearse.fitting_mesh("replicated", sizes) == {"data": 2, "fsdp": 32, "context": 1}
+  assert search.fitting_mesh("fsdp_tensor", sizes) == sizes
+  assert search.fitting_mesh("fsdp", sizes) == {"data": 2, "fsdp": 32}
+  assert search.fitting_mesh("fsdp_context", sizes) == {"data": 2, "fsdp": 8, "context": 4}
+  assert search.fitting_mesh("replicated", sizes) == {"data": 2, "fsdp": 32, "context": 1}
 
 
 def test_what_the_compiler_wrote_down(tmp_path, monkeypatch):
@@ -210,7 +211,7 @@ def test_what_the_compiler_wrote_down(tmp_path, monkeypatch):
 
 def test_a_compiler_that_ends_is_named():
   with pytest.raises(ChildProcessError, match="compiles stage 'none' ended with code 1: "):
-    rehearsal._told_apart(rehearsal.Apart("cpu:1"), quickstart.get_config("smoke"), "none", None)
+    steps._told_apart(steps.Apart("cpu:1"), quickstart.get_config("smoke"), "none", None)
 
 
 def launch(*arguments):
@@ -259,7 +260,7 @@ def test_a_published_plan_at_its_heaviest(tmp_path):
                   f"--json={file}")
   assert result.returncode == 0, result.stderr
   row, = json.loads(file.read_text())["rows"]
-  assert 0.5 < row["peak_bytes"] / row["limit_bytes"] < rehearse_table.HEADROOM and row["remat"] == "dots" and row["accumulate"] == 128
+  assert 0.5 < row["peak_bytes"] / row["limit_bytes"] < table.HEADROOM and row["remat"] == "dots" and row["accumulate"] == 128
   # Splash kernels count, or the program would do less than the model asks for.
   assert 1 < row["traffic"]["flops"] / sum(row["model_flops"].values()) < 1.5 and not row["traffic"]["unknown_loops"]
   assert 0.75 < row["bound"]["mfu"] < 1 and row["bound"]["step_s"] == row["bound"]["compute_s"]

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import reference
 
-from qimg2 import flow, optim, sharding, state
+from qimg2 import flow, sharding
 from qimg2 import params as P
 from qimg2.algorithms.flow_matching import flow_matching
-from qimg2.conditioning import Networks
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
+from qimg2.networks import Networks
+from qimg2.training import optim, state
 
 TOLERANCE = 1e-5
 SLOT, NUM_SYSTEM, ROWS = 5, 2, 8

@@ -18,8 +18,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data_pipelines.curation.sample import Caption
-from data_pipelines.records import KINDS
 from data_pipelines.curation.sources import Unit, fingerprint, plan_units, read_unit
+from data_pipelines.records import KINDS
 from data_pipelines.transforms import decode_image, encode_png
 
 

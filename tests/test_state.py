@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from qimg2 import optim, sharding, state
 from qimg2 import params as P
+from qimg2 import sharding
 from qimg2.algorithms import Algorithm
+from qimg2.training import optim, state
 
 SPECS = {"model": {"w": P.Param((4, 3), ("embed", "mlp"), P.normal(1.0)), "b": P.Param((3,), (None,), P.normal(1.0))},
          "critic": {"w": P.Param((4, 3), ("embed", "mlp"), P.normal(1.0)), "b": P.Param((3,), (None,), P.normal(1.0))}}

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from test_emoji import needs_packages
 
 from configs import emoji, folder, pretrain
-from launch.export import export
-from launch.run import Run
-from launch.train import train
-from qimg2.metrics import read_rows
-from test_emoji import needs_packages
+from qimg2.runtime.curriculum import train
+from qimg2.runtime.exporting import export
+from qimg2.runtime.run import Run
+from qimg2.training.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = ("vae", "high_resolution")

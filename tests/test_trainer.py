@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from launch.run import save_config
-from qimg2 import checkpoint, faults, metrics, trainer
+from qimg2.runtime.run import save_config
+from qimg2.training import checkpoint, faults, metrics, trainer
 
 STAGE = trainer.Stage("s", None, None, {}, num_steps=7, batch_shapes=({"sample_id": np.zeros(4)},) * 2, save_every_steps=3)
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import torch
 
-import reference
 from qimg2 import params as P
-from qimg2 import pretrained, sharding
+from qimg2 import sharding
 from qimg2.models import vae
-from qimg2.names import vae as names
+from qimg2.published import tensors
+from qimg2.published.names import vae as names
 
 TOLERANCE = 2e-5
 
@@ -38,7 +39,7 @@ def make_reference(cfg, seed=0):
 
 def load(cfg, module):
   published = reference.tensors(module)
-  return pretrained.import_tensors(vae.specs(cfg), names.table(cfg), set(published), published.__getitem__)
+  return tensors.import_tensors(vae.specs(cfg), names.table(cfg), set(published), published.__getitem__)
 
 
 def random_params(cfg, seed=0):
@@ -88,7 +89,7 @@ def test_export_gives_back_the_published_tensors():
   cfg = small()
   module = make_reference(cfg)
   published = reference.tensors(module)
-  exported = dict(pretrained.export_tensors(load(cfg, module), vae.specs(cfg), names.table(cfg)))
+  exported = dict(tensors.export_tensors(load(cfg, module), vae.specs(cfg), names.table(cfg)))
   assert exported.keys() == published.keys()
   for name, x in published.items():
     np.testing.assert_array_equal(exported[name], x, err_msg=name)
@@ -99,9 +100,9 @@ def test_import_names_the_odd_tensor():
   published = reference.tensors(make_reference(cfg))
   with pytest.raises(ValueError, match="time_conv"):
     without = dataclasses.replace(cfg, temporal_weights=False)
-    pretrained.import_tensors(vae.specs(without), names.table(without), set(published), published.__getitem__)
+    tensors.import_tensors(vae.specs(without), names.table(without), set(published), published.__getitem__)
   with pytest.raises(ValueError, match="quant_conv.bias"):
-    pretrained.import_tensors(vae.specs(cfg), names.table(cfg), set(published) - {"quant_conv.bias"}, published.__getitem__)
+    tensors.import_tensors(vae.specs(cfg), names.table(cfg), set(published) - {"quant_conv.bias"}, published.__getitem__)
 
 
 def test_full_size_counts_and_shapes():

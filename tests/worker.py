@@ -19,11 +19,12 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from launch import cli, processes
-from launch.run import Run
-from qimg2 import checkpoint, faults, manifest
+from launch import cli
+from qimg2.runtime import processes
+from qimg2.runtime.run import Run
 from qimg2.sharding import all_ids, put_whole, to_host
-from qimg2.state import TrainState
+from qimg2.training import checkpoint, faults, manifest
+from qimg2.training.state import TrainState
 
 NUM_BATCHES = 6
 
@@ -78,7 +79,7 @@ def define_flags():
   flags.DEFINE_string("do", None, "What.", required=True)
   flags.DEFINE_integer("victim", 0, "Which process fails.")
   flags.DEFINE_bool("mistake", False, "Whether it raises.")
-  processes.define_flags()
+  cli.define_process_flags()
 
 
 def main(_):
@@ -86,4 +87,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  cli.run(processes.together(main, stops_when_asked="--do=stop" in sys.argv), define_flags)
+  cli.run(cli.together(main, stops_when_asked="--do=stop" in sys.argv), define_flags)

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipelines.transforms import decode_image
 
+
 @dataclasses.dataclass(frozen=True)
 class Caption:
   """A text that describes the picture, or the instruction of an edit. Kept to the letter: quoted text must be drawn verbatim."""

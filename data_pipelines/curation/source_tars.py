@@ -18,8 +18,19 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
 from data_pipelines.curation.sample import Sample
-from data_pipelines.curation.source_tables import (Piece, Place, check_columns, full_location, guarded, in_prompt_order, open_location, parse_lines,
-                                                   parse_object, ranges, record_sample)
+from data_pipelines.curation.source_tables import (
+  Piece,
+  Place,
+  check_columns,
+  full_location,
+  guarded,
+  in_prompt_order,
+  open_location,
+  parse_lines,
+  parse_object,
+  ranges,
+  record_sample,
+)
 from data_pipelines.transforms import encode_png
 
 # What Pillow reads and people store pictures in.

@@ -1,1 +1,0 @@
-"""Tables of published tensor names, one module per model: `table(cfg)` maps every path of `specs(cfg)` to an `Entry` (`qimg2.pretrained`)."""

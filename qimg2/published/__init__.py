@@ -1,0 +1,1 @@
+"""Published checkpoints, both ways: tensors and their names, whole folders, export."""

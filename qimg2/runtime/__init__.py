@@ -1,0 +1,1 @@
+"""Joins config, data and networks: what the launchers call, and what a notebook can call, too. Nothing here reads a flag."""

@@ -1,0 +1,1 @@
+"""Latents and encoder states of a data set, computed once and stored as a data set."""

@@ -1,0 +1,315 @@
+"""Writes the VAE's latents of a stage's data sets, and with --features the condition encoder's states, as data sets that a stage can train on.
+
+  python -m launch.cache_latents --config=configs/quickstart.py --stage=high_resolution --workdir=runs/quickstart [--features]
+
+Next to every data set NAME of the stage's mixture lies then NAME_latents, with the splits train and validation, for the stage's resolutions and
+the tasks that the mixture names. Put that name in the mixture, and training reads latents in place of pixels: the same batches in the same
+order, and the same losses up to rounding. See data_pipelines.cache for what is stored. The weights are those that the stage trains with.
+
+A record is cached once for each resolution where it fits a bucket by the stage's max_crop, whatever min_quality, languages and caption kinds
+say, so that one cache serves several stages. Records that cannot be decoded are left out and named. Interrupted, the same command goes on with
+the shards that are missing and ends with the same files. Several machines that share a file system divide the work by --part=0/4 to
+--part=3/4, one process each; when all are done, the command without --part puts the data set together.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+
+import grain.python as grain
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from data_pipelines import records as R
+from data_pipelines.buckets import Bucket, make_buckets
+from data_pipelines.cache import open_cache
+from data_pipelines.loader import FIRST_ROWS, check_record, read_records
+from data_pipelines.mixture import Cell, DatasetSpec, Mixture, Resolution
+from data_pipelines.transforms import encode_png, load_picture
+from qimg2.runtime.caching.networks import Encoder, Options
+from qimg2.runtime.config import from_section
+from qimg2.runtime.run import Run
+
+_ANY_LENGTH = 2**30  # tokens: no caption is too long for latents
+_NAMED = 1000  # broken records that dataset.json names; all are counted
+
+
+def cache_latents(cfg: ConfigDict, stage_name: str, workdir: str | pathlib.Path, out_name: str = "", options: Options = Options()) -> list[dict]:
+  """Caches the data sets of a stage's mixture, and returns the facts of each, with its path, or None for the path of a part.
+
+  Args: config; stage; folder of the run; name of the cache, "" for that of the data set with "_latents"; how to cache.
+
+  Raises:
+    ValueError: a stage that needs no latents, weights that are not there, or another cache in the same place.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(f"launch.cache_latents runs in one process, but JAX has {jax.process_count()}: start it once per machine with --part=i/n.")
+  run = Run(cfg, workdir)
+  if stage_name not in run.stages:
+    raise ValueError(f"The config has no stage {stage_name!r}: choose one of {', '.join(run.stages)}.")
+  stage = run.stages[stage_name]
+  if "vae" not in run.algorithm(stage).frozen:
+    raise ValueError(f"Stage {stage_name!r} has no frozen VAE whose latents could be cached: choose a stage that trains a generator.")
+  names = list(dict.fromkeys(part["name"] for part in stage.mixture))
+  if out_name and len(names) > 1:
+    raise ValueError(f"--name={out_name} names one cache, but stage {stage_name!r} has the data sets {', '.join(names)}: leave it out.")
+  weights = run.frozen_weights(stage)
+  encoder = Encoder(run, weights, options)
+  return [_Job(run, stage, name, out_name or f"{name}_latents", encoder, options).write() for name in names]
+
+
+# ---- one data set --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+  """A split of the original: its number of records, and which of them lie in which cell of which mixture."""
+  num_records: int
+  cells: tuple[tuple[Mixture, Cell], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+  """Records of one bucket that could be decoded, their pictures in the first rows, and what was wrong with the others."""
+  records: list[dict]
+  target: np.ndarray
+  sources: list[np.ndarray]
+  broken: list[str]
+
+
+class _Job:
+  """The cache of one data set, shard by shard. Shards lie in a folder of their own until the data set is whole:
+
+    <data_dir>/.<name>.incomplete/request.json, <split>-00000, and <split>-00000.npz, its index, written when the shard is
+  """
+
+  def __init__(self, run: Run, stage: ConfigDict, name: str, out_name: str, encoder: Encoder, options: Options):
+    self._run, self._stage, self._name, self._out_name = run, stage, name, out_name
+    self._encoder, self._options = encoder, options
+    self._data_dir = pathlib.Path(run.cfg.data_dir)
+    if open_cache(self._data_dir, name) is not None:
+      raise ValueError(f"Data set {name!r} of stage {stage.name!r} is a latent cache itself: name the data set that it was made from.")
+    if out_name == name:
+      raise ValueError(f"--name={out_name} is the name of the original data set: choose another one.")
+    self._resolutions = _distinct([from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions])
+    self._tasks = tuple(sorted({part["task"] for part in stage.mixture if part["name"] == name}))
+    self._meta = R.read_meta(self._data_dir / name)
+    self._work = self._data_dir / f".{out_name}.incomplete"
+    self._request = json.loads(json.dumps(self._make_request()))
+
+  def write(self) -> dict:
+    """Writes what is missing and returns the facts."""
+    path = self._data_dir / self._out_name
+    if path.exists():
+      facts = R.read_meta(path)["facts"]
+      _check_request(path, R.read_meta(path)["request"], self._request)
+      return {"path": str(path), "reused": True} | facts
+    self._work.mkdir(exist_ok=True)
+    self._begin()
+    splits = {split: self._open(split) for split in R.SPLITS}
+    shards = [(split, number) for split in R.SPLITS for number in range(math.ceil(splits[split].num_records / self._options.shard_records))]
+    self._write_shards(splits, shards)
+    if self._options.part is not None:
+      done = sum(self._place(*shard).with_suffix(".npz").exists() for shard in shards)
+      return {"path": None, "shards_done": done, "shards": len(shards)}
+    facts = self._finish(shards)
+    R.publish(self._work / self._out_name, path)
+    shutil.rmtree(self._work)
+    return {"path": str(path), "reused": False} | facts
+
+  # ---- what is asked for -------------------------------------------------------------------------
+
+  def _make_request(self) -> dict:
+    """What decides every byte of the cache. Mesh and batch size are left out: they change the last bits at most."""
+    run, options = self._run, self._options
+    sizes = [{"base_px": one.base_px, "ratios": list(one.ratios), "multiple": one.multiple} for one in self._resolutions]
+    request = {"dataset": self._name, "dataset_sha256": R.checksum(self._data_dir / self._name / "dataset.json"), "tasks": self._tasks,
+               "resolutions": sizes, "max_crop": self._stage.max_crop, "features": options.features, "dtype": options.dtype,
+               "shard_records": options.shard_records, "tokenizer": run.tokenizer.fingerprint, "vae": self._encoder.fingerprints["vae"],
+               "vae_dtype": run.cfg.vae.dtype}
+    if options.features:
+      request |= {"encoder": self._encoder.fingerprints["encoder"], "encoder_dtype": run.nets.encoder.dtype, "num_tokens": run.cfg.num_tokens}
+    return request
+
+  def _describe(self) -> dict:
+    """The section `cache` of dataset.json."""
+    run, features = self._run, self._options.features
+    sizes = {str(one.base_px): [(bucket.height, bucket.width) for bucket in make_buckets("t2i", one.base_px, one.ratios, 0, 1, one.multiple)]
+             for one in self._resolutions}
+    weights_from = {role: self._stage.frozen[role] or "its default" for role in self._encoder.fingerprints}
+    made_with = {"base_px": [one.base_px for one in self._resolutions], "sizes": sizes, "resolutions": self._request["resolutions"],
+                 "tokenizer": run.tokenizer.fingerprint, "num_tokens": run.cfg.num_tokens, **self._encoder.fingerprints,
+                 "weights_from": weights_from}
+    return {"dtype": self._options.dtype, "channels": run.nets.vae.latent_channels, "factor": run.nets.vae.spatial_factor,
+            "feature_width": run.nets.encoder.width if features else 0, "num_system_tokens": run.nets.num_system_tokens, "made_with": made_with}
+
+  def _begin(self) -> None:
+    """Checks that what lies in the work folder was begun for the same request."""
+    file = self._work / "request.json"
+    if not file.exists():
+      part = self._work / f"request.{os.getpid()}.part"
+      part.write_text(json.dumps(self._request, indent=1), encoding="utf-8")
+      part.replace(file)
+    _check_request(self._work, json.loads(file.read_text(encoding="utf-8")), self._request)
+
+  def _open(self, split: str) -> _Split:
+    """Which records of a split to cache. The validation split may have none of a task."""
+    num_records, found = self._meta["facts"][split], []
+    for task in self._tasks if num_records else ():
+      spec = DatasetSpec(str(self._data_dir), self._name, split, task=task)
+      try:
+        mixture = Mixture([spec], self._resolutions, _ANY_LENGTH, self._run.tokenizer, 0, max_crop=self._stage.max_crop)
+      except ValueError as error:
+        if split == "train":
+          raise
+        logging.warning("The cache %s will have no validation records of the task %s: %s", self._out_name, task, error)
+        continue
+      found += [(mixture, cell) for cell in sorted(mixture.cells, key=lambda cell: (cell.resolution, cell.bucket))]
+    return _Split(num_records, tuple(found))
+
+  # ---- shards ------------------------------------------------------------------------------------
+
+  def _place(self, split: str, number: int) -> pathlib.Path:
+    return self._work / f"{split}-{number:05d}"
+
+  def _write_shards(self, splits: dict[str, _Split], shards: list[tuple[str, int]]) -> None:
+    """Writes those shards of this process's part that are not there yet."""
+    first, step = self._options.part or (0, 1)
+    mine = shards[first::step]
+    sizes = {shard: sum(len(some) for _, _, some in self._rows(splits[shard[0]], shard[1])) for shard in mine}
+    done = [shard for shard in mine if self._place(*shard).with_suffix(".npz").exists()]
+    with tqdm(total=sum(sizes.values()), initial=sum(map(sizes.get, done)), desc=self._out_name, unit="record", disable=None) as progress:
+      for split, number in mine:
+        if (split, number) not in done:
+          self._write_shard(splits[split], split, number, progress)
+
+  def _write_shard(self, opened: _Split, split: str, number: int, progress: tqdm) -> None:
+    """Writes one shard, and then its index with what else `_finish` needs of it."""
+    path, columns, base_px, broken = self._place(split, number), R.Columns(), [], []
+
+    def stream() -> Iterator[dict]:
+      for mixture, cell, batch, num_read in self._batches(opened, number):
+        for sentence in batch.broken:
+          logging.warning("Left out: %s", sentence)
+        broken.extend(batch.broken)
+        for record in self._encode(mixture.buckets[cell.bucket], batch):
+          base_px.append(mixture.resolutions[cell.resolution].base_px)
+          yield record
+        progress.update(num_read)
+
+    shard = R.write_shard(path, columns.watch(stream()))
+    about = json.dumps({"num_records": shard.num_records, "num_bytes": shard.num_bytes, "sha256": shard.sha256, "broken": broken})
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+      np.savez(file, about=np.array(about), base_px=np.array(base_px, np.int32), **columns.arrays(self._run.tokenizer))
+    part.replace(path.with_suffix(".npz"))
+
+  def _rows(self, opened: _Split, number: int) -> Iterator[tuple[Mixture, Cell, np.ndarray]]:
+    """The records of a shard: (mixture, cell, its positions there, ascending as in the original, so that each epoch is shuffled alike)."""
+    first = number * self._options.shard_records
+    for mixture, cell in opened.cells:
+      start, stop = np.searchsorted(cell.records, (first, first + self._options.shard_records))
+      yield mixture, cell, cell.records[start:stop]
+
+  def _batches(self, opened: _Split, number: int) -> Iterator[tuple[Mixture, Cell, _Batch, int]]:
+    """(mixture, cell, decoded batch, number of records read), decoded ahead by threads."""
+    pieces = [(mixture, cell, some[i:i + size]) for mixture, cell, some in self._rows(opened, number)
+              for size in [self._batch_size(mixture.buckets[cell.bucket])] for i in range(0, len(some), size)]
+    load = lambda i: self._load(*pieces[i])
+    batches = grain.MapDataset.range(len(pieces)).map(load).to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))
+    for (mixture, cell, positions), batch in zip(pieces, batches):
+      yield mixture, cell, batch, len(positions)
+
+  def _batch_size(self, bucket: Bucket) -> int:
+    rows = self._run.mesh.shape["data"] * self._run.mesh.shape["fsdp"]
+    return math.ceil((self._options.batch_size or bucket.batch_size) / rows) * rows
+
+  def _load(self, mixture: Mixture, cell: Cell, positions: np.ndarray) -> _Batch:
+    bucket = mixture.buckets[cell.bucket]
+    num, good, broken = self._batch_size(bucket), [], []
+    target = np.zeros((num, bucket.height, bucket.width, 3), np.uint8)
+    sources = [np.zeros((num, *size, 3), np.uint8) for size in bucket.source_sizes]
+    for sample_id, record in zip(mixture.sample_ids(cell.dataset, positions), read_records(mixture.sources[cell.dataset], positions.tolist())):
+      row, name = len(good), f"sample {sample_id} of data set {self._name!r}"
+      try:
+        check_record(record, int(sample_id), bucket, name)
+        target[row] = load_picture(record["image"], bucket.height, bucket.width, name)
+        for slot, size in enumerate(bucket.source_sizes):
+          sources[slot][row] = load_picture(record["sources"][slot], *size, f"condition image {slot + 1} of {name}")
+      except ValueError as error:
+        broken.append(str(error))
+      else:
+        good.append(record)
+    return _Batch(good, target, sources, broken)
+
+  def _encode(self, bucket: Bucket, batch: _Batch) -> Iterator[dict]:
+    """The records of the cache."""
+    num, sizes, features = len(batch.records), bucket.source_sizes, self._options.features
+    if not num:
+      return
+    name = f"samples {batch.records[0]['sample_id']} to {batch.records[-1]['sample_id']} of data set {self._name!r}"
+    latents, *sources = [self._encoder.latents(pixels, num, name) for pixels in (batch.target, *batch.sources)]
+    captions = [_texts(record["captions"]) for record in batch.records]
+    states = self._encoder.states(captions, batch.sources, sizes, len(batch.target), name) if features else [[]] * num
+    for row, record in enumerate(batch.records):
+      yield {**record, "image": b"", "height": bucket.height, "width": bucket.width, "captions": captions[row],
+             "languages": _texts(record["languages"]), "kinds": _texts(record["kinds"]), "attributes": record["attributes"].decode(),
+             "sources": [] if features else [encode_png(source[row]) for source in batch.sources],
+             "source_height": [height for height, _ in sizes], "source_width": [width for _, width in sizes],
+             "latents": latents[row], "source_latents": [source[row] for source in sources], "features": states[row]}
+
+  # ---- the whole ---------------------------------------------------------------------------------
+
+  def _finish(self, shards: list[tuple[str, int]]) -> dict:
+    """Makes a data set of the shards, inside the work folder, and returns its facts."""
+    built, tokenizer = self._work / self._out_name, self._run.tokenizer
+    shutil.rmtree(built, ignore_errors=True)
+    empty = R.Columns().arrays(tokenizer) | {"base_px": np.zeros(0, np.int32)}
+    files, indices, broken = {split: [] for split in R.SPLITS}, {split: [] for split in R.SPLITS}, []
+    for split, number in shards:
+      with np.load(self._place(split, number).with_suffix(".npz")) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+      about = json.loads(str(arrays.pop("about")))
+      broken += about.pop("broken")
+      files[split].append(R.Shard(os.fspath(self._place(split, number)), **about))
+      indices[split].append(arrays)
+    num_read = sum(shard.num_records for some in files.values() for shard in some) + len(broken)
+    if len(broken) > self._stage.max_faulty * max(num_read, FIRST_ROWS) or len(broken) == num_read:
+      raise ValueError(f"{len(broken)} of {num_read} records of data set {self._name!r} could not be cached, more than max_faulty="
+                       f"{self._stage.max_faulty} of stage {self._stage.name!r} allows; the last one: {broken[-1]}")
+    index = {split: R.join_indices(indices[split] or [empty]) for split in R.SPLITS}
+    facts = {"cached_from": self._name, "left_out": len(broken)}
+    # Linked, not moved: should this be interrupted, the shards are still where they were.
+    return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=R.link, cache=self._describe(), broken=broken[:_NAMED])
+
+
+def _distinct(resolutions: list[Resolution]) -> tuple[Resolution, ...]:
+  """One resolution per area."""
+  chosen = {}
+  for one in resolutions:
+    same = chosen.setdefault(one.base_px, one)
+    if (same.ratios, same.multiple) != (one.ratios, one.multiple):
+      raise ValueError(f"Two resolutions have base_px={one.base_px} and other ratios or multiples, which one cache cannot tell apart: cache two "
+                       "stages with one of them each.")
+  return tuple(chosen.values())
+
+
+def _check_request(folder: pathlib.Path, stored: dict, request: dict) -> None:
+  for key, value in request.items():
+    if stored.get(key) != value:
+      raise ValueError(f"{folder} holds a latent cache made with {key}={stored.get(key)}, not {key}={value}: remove that folder or choose "
+                       "another --name.")
+
+
+def _texts(values: Iterable[bytes]) -> list[str]:
+  return [value.decode() for value in values]
+
+
+# ---- command line --------------------------------------------------------------------------------------------------

@@ -1,0 +1,141 @@
+"""Trains the stages of a config, one after the other, and goes on where an earlier call was stopped.
+
+SIGTERM or Ctrl-C saves after the running step and exits with 75; the same command goes on. A second Ctrl-C ends at once.
+
+  python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.stages[1].num_steps=10]
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from qimg2.runtime import processes, report
+from qimg2.runtime.config import from_section, plain
+from qimg2.runtime.generator import Generator, Size
+from qimg2.runtime.run import Run, save_config
+from qimg2.runtime.sheets import grid, save_png
+from qimg2.runtime.suites import check, describe
+from qimg2.sharding import to_host
+from qimg2.training import faults
+from qimg2.training.metrics import MetricsWriter
+from qimg2.training.state import make_optimizers
+from qimg2.training.trainer import Stage, train_stage
+from qimg2.training.validation import Evaluator
+
+PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
+
+
+def train(cfg: ConfigDict, workdir: str | pathlib.Path, allow_config_change: bool = False) -> Run:
+  """Trains every stage that is not finished, writes the report, runs the config's check, and returns the run.
+
+  Raises:
+    qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
+  """
+  workdir, began = pathlib.Path(workdir), time.monotonic()
+  processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
+  with faults.Notice() as stop:
+    run = Run(cfg, workdir)
+    for section in cfg.stages:
+      fault_settings(section)  # mistakes are found before the first stage trains
+    save_config(cfg, workdir, allow_config_change)
+    for section in cfg.stages:
+      train_one(run, section, stop, began)
+      if processes.is_first():
+        report.write_report(run)
+      began = time.monotonic()
+  result = check(run) if cfg.check.name else None
+  if processes.is_first():
+    if result:
+      print(describe(result))
+    report.write_report(run)
+  return run
+
+
+def fault_settings(section: ConfigDict) -> faults.Settings:
+  """What the stage bears."""
+  return from_section(faults.Settings, section.get("faults", {}), f"stages[{section.name}].faults")
+
+
+def train_one(run: Run, section: ConfigDict, stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> None:
+  """Trains one stage; `stop` and `began` as for `qimg2.training.trainer.train_stage`."""
+  algorithm = run.algorithm(section)
+  loader = run.loader(section)
+  settings = run.optimizer_config(section)
+  frozen = run.frozen_weights(section)
+  batches = run.evaluation_batches(section)
+  hooks = [(section.eval_every_steps, evaluation_hook(run, section, batches))]
+  hooks += [(section.sample_every_steps, picture_hook(run, section, task, some)) for task, some in batches.items()]
+  description = {"seed": run.cfg.seed, "num_tokens": run.cfg.num_tokens, "prompt_classes": plain(run.cfg.prompt_classes), **plain(section)}
+  stage = Stage(
+      section.name, algorithm, make_optimizers(algorithm, run.specs, settings, section.num_steps), run.specs, section.num_steps,
+      run.batch_shapes(loader), tuple(hooks), settings.accumulate, section.log_every_steps, section.save_every_steps, section.keep,
+      fault_settings(section), description)
+  if processes.is_first():
+    report.save_counts(run, section, loader)
+  train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(section.name), lambda: run.start_weights(section), frozen,
+              lambda: next(iter(batches.values())), stop, began)
+
+
+def evaluation_hook(run: Run, section: ConfigDict, batches: dict[str, list[dict]]):
+  """A hook that logs the validation metrics of the weights and of each slow copy; those of editing have the prefix "ti2i/"."""
+  algorithm = run.algorithm(section)
+  evaluators = {PREFIXES[task]: Evaluator(algorithm, run.nets, some) for task, some in batches.items()}
+
+  def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
+    del step, writer
+    scalars = {}
+    for prefix, evaluator in evaluators.items():
+      scalars |= {f"{prefix}{key}": value for key, value in evaluator(weights).items()}
+      for name, (role, _) in algorithm.track.items():
+        scalars |= {f"{prefix}{name}/{key}": value for key, value in evaluator({**weights, role: weights[name]}).items()}
+    return scalars
+  return hook
+
+
+def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
+  """A hook that draws held-out samples beside what they should be: reconstructions, pictures for the prompts, or edits after their sources.
+
+  Where a latent cache holds no pixels, they are decoded from its latents.
+  """
+  first, cached = to_host(batches[0]), "latents" in batches[0]
+  num = min(run.cfg.sampling.num_images, int(first["weight"].sum()))  # not those that only fill the batch
+  decode = jax.jit(lambda weights, latents: run.nets.decode(weights, latents.astype(jnp.float32)))
+  factor = run.nets.vae.spatial_factor if cached else 1
+  shapes = [[side * factor for side in rows.shape[1:3]]
+            for rows in ((first["latents"], *first["source_latents"]) if cached else (first["target"], *first["sources"]))]
+
+  def pictures(weights: dict) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(targets, condition images), the first rows of each."""
+    some = lambda latents: to_host(decode(weights["vae"], latents))[:num]
+    target = some(batches[0]["latents"]) if cached else first["target"][:num]
+    unseen = cached and not first["sources"]
+    return target, list(map(some, batches[0]["source_latents"])) if unseen else [source[:num] for source in first["sources"]]
+
+  if "vae" in run.algorithm(section).losses:
+    rebuild = jax.jit(lambda weights, pixels: run.nets.decode(weights, run.nets.encode(weights, pixels)))
+    draw = lambda weights, _: to_host(rebuild(weights["vae"], batches[0]["target"]))[:num]
+    captions = ()
+  else:
+    prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
+    size = Size(*shapes[0], first["tokens"].shape[1], tuple(map(tuple, shapes[1:])), num)
+    generator = Generator(run, size, **run.sampler_settings())
+    draw = lambda weights, sources: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts, images=sources)
+    captions = [caption for prompt in prompts for caption in ("(source)",) * len(shapes[1:]) + (prompt, "(as rendered)")]
+
+  def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
+    targets, sources = pictures(weights)
+    rows = [image for row in zip(*sources, draw(weights, sources), targets) for image in row]
+    per_row = len(sources) + 2
+    sheet = grid(rows, max(1, 8 // per_row) * per_row, captions, scale=max(1, 96 // targets.shape[1]))
+    if processes.is_first():
+      name = f"{step:08d}.png" if task == "t2i" else f"{step:08d}_{task}.png"
+      save_png(sheet, run.workdir / section.name / "samples" / name)
+      writer.write_image(step, f"{PREFIXES[task]}samples", sheet)
+    return {}
+  return hook

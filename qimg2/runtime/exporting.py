@@ -1,0 +1,137 @@
+"""Writes the networks of a trained run as a folder that diffusers loads as it is, or the generator alone as one file.
+
+  python -m launch.export --workdir=runs/quickstart --out=runs/quickstart_pipeline
+  python -m launch.export --workdir=runs/quickstart --transformer_only --dtype=float32 --out=runs/transformer.safetensors
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qimg2.published.export import DIFFUSERS_VERSION, export_pipeline, export_transformer
+from qimg2.runtime.run import Run, split_source
+from qimg2.runtime.sampling import sampling_weights
+from qimg2.runtime.suites import describe
+from qimg2.training.metrics import read_rows
+
+ROLES = ("ema", "model")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def export(run: Run, out: str | pathlib.Path, stage_name: str = "", role: str = "ema", dtype: str = "bfloat16", max_shard_bytes: float = 5e9,
+           transformer_only: bool = False) -> pathlib.Path:
+  """Writes `out` and returns its path.
+
+  Args:
+    run: the run.
+    out: folder to write, or with `transformer_only` a .safetensors file; must not exist.
+    stage_name: stage whose generator is written; empty for the last trained one.
+    role: "ema" for the slow copy of the generator where the stage keeps one, "model" for the weights themselves.
+    dtype: of the files, "float32" or "bfloat16".
+    max_shard_bytes: largest size of one file's tensors.
+    transformer_only: leaves out encoder, VAE and tokenizer.
+
+  Raises:
+    ValueError: no such stage, `out` exists, or networks that the published pipeline cannot express.
+  """
+  if role not in ROLES:
+    raise ValueError(f"The role to export is {role!r}: choose one of {', '.join(ROLES)}.")
+  name, weights = sampling_weights(run, stage_name, "" if role == "model" else role)
+  nets = run.nets
+  if transformer_only:
+    return export_transformer(out, nets.model, weights["model"], dtype)
+  card = model_card(run, name, role, dtype, pathlib.Path(out).name)
+  return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, _tokenizer_json(run), dtype, max_shard_bytes, card,
+                         tuple(run.cfg.sampling.sigmas) or None)
+
+
+def _tokenizer_json(run: Run) -> str:
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "tokenizer.json"
+    run.tokenizer.save(path)
+    return path.read_text(encoding="utf-8")
+
+
+def model_card(run: Run, stage_name: str, role: str, dtype: str, title: str) -> str:
+  """The README.md of an exported folder, in Markdown: what it is, how it was trained and measured, how to load it."""
+  copy = "the slow copy of the weights" if role in run.algorithm(run.stages[stage_name]).track else "the weights"
+  start = "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"
+  return "\n".join([
+      start, f"# {title}\n",
+      f"An image model of the Qwen-Image-2.0 kind, trained with qimg2: {copy} of stage `{stage_name}`, as {dtype}.\n",
+      "## Training\n",
+      _table(("stage", "algorithm", "starts from", "step", "resolutions", "data"), [_stage_row(run, stage) for stage in _lineage(run, stage_name)]),
+      "## Figures\n", _figures(run, stage_name),
+      "## Loading\n", _loading(run, stage_name, title),
+      "## Versions\n", ", ".join(f"{name} {version}" for name, version in _versions(run).items())
+      + f"; laid out as by diffusers {DIFFUSERS_VERSION}.\n"])
+
+
+def _lineage(run: Run, stage_name: str) -> list[ConfigDict]:
+  """The stages that made the exported weights, in the order of the config: the named one and those that it, or they, took weights from."""
+  found, open_names = set(), [stage_name]
+  while open_names:
+    name = open_names.pop()
+    if name in run.stages and name not in found:
+      found.add(name)
+      stage = run.stages[name]
+      open_names += [split_source(text)[0] for text in (stage.start_from, *(stage.frozen[role] for role in run.algorithm(stage).frozen))]
+  return [stage for stage in run.cfg.stages if stage.name in found]
+
+
+def _stage_row(run: Run, stage: ConfigDict) -> Sequence[Any]:
+  rows = read_rows(run.workdir / stage.name / "metrics.jsonl")
+  resolutions = ", ".join(f"{r.base_px} px ({', '.join(map(str, r.ratios))}) x {r.batch_size}" for r in stage.resolutions)
+  mixture = ", ".join(f"{part.name}/{part.split} {part.get('task', 't2i')} x {part.weight:g}" for part in stage.mixture)
+  return stage.name, stage.algorithm.name, stage.start_from or "scratch", rows[-1]["step"] if rows else 0, resolutions, mixture
+
+
+def _figures(run: Run, stage_name: str) -> str:
+  last: dict[str, float] = {}
+  for row in read_rows(run.workdir / stage_name / "metrics.jsonl"):
+    last |= row
+  step = last.pop("step", 0)
+  table = _table(("metric", "value"), [(name, f"{value:.5g}") for name, value in sorted(last.items()) if "_bin" not in name])
+  text = f"Last values of stage `{stage_name}`, step {step:g}:\n\n{table}"
+  path = run.workdir / "check.json"
+  check = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  return text + (f"\n{describe(check)}\n" if check.get("stage") == stage_name else "")
+
+
+def _loading(run: Run, stage_name: str, title: str) -> str:
+  bucket = run.loader(run.stages[stage_name]).buckets[0]
+  return f"""With diffusers:
+
+```python
+from diffusers import QwenImage21Pipeline
+pipe = QwenImage21Pipeline.from_pretrained("{title}")
+image = pipe("a prompt", negative_prompt=" ", true_cfg_scale={max(1.0, run.cfg.sampling.guidance):g},
+             height={bucket.height}, width={bucket.width}).images[0]
+```
+
+With qimg2 (`load_weights` also takes shardings, to spread the weights over a mesh):
+
+```python
+from qimg2 import conditioning, pipeline_folder
+folder = pipeline_folder.open_folder("{title}", dtype="bfloat16")
+nets = conditioning.Networks(folder.model, folder.encoder, folder.vae, num_system_tokens={run.tokenizer.num_system_tokens})
+weights = {{role: pipeline_folder.load_weights(folder, role, specs) for role, specs in nets.specs().items()}}
+```
+"""
+
+
+def _versions(run: Run) -> dict[str, str]:
+  """Versions that the run was trained with, as its config.json records them; those of this program where it has no record."""
+  path = run.workdir / "config.json"
+  recorded = json.loads(path.read_text(encoding="utf-8"))["versions"] if path.is_file() else {}
+  return {name: recorded.get(name) or importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  lines = [head, ["---"] * len(head), *rows]
+  return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)

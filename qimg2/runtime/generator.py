@@ -1,0 +1,140 @@
+"""From prompts and condition images to pictures, with the networks of a trained run or of a published folder."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from PIL import Image
+
+from data_pipelines.buckets import bucket_size
+from data_pipelines.mixture import SLOT_PX, source_grids
+from data_pipelines.tokenizer import PromptTokenizer
+from data_pipelines.transforms import composite_on_white, decode_image
+from qimg2 import flow, networks, sampler, sharding
+
+
+class Source(Protocol):
+  """What drawing needs: a `qimg2.runtime.run.Run` or a `qimg2.runtime.pretrained.Pretrained`."""
+  nets: networks.Networks
+  tokenizer: PromptTokenizer
+  schedule: flow.Schedule
+  mesh: jax.sharding.Mesh
+  rules: sharding.Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """The static shapes of a program that draws.
+
+  Attributes:
+    height, width: of the pictures in px, multiples of the VAE's factor.
+    num_tokens: M, prompt tokens with the whole template and all image slots.
+    source_sizes: (height, width) in px of each condition image, multiples of 32.
+    batch_size: pictures at a time.
+  """
+  height: int
+  width: int
+  num_tokens: int
+  source_sizes: tuple[tuple[int, int], ...] = ()
+  batch_size: int = 16
+
+
+class Generator:
+  """Turns prompts into pictures of one size; compiled at the first call, for a fixed number of rows."""
+
+  def __init__(self, source: Source, size: Size, num_steps: int = 40, guidance: float = 1.0, base_times: Sequence[float] | None = None,
+               cache: bool = True):
+    """Args:
+      source: networks and tokenizer.
+      size: shapes.
+      num_steps: sampling steps.
+      guidance: scale of classifier-free guidance; 1 runs no second pass.
+      base_times: sampling times before the shift in place of an even grid, see `flow.Schedule.sigmas`.
+      cache: whether keys and values of the prefix are computed once, where the network allows it.
+
+    Raises:
+      ValueError: a size that is no multiple of the VAE's factor, or times that do not fit the steps.
+    """
+    nets, factor = source.nets, source.nets.vae.spatial_factor
+    if size.height % factor or size.width % factor or min(size.height, size.width) < factor:
+      raise ValueError(f"A picture of {size.height} x {size.width} px cannot be drawn: height and width must be positive multiples of {factor}.")
+    rows = source.mesh.shape["data"] * source.mesh.shape["fsdp"]
+    self._source, self._guided = source, guidance != 1.0
+    self._size = dataclasses.replace(size, batch_size=-(-size.batch_size // rows) * rows)
+    self._shape = (size.height // factor, size.width // factor, nets.vae.latent_channels)
+    sigmas = source.schedule.sigmas(num_steps, self._shape[0] * self._shape[1], base_times)
+
+    def generate(weights, batch, noise):
+      cond = nets.condition(weights, batch)
+      if cache and nets.model.prefix_is_fixed:
+        cond = nets.cache(weights["model"], cond)
+      latents = sampler.sample(nets.velocity, weights["model"], noise, cond, sigmas, guidance)
+      return latents, nets.decode(weights["vae"], latents)
+    self._generate = jax.jit(generate)
+    self._noise = jax.jit(lambda seed, rows: sampler.sample_noise(jax.random.key(seed), rows, self._shape))
+
+  def __call__(self, weights: dict, prompts: Sequence[str], seed: int = 0, **conditions: Any) -> np.ndarray:
+    """[n, H, W, C] uint8, one picture per prompt; arguments as in `draw`."""
+    return self.draw(weights, prompts, seed, **conditions)[1]
+
+  def draw(self, weights: dict, prompts: Sequence[str], seed: int = 0, images: Sequence[np.ndarray] = (), negative_prompt: str = "",
+           noise: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8), one per prompt.
+
+    Picture i depends on the seed, i, its prompt and its images, never on the other prompts. Of several processes all ask for the same pictures
+    and all get them.
+
+    Args:
+      weights: of the roles "model", "encoder" and "vae".
+      prompts: n texts.
+      seed: of the noise.
+      images: one array [n, h, w, 3 or 4] uint8 per condition image, of the sizes in `size.source_sizes`.
+      negative_prompt: what guidance leads away from.
+      noise: [n, h, w, C] float32 in place of noise from the seed.
+
+    Raises:
+      ValueError: noise of another shape, or a prompt that does not fit `size.num_tokens`.
+    """
+    if noise is not None and noise.shape != (len(prompts), *self._shape):
+      raise ValueError(f"The noise has shape {noise.shape}, but {len(prompts)} picture(s) of {self._size.height} x {self._size.width} px need "
+                       f"{(len(prompts), *self._shape)}.")
+    pieces = [self._piece(weights, prompts, start, seed, images, negative_prompt, noise)
+              for start in range(0, len(prompts), self._size.batch_size)]
+    latents, pixels = (np.concatenate(parts)[:len(prompts)] for parts in zip(*pieces))
+    return latents, pixels
+
+  def _piece(self, weights, prompts, start, seed, images, negative_prompt, noise) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.arange(start, start + self._size.batch_size)
+    real = np.minimum(rows, len(prompts) - 1)  # the last picture fills what is left
+    noise = self._noise(seed, rows) if noise is None else noise[real]
+    texts, sources = [prompts[row] for row in real], [image[real] for image in images]
+    if self._guided:
+      texts, sources = texts + [negative_prompt] * len(rows), [np.concatenate([image, image]) for image in sources]
+    tokens, token_count = self._source.tokenizer.encode_batch(texts, self._size.num_tokens, source_grids(self._size.source_sizes))
+    target = np.zeros((len(texts), self._size.height, self._size.width, 3), np.uint8)  # only its shape is read
+    batch = self._put({"target": target, "sources": tuple(sources), "tokens": tokens, "token_count": token_count})
+    return sharding.to_host(self._generate(weights, batch, self._put({"noise": np.asarray(noise)})["noise"]))
+
+  def _put(self, batch: dict) -> dict:
+    return sharding.put_whole(batch, self._source.mesh, self._source.rules)
+
+
+def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_channels: int) -> np.ndarray:
+  """A picture file [h, w, 3 or 4] uint8 as the published pipeline feeds it to encoder and VAE.
+
+  Resized once (Lanczos) to the area `output_resolution`² at its own aspect ratio, sides in multiples of 32 px. Transparency is kept for a VAE
+  of four channels, else composited on white.
+
+  Raises:
+    ValueError: no such file, one that is no picture, or one too long and thin.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise ValueError(f"There is no image {path}: give the path of a PNG, JPEG or WebP file.")
+  image = decode_image(path.read_bytes(), str(path), keep_alpha=True)
+  height, width = bucket_size(output_resolution, image.shape[1] / image.shape[0], SLOT_PX)
+  image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+  return image if image.shape[-1] <= num_channels else composite_on_white(image)

@@ -1,0 +1,48 @@
+"""A published folder, ready to draw: its networks and tokenizer, and its weights on a mesh."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from data_pipelines.tokenizer import PromptTokenizer
+from qimg2 import networks, sharding
+from qimg2 import params as P
+from qimg2.published.folder import load_weights, open_folder
+
+
+class Pretrained:
+  """Networks, schedule and tokenizer of a folder in the published layout; see `qimg2.runtime.generator.Source`."""
+
+  def __init__(self, folder: str | pathlib.Path, dtype: str = "float32", rules: str = "fsdp_tensor",
+               devices: Sequence[Any] | None = None):
+    """Args:
+      folder: with model_index.json, transformer/, vae/, text_encoder/, processor/ and scheduler/.
+      dtype: compute type, in which the weights are also kept.
+      rules: sharding rules.
+      devices: over which weights and rows are spread; all of them when None.
+
+    Raises:
+      ValueError: the folder is no such pipeline.
+    """
+    self.folder = open_folder(folder, dtype=dtype)
+    self.mesh, self.rules = sharding.make_mesh({"fsdp": -1}, devices), sharding.RULES[rules]
+    self.schedule, self.sample_sigmas = self.folder.schedule, self.folder.sample_sigmas
+    self.tokenizer = PromptTokenizer.load(self.folder.tokenizer)
+    self.nets = networks.Networks(self.folder.model, self.folder.encoder, self.folder.vae, self.tokenizer.num_system_tokens,
+                                      sharding.make_shard(self.mesh, self.rules))
+    self._dtype = jnp.dtype(dtype)
+    if self.tokenizer.image_token_id != self.folder.encoder.image_token_id:
+      raise ValueError(f"The tokenizer in {folder} gives image slots the id {self.tokenizer.image_token_id}, its text encoder "
+                       f"{self.folder.encoder.image_token_id}: they are of different models.")
+
+  def load(self) -> dict[str, dict]:
+    """The weights of all roles, read tensor by tensor onto the mesh."""
+    weights = {}
+    for role, declared in self.nets.specs().items():
+      stored = lambda path, p: p if path.startswith("statistics") else dataclasses.replace(p, dtype=self._dtype)
+      specs = P.map_with_path(stored, declared)
+      weights[role] = load_weights(self.folder, role, specs, sharding.param_shardings(specs, self.mesh, self.rules))
+    return weights

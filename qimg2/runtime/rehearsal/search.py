@@ -1,0 +1,159 @@
+"""Compiles the train step of every stage and bucket of a config for a TPU pod, on any x86 Linux machine, and prints what it would need and how
+fast it could be. Nothing is allocated, no data is read.
+
+  python -m launch.rehearse --config=configs/pretrain.py --topology=v5p:4x4x8 [--stage=pretrain_512] [--task=t2i] [--base_px=512] [--search]
+
+The topology is a chip (v5e, v5p, v6e, tpu7x) and the shape of its slice, and needs `pip install libtpu`; `cpu:8` stands for eight simulated CPU
+devices, which have no memory limit and no published rates. How to read the table: docs/pods.md.
+
+Buckets come from the config alone: each task of the stage's mixture at each resolution, with prompts of `num_tokens`, the longest class. One
+condition image, of the target's own size, goes into an edit. Where the config's tokenizer cannot be read, the system turn has 12 tokens (one
+per word and mark of the published template; a real vocabulary may split a word, which drops one more token and makes the sequence shorter) and
+a condition image adds 6 tokens of words beside its slots.
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data_pipelines.buckets import Bucket
+from qimg2 import flow, sharding
+from qimg2.analysis import roofline
+from qimg2.runtime.config import from_section, make_algorithm, plain
+from qimg2.runtime.rehearsal import table
+from qimg2.runtime.rehearsal.steps import Apart, Choice, Rehearsal
+from qimg2.runtime.rehearsal.table import Row
+
+REMAT = ("none", "dots", "attention", "full", "offload")  # least work first
+
+
+# What to rehearse.
+
+
+def say(row: Row) -> None:
+  """One line to read while the others compile."""
+  print(table.progress(row), file=sys.stderr, flush=True)
+
+
+def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
+             done: Callable[[Row], None] = say, apart: Apart | None = None) -> list[Row]:
+  """A row for every chosen stage and bucket; `done` is called with each when it is there.
+
+  Raises:
+    ValueError: a stage that the config does not have, or a choice that leaves nothing.
+  """
+  rehearsal = Rehearsal(cfg, devices, chip, apart)
+  rows = []
+  for section in sections(cfg, choice):
+    for bucket in rehearsal.buckets(section, choice):
+      rows.append(rehearsal.row(section, bucket))
+      done(rows[-1])
+  if not rows:
+    raise ValueError("The stages have no bucket of this --task and --base_px: leave one of the flags out.")
+  return rows
+
+
+def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
+           rules: Sequence[str] = (), done: Callable[[Row], None] = say, apart: Apart | None = None) -> tuple[list[Row], dict[str, Row]]:
+  """(all rows tried, stage -> the best): the rule set, remat policy and number of micro-batches with the highest bound on MFU, of those rows that
+  fill at most nine tenths of the memory.
+
+  A stage is tried with its heaviest bucket, that of most tokens per batch, under each rule set (`rules`; all by default) on the mesh that
+  `fitting_mesh` gives it. The per-chip batch begins at one row per shard; from that and two rows follows how many the memory should hold, which is
+  then compiled. What no longer fits is tried with the next remat policy, which computes more and keeps less. Equal bounds are told apart by fewer
+  micro-batches.
+  """
+  rows, best = [], {}
+  for section in sections(cfg, choice):
+    tried = []
+    for name in rules or sharding.RULES:
+      try:
+        tried += _climb(cfg, name, section.name, devices, chip, choice, done, apart)
+      except ValueError as error:  # another rule set may do
+        print(f"Stage {section.name}, rules {name}: {error}", file=sys.stderr, flush=True)
+    rows += tried
+    if roomy := [row for row in tried if row.roomy]:
+      best[section.name] = max(roomy, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
+  return rows, best
+
+
+def fitting_mesh(rules: str, sizes: dict[str, int]) -> dict[str, int]:
+  """`sizes` without the axes that a rule set leaves idle: their devices go to `context` where it splits tokens but not heads, else to `fsdp`."""
+  used = {axis for axes in sharding.RULES[rules].values() for axis in axes}
+  idle = {axis: size for axis, size in sizes.items() if axis not in used}
+  takes = "context" if "context" in used and rules != "replicated" else "fsdp"
+  kept = {axis: size for axis, size in sizes.items() if axis in used}
+  return kept | {takes: kept.get(takes, 1) * math.prod(idle.values())}
+
+
+def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice,
+           done: Callable[[Row], None], apart: Apart | None) -> list[Row]:
+  rows, accumulate = [], None
+  sizes = dict(sharding.make_mesh(plain(cfg.mesh), devices).shape)
+
+  def attempt() -> Row:
+    section.optimizer.accumulate = accumulate
+    rows.append(rehearsal.row(section, heaviest))
+    done(rows[-1])
+    return rows[-1]
+
+  for remat in REMAT if _trains_generator(cfg, stage) else (cfg.model.remat,):
+    changed = copy.deepcopy(cfg)
+    changed.rules, changed.model.remat, changed.mesh = rules, remat, ConfigDict(fitting_mesh(rules, sizes))
+    rehearsal = Rehearsal(changed, devices, chip, apart)
+    section = next(one for one in changed.stages if one.name == stage)
+    buckets = rehearsal.buckets(section, choice)
+    if not buckets:
+      raise ValueError("there is no bucket of this --task and --base_px: leave one of the flags out.")
+    heaviest = max(buckets, key=lambda bucket: bucket.batch_size * _num_tokens(bucket, rehearsal.nets.vae.spatial_factor))
+    if accumulate is None:
+      smallest, shards = min(bucket.batch_size for bucket in buckets), rehearsal.mesh.shape["data"] * rehearsal.mesh.shape["fsdp"]
+      accumulate = smallest // shards
+      if not accumulate:
+        raise ValueError(f"a batch of {smallest} has no row for each of the {shards} parts of mesh {dict(rehearsal.mesh.shape)}.")
+    previous = None
+    while accumulate >= 1 and (row := attempt()).roomy:
+      accumulate = max(1, accumulate // (_step(previous, row) if previous else 2)) if accumulate > 1 else 0
+      previous = row
+    while previous and accumulate >= 1 and not row.roomy and 2 * accumulate < previous.accumulate:  # it went too far: back, to the last that fits
+      accumulate *= 2
+      if (row := attempt()).roomy:
+        accumulate //= 2
+        break
+    if accumulate < 1:
+      break
+  return rows
+
+
+def _trains_generator(cfg: ConfigDict, stage: str) -> bool:
+  section = next(one for one in cfg.stages if one.name == stage)
+  return "model" in make_algorithm(section.algorithm, from_section(flow.Schedule, cfg.schedule, "schedule")).losses
+
+
+def _num_tokens(bucket: Bucket, factor: int) -> float:
+  """Prompt and latent tokens of an example; `factor` is px per latent."""
+  return bucket.num_tokens + sum(height * width for height, width in (*bucket.source_sizes, (bucket.height, bucket.width))) / factor**2
+
+
+def _step(before: Row, now: Row) -> int:
+  """By how much, a power of two, the micro-batch may grow: memory grows with it as it did from `before` to `now`."""
+  if now.limit_bytes is None or now.peak_bytes <= before.peak_bytes:
+    return 2
+  per_row = (now.peak_bytes - before.peak_bytes) / (now.per_chip - before.per_chip)
+  room = (table.HEADROOM * now.limit_bytes - now.peak_bytes) / per_row / now.per_chip
+  return max(2, 2 ** int(math.log2(max(1.0, 1 + room))))
+
+
+def sections(cfg: ConfigDict, choice: Choice) -> list[ConfigDict]:
+  names = [section.name for section in cfg.stages]
+  for name in choice.stages:
+    if name not in names:
+      raise ValueError(f"The config has no stage {name!r}: it has {', '.join(names)}.")
+  return [section for section in cfg.stages if not choice.stages or section.name in choice.stages]
+
+
+# Command line.

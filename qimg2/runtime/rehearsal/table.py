@@ -1,0 +1,159 @@
+"""The rows of `launch.rehearse`: what was measured, the bound that follows, and both as text and JSON."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from qimg2.analysis import hlo, roofline
+
+GIB = 2**30
+HEADROOM = 0.9  # of the memory, which a plan should not exceed: the next compiler may need a little more
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """The step of one stage for one bucket. All measures are per device and step.
+
+  Attributes:
+    stage, task, height, width, num_sources, num_tokens: which bucket; px and prompt tokens, condition images counted.
+    batch_size, accumulate, num_devices: global batch, micro-batches, devices.
+    mesh: mesh axis -> size.
+    rules, remat: rule set and rematerialisation policy of the generator.
+    model_flops: role -> FLOPs by `qimg2.analysis.flops`.
+    peak_bytes, limit_bytes: memory that the program reserves, and what there is; None for devices without a limit.
+    compile_s: seconds.
+    traffic: what the compiled program does; None if it does not fit.
+    collectives: rows of kind, axes, bytes, calls, route: the traffic's messages added up by kind and mesh axes.
+    bound: `roofline.bound`; empty without rates or traffic.
+  """
+  stage: str
+  task: str
+  height: int
+  width: int
+  num_sources: int
+  num_tokens: int
+  batch_size: int
+  accumulate: int
+  num_devices: int
+  mesh: dict[str, int]
+  rules: str
+  remat: str
+  model_flops: dict[str, float]
+  peak_bytes: float
+  limit_bytes: float | None
+  compile_s: float
+  traffic: hlo.Traffic | None = None
+  collectives: tuple[dict, ...] = ()
+  bound: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def fits(self) -> bool | None:
+    """Whether the program fits into memory; None where there is no limit."""
+    return None if self.limit_bytes is None else self.peak_bytes <= self.limit_bytes
+
+  @property
+  def roomy(self) -> bool:
+    """Whether it fills at most `HEADROOM` of the memory."""
+    return self.limit_bytes is None or self.peak_bytes <= HEADROOM * self.limit_bytes
+
+  @property
+  def per_chip(self) -> float:
+    """Rows of a micro-batch per device."""
+    return self.batch_size / self.accumulate / self.num_devices
+
+
+def with_bound(row: Row, chip: roofline.Chip | None, mesh: Mesh) -> Row:
+  """`row` with its collectives by mesh axis and, for a chip with published rates, its bound."""
+  if row.traffic is None:
+    return row
+  sums: dict[tuple, dict] = {}
+  for one in row.traffic.collectives:
+    kind, axes = one.kind, "+".join(hlo.mesh_axes(one.groups, mesh.shape)) or "none"
+    way = roofline.route(chip, list(mesh.devices.flat), one.groups) if chip else None
+    if kind == "send":  # to the host, and from there to the other slices
+      axes, way = "data", roofline.NETWORK
+    entry = sums.setdefault((kind, axes, way), {"kind": kind, "axes": axes, "bytes": 0.0, "calls": 0, "route": way})
+    entry["bytes"] += one.num_bytes * one.times
+    entry["calls"] += one.times
+  collectives = tuple(sorted(sums.values(), key=lambda entry: -entry["bytes"]))
+  bound = {}
+  if chip:
+    messages = [(entry["route"], entry["bytes"]) for entry in collectives]
+    bound = roofline.bound(chip, sum(row.model_flops.values()), row.traffic.flops, row.traffic.hbm_bytes, messages)
+  return dataclasses.replace(row, collectives=collectives, bound=bound)
+
+
+def bucket_name(row: Row) -> str:
+  """Such as "ti2i 512x512+1 1286t": task, height x width, condition images, prompt tokens."""
+  return f"{row.task} {row.height}x{row.width}{f'+{row.num_sources}' if row.num_sources else ''} {row.num_tokens}t"
+
+
+def fit_text(row: Row) -> str:
+  """Whether it fits, or by how many GiB not."""
+  if row.fits is None:
+    return "no limit"
+  return "fits" if row.fits else f"{(row.peak_bytes - row.limit_bytes) / GIB:,.1f} over"
+
+
+def progress(row: Row) -> str:
+  """One line to read while the others compile."""
+  bound = f"MFU <= {row.bound['mfu']:.1%}, " if row.bound else ""
+  return (f"{row.stage} {bucket_name(row)} {row.rules} {row.remat} 1/{row.accumulate}: {row.peak_bytes / GIB:.2f} GiB, {fit_text(row)}, {bound}"
+          f"compiled in {row.compile_s:.0f} s")
+
+
+def table(rows: Sequence[Row]) -> str:
+  """The rows as text, two tables: memory and bound; then messages. Units: GiB = 2^30 and GB = 10^9 bytes, TFLOP = 10^12, ms."""
+  head = ["stage", "bucket", "rules", "remat", "batch", "micro", "per chip", "peak GiB", "of", "fits", "model TFLOP", "run TFLOP", "HBM GB",
+          "compute ms", "HBM ms", "ICI ms", "DCN ms", "MFU <=", "serial"]
+  lines = []
+  for row in rows:
+    limit = "-" if row.limit_bytes is None else f"{row.limit_bytes / GIB:.2f}"
+    traffic = ["-", "-"] if row.traffic is None else [f"{row.traffic.flops / 1e12:,.2f}", f"{row.traffic.hbm_bytes / 1e9:,.1f}"]
+    times = [f"{1e3 * row.bound[key]:,.1f}" if row.bound else "-" for key in ("compute_s", "hbm_s", "ici_s", "dcn_s")]
+    lines.append([row.stage, bucket_name(row), row.rules, row.remat, f"{row.batch_size:,}", str(row.accumulate), f"{row.per_chip:g}",
+                  f"{row.peak_bytes / GIB:,.2f}", limit, fit_text(row), f"{sum(row.model_flops.values()) / 1e12:,.2f}", *traffic, *times,
+                  *(f"{row.bound[key]:.1%}" if row.bound else "-" for key in ("mfu", "serial_mfu"))])
+  text = _columns([head, *lines])
+  messages = [[row.stage, bucket_name(row), row.remat, one["kind"], one["axes"], f"{one['bytes'] / 1e9:,.3f}", f"{one['calls']:,}"]
+              for row in rows for one in _by_axes(row)]
+  if messages:
+    text += "\n\n" + _columns([["stage", "bucket", "remat", "messages", "mesh axes", "GB sent", "calls"], *messages])
+  unknown = sum(len(row.traffic.unknown_loops) for row in rows if row.traffic)
+  return text + (f"\n\n{unknown} loops of unknown length were counted once." if unknown else "")
+
+
+def _by_axes(row: Row) -> list[dict]:
+  """The collectives with those of different routes added up."""
+  sums: dict[tuple, dict] = {}
+  for one in row.collectives:
+    entry = sums.setdefault((one["kind"], one["axes"]), {**one, "bytes": 0.0, "calls": 0})
+    entry["bytes"] += one["bytes"]
+    entry["calls"] += one["calls"]
+  return list(sums.values())
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  texts = {0, 1, 2, 3} if len(lines[0]) > 8 else {0, 1, 2, 3, 4}
+  return "\n".join("  ".join(cell.ljust(width) if place in texts else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths)))
+                   .rstrip() for line in lines)
+
+
+def advice(row: Row, number: int) -> str:
+  """The flags that give the best row that a search found; `number` is the stage's place in the config."""
+  bound = f", MFU at most {row.bound['mfu']:.1%}" if row.bound else ""
+  mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in row.mesh.items())
+  return (f"{row.stage}: {mesh} --config.rules={row.rules} --config.model.remat={row.remat} "
+          f"--config.stages[{number}].optimizer.accumulate={row.accumulate} "
+          f"({row.per_chip:g} per chip, {row.peak_bytes / GIB:.2f} GiB{bound})")
+
+
+def as_json(row: Row) -> dict[str, Any]:
+  """A row as JSON-serialisable values, its properties among them."""
+  values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name not in ("traffic", "collectives")}
+  traffic = row.traffic and {"hbm_bytes": row.traffic.hbm_bytes, "flops": row.traffic.flops, "unknown_loops": list(row.traffic.unknown_loops)}
+  messages = [{key: one[key] for key in ("kind", "axes", "bytes", "calls")} for one in _by_axes(row)]
+  return {**values, "fits": row.fits, "per_chip": row.per_chip, "traffic": traffic, "collectives": messages}

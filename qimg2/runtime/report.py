@@ -1,0 +1,177 @@
+"""The report of a run: one HTML file with everything inside, rewritten after every stage."""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from ml_collections import ConfigDict
+
+from data_pipelines.loader import Loader
+from qimg2.runtime.run import Run
+from qimg2.runtime.suites import counts_of, shares_of
+from qimg2.training.metrics import NEXT_TO_STEPS, goodput, read_rows
+
+MAX_SHEETS = 4
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1, h2, h3 { line-height: 1.2 } h2 { border-top: 1px solid #ccc; padding-top: 1em }
+table { border-collapse: collapse; margin: .5em 0 } td, th { border: 1px solid #ccc; padding: .2em .6em; text-align: left }
+td.n { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100%; border: 1px solid #ddd }
+pre { background: #f6f6f6; padding: 1em; overflow: auto; max-height: 40em } .figure { font-size: 1.3em; font-weight: 600 }
+"""
+
+
+def save_counts(run: Run, stage: ConfigDict, loader: Loader) -> None:
+  """Writes data.json of a stage: how many records each bucket has and what was left out, and why."""
+  folder = run.workdir / stage.name
+  folder.mkdir(parents=True, exist_ok=True)
+  counts = [dataclasses.asdict(count) for count in loader.counts]
+  (folder / "data.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
+
+
+def write_report(run: Run) -> pathlib.Path:
+  """Writes report.html of a run and returns its path; what does not exist yet is left out."""
+  record = json.loads((run.workdir / "config.json").read_text(encoding="utf-8"))
+  started = [stage for stage in run.cfg.stages if (run.workdir / stage.name / "data.json").exists()]
+  body = [f"<h1>{html.escape(run.workdir.name)}</h1>", _check(run.workdir), _overview(run, started, record)]
+  body += [part for stage in started for part in _stage(run, stage)]
+  body += ["<h2>Config</h2>", f"<pre>{html.escape(json.dumps(record, indent=1))}</pre>"]
+  page = (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(run.workdir.name)}</title>"
+          f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>")
+  path = run.workdir / "report.html"
+  part = path.with_suffix(".part")
+  part.write_text(page, encoding="utf-8")
+  part.replace(path)
+  return path
+
+
+def _check(workdir: pathlib.Path) -> str:
+  path = workdir / "check.json"
+  if not path.exists():
+    return ""
+  result = json.loads(path.read_text(encoding="utf-8"))
+  shares = [(name, f"{share:.1%}") for name, share in shares_of(result)]
+  return (f"<h2>Check: {html.escape(result['check'])}</h2><p>{counts_of(result)}, drawn by stage "
+          f"<b>{html.escape(result['stage'])}</b> and compared with clean renders.</p>" + _table(("question", "share"), shares)
+          + _image((workdir / "check.png").read_bytes()))
+
+
+def _overview(run: Run, stages: Sequence[ConfigDict], record: dict) -> str:
+  rows = []
+  for stage in stages:
+    losses = read_rows(run.workdir / stage.name / "metrics.jsonl")
+    rates = _series(read_rows(run.workdir / stage.name / "timing.jsonl"), "samples_per_second")[1]
+    validation = [row["val_loss"] for row in losses if "val_loss" in row]
+    sizes = ", ".join(f"{r.base_px} px x {r.batch_size}" for r in stage.resolutions)
+    rows.append((stage.name, stage.algorithm.name, stage.start_from or "scratch", max((row["step"] for row in losses), default=0),
+                 stage.num_steps, sizes, f"{stage.optimizer.learning_rate:g}", f"{validation[-1]:.4f}" if validation else "",
+                 f"{sorted(rates)[len(rates) // 2]:.1f}" if rates else ""))
+  head = ("stage", "algorithm", "start", "step", "of", "resolution x batch", "learning rate", "validation loss", "samples/s, median")
+  device = f"{record['num_devices']} device(s) of kind {html.escape(record['device_kind'])}"
+  return f"<h2>Stages</h2>{_table(head, rows)}<p>{device}.</p>"
+
+
+def _stage(run: Run, stage: ConfigDict) -> Iterable[str]:
+  folder = run.workdir / stage.name
+  rows = read_rows(folder / "metrics.jsonl")
+  yield f"<h2>Stage {html.escape(stage.name)}</h2>"
+  curves = {name: _series(rows, name) for name in ("loss", "val_loss", "ema/val_loss", "ti2i/val_loss", "ti2i/ema/val_loss")}
+  yield _plot({name: curve for name, curve in curves.items() if curve[0]}, "loss", log=True)
+  bins = {key for row in rows for key in row if re.fullmatch(r"val_loss_bin\d+", key)}
+  if bins:
+    yield "<h3>Validation loss per time bin</h3><p>Bin 0 is nearest to the data, the last one to noise.</p>"
+    yield _plot({name.removeprefix("val_loss_"): _series(rows, name) for name in sorted(bins)}, "validation loss", log=True)
+  timing = read_rows(folder / "timing.jsonl")
+  yield "<h3>Throughput</h3>" + _throughput(timing) + _goodput(timing)
+  yield _faults(folder)
+  yield "<h3>Data</h3>" + _counts(folder)
+  sheets = sorted((folder / "samples").glob("*.png"))
+  kinds = {"": "Reconstructions, each left of its original" if stage.algorithm.name == "reconstruction" else
+           "Samples, each left of the held-out picture", "ti2i": "Edits, each between its source and the held-out picture"}
+  for task, kind in kinds.items():
+    for sheet in _spread([path for path in sheets if path.stem.partition("_")[2] == task], MAX_SHEETS):
+      yield f"<h3>{kind}: step {int(sheet.stem.partition('_')[0])}</h3>{_image(sheet.read_bytes())}"
+
+
+def _throughput(timing: Sequence[dict]) -> str:
+  parts = [_plot({"samples/s": _series(timing, "samples_per_second")}, "samples per second", log=False)]
+  steps, shares = _series(timing, "data_wait_share")
+  if shares:
+    parts += [f"<p>Steps waited for data during at most {sum(shares) / len(shares):.1%} of the time on average, {max(shares):.1%} between the two "
+              "rows of the log with the most waiting.</p>", _plot({"waiting for data": (steps, shares)}, "share of the time", log=False)]
+  return "".join(parts)
+
+
+def _goodput(timing: Sequence[dict]) -> str:
+  """A table of where the wall time went, over all starts of the stage."""
+  total = goodput(timing)
+  if not total:
+    return ""
+  kinds = [("steps", total["step_s"]), ("steps that a later start repeated", total["lost_s"])]
+  kinds += [("evaluation and samples" if kind == "evaluation" else kind, total[f"{kind}_s"]) for kind in NEXT_TO_STEPS]
+  rows = [(name, f"{seconds:.1f}", f"{seconds / total['wall_s']:.1%}") for name, seconds in kinds]
+  starts = f"{total['starts']} start{'s' if total['starts'] > 1 else ''}"
+  return (f"<p>Goodput {total['step_s'] / total['wall_s']:.1%}: steps that count, of {total['wall_s']:.0f} s in {starts}.</p>"
+          + _table(("time went to", "seconds", "share"), rows))
+
+
+def _faults(folder: pathlib.Path) -> str:
+  """How many updates were skipped and how many losses jumped; nothing where none did."""
+  kinds = [row["fault"] for row in read_rows(folder / "faults.jsonl")]
+  if not kinds:
+    return ""
+  return (f"<h3>Faults</h3><p>{kinds.count('skipped')} updates were skipped because a gradient was no number, and {kinds.count('spike')} times the "
+          "loss was far above its median: steps and samples are in faults.jsonl.</p>")
+
+
+def _counts(folder: pathlib.Path) -> str:
+  counts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+  return _table(tuple(name.replace("_", " ") for name in counts[0]), [tuple(count.values()) for count in counts]) if counts else ""
+
+
+def _series(rows: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
+  pairs = [(row["step"], row[name]) for row in rows if name in row]
+  return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _spread(items: Sequence, most: int) -> list:
+  """At most `most` items, evenly spread, first and last among them."""
+  if len(items) <= most:
+    return list(items)
+  return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _plot(curves: dict[str, tuple[list[int], list[float]]], label: str, log: bool) -> str:
+  figure, axes = plt.subplots(figsize=(9, 3.2), dpi=90)
+  for name, (steps, values) in curves.items():
+    axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None, linewidth=1.2)
+  axes.set_xlabel("step")
+  axes.set_ylabel(label)
+  if log:
+    axes.set_yscale("log")
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8, ncols=2)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", bbox_inches="tight")
+  plt.close(figure)
+  return _image(buffer.getvalue())
+
+
+def _image(png: bytes) -> str:
+  return f"<p><img alt='' src='data:image/png;base64,{base64.b64encode(png).decode()}'></p>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+  cells = lambda row: "".join(f"<td class='{'n' if isinstance(x, (int, float)) else ''}'>{html.escape(str(x))}</td>" for x in row)
+  top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+  return f"<table><tr>{top}</tr>{''.join(f'<tr>{cells(row)}</tr>' for row in rows)}</table>"

@@ -1,0 +1,345 @@
+"""A run: its config turned into dataclasses once, its mesh, its networks, its data, and the weights in its folder.
+
+  workdir/
+    config.json                  the resolved config, package versions, device kind
+    frozen/<role>/               weights of frozen roles that were drawn from the seed
+    <stage>/checkpoints/<step>/  see qimg2.training.checkpoint
+    <stage>/metrics.jsonl ...    see qimg2.training.metrics
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import sys
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from data_pipelines.cache import check_use, check_weights, open_cache
+from data_pipelines.embedded import prepare
+from data_pipelines.loader import Loader
+from data_pipelines.mixture import DatasetSpec, Resolution
+from data_pipelines.records import list_splits
+from data_pipelines.tokenizer import PromptTokenizer
+from qimg2 import flow, networks, sharding
+from qimg2 import params as P
+from qimg2.algorithms import Algorithm
+from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
+from qimg2.runtime.config import check_is_run, from_section, make_algorithm, model_configs, plain
+from qimg2.runtime.processes import barrier, in_turn, is_first
+from qimg2.training import optim
+from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights
+from qimg2.training.trainer import differences
+
+EMBEDDED = ("glyphs", "emoji")
+DIFFUSERS = "diffusers:"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "check",
+             "num_steps", "data_dir", "mesh", "faults")
+
+
+class Run:
+  """A config and a folder, and what both together give."""
+
+  def __init__(self, cfg: ConfigDict, workdir: str | pathlib.Path, trained: bool = False):
+    """Args: config; folder; trained, whether the run is only read, so that what its stages started from may be gone.
+
+    Raises:
+      ValueError: a config that does not fit together.
+    """
+    self.cfg, self.workdir = cfg, pathlib.Path(workdir)
+    check_is_run(cfg)
+    self.mesh = sharding.make_mesh(plain(cfg.mesh), strict=not trained)
+    self.rules = sharding.find_rules(cfg.rules, self.mesh)
+    self.schedule = from_section(flow.Schedule, cfg.schedule, "schedule")
+    self.stages = {stage.name: stage for stage in cfg.stages}
+    if len(self.stages) != len(cfg.stages):
+      raise ValueError("config.stages: two stages have the same name; give each its own.")
+    self._check_stages(sources=not trained)
+    self._ensure_data()
+    self.tokenizer = PromptTokenizer.load(self._tokenizer_path())
+    model, encoder, autoencoder = model_configs(cfg)
+    if self.tokenizer.vocab_size > encoder.vocab_size:
+      raise ValueError(f"The tokenizer in {self._tokenizer_path()} has {self.tokenizer.vocab_size} tokens, but config.encoder.vocab_size is "
+                       f"{encoder.vocab_size}: raise it.")
+    encoder = dataclasses.replace(encoder, image_token_id=self.tokenizer.image_token_id)
+    self.nets = networks.Networks(model, encoder, autoencoder, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
+    self.specs = self.nets.specs()
+    self._trained = trained
+    for stage in () if trained else cfg.stages:
+      self._check_caches(stage)
+
+  def _check_stages(self, sources: bool) -> None:
+    """Finds the mistakes of all stages before the first one trains."""
+    earlier: list[str] = []
+    for stage in self.cfg.stages:
+      self.optimizer_config(stage)
+      self._resolutions(stage)
+      self._datasets(stage)
+      frozen = self.algorithm(stage).frozen
+      for role in frozen:
+        if role not in stage.frozen:
+          raise ValueError(f"config.stages[{stage.name}].frozen lacks {role!r}: say where these weights come from, \"\" for the default.")
+      for key, text in [("start_from", stage.start_from), *((f"frozen.{role}", stage.frozen[role]) for role in frozen)]:
+        source, _ = split_source(text)
+        if sources and source and source not in earlier and not pathlib.Path(source.removeprefix(DIFFUSERS)).is_dir():
+          raise ValueError(f"config.stages[{stage.name}].{key} is {text!r}, which is neither an earlier stage ({', '.join(earlier) or 'none'}) nor "
+                           "a folder.")
+      earlier.append(stage.name)
+
+  def _ensure_data(self) -> None:
+    for name in sorted({part["name"] for stage in self.cfg.stages for part in stage.mixture}):
+      if name in EMBEDDED:
+        in_turn(f"data {name}", lambda: prepare(name, self.cfg.data_dir, self.cfg.prepare.num_examples, self.cfg.prepare.seed))
+      elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
+        raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
+
+  def _check_caches(self, stage: ConfigDict, weights: dict | None = None) -> None:
+    """Finds the latent caches of a stage that it cannot train on; with its frozen weights, those that were made by others."""
+    nets, sizes = self.nets, [(one.base_px, one.ratios, one.multiple) for one in self._resolutions(stage)]
+    needs = {"channels": nets.vae.latent_channels, "factor": nets.vae.spatial_factor, "feature_width": nets.encoder.width,
+             "num_system_tokens": nets.num_system_tokens, "tokenizer": self.tokenizer.fingerprint, "num_tokens": self.cfg.num_tokens}
+    for part in self._datasets(stage):
+      cache = open_cache(part.data_dir, part.name)
+      if cache and "vae" in self.algorithm(stage).losses:
+        raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
+      if cache:
+        check_use(part.data_dir, part.name, stage.name, sizes, needs)
+      if cache and weights:
+        check_weights(part.data_dir, part.name, stage.name, {role: networks.fingerprint(weights[role]) for role in cache.roles})
+
+  def _tokenizer_path(self) -> pathlib.Path:
+    if self.cfg.tokenizer.startswith(DIFFUSERS):
+      return open_folder(self.cfg.tokenizer.removeprefix(DIFFUSERS)).tokenizer
+    return pathlib.Path(self.cfg.tokenizer or pathlib.Path(self.cfg.data_dir) / self.cfg.stages[0].mixture[0]["name"])
+
+  # Data.
+
+  def loader(self, stage: ConfigDict, process: tuple[int, int] | None = None) -> Loader:
+    """The training data of a stage, as `process` (its index, how many there are) sees it; None for this one."""
+    return self._loader(stage, self._datasets(stage), stage.caption_dropout, stage.min_bucket_records, process)
+
+  def _datasets(self, stage: ConfigDict) -> list[DatasetSpec]:
+    return [from_section(DatasetSpec, {"data_dir": self.cfg.data_dir, **plain(part)}, f"stages[{stage.name}].mixture") for part in stage.mixture]
+
+  def evaluation_batches(self, stage: ConfigDict) -> dict[str, list[dict]]:
+    """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture. A batch has the rows of one of
+    training's micro-batches, for which there is room."""
+    batches = {}
+    for task in dict.fromkeys(part.task for part in self._datasets(stage)):
+      parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
+               for part in self._datasets(stage) if part.task == task}
+      loader = self._loader(stage, list(parts.values()), 0.0, 0, accumulate=stage.optimizer.accumulate)
+      batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
+    return batches
+
+  def _held_out(self, name: str, stage: ConfigDict) -> str:
+    """The split that a stage is validated on: its own training pictures, with a word in the log, where nothing was held out."""
+    if stage.evaluation.split in list_splits(self.cfg.data_dir, name):
+      return stage.evaluation.split
+    logging.warning("Data set %r has no split %r: stage %s is validated on the pictures that it trains on, which says nothing of others.", name,
+                    stage.evaluation.split, stage.name)
+    return "train"
+
+  def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float, min_bucket_records: int,
+              process: tuple[int, int] | None = None, accumulate: int = 1) -> Loader:
+    resolutions = [dataclasses.replace(one, batch_size=max(1, one.batch_size // accumulate)) for one in self._resolutions(stage)]
+    index, count = process or sharding.local_parts(self.mesh, self.rules)
+    return Loader(datasets, resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
+                  caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=plain(self.cfg.prompt_classes),
+                  min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
+                  num_workers=self.cfg.num_workers)
+
+  def _resolutions(self, stage: ConfigDict) -> list[Resolution]:
+    return [from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions]
+
+  def put(self, batch: dict) -> dict:
+    """This process's rows as global arrays on the mesh."""
+    return sharding.put_batch(batch, self.mesh, self.rules)
+
+  def batch_shapes(self, loader: Loader) -> tuple[dict, ...]:
+    """The abstract global batch of each bucket."""
+    rows = sharding.batch_sharding(self.mesh, self.rules)
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
+    return tuple(jax.tree.map(shape, loader.example(bucket)) for bucket in loader.buckets)
+
+  # Methods.
+
+  def algorithm(self, stage: ConfigDict) -> Algorithm:
+    """The stage's algorithm."""
+    return make_algorithm(stage.algorithm, self.schedule)
+
+  def optimizer_config(self, stage: ConfigDict) -> optim.Config:
+    """The stage's optimizer settings."""
+    return from_section(optim.Config, stage.optimizer, f"stages[{stage.name}].optimizer")
+
+  def sampler_settings(self) -> dict[str, Any]:
+    """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`, as the config says."""
+    sampling = self.cfg.sampling
+    return {"num_steps": len(sampling.sigmas) or sampling.num_steps, "guidance": sampling.guidance, "base_times": tuple(sampling.sigmas) or None}
+
+  def key(self, name: str) -> jax.Array:
+    """The PRNG key of a stage or of a role's initialisation: the run's seed and the name alone decide it."""
+    return jax.random.key(fold_name(self.cfg.seed, name))
+
+  # Weights.
+
+  def abstract(self, role: str) -> dict:
+    """Shapes and shardings of a role's weights."""
+    return P.abstract(self.specs[role], sharding.param_shardings(self.specs[role], self.mesh, self.rules))
+
+  def random_weights(self, role: str) -> dict:
+    """A role's weights drawn from the run's seed."""
+    shardings = sharding.param_shardings(self.specs[role], self.mesh, self.rules)
+    return jax.jit(lambda key: P.init(self.specs[role], key), out_shardings=shardings)(self.key(role))
+
+  def trained_weights(self, source: str, role: str, copy: str = "") -> dict:
+    """A role's weights from the newest checkpoint of `source`, a stage of this run or the folder of a stage elsewhere; from a folder of
+    weights alone, such as another run's frozen/<role>; or from "diffusers:DIR", a folder in the published layout.
+
+    Args:
+      source: name, folder, or "diffusers:DIR".
+      role: which weights.
+      copy: name of a slow copy to read in place of the weights themselves.
+
+    Raises:
+      ValueError: `source` is neither a stage nor a folder, or holds no such weights.
+    """
+    if source.startswith(DIFFUSERS):
+      return self._published_weights(source.removeprefix(DIFFUSERS), role)
+    folder = self.workdir / source if source in self.stages else pathlib.Path(source)
+    if (folder / "_METADATA").is_file() and not copy:
+      return restore_weights(folder, self.abstract(role))
+    if not (folder / "checkpoints").is_dir():
+      known = ", ".join(self.stages)
+      raise ValueError(f"There is no checkpoint of {source!r} at {folder}: train it first, or name one of the stages {known} or a stage's folder.")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    weights = checkpoints.restore_item(f"slow.{copy}" if copy else f"params.{role}", self.abstract(role))
+    checkpoints.close()
+    return weights
+
+  def _published_weights(self, folder: str, role: str) -> dict:
+    published = open_folder(folder)
+    configs = {"model": self.nets.model, "encoder": self.nets.encoder, "vae": self.nets.vae}
+    check_configs(published, *(config if name == role else None for name, config in configs.items()))
+    if role == "model":
+      check_sampling(published, self.schedule, self.cfg.sampling.sigmas)
+    return load_weights(published, role, self.specs[role], sharding.param_shardings(self.specs[role], self.mesh, self.rules))
+
+  def frozen_weights(self, stage: ConfigDict) -> dict[str, dict]:
+    """The weights of the stage's frozen roles.
+
+    A role without a source of its own comes from the published folder that the stage, or the stages before it, started from. Without such a
+    folder its weights are drawn from the seed, saved with the run, and read from there ever after.
+
+    Raises:
+      ValueError: weights that are not there, or a latent cache in the stage's mixture that other weights made.
+    """
+    weights = {}
+    for role in self.algorithm(stage).frozen:
+      source, copy = split_source(stage.frozen[role] or self._published_root(stage))
+      weights[role] = self.trained_weights(source, role, copy) if source else self._saved_random_weights(role)
+    if not self._trained:
+      self._check_caches(stage, weights)
+    return weights
+
+  def _published_root(self, stage: ConfigDict) -> str:
+    """The "diffusers:DIR" at which the chain of `start_from` ends, or ""."""
+    source = stage.start_from
+    while source in self.stages:
+      source = self.stages[source].start_from
+    return source if source.startswith(DIFFUSERS) else ""
+
+  def _saved_random_weights(self, role: str) -> dict:
+    folder = self.workdir / "frozen" / role
+    if sharding.from_first(np.int32(not folder.is_dir())):  # all have looked before the first one writes
+      save_weights(folder, self.random_weights(role))
+    return restore_weights(folder, self.abstract(role))
+
+  def start_weights(self, stage: ConfigDict) -> tuple[dict[str, dict], dict[str, dict]]:
+    """(weights of each trained role, slow copies) that a stage starts from: those of `start_from`, or random ones. Slow copies
+    that the source does not hold start as copies of the weights."""
+    algorithm = self.algorithm(stage)
+    if not stage.start_from:
+      return {role: self.random_weights(role) for role in algorithm.losses}, {}
+    source, copy = split_source(stage.start_from)
+    params = {role: self.trained_weights(source, role, copy) for role in algorithm.losses}
+    held = () if copy else self._slow_copies(source)
+    return params, {name: self.trained_weights(source, role, name) for name, (role, _) in algorithm.track.items() if name in held}
+
+  def _slow_copies(self, source: str) -> list[str]:
+    """Names of the slow copies in the newest checkpoint of `source`; none if it has no checkpoints."""
+    folder = (self.workdir / source if source in self.stages else pathlib.Path(source)) / "checkpoints"
+    if not folder.is_dir():
+      return []
+    checkpoints = Checkpoints(folder)
+    items = checkpoints.items(checkpoints.latest_step())
+    checkpoints.close()
+    return [name.removeprefix("slow.") for name in items if name.startswith("slow.")]
+
+
+def split_source(text: str) -> tuple[str, str]:
+  """(where weights come from, name of the slow copy) of "SOURCE", "SOURCE:ema" or "diffusers:DIR"."""
+  if text.startswith(DIFFUSERS):
+    return text, ""
+  source, _, copy = text.partition(":")
+  return source, copy
+
+
+def fold_name(seed: int, name: str) -> int:
+  """A seed below 2**31 that depends on `seed` and `name`."""
+  return zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
+
+
+# The record of a run.
+
+
+def save_config(cfg: ConfigDict, workdir: pathlib.Path, allow_change: bool = False) -> None:
+  """Writes config.json, by process 0. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` lets
+  pass is printed to stderr, a line per difference.
+
+  Raises:
+    ValueError: the config changed in a way that matters and `allow_change` is False.
+  """
+  path, config = workdir / "config.json", json.loads(json.dumps(plain(cfg)))
+  changes = list(differences(json.loads(path.read_text(encoding="utf-8"))["config"], config, "config", FREE_KEYS)) if path.exists() else []
+  if changes and not allow_change:
+    raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
+                     "--allow_config_change to go on with the new one.")
+  barrier("config")  # all have compared it with the old record
+  if not is_first():
+    return
+  for change in changes:
+    print(change, file=sys.stderr)
+  workdir.mkdir(parents=True, exist_ok=True)
+  record = {"config": config, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps(record, indent=1), encoding="utf-8")
+  part.replace(path)
+
+
+def load_run(workdir: str | pathlib.Path, dtype: str | None = None) -> Run:
+  """The run that was trained in a folder, with another compute type where `dtype` names one.
+
+  Raises:
+    ValueError: the folder holds no run.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  if not path.is_file():
+    raise ValueError(f"There is no run in {workdir}: {path} is missing. Give the --workdir of launch.train.")
+  config = _to_config(json.loads(path.read_text(encoding="utf-8"))["config"])
+  for section in (config.model, config.encoder, config.vae) if dtype else ():
+    section.dtype = dtype
+  return Run(config, workdir, trained=True)
+
+
+def _to_config(value: Any) -> Any:
+  if isinstance(value, dict):
+    return ConfigDict({key: _to_config(item) for key, item in value.items()})
+  return tuple(_to_config(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,146 @@
+"""Draws pictures for prompts, and edits pictures, with a trained run or a published folder.
+
+  python -m launch.sample --workdir=runs/quickstart --prompt="a large green K on yellow paper, centered" --out=grid.png
+  python -m launch.sample --workdir=runs/quickstart --image=k.png --prompt="make it red" --out=edited.png
+  python -m launch.sample --pretrained=DIR --prompt="a poster" --output_resolution=1024 --dtype=bfloat16 --out=poster.png
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipelines.mixture import source_grids
+from qimg2.runtime.generator import Generator, Size, Source, load_condition_image
+from qimg2.runtime.pretrained import Pretrained
+from qimg2.runtime.run import Run
+
+MAX_BATCH = 16
+TOKEN_STEP = 16  # prompt lengths are rounded up to multiples of it, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to draw: the flags of this launcher, see `--help`. Zero or None takes the default of the run or folder."""
+  prompts: tuple[str, ...]
+  images: tuple[str, ...] = ()
+  negative_prompt: str = ""
+  num_images_per_prompt: int = 1
+  seed: int = 0
+  num_steps: int = 0
+  guidance: float | None = None
+  sigmas: tuple[float, ...] = ()
+  height: int = 0
+  width: int = 0
+  output_resolution: int = 0
+  noise: str = ""
+  cache: bool = True
+
+
+def sample(source: Source, weights: dict, request: Request, defaults: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
+  """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8, captions), `num_images_per_prompt` for each prompt in turn.
+
+  Args:
+    source: networks and tokenizer.
+    weights: of all roles.
+    request: what to draw.
+    defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open; "only_sigmas",
+      whether another number of steps may not replace these; "image_pixels", the fewest and most px of a condition image.
+
+  Raises:
+    ValueError: an image, a noise file or a size that does not fit.
+  """
+  resolution = request.output_resolution or defaults["output_resolution"]
+  images = [load_condition_image(path, resolution, source.nets.vae.image_channels) for path in request.images]
+  sizes = tuple(image.shape[:2] for image in images)
+  _check_images(request.images, images, resolution, *defaults["image_pixels"])
+  height, width = _picture_size(request, images, defaults)
+  prompts = [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)]
+  longest = max(len(source.tokenizer.encode(text, source_grids(sizes))) for text in (*request.prompts, request.negative_prompt))
+  base_times, num_steps = _times(request, defaults)
+  guidance = defaults["guidance"] if request.guidance is None else request.guidance
+  if request.negative_prompt and guidance == 1.0:
+    raise ValueError("A negative prompt is only read with guidance: give --guidance, such as 4.")
+  size = Size(height, width, -(-longest // TOKEN_STEP) * TOKEN_STEP, sizes, min(MAX_BATCH, len(prompts)))
+  generator = Generator(source, size, num_steps, guidance, base_times or None, request.cache)
+  latents, pictures = generator.draw(weights, prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
+                                     request.negative_prompt, _load_noise(request.noise, len(prompts)))
+  return latents, pictures, prompts
+
+
+def _check_images(paths: Sequence[str], images: Sequence[np.ndarray], resolution: int, fewest: int, most: int) -> None:
+  for path, image in zip(paths, images):
+    num = image.shape[0] * image.shape[1]
+    if not fewest <= num <= most:
+      raise ValueError(f"The image {path} has {num} px at output_resolution {resolution}, but the folder's processor takes {fewest} to {most} px "
+                       "unchanged: choose another --output_resolution.")
+
+
+def _times(request: Request, defaults: dict) -> tuple[tuple[float, ...], int]:
+  """(times before the shift or none, number of steps) as asked, else as the run or the folder says."""
+  own = request.sigmas or (() if request.num_steps and not defaults["only_sigmas"] else defaults["sigmas"])
+  if own and request.num_steps and request.num_steps != len(own):
+    raise ValueError(f"--num_steps={request.num_steps} does not go with the {len(own)} sampling times that "
+                     f"{'--sigmas gives' if request.sigmas else 'the folder brings'}: leave it out.")
+  return own, len(own) or request.num_steps or defaults["num_steps"]
+
+
+def _picture_size(request: Request, images: Sequence[np.ndarray], defaults: dict) -> tuple[int, int]:
+  """(height, width) as asked; else of the last condition image, or the default."""
+  if images:
+    height, width = images[-1].shape[:2]
+  elif request.output_resolution:
+    height = width = request.output_resolution
+  else:
+    height, width = defaults["height"], defaults["width"]
+  return request.height or height, request.width or width
+
+
+def _load_noise(path: str, num: int) -> np.ndarray | None:
+  """[num, h, w, C] float32 from a file of that shape, or of [h, w, C], which then serves for every picture."""
+  if not path:
+    return None
+  try:
+    noise = np.load(path, allow_pickle=False)
+  except (OSError, EOFError, ValueError) as error:
+    raise ValueError(f"The noise file {path} cannot be read ({error}): write it with numpy.save as h w C float32.") from error
+  if not isinstance(noise, np.ndarray):
+    raise ValueError(f"The noise file {path} is an archive: write one array with numpy.save as h w C float32.")
+  if noise.dtype != np.float32 or noise.ndim not in (3, 4):
+    raise ValueError(f"The noise file {path} holds {noise.dtype} of shape {noise.shape}: it must be float32, h w C or n h w C in latents.")
+  return noise if noise.ndim == 4 else np.stack([noise] * num)
+
+
+def sampling_weights(run: Run, stage_name: str = "", copy: str = "ema") -> tuple[str, dict]:
+  """(stage name, weights of all roles) to sample from: the named stage, or the last one that has a checkpoint and trains the generator.
+
+  Raises:
+    ValueError: no such stage.
+  """
+  stages = [s for s in run.cfg.stages if "model" in run.algorithm(s).losses]
+  trained = [s.name for s in stages if (run.workdir / s.name / "checkpoints").is_dir()]
+  name = stage_name or (trained[-1] if trained else "")
+  if name not in trained:
+    raise ValueError(f"Stage {name or '(any)'!r} of {run.workdir} has no generator to sample from; trained are: {', '.join(trained) or 'none'}.")
+  stage = run.stages[name]
+  track = run.algorithm(stage).track
+  if copy not in ("", "ema", *track):
+    raise ValueError(f"Stage {name} keeps no slow copy {copy!r}: choose one of {', '.join(track) or 'none'}, or \"\" for the weights themselves.")
+  copy = copy if copy in track else ""
+  return name, {**run.frozen_weights(stage), "model": run.trained_weights(name, "model", copy)}
+
+
+def run_defaults(run: Run, stage_name: str) -> dict:
+  """What a run's config says of sampling, with the size of the stage's first bucket and its last resolution."""
+  stage = run.stages[stage_name]
+  bucket = run.loader(stage).buckets[0]
+  return {"height": bucket.height, "width": bucket.width, "output_resolution": stage.resolutions[-1].base_px,
+          "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": tuple(run.cfg.sampling.sigmas),
+          "only_sigmas": False, "image_pixels": (0, math.inf)}
+
+
+def pretrained_defaults(pretrained: Pretrained, resolution: int = 1024) -> dict:
+  """The published pipeline's defaults: 1024 px, 40 steps or the folder's own times, no guidance."""
+  return {"height": resolution, "width": resolution, "output_resolution": resolution, "num_steps": 40, "guidance": 1.0,
+          "sigmas": tuple(pretrained.sample_sigmas or ()), "only_sigmas": True, "image_pixels": pretrained.folder.image_pixels}

@@ -1,0 +1,280 @@
+"""Checkpoints with Orbax: one folder per step, one item per thing that may be wanted alone.
+
+  <stage>/checkpoints/<step>/params.<role>   weights of a trained role
+                             slow.<name>     a slow copy
+                             optimizer       optimizer states, step, key
+                             meta            JSON: the loader's position, the stage's description, what the loop remembers
+                             manifest.json   the checksum of every file, see qimg2.training.manifest
+
+A later stage, sampling or export reads the one item it needs. Saving is asynchronous and atomic: a folder without a finished save does not
+count as a checkpoint. Reading is strict: another shape or a missing weight is an error. Before anything is read from a step, all of the step is
+compared with its manifest: a damaged one is named in the log and the one before it is read instead; where none is whole, that is an error.
+"""
+
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from qimg2.sharding import from_first
+from qimg2.training import manifest
+from qimg2.training.state import TrainState
+
+_ALL_WRITTEN = "async_write_complete"  # Orbax's barrier between the writing of all processes and what the first one does with it
+ACCEPT = "qimg2.training.manifest.seal(FOLDER) accepts it as it is"
+
+
+class SaveError(OSError):
+  """A checkpoint could not be written; those before it are as they were."""
+
+
+class Checkpoints:
+  """The checkpoints of one stage."""
+
+  def __init__(self, folder: pathlib.Path, keep: int | None = None):
+    """Args: folder; keep, how many of the newest to keep, which makes the folder if it is missing; None only to read.
+
+    With `keep`, damaged steps that are newer than the newest whole one are renamed to <step>.damaged, so that they can be saved again.
+
+    Raises:
+      ValueError: with `keep`, there are checkpoints but none is whole.
+    """
+    self.folder, self._keep = pathlib.Path(folder).absolute(), keep
+    self._saving = 0  # the step of the save that was started last
+    if keep is not None:
+      _set_aside(self.folder, self.latest_step())
+    self._manager = self._open()
+
+  def latest_step(self) -> int | None:
+    """Step of the newest whole checkpoint, None when there are no checkpoints at all.
+
+    Raises:
+      ValueError: there are checkpoints but none is whole.
+    """
+    faults = []
+    for step in _agreed_steps(self.folder):
+      fault = _agreed_fault(self.folder / str(step))
+      if not fault:
+        if faults:
+          logging.warning("%s The checkpoint before it, of step %d, is used instead; launch.train makes those after it anew.", " ".join(faults), step)
+        return step
+      if (self.folder / str(step)).is_dir():  # not one that a run has just replaced by a newer one
+        faults.append(f"The checkpoint {self.folder / str(step)} is damaged: {fault}.")
+    if faults:
+      raise ValueError(f"{' '.join(faults)} No other in {self.folder} is whole: put back a copy of one, or move the folder away to begin the stage "
+                       f"again; if a checkpoint is known to be good, {ACCEPT}.")
+    return None
+
+  def save(self, state: TrainState, meta: dict) -> None:
+    """Starts to save `state` and the JSON-serialisable `meta` under the state's step; returns once the device memory may be reused.
+
+    Raises:
+      SaveError: this save could not be started, or the one before it failed.
+    """
+    self.wait()
+    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+    self._saving = int(state.step)
+    self._guard(lambda: self._manager.save(self._saving, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)))
+
+  def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict]:
+    """(state, meta) of a step that `latest_step` gave, laid out as the shardings in `abstract` say.
+
+    Raises:
+      ValueError: the checkpoint does not hold what `abstract` asks for, or is damaged.
+    """
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
+    restored = self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
+    train = restored["optimizer"]
+    params = {role: restored[f"params.{role}"] for role in abstract.params}
+    slow = {name: restored[f"slow.{name}"] for name in abstract.slow}
+    return TrainState(train["step"], params, train["opt"], slow, jax.random.wrap_key_data(train["key"])), restored["meta"]
+
+  def items(self, step: int) -> list[str]:
+    """Names of the weights and slow copies in the checkpoint of a step, such as "params.model"."""
+    return sorted(path.name for path in (self.folder / str(step)).iterdir() if path.is_dir() and "." in path.name)
+
+  def restore_item(self, name: str, abstract: Any, step: int | None = None) -> Any:
+    """One item, such as "params.model" or "slow.ema", of a step (default: the newest whole one).
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: no such item, one that does not fit `abstract`, a damaged step, or no whole one.
+    """
+    step = self.latest_step() if step is None else step
+    if step is None:
+      raise FileNotFoundError(f"There is no checkpoint in {self.folder}: train that stage first.")
+    if name not in self.items(step):
+      raise ValueError(f"The checkpoint {self.folder / str(step)} holds no {name!r}: it has {', '.join(self.items(step))}.")
+    return self._read(step, ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+
+  def wait(self) -> None:
+    """Returns when the save under way is on the disk.
+
+    Raises:
+      SaveError: it failed.
+    """
+    self._guard(self._manager.wait_until_finished)
+
+  def close(self) -> None:
+    """Waits for the save under way and ends.
+
+    Raises:
+      SaveError: it failed.
+    """
+    self.wait()
+    self._manager.close()
+
+  def _open(self) -> ocp.CheckpointManager:
+    if self._keep is None:
+      return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=False))
+    seal = _sealing(lambda: self.folder / str(self._saving))
+    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True, async_options=seal)
+    return ocp.CheckpointManager(self.folder, options=options)
+
+  def _guard(self, save: Callable[[], Any]) -> None:
+    """Runs a part of a save. After one that failed, what it left is removed and saving can begin anew."""
+    try:
+      done = save()
+    except Exception as error:  # whatever the file system raises, in Orbax's threads too
+      if jax.process_count() == 1:  # several would have to fail together
+        _remove_parts(self.folder)
+        self._manager = self._open()
+      raise SaveError(f"The checkpoint {self.folder / str(self._saving)} could not be written ({_first_line(error)}); those before it are kept: "
+                      "free some space or mend the disk.") from error
+    if done is False:
+      raise SaveError(f"The checkpoint {self.folder / str(self._saving)} was not written because there is a newer one: use another folder.")
+
+  def _read(self, step: int, args: ocp.args.Composite) -> Any:
+    path = self.folder / str(step)
+    fault = _agreed_fault(path)
+    if fault:
+      raise ValueError(f"The checkpoint {path} is damaged: {fault}: read another step, or put back a copy.")
+    try:
+      return self._manager.restore(step, args=args)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+      raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}") from error
+
+
+def save_weights(folder: pathlib.Path, params: dict) -> None:
+  """Writes weights that no stage trains (a frozen role) to a folder of their own; waits until they are there."""
+  folder = pathlib.Path(folder).absolute()
+  with ocp.StandardCheckpointer(async_options=_sealing(lambda: folder)) as checkpointer:
+    checkpointer.save(folder, params)
+
+
+def restore_weights(folder: pathlib.Path, abstract: dict) -> dict:
+  """Weights written by `save_weights`.
+
+  Raises:
+    ValueError: they are damaged, or do not fit `abstract`.
+  """
+  folder = pathlib.Path(folder).absolute()
+  fault = _agreed_fault(folder)
+  if fault:
+    raise ValueError(f"The weights in {folder} are damaged: {fault}: put back a copy, or remove the folder if the run drew them from its seed, which "
+                     f"draws the same again; if they are known to be good, {ACCEPT}.")
+  with ocp.StandardCheckpointer() as checkpointer:
+    try:
+      return checkpointer.restore(folder, abstract)
+    except (ValueError, KeyError) as error:
+      raise ValueError(f"The weights in {folder} do not fit the config: {_first_line(error)}") from error
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  key = jax.eval_shape(jax.random.key_data, state.key) if isinstance(state.key, jax.ShapeDtypeStruct) else jax.random.key_data(state.key)
+  if isinstance(key, jax.ShapeDtypeStruct):
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.step.sharding)
+  return {
+      **{f"params.{role}": tree for role, tree in state.params.items()},
+      **{f"slow.{name}": tree for name, tree in state.slow.items()},
+      "optimizer": {"opt": state.opt, "step": state.step, "key": key},
+  }
+
+
+# Whole and damaged.
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+  """The steps whose save was completed, newest first, damaged or not."""
+  return sorted((int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()), reverse=True) if folder.is_dir() else []
+
+
+def _remove_parts(folder: pathlib.Path) -> None:
+  """Removes what a failed save left, until nothing new comes: other threads of it may still write for a moment."""
+  quiet = 0
+  for _ in range(50):
+    parts = list(folder.glob(f"*{manifest.TEMPORARY}*"))
+    for part in parts:
+      shutil.rmtree(part, ignore_errors=True)
+    quiet = 0 if parts else quiet + 1
+    if quiet == 3:
+      return
+    time.sleep(0.1)
+
+
+def _agreed_steps(folder: pathlib.Path) -> list[int]:
+  """`_steps` as the first process sees them: the others may see an older listing.
+
+  Raises:
+    ValueError: a step that this process does not see at all.
+  """
+  steps = _steps(folder)
+  if jax.process_count() == 1:
+    return steps
+  found = np.zeros(int(from_first(np.int32(len(steps)))), np.int32)
+  found[:len(steps)] = steps[:len(found)]
+  steps = from_first(found).tolist() if len(found) else []
+  for step in steps:
+    if not (folder / str(step)).is_dir():
+      raise ValueError(f"Process {jax.process_index()} does not see the checkpoint {folder / str(step)}, which process 0 does: all processes need "
+                       "one shared --workdir.")
+  return steps
+
+
+def _sealing(find_folder: Callable[[], pathlib.Path]) -> ocp.AsyncOptions:
+  """Lets Orbax call `manifest.seal` on the first process when a save is complete but for the renaming of its folder, which `find_folder` tells; and
+  `manifest.write_part` on each of several processes when it has written its own files and is about to wait for the others."""
+  wait = ocp.multihost.get_barrier_sync_fn()
+
+  def temporary() -> pathlib.Path:
+    folder = find_folder()
+    path = folder.with_name(folder.name + manifest.TEMPORARY)
+    return path if path.is_dir() else folder
+
+  def barrier(*, key: str, timeout_ms: int) -> None:
+    if _ALL_WRITTEN in key:
+      manifest.write_part(temporary(), jax.process_index())
+    wait(key=key, timeout_ms=timeout_ms)
+
+  return ocp.AsyncOptions(post_finalization_callback=lambda: manifest.seal(temporary()), barrier_sync_fn=barrier)
+
+
+def _agreed_fault(folder: pathlib.Path) -> str:
+  """What keeps a folder from being whole, "" for nothing. Several processes read a part of it each and come to the same end."""
+  index, count = jax.process_index(), jax.process_count()
+  fault = manifest.find_fault(folder, (index, count))
+  if count > 1 and multihost_utils.process_allgather(np.array(bool(fault))).any():
+    return fault or "another process found a damaged file"
+  return fault
+
+
+def _set_aside(folder: pathlib.Path, whole: int | None) -> None:
+  """Renames the steps after the newest whole one, all of them damaged."""
+  for step in _steps(folder) if jax.process_index() == 0 and whole is not None else ():
+    if step <= whole:
+      break
+    names = [f"{step}.damaged", *(f"{step}.damaged{number}" for number in range(2, 1000))]
+    (folder / str(step)).rename(next(folder / name for name in names if not (folder / name).exists()))
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+
+
+def _first_line(error: Exception) -> str:
+  return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,171 @@
+"""Where a stage writes its numbers.
+
+`metrics.jsonl` holds what training computes and nothing that depends on the clock: an interrupted and resumed run writes the same bytes as
+an uninterrupted one. `faults.jsonl`, if there is one, holds what `faults` found, with all sample ids of the batch, and nothing of the clock
+either. `timing.jsonl` holds samples per second and the like, and where the time went: rows of `Accounts`, which stay when a run goes on
+from an earlier step. TensorBoard gets metrics and timing.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorboardX
+
+NEXT_TO_STEPS = ("start", "compile", "data", "save", "evaluation")  # what time goes to beside steps
+
+
+class MetricsWriter:
+  """Appends rows of scalars under a stage's folder; rows after `step` (of a run that was cut off) are dropped, to be written again."""
+
+  def __init__(self, folder: pathlib.Path, step: int, active: bool = True, hooks_due: bool = False):
+    """Args: folder of the stage; step it starts from; active is False on all processes but the first; hooks_due, whether the evaluation of that step
+    is still to come, so that rows of one that was cut off later are dropped, too.
+
+    Raises:
+      ValueError: a line in the middle of metrics.jsonl that is no JSON.
+    """
+    self._active = active
+    if not active:
+      return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "timing.jsonl", "faults.jsonl"):
+      _truncate(folder / name, step, hooks_due)
+    self._folder = folder
+    self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+    self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")
+    self._events = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Adds a row to metrics.jsonl and to TensorBoard."""
+    self._row("_metrics", step, scalars)
+
+  def write_timing(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Adds a row to timing.jsonl and to TensorBoard."""
+    self._row("_timing", step, scalars)
+
+  def write_fault(self, step: int, row: Mapping) -> None:
+    """Adds a JSON-serialisable row to faults.jsonl."""
+    if self._active:
+      with open(self._folder / "faults.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **row}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+  def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Adds an [H, W, 3] uint8 picture to TensorBoard."""
+    if self._active:
+      self._events.add_image(name, image, step, dataformats="HWC")
+
+  def sync(self) -> None:
+    """Returns when all rows so far are on the disk, so that no checkpoint is newer than its metrics."""
+    if self._active:
+      for file in (self._metrics, self._timing):
+        os.fsync(file.fileno())
+
+  def close(self) -> None:
+    """Ends writing."""
+    if self._active:
+      self._metrics.close()
+      self._timing.close()
+      self._events.close()
+
+  def _row(self, file: str, step: int, scalars: Mapping[str, float]) -> None:
+    if not self._active:
+      return
+    values = {name: float(value) for name, value in scalars.items()}
+    getattr(self, file).write(json.dumps({"step": step, **values}) + "\n")
+    getattr(self, file).flush()
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+  """The rows of a .jsonl file; a last line that was cut off is left out.
+
+  Raises:
+    ValueError: another line is no JSON.
+  """
+  if not path.exists():
+    return []
+  rows, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
+  for number, line in enumerate(lines):
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+      if number == len(lines) - 1:
+        break
+      raise ValueError(f"{path}, line {number + 1} is no JSON: the file was edited or damaged; mend or move it away.") from error
+  return rows
+
+
+def _truncate(path: pathlib.Path, step: int, hooks_due: bool) -> None:
+  if path.name == "faults.jsonl" and not path.exists():
+    return
+  of_hook = lambda row: hooks_due and path.name == "metrics.jsonl" and row["step"] == step and "skipped" not in row
+  rows = [row for row in read_rows(path) if row["step"] <= step and not of_hook(row) or "wall_s" in row]
+  part = path.with_suffix(".part")
+  part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+  part.replace(path)
+
+
+# Where the time goes.
+
+
+class Accounts:
+  """Where the wall time of a stage goes. What is spent on nothing else is spent on steps."""
+
+  def __init__(self, began: float | None = None):
+    """Args: `time.monotonic()` of when the stage began, which until now went to its start; None for now."""
+    self._mark = time.monotonic() if began is None else began
+    self._spent = dict.fromkeys(NEXT_TO_STEPS, 0.0)
+    self._spent["start"] = time.monotonic() - self._mark
+
+  @contextlib.contextmanager
+  def spend(self, kind: str) -> Iterator[None]:
+    """Counts the time inside as spent on `kind`, one of NEXT_TO_STEPS."""
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self.add(kind, time.monotonic() - start)
+
+  def add(self, kind: str, seconds: float) -> None:
+    """Counts seconds that were spent on `kind`."""
+    self._spent[kind] += seconds
+
+  def row(self) -> dict[str, float]:
+    """Seconds since the last row, to be logged: `wall_s` of all, `step_s` and one for each of NEXT_TO_STEPS of its parts; `goodput`, the share of
+    steps, 0 to 1."""
+    now = time.monotonic()
+    wall, spent = now - self._mark, {f"{kind}_s": seconds for kind, seconds in self._spent.items()}
+    self._mark, self._spent = now, dict.fromkeys(NEXT_TO_STEPS, 0.0)
+    step = max(0.0, wall - sum(spent.values()))
+    return {"wall_s": wall, "step_s": step, **spent, "goodput": step / max(wall, 1e-9)}
+
+
+def goodput(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Sums of the rows of `Accounts` among the rows of timing.jsonl, over all starts of a stage; {} when there are none.
+
+  `wall_s`, `step_s` and one for each of NEXT_TO_STEPS in seconds; `lost_s`, steps that a later start computed again, which are not in `step_s`;
+  `starts`, how often the stage was started. What a killed process did after its last row is in none of them, and neither is the time between two.
+  """
+  rows = [row for row in rows if "wall_s" in row]
+  if not rows:
+    return {}
+  names = ("wall_s", "step_s", *(f"{kind}_s" for kind in NEXT_TO_STEPS))
+  total = {name: sum(row[name] for row in rows) for name in names}
+  lost, starts, done, at = 0.0, 0, [], 0  # done: (from step, to step, seconds)
+  for row in rows:
+    if row["start_s"]:
+      starts, at = starts + 1, row["step"]
+      lost += sum(seconds * (to - max(first, at)) / (to - first) for first, to, seconds in done if to > at)
+      done = [(first, min(to, at), seconds * (min(to, at) - first) / (to - first)) for first, to, seconds in done if first < at]
+    if row["step"] > at:
+      done.append((at, row["step"], row["step_s"]))
+    at = row["step"]
+  return {**total, "step_s": total["step_s"] - lost, "lost_s": lost, "starts": starts}

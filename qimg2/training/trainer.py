@@ -1,0 +1,385 @@
+"""The training loop: one for all algorithms.
+
+A stage is compiled for every bucket shape before its first step, restored from its own newest checkpoint if there is one, and then runs to
+its last step. What happens at a step is a function of the step alone, so that a run that is killed anywhere and started again computes the
+same numbers as one that never stopped.
+
+Nothing stands between two steps but their dispatch: while a step runs, the next one is dispatched and the batch after that is on its way to the
+device. No more than that: beside the batch of the running step the device holds at most two. What a step computed is looked at when later ones have
+long been dispatched.
+
+A run that is asked to stop saves after the step that it is at. An evaluation that is due there is left to the run that goes on from it.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from qimg2.algorithms import Algorithm
+from qimg2.sharding import Rules, all_ids, compile_options, put_batch
+from qimg2.training.checkpoint import Checkpoints, SaveError
+from qimg2.training.faults import Preempted, Settings, Watch
+from qimg2.training.metrics import Accounts, MetricsWriter
+from qimg2.training.state import Optimizers, TrainState, abstract_state, init_state, make_step
+
+RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
+MAX_DISPATCHED = 2  # steps whose results are still to come
+ORDER_KEYS = ("seed", "mixture", "resolutions", "max_crop", "min_bucket_records", "num_tokens", "prompt_classes")  # of a stage's description
+
+
+class Loader(Protocol):
+  """What the loop needs of a loader: batch k is a function of k."""
+
+  def iterate(self, start: int) -> Iterator[tuple[int, dict]]:
+    """(bucket number, batch) from batch `start` on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of the curriculum, ready to run.
+
+  Attributes:
+    name: also the name of its folder.
+    algorithm, optimizers, specs: the method, its optimizers, the declared weights of all roles.
+    num_steps: last step.
+    batch_shapes: the abstract global batch of each bucket.
+    hooks: (every n steps, function of (weights of all roles, step, writer) -> scalars to log); also run after the last step.
+    accumulate: micro-batches per step.
+    log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep.
+    faults: what it bears.
+    description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data.
+  """
+  name: str
+  algorithm: Algorithm
+  optimizers: Optimizers
+  specs: dict[str, dict]
+  num_steps: int
+  batch_shapes: tuple[dict, ...]
+  hooks: tuple[tuple[int, RolesFn], ...] = ()
+  accumulate: int = 1
+  log_every_steps: int = 10
+  save_every_steps: int = 500
+  keep: int = 2
+  faults: Settings = Settings()
+  description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Books:
+  """What a stage writes."""
+  writer: MetricsWriter
+  checkpoints: Checkpoints
+  watch: Watch
+  accounts: Accounts
+
+
+def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
+                start: Callable[[], tuple[dict, dict]], frozen: dict[str, Any], finish_batches: Callable[[], list[dict]],
+                stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> TrainState:
+  """The state after the stage's last step. Everything it writes lies in `workdir / stage.name`.
+
+  Args:
+    stage: what to train.
+    nets: the networks, passed on to the algorithm.
+    loader: gives this process's rows of each batch.
+    mesh, rules: where arrays lie.
+    workdir: folder of the run.
+    key: PRNG key of the stage.
+    start: gives (weights of each trained role, slow copies) of step 0; called only when the stage has no checkpoint.
+    frozen: weights of the frozen roles.
+    finish_batches: gives the batches for the algorithm's `finish`.
+    stop: asked at every step, by every process, whether to stop after it; see `qimg2.training.faults.Notice`.
+    began: `time.monotonic()` of when the time that goes to this stage began; None for now.
+
+  Raises:
+    Preempted: `stop` said so. The stage is saved, and the same call goes on with it.
+    FloatingPointError: too many updates in a row were skipped.
+    SaveError: a checkpoint could not be written.
+    ValueError: there are checkpoints but none is whole, or they do not fit.
+  """
+  folder, accounts = workdir / stage.name, Accounts(began)
+  with accounts.spend("start"):
+    checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
+    abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
+    state, meta = _first_state(stage, checkpoints, abstract, start, key)
+  step = int(state.step)
+  if step >= stage.num_steps:
+    checkpoints.close()
+    return state
+  writer = MetricsWriter(folder, step, _is_first(), meta.get("hooks_due", False))
+  books = Books(writer, checkpoints, Watch(stage.name, stage.faults, writer.write_fault, meta.get("watch"), all_ids), accounts)
+  _leave_before_start(stage, step, stop)
+  with accounts.spend("compile"):
+    steps = compile_steps(stage, nets, abstract, frozen, mesh)
+  _leave_before_start(stage, step, stop)
+  if meta.get("hooks_due"):
+    _run_hooks(stage, state, frozen, step, books)
+  writer.write_timing(step, accounts.row())
+  feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
+  state = _loop(stage, state, frozen, steps, feed, books, stop)
+  return _end(stage, state, frozen, nets, finish_batches, books, stop)
+
+
+def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, start: Callable[[], tuple[dict, dict]],
+                 key: jax.Array) -> tuple[TrainState, dict]:
+  """(state, meta) of the newest whole checkpoint; without any checkpoint the state of step 0 and nothing."""
+  latest = checkpoints.latest_step()
+  if latest is None:
+    begin = lambda params, slow: init_state(stage.algorithm, stage.optimizers, params, slow, key)  # jitted, for arrays that span processes
+    return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start()), {}
+  state, meta = checkpoints.restore(abstract, latest)
+  if latest < stage.num_steps:
+    _warn_of_another_order(stage, latest, meta.get("stage", {}))
+  return state, meta
+
+
+def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], list[dict]], books: Books,
+         stop: Callable[[int], bool]) -> TrainState:
+  """What follows the last step: the algorithm's `finish`, the hooks, the save.
+
+  Raises:
+    Preempted: the run was asked to stop meanwhile.
+    SaveError: the state could not be written.
+  """
+  stopping = stop(stage.num_steps)
+  if stage.algorithm.finish is not None:
+    with books.accounts.spend("evaluation"):
+      state = _finish(stage.algorithm, state, frozen, nets, finish_batches())
+  _run_hooks(stage, state, frozen, stage.num_steps, books)
+  with books.accounts.spend("save"):
+    _save(stage, state, stage.num_steps, books)
+    books.checkpoints.close()
+  books.writer.write_timing(stage.num_steps, books.accounts.row())
+  books.writer.close()
+  if stop(stage.num_steps + 1) or stopping:
+    raise Preempted(f"Stage {stage.name} was asked to stop when it was done and saved: the same command goes on.")
+  return state
+
+
+def compile_steps(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh) -> list[Any]:
+  """The train step compiled for each bucket's batch, with progress. Nothing is run."""
+  step = jax.jit(make_step(stage.algorithm, stage.optimizers, nets, stage.accumulate), donate_argnums=0,
+                 out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
+  frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
+  shapes = tqdm(stage.batch_shapes, desc=f"{stage.name}: compile", unit="bucket", disable=None, leave=False)
+  return [step.lower(abstract, frozen_shapes, batch).compile(compiler_options=compile_options(mesh)) for batch in shapes]
+
+
+def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], feed: "Feed", books: Books, stop: Callable[[int], bool]) -> TrainState:
+  """Runs the steps that are left; saves, but not after the last one, which `finish` still follows."""
+  first = int(state.step)
+  progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
+  clock, num_samples, dispatched = time.monotonic(), 0, collections.deque()
+  feed.look_ahead()
+  for step in range(first + 1, stage.num_steps + 1):
+    bucket, sample_ids, batch = feed.get()
+    num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
+    state, metrics = steps[bucket](state, frozen, batch)
+    del batch  # so that the device is free of it as soon as the step is done
+    dispatched.append((step, sample_ids, metrics))
+    if len(dispatched) > MAX_DISPATCHED:
+      _look(dispatched, 1, books.watch)
+    last = step == stage.num_steps
+    if not last:
+      feed.look_ahead(next(iter(metrics.values())))
+    if step % stage.log_every_steps == 0 or last:
+      _look(dispatched, len(dispatched), books.watch)
+      now = time.monotonic()
+      values, timing = _log(stage, step, metrics, num_samples, now - clock, feed, books)
+      progress.set_postfix(loss=f"{_loss(values):.4f}", samples_per_s=f"{timing['samples_per_second']:.0f}",
+                           data_wait=f"{timing['data_wait_share']:.0%}", refresh=False)
+      clock, num_samples = now, 0
+    progress.update(1)
+    if last:
+      break
+    stopping = stop(step)
+    if stopping or _is_due(stage, step) or step % stage.save_every_steps == 0:
+      _look(dispatched, len(dispatched), books.watch)  # the device is done with the steps: what follows is no time of theirs
+      pause = time.monotonic()
+      if stopping:
+        progress.close()
+        _leave(stage, state, step, books)
+      _run_hooks(stage, state, frozen, step, books)
+      if step % stage.save_every_steps == 0:
+        with books.accounts.spend("save"):
+          _save(stage, state, step, books, can_continue=True)
+      clock += time.monotonic() - pause
+  progress.close()
+  return state
+
+
+def _look(dispatched: collections.deque, num: int, watch: Watch) -> None:
+  """Waits for the `num` oldest of the dispatched steps and looks at what they computed."""
+  for _ in range(num):
+    step, sample_ids, metrics = dispatched.popleft()
+    jax.block_until_ready(metrics)
+    watch.look(step, sample_ids, metrics)
+
+
+def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: "Feed",
+         books: Books) -> tuple[dict[str, float], dict[str, float]]:
+  """Writes the rows of a step that is done, and returns (its metrics, its timing)."""
+  values = {name: float(value) for name, value in metrics.items()} | {"skipped": float(books.watch.skipped)}
+  books.writer.write(step, values)
+  timing = {"samples_per_second": num_samples / elapsed_s, **feed.timing(elapsed_s)}
+  books.writer.write_timing(step, timing)
+  books.accounts.add("data", timing["data_wait_share"] * elapsed_s)
+  books.writer.write_timing(step, books.accounts.row())
+  return values, timing
+
+
+def _loss(values: Mapping[str, float]) -> float:
+  """The loss of the only role, or of the first of several that has one at this step."""
+  losses = [value for name, value in values.items() if name.split("/")[-1] == "loss"]
+  return next((value for value in losses if value == value), losses[0])
+
+
+# Saving and stopping.
+
+
+def _save(stage: Stage, state: TrainState, step: int, books: Books, hooks_due: bool = False, can_continue: bool = False) -> None:
+  """Starts to save the state. If the stage bears that, a failure of the save before this one is only said, with `can_continue` one of this too."""
+  books.writer.sync()
+  meta = {"loader_step": step, "stage": dict(stage.description), "watch": books.watch.saved(), "hooks_due": hooks_due}
+  for part, bearable in ((books.checkpoints.wait, True), (lambda: books.checkpoints.save(state, meta), can_continue)):
+    try:
+      part()
+    except SaveError as error:
+      if not bearable or stage.faults.on_save_error == "stop" or jax.process_count() > 1:
+        raise
+      logging.warning("Stage %s goes on without a save: %s", stage.name, error)
+
+
+def _leave(stage: Stage, state: TrainState, step: int, books: Books) -> None:
+  """Saves the state after `step`, before the evaluation that may be due there.
+
+  Raises:
+    Preempted: always, once it is saved.
+    SaveError: it could not be saved.
+  """
+  with books.accounts.spend("save"):
+    _save(stage, state, step, books, hooks_due=_is_due(stage, step))
+    books.checkpoints.close()
+  books.writer.write_timing(step, books.accounts.row())
+  books.writer.close()
+  raise Preempted(f"Stage {stage.name} was asked to stop and is saved at step {step} of {stage.num_steps}: the same command goes on.")
+
+
+def _leave_before_start(stage: Stage, step: int, stop: Callable[[int], bool]) -> None:
+  if stop(step):
+    raise Preempted(f"Stage {stage.name} was asked to stop before its first step, with nothing new to save at step {step} of {stage.num_steps}: the "
+                    "same command goes on.")
+
+
+class Feed:
+  """A loader's batches, in its order, each on the device before its step is due, and how long the steps had to wait for them.
+
+  `look_ahead`, called when a step has just been dispatched, reads the batch of the next one and sends it to the device while the step runs.
+  What the loader raises there is raised by the `get` that asks for this batch, after the step before it was logged and saved.
+  """
+
+  def __init__(self, batches: Iterator[tuple[int, dict]], put: Callable[[dict], dict]):
+    """Args: (bucket number, this process's rows) for each step; what sends the rows to the device."""
+    self._batches, self._put = batches, put
+    self._next: tuple | None = None
+    self._error: Exception | None = None
+    self._num = 0
+    self._blocked_s = self._waited_s = 0.0
+
+  def look_ahead(self, running: jax.Array | None = None) -> None:
+    """Reads the next batch and starts to send it. `running` is a result of the step that was dispatched last, None when there is none."""
+    start = time.monotonic()
+    try:
+      bucket, batch = next(self._batches)
+      self._blocked_s += time.monotonic() - start
+      self._next = bucket, batch["sample_id"], self._put(batch)
+    except Exception as error:  # whatever it is, it belongs to the next step
+      self._error = error
+    self._num += 1
+    if running is None or running.is_ready():
+      self._waited_s += time.monotonic() - start
+
+  def get(self) -> tuple[int, np.ndarray, dict]:
+    """(bucket number, this process's sample ids, global arrays) of the batch that was looked ahead to, which is then forgotten here.
+
+    Raises:
+      Exception: what the loader raised for this batch.
+    """
+    if self._error is not None:
+      raise self._error
+    batch, self._next = self._next, None
+    return batch
+
+  def timing(self, elapsed_s: float) -> dict[str, float]:
+    """What to log of the time since the last call, `elapsed_s` seconds.
+
+    `data_wait_share`: the share of it, 0 to 1, in which the loop waited for a batch although no dispatched step was running any more. An upper
+    bound of the time that the device stood idle for want of data, because a wait counts from its beginning even if the step ended within it; a
+    wait that ends while a step is still running costs nothing and does not count.
+    `loader_batches_per_second`: batches per second of waiting for the loader. Its throughput where it is what limits; far more than the steps
+    need where batches lie ready when they are asked for.
+    """
+    timing = {"data_wait_share": min(1.0, self._waited_s / elapsed_s), "loader_batches_per_second": self._num / max(self._blocked_s, 1e-9)}
+    self._num, self._blocked_s, self._waited_s = 0, 0.0, 0.0
+    return timing
+
+
+def _is_first() -> bool:
+  return jax.process_index() == 0
+
+
+def _is_due(stage: Stage, step: int) -> bool:
+  return any(step % every == 0 for every, _ in stage.hooks)
+
+
+def _run_hooks(stage: Stage, state: TrainState, frozen: dict, step: int, books: Books) -> None:
+  with books.accounts.spend("evaluation"):
+    for every, hook in stage.hooks:
+      if step % every == 0 or step == stage.num_steps:
+        scalars = hook({**frozen, **state.params, **state.slow}, step, books.writer)
+        if scalars:
+          books.writer.write(step, scalars)
+
+
+def _finish(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, batches: list[dict]) -> TrainState:
+  params = algorithm.finish({**frozen, **state.params}, nets, batches)
+  slow = {}
+  for name, (role, _) in algorithm.track.items():
+    slow[name] = algorithm.finish({**frozen, **state.params, role: state.slow[name]}, nets, batches)[role]
+  return state.replace(params={role: params[role] for role in state.params}, slow=slow)
+
+
+# A stage that goes on with other data.
+
+
+def _warn_of_another_order(stage: Stage, step: int, saved: Mapping[str, Any]) -> None:
+  """Says in the log, which is absl's where a launcher started the run, that batches from here on are not those that the stage began with."""
+  now = json.loads(json.dumps(dict(stage.description)))
+  both = [key for key in ORDER_KEYS if key in saved and key in now]
+  changes = [text for key in both for text in differences(saved[key], now[key], key)]
+  if changes:
+    logging.warning("Stage %s goes on at batch %d with another mixture: %s: from here on the order is that of the new mixture.", stage.name, step,
+                    "; ".join(changes))
+
+
+def differences(old: Any, new: Any, path: str, ignored: Sequence[str] = ()) -> Iterator[str]:
+  """The places where two JSON values differ, as readable strings that begin with `path`; keys in `ignored` may differ at any depth."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted((set(old) | set(new)) - set(ignored)):
+      yield from differences(old.get(key), new.get(key), f"{path}.{key}", ignored)
+  elif isinstance(old, list) and isinstance(new, list) and (len(old) == len(new) or all(isinstance(item, dict) for item in old + new)):
+    for number, pair in enumerate(itertools.zip_longest(old, new)):
+      yield from differences(*pair, f"{path}[{number}]", ignored)
+  elif old != new:
+    yield f"{path} was {old!r} and is {new!r}"
