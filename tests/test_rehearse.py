@@ -17,6 +17,7 @@ from configs import pretrain, quickstart
 from qimg2 import networks
 from qimg2 import params as P
 from qimg2.analysis import flops
+from qimg2.layout import make_layout
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.runtime.rehearsal import search, steps, table, topology
@@ -55,7 +56,7 @@ def test_the_generator_by_xla():
   cfg = mmdit.Config(latent_channels=16, width=256, num_layers=1, num_heads=4, head_dim=64, context_width=128, rope_dims=(16, 24, 24),
                      attention="full")  # on a CPU whatever the mask hides is multiplied, too
   tokens, count = jax.ShapeDtypeStruct((1, 96), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-  layout = jax.eval_shape(lambda tokens, count: networks.make_layout(tokens, count, 3, [(8, 8)], (16, 16)), tokens, count)
+  layout = jax.eval_shape(lambda tokens, count: make_layout(tokens, count, 3, [(8, 8)], (16, 16)), tokens, count)
   float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   found = counted(lambda *a: mmdit.apply(cfg, *a), P.abstract(mmdit.specs(cfg)), float32(1, 256, 16), float32(1), float32(1, 96, 128),
                   float32(1, 64, 16), layout)

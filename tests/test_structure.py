@@ -20,8 +20,8 @@ ALLOWED = {
     "configs": {"configs", "ml_collections"},
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
-ORDER = [["params"], ["sharding", "layers"], ["attention"], ["models"], ["networks", "flow"], ["sampler"], ["algorithms"], ["training"],
-         ["published", "analysis"], ["runtime"]]
+ORDER = [["params"], ["sharding", "layers", "batch"], ["attention"], ["models"], ["layout", "flax_module"], ["networks", "flow"], ["sampler"],
+         ["algorithms"], ["training"], ["published", "analysis"], ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.
 ABOVE_RUNTIME = {"launch", "notebooks", "benchmarks", "tests"}
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))

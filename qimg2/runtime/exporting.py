@@ -117,10 +117,11 @@ image = pipe("a prompt", negative_prompt=" ", true_cfg_scale={max(1.0, run.cfg.s
 With qimg2 (`load_weights` also takes shardings, to spread the weights over a mesh):
 
 ```python
-from qimg2 import conditioning, pipeline_folder
-folder = pipeline_folder.open_folder("{title}", dtype="bfloat16")
-nets = conditioning.Networks(folder.model, folder.encoder, folder.vae, num_system_tokens={run.tokenizer.num_system_tokens})
-weights = {{role: pipeline_folder.load_weights(folder, role, specs) for role, specs in nets.specs().items()}}
+from qimg2.networks import Networks
+from qimg2.published.folder import load_weights, open_folder
+folder = open_folder("{title}", dtype="bfloat16")
+nets = Networks(folder.model, folder.encoder, folder.vae, num_system_tokens={run.tokenizer.num_system_tokens})
+weights = {{role: load_weights(folder, role, specs) for role, specs in nets.specs().items()}}
 ```
 """
 
