@@ -197,8 +197,9 @@ def test_no_default_stands_twice():
   """Each key of a config is in configs/base.py, and where its class has a default too, it is the same."""
   run, stage = base.base(), base.stage("one", "flow_matching")
   classes = {"": (run, RunConfig), "stages": (stage, StageConfig), "schedule": (run.schedule, flow.Schedule),
-             "faults": (stage.faults, faults.Settings), "optimizer": (stage.optimizer, optim.Config), "resolutions": (stage.resolutions[0], Resolution),
-             "mixture": (stage.mixture[0], DatasetSpec), "mesh": (run.mesh, MeshConfig), "prepare": (run.prepare, config.PrepareConfig),
+             "faults": (stage.faults, faults.Settings), "optimizer": (stage.optimizer, optim.Config),
+             "resolutions": (stage.resolutions[0], Resolution), "mixture": (stage.mixture[0], DatasetSpec), "mesh": (run.mesh, MeshConfig),
+             "prepare": (run.prepare, config.PrepareConfig),
              "sampling": (run.sampling, config.SamplingConfig), "check": (run.check, config.CheckConfig),
              "evaluation": (stage.evaluation, config.EvaluationConfig)}
   for name, (section, cls) in classes.items():
@@ -242,7 +243,8 @@ def test_a_misspelt_key_in_a_config_file_is_named():
 @pytest.mark.parametrize("text, source", [
     ("scratch", Source("scratch")), ("default", Source("default")), ("stage:vae", Source("stage", "vae")),
     ("stage:sft:ema", Source("stage", "sft", "ema")), ("diffusers:a/b:c", Source("diffusers", "a/b:c")),
-    ("runs/a/sft", Source("folder", "runs/a/sft")), ("runs/a/sft:ema", Source("folder", "runs/a/sft", "ema")), ("/odd:ly/named", Source("folder", "/odd:ly/named"))])
+    ("runs/a/sft", Source("folder", "runs/a/sft")), ("runs/a/sft:ema", Source("folder", "runs/a/sft", "ema")),
+    ("/odd:ly/named", Source("folder", "/odd:ly/named"))])
 def test_sources_are_words(text, source):
   assert parse_source(text) == source
 
