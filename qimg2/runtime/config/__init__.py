@@ -16,7 +16,7 @@ from data_pipelines.mixture import DatasetSpec, Resolution
 from qimg2 import flow
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime.config.sections import checked, from_section, placed, plain
-from qimg2.runtime.methods import METHODS, frozen_roles, make_algorithm
+from qimg2.runtime.methods import METHODS, make_algorithm
 from qimg2.training import faults, optim
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
@@ -227,7 +227,7 @@ def _optimizers(common: optim.Config, sections: Any, where: str) -> dict[str, op
 def _check_frozen(stage: StageConfig, where: str, schedule: flow.Schedule) -> None:
   """Whether the stage says of each frozen role, and of no other, where its weights come from."""
   algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, schedule)
-  roles = frozen_roles(algorithm)
+  roles = algorithm.frozen
   checked(stage.frozen, dict.fromkeys(roles, str), (), f"{where}.frozen")
   for role in roles:
     if role not in stage.frozen:
