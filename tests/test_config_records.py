@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from configs import quickstart
 from data_pipelines.mixture import Resolution
 from qimg2.runtime import curriculum
+from qimg2.runtime.config import parse
 from qimg2.runtime.config.records import FORMAT, read_record
 from qimg2.runtime.run import load_run, save_config
 from qimg2.training.trainer import ORDER_KEYS
@@ -78,6 +80,22 @@ def test_an_old_run_goes_on_under_a_record_of_today(tmp_path):
   with pytest.raises(ValueError, match=r"was started with another config: config.stages\[2\].start_from was 'stage:low_resolution:ema' and is 'scr"):
     stages = (*cfg.stages[:2], dataclasses.replace(cfg.stages[2], start_from="scratch"), cfg.stages[3])
     save_config(dataclasses.replace(cfg, stages=stages), tmp_path)
+
+
+def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
+  def config(weight, num_steps):
+    cfg = quickstart.get_config("smoke")
+    cfg.stages[0].mixture[0].weight, cfg.stages[0].num_steps = weight, num_steps
+    return parse(cfg)
+  save_config(config(0.65, 1), tmp_path)
+  save_config(config(0.65, 2), tmp_path)  # may change
+  with pytest.raises(ValueError, match="weight was 0.65 and is 0.8. Use another --workdir"):
+    save_config(config(0.8, 2), tmp_path)
+  assert capsys.readouterr().err == ""
+  save_config(config(0.8, 2), tmp_path, allow_change=True)
+  assert capsys.readouterr().err == "config.stages[0].mixture[0].weight was 0.65 and is 0.8\n"
+  save_config(config(0.8, 2), tmp_path, allow_change=True)
+  assert capsys.readouterr().err == ""
 
 
 def test_a_checkpoint_of_an_old_run_is_not_told_that_its_data_changed(tmp_path):
