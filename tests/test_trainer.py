@@ -10,10 +10,8 @@ import weakref
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from qimg2.algorithms import Algorithm, Role, Update
-from qimg2.runtime.run import save_config
 from qimg2.training import checkpoint, faults, feed, metrics, trainer
 
 ALGORITHM = Algorithm({"model": Role("mlp")}, (Update(("model",), None),))
@@ -179,16 +177,3 @@ def test_going_on_with_another_mixture_is_said_once(caplog):
   assert record.levelname == "WARNING" and record.getMessage() == (
       "Stage s goes on at batch 40 with another mixture: seed was 1 and is 0; mixture[0].weight was 0.8 and is 0.65; mixture[1] was "
       "{'name': 'b', 'weight': 1.0} and is None: from here on the order is that of the new mixture.")
-
-
-def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
-  config = lambda weight, num_steps: ConfigDict({"stages": (ConfigDict({"mixture": (ConfigDict({"weight": weight}),), "num_steps": num_steps}),)})
-  save_config(config(0.65, 1), tmp_path)
-  save_config(config(0.65, 2), tmp_path)  # may change
-  with pytest.raises(ValueError, match="weight was 0.65 and is 0.8. Use another --workdir"):
-    save_config(config(0.8, 2), tmp_path)
-  assert capsys.readouterr().err == ""
-  save_config(config(0.8, 2), tmp_path, allow_change=True)
-  assert capsys.readouterr().err == "config.stages[0].mixture[0].weight was 0.65 and is 0.8\n"
-  save_config(config(0.8, 2), tmp_path, allow_change=True)
-  assert capsys.readouterr().err == ""
