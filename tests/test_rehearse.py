@@ -101,14 +101,14 @@ def test_buckets_of_the_published_curriculum():
   cfg = pretrain.get_config()
   cfg.mesh.fsdp, cfg.mesh.tensor = 4, 2
   steps = Rehearsal(cfg, jax.devices()[:8])
-  section = cfg.stages[-1]
+  section = steps.cfg.stages[-1]
   shapes = [(one.task, one.height, one.width, one.source_sizes, one.num_tokens) for one in steps.buckets(section, Choice(base_px=(512,)))]
   assert shapes == [("t2i", 512, 512, (), 1024), ("t2i", 288, 896, (), 1024), ("ti2i", 512, 512, ((512, 512),), 1024 + 256 + 6),
                     ("ti2i", 288, 896, ((288, 896),), 1024 + 9 * 28 + 6)]
   assert len(steps.buckets(section, Choice(squares=True))) == 2 * 3
   assert len(steps.buckets(section, Choice(tasks=("t2i",), base_px=(2048,), all_buckets=True))) == 9
   with pytest.raises(ValueError, match="16384 cannot be divided over 4 devices of the axes data and fsdp in 3 micro-batches"):
-    section.optimizer.accumulate = 3
+    section = dataclasses.replace(section, optimizer=dataclasses.replace(section.optimizer, accumulate=3))
     steps.row(section, steps.buckets(section)[0])
 
 

@@ -16,7 +16,9 @@ ALLOWED = {
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
     "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl"},
     # Joins config, data and networks.
-    "qimg2/runtime": {"qimg2", "data_pipelines", "numpy", "jax", "grain", "tqdm", "absl", "ml_collections", "matplotlib", "PIL"},
+    "qimg2/runtime": {"qimg2", "data_pipelines", "numpy", "jax", "grain", "tqdm", "absl", "matplotlib", "PIL"},
+    # The only place that knows what a config file returns.
+    "qimg2/runtime/config": {"qimg2", "data_pipelines", "ml_collections"},
     "configs": {"configs", "ml_collections"},
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
