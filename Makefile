@@ -33,7 +33,7 @@ test-fast: .venv/.installed-dev
 	touch $@
 
 # torchvision's wheels name a torch build of their own; its Python code is all that the tests need.
-.venv/.installed-dev: requirements-dev.txt .venv/.installed
-	.venv/bin/python -m pip install -q -r requirements-dev.txt
+.venv/.installed-dev: requirements-data.txt requirements-dev.txt .venv/.installed
+	.venv/bin/python -m pip install -q -r requirements-data.txt -r requirements-dev.txt
 	.venv/bin/python -m pip install -q --no-deps torchvision
 	touch $@
