@@ -8,7 +8,7 @@ FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=2
 # Two processes; tests that share an expensive fixture stay together.
 PYTEST := .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15 tests
 
-.PHONY: quickstart test test-fast
+.PHONY: quickstart test test-fast lint
 
 quickstart: .venv/.installed
 	.venv/bin/python -m launch.prepare_data --dataset=glyphs --out=runs/data
@@ -24,6 +24,9 @@ test: .venv/.installed-dev
 
 test-fast: .venv/.installed-dev
 	$(PYTEST) -m "not slow"
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check .
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

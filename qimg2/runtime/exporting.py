@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-
 from qimg2.published.export import DIFFUSERS_VERSION, export_pipeline, export_transformer
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import parse_source
