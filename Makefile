@@ -8,7 +8,7 @@ FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=2
 # Two processes; tests that share an expensive fixture stay together.
 PYTEST := .venv/bin/python -m pytest -q -n 2 --dist loadgroup --durations=15 tests
 
-.PHONY: quickstart test test-fast
+.PHONY: quickstart test test-fast lint
 
 quickstart: .venv/.installed
 	.venv/bin/python -m launch.prepare_data --dataset=glyphs --out=runs/data
@@ -25,6 +25,9 @@ test: .venv/.installed-dev
 test-fast: .venv/.installed-dev
 	$(PYTEST) -m "not slow"
 
+lint: .venv/.installed-dev
+	.venv/bin/ruff check .
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -33,7 +36,7 @@ test-fast: .venv/.installed-dev
 	touch $@
 
 # torchvision's wheels name a torch build of their own; its Python code is all that the tests need.
-.venv/.installed-dev: requirements-dev.txt .venv/.installed
-	.venv/bin/python -m pip install -q -r requirements-dev.txt
+.venv/.installed-dev: requirements-data.txt requirements-dev.txt .venv/.installed
+	.venv/bin/python -m pip install -q -r requirements-data.txt -r requirements-dev.txt
 	.venv/bin/python -m pip install -q --no-deps torchvision
 	touch $@

@@ -84,8 +84,8 @@ def export_pipeline(out: str | pathlib.Path, model: mmdit.Config, encoder: qwen3
     for network, (specs, table) in networks.items():
       folder, params = part / COMPONENTS[network].folder, {name: weights[network][name] for name in specs}
       _write_json(folder / "config.json", configs[network])
-      tensors = tensors.export_tensors(params, specs, table, dtype)
-      _write_component(folder, COMPONENTS[network].stem, tensors.published_shapes(specs, table), tensors, dtype, max_shard_bytes)
+      exported = tensors.export_tensors(params, specs, table, dtype)
+      _write_component(folder, COMPONENTS[network].stem, tensors.published_shapes(specs, table), exported, dtype, max_shard_bytes)
     _write_json(part / "model_index.json", _model_index(sample_sigmas))
     _write_json(part / "scheduler" / "scheduler_config.json", published_schedule(schedule))
     _write_processor(part, encoder.vision, tokenizer_json)

@@ -5,7 +5,6 @@ Nothing here reads a step's results before the loop says that the step is done, 
 
 import collections
 import dataclasses
-import math
 import os
 import signal
 import statistics
