@@ -1,10 +1,24 @@
-"""Eight simulated devices on the CPU, and a run of the smoke config that several tests look at."""
+"""Eight simulated devices on the CPU, a kept cache of compiled programs, and a run of the smoke config that several tests look at.
+
+QIMG2_TEST_CACHE: folder of compiled programs, `.cache/tests` of the checkout by default. It may be removed at any time.
+QIMG2_TEST_SLOWNESS: by how much this machine is slower than two idle cores, 1 by default; `make` says 4. A test that is not marked `slow` fails if
+it takes more than ten seconds times that.
+"""
 
 import os
+import pathlib
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+CACHE = pathlib.Path(os.environ.get("QIMG2_TEST_CACHE") or ROOT / ".cache" / "tests")
+MAX_CACHE_BYTES = 2 * 2**30
+LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for milliseconds but take minutes to compile: skip LLVM's optimisation, in this process and in those that it starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Arrays of different ranks are only combined where the code says how.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 import jax
 
@@ -16,18 +30,50 @@ from configs import quickstart
 from qimg2.runtime.curriculum import train
 
 
+def pytest_configure(config):
+  """Forgets the oldest compiled programs once there are too many; in the process that starts the others."""
+  if not hasattr(config, "workerinput") and CACHE.is_dir():
+    programs = sorted(((path.stat(), path) for path in CACHE.iterdir() if path.is_file()), key=lambda pair: pair[0].st_mtime, reverse=True)
+    kept = 0
+    for stat, path in programs:
+      kept += stat.st_size
+      if kept > MAX_CACHE_BYTES:
+        path.unlink()
+
+
 def pytest_itemcollected(item):
-  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run."""
+  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run. What starts several processes is
+  slow."""
   item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
+  if item.get_closest_marker("processes"):
+    item.add_marker("slow")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+  """Fails a test that takes long and does not say so. Fixtures do not count: they are shared."""
+  begin = time.monotonic()
+  outcome = yield
+  took = time.monotonic() - begin
+  if took > LIMIT_S and not item.get_closest_marker("slow") and outcome.excinfo is None:
+    outcome.force_exception(AssertionError(f"It took {took:.0f} s, and only tests that are marked `slow` may take more than {LIMIT_S:.0f}: make it "
+                                           "quicker, mark it, or set QIMG2_TEST_SLOWNESS where the machine is slow."))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Programs that one test compiled are read by the next."""
-  folder = os.environ.get("QIMG2_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
-  jax.config.update("jax_compilation_cache_dir", folder)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  return folder
+def compilation_cache():
+  """Programs that one test compiled are read by the next, in whatever process and run. A file that two write at once is read whole or not at all,
+  and its name holds all that the program depends on."""
+  jax.config.update("jax_compilation_cache_dir", str(CACHE))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  return str(CACHE)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """Runs of this process lie on one device: programs for eight take longer to compile and to run."""
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda *_: devices)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,6 @@
 """Drawing and editing against the published pipeline: same weights, prompts, images and noise, same latents and pixels."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 import tempfile
 
 import jax
@@ -12,13 +8,13 @@ import numpy as np
 import pytest
 import reference
 import torch
+from commands import launch, process
 from PIL import Image
 
 from qimg2.runtime.generator import Generator, Size, load_condition_image
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.sampling import Request, pretrained_defaults, sample
 
-ROOT = pathlib.Path(__file__).parent.parent
 NUM_STEPS, RESOLUTION, NUM_TOKENS = 8, 64, 96
 PROMPTS = ("a poster", 'make the word "blue" red,\nplease 蓝 🦊', "")
 SOURCE_SIZES = ((90, 60), (64, 64), (50, 120))  # width, height in px
@@ -177,17 +173,12 @@ def test_the_size_of_an_edit_is_the_pipelines(folders, tmp_path):
 # The command.
 
 
-def launch(*arguments):
-  return subprocess.run([sys.executable, "-m", "launch.sample", *arguments], cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-                        capture_output=True, text=True)
-
-
 def test_the_command_edits_with_a_published_folder(folders, tmp_path):
   image = pictures(1)[0]
   image.save(tmp_path / "source.png")
   noise = np.random.default_rng(9).standard_normal((4, 4, 8)).astype(np.float32)
   np.save(tmp_path / "noise.npy", noise)
-  result = launch(f"--pretrained={folders(0)}", "--prompt=make it red", f"--image={tmp_path}/source.png", "--negative_prompt=blue",
+  result = process("launch.sample", f"--pretrained={folders(0)}", "--prompt=make it red", f"--image={tmp_path}/source.png", "--negative_prompt=blue",
                   "--guidance=3", "--height=64", "--width=64", f"--output_resolution={RESOLUTION}", f"--num_steps={NUM_STEPS}",
                   f"--noise={tmp_path}/noise.npy", f"--save_latents={tmp_path}/latents.npy", f"--out={tmp_path}/out.png")
   assert result.returncode == 0, result.stderr
@@ -197,7 +188,7 @@ def test_the_command_edits_with_a_published_folder(folders, tmp_path):
 
 
 def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
-  result = launch(f"--pretrained={folders(0)}", "--prompt=a poster", "--prompt=a red word", "--num_images_per_prompt=2",
+  result = launch("launch.sample", f"--pretrained={folders(0)}", "--prompt=a poster", "--prompt=a red word", "--num_images_per_prompt=2",
                   "--height=32", "--width=64", "--dtype=bfloat16", "--nocache", "--sigmas=1.0,0.8,0.3", f"--out={tmp_path}/out.png",
                   f"--pictures={tmp_path}/each", f"--save_latents={tmp_path}/latents.npy")
   assert result.returncode == 0 and "4 pictures" in result.stdout, result.stderr
@@ -223,5 +214,5 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
 def test_mistakes_end_in_one_sentence(folders, arguments, message):
   pictures(2)[1].save(folders(0) / "image.png")
   (folders(0) / "empty.npy").touch()
-  result = launch("--prompt=x", *(text.format(folder=folders(0)) for text in arguments))
+  result = launch("launch.sample", "--prompt=x", *(text.format(folder=folders(0)) for text in arguments))
   assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr and result.stderr.count("\n") == 1, result.stderr
