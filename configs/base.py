@@ -1,12 +1,27 @@
 """What all configs share: every key that a run may have, with its default. A config file starts here and changes what it means to.
 
-`Stage` keys are complete in every stage, so that a stage can be read alone and any of them can be overridden on the command line:
-  --config.stages[1].num_steps=10
+Sections are complete, in every stage too, so that a stage can be read alone and any key can be overridden on the command line:
+  --config.stages[1].num_steps=10 --config.stages[1].faults.max_skipped=3
+The sections of the three networks (configs/sizes.py) are the exception: what they do not name has the default of the network's class.
+
+Where weights come from, in `start_from` and `frozen`:
+  scratch             drawn from the seed
+  stage:NAME          the last checkpoint of an earlier stage; stage:NAME:ema its averaged weights
+  diffusers:DIR       a folder in the published layout
+  FOLDER, FOLDER:ema  a stage's folder in another run; for frozen roles also a folder of weights alone, such as another run's frozen/encoder
+  default             for frozen roles: from the diffusers folder that the chain of stages started from, or else as "scratch"
 """
 
 from ml_collections import ConfigDict
 
 from configs import sizes
+
+# Of each method, what a stage may set. The averaged weights of a generator are what is sampled from; 0 keeps none.
+ALGORITHMS = {
+    "flow_matching": dict(ema_decay=0.999),
+    "reconstruction": dict(l1_weight=1.0, l2_weight=0.0, kl_weight=0.0, ema_decay=0.0),
+}
+RESOLUTION = dict(base_px=64, batch_size=32, ratios=("1:1",), weight=1.0, multiple=32, ratio_weights=())
 
 
 def base() -> ConfigDict:
@@ -17,14 +32,15 @@ def base() -> ConfigDict:
   cfg.rules = "fsdp_tensor"
   cfg.data_dir = "runs/data"  # where launch.prepare_data wrote; the embedded data sets are made here when missing
   cfg.prepare = ConfigDict(dict(num_examples=None, seed=0))  # None: the data set's own size
-  cfg.tokenizer = ""  # a tokenizer.json, its folder, or diffusers:DIR; empty for that of the first stage's first data set
+  cfg.tokenizer = "default"  # that of the first stage's first data set; or a tokenizer.json, its folder, or diffusers:DIR
   cfg.num_tokens = 48  # longest prompt in tokens, system turn included, condition images not counted
   cfg.prompt_classes = ()  # shorter prompt lengths that have buckets of their own, so that less of a batch is padding
   cfg.num_workers = 0
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
-  cfg.schedule = ConfigDict(dict(density="logit_normal", shift="resolution", terminal=0.02))
+  cfg.schedule = ConfigDict(dict(density="logit_normal", logit_mean=0.0, logit_std=1.0, mode_scale=1.29, shift="resolution", static_shift=1.0,
+                                 base_tokens=256, base_shift=0.5, max_tokens=8192, max_shift=0.9, terminal=0.02))
   cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, sigmas=(), num_images=16))  # sigmas: own times before the shift, 1 first
-  cfg.check = ConfigDict(dict(name="", num_prompts=0, num_candidates=0))  # an automatic check of the last stage's samples
+  cfg.check = ConfigDict(dict(name="none", num_prompts=0, num_candidates=0))  # of the last stage's samples: "glyphs", "emoji" or "none"
   cfg.stages = ()
   return cfg
 
@@ -33,24 +49,27 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
   """A stage with every key. `changes` replaces values; nested sections take dicts.
 
   Raises:
-    ValueError: a key that no stage has.
+    ValueError: a method that there is not, or a key that no stage has.
   """
+  if method not in ALGORITHMS:
+    raise ValueError(f"There is no method {method!r}: choose one of {', '.join(ALGORITHMS)}.")
   generator = method != "reconstruction"
   cfg = ConfigDict(dict(
       name=name,
-      algorithm=dict(name=method, ema_decay=0.999 if generator else 0.0),
-      start_from="",  # "" from scratch, the name of an earlier stage, the folder of a stage of another run, or diffusers:DIR
-      frozen=dict(encoder="", vae="vae") if generator else {},  # role -> as start_from; "" from its diffusers:DIR, or random by seed
+      algorithm=dict(name=method, **ALGORITHMS[method]),
+      start_from="scratch",
+      frozen=dict(encoder="default", vae="stage:vae") if generator else {},
       num_steps=100,
-      resolutions=(dict(base_px=64, batch_size=32, ratios=("1:1",), weight=1.0, multiple=32),),
+      resolutions=(RESOLUTION,),
       mixture=(part("glyphs"),),
       evaluation=dict(split="validation", num_samples=256),  # of the mixture's data sets, per task
       caption_dropout=0.1 if generator else 0.0,
       max_crop=0.2,  # largest share of a picture that fitting it to a bucket may cut off
       min_bucket_records=0,  # buckets with fewer records are merged into the nearest: each costs a compiled step
       max_faulty=0.01,  # largest share of records that may be broken
-      optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="constant", final_ratio=0.0, b1=0.9, b2=0.95, weight_decay=0.001,
-                     mu_dtype="float32", clip_norm=1.0, accumulate=1),
+      optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="constant", final_ratio=0.0, b1=0.9, b2=0.95, eps=1e-8,
+                     weight_decay=0.001, mu_dtype="float32", clip_norm=1.0, accumulate=1),
+      optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}
       # Updates in a row that may be skipped; a loss above so many times its median is logged; "stop" or "continue" when a save fails.
       faults=dict(max_skipped=10, spike_factor=10.0, on_save_error="stop"),
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200, keep=2,
@@ -58,12 +77,16 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
   for key, value in changes.items():
     if key not in cfg:
       raise ValueError(f"A stage has no key {key!r}: it has {', '.join(sorted(cfg))}.")
-    if isinstance(cfg[key], ConfigDict) and key != "frozen":
+    if isinstance(cfg[key], ConfigDict) and key not in ("frozen", "optimizers"):
+      unknown = sorted(set(value) - set(cfg[key]))
+      if unknown:
+        raise ValueError(f"The section {key!r} of a stage has no key {unknown[0]!r}: it has {', '.join(sorted(cfg[key]))}.")
       cfg[key].update(value)
     else:
       cfg[key] = ConfigDict(value) if isinstance(value, dict) else value
   # Parts of a tuple are sections too, so that --config.stages[0].resolutions[0].batch_size=8 works.
-  cfg.resolutions, cfg.mixture = (tuple(ConfigDict(dict(part)) for part in parts) for parts in (cfg.resolutions, cfg.mixture))
+  cfg.resolutions = tuple(ConfigDict(RESOLUTION | dict(one)) for one in cfg.resolutions)
+  cfg.mixture = tuple(ConfigDict(dict(one)) for one in cfg.mixture)
   return cfg
 
 
@@ -91,7 +114,7 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
   cfg.prepare.num_examples = 4800
   cfg.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
   cfg.sampling.update(dict(num_steps=2, num_images=8))
-  if cfg.check.name:
+  if cfg.check.name != "none":
     cfg.check.num_prompts, cfg.check.num_candidates = 8, min(8, cfg.check.num_candidates)
   for one in cfg.stages:
     one.num_steps, one.log_every_steps, one.eval_every_steps, one.sample_every_steps, one.save_every_steps = 2, 1, 2, 2, 1

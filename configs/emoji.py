@@ -31,7 +31,8 @@ def get_config(arg: str = "") -> ConfigDict:
       base.stage("generator", "flow_matching", num_steps=3000, resolutions=(square,), mixture=(pictures,),
                  optimizer=dict(learning_rate=2e-3, schedule="cosine", final_ratio=0.05, warmup_steps=50),
                  eval_every_steps=1000, sample_every_steps=1000, save_every_steps=500),
-      base.stage("edit", "flow_matching", start_from="generator", num_steps=300, resolutions=(square,), mixture=(dict(pictures, weight=0.5), edits),
+      base.stage("edit", "flow_matching", start_from="stage:generator", num_steps=300, resolutions=(square,),
+                 mixture=(dict(pictures, weight=0.5), edits),
                  optimizer=dict(learning_rate=5e-4, schedule="cosine", final_ratio=0.05), eval_every_steps=100, sample_every_steps=300),
   )
   return base.smoke(cfg) if arg == "smoke" else cfg

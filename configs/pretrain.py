@@ -74,12 +74,12 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.model.remat = plan.remat
   cfg.stages = (
       autoencoder(),
-      generator("pretrain_256_t2i", "", 250_000, 1e-4, (256,), (base.part("t2i"),)),  # S1
-      generator("pretrain_256", "pretrain_256_t2i", 200_000, 1e-4, (256,), mixture(0.9)),  # S2
-      generator("pretrain_512", "pretrain_256", 250_000, 1e-4, (512,), mixture(0.9)),  # S3
-      generator("cpt_1024", "pretrain_512", 125_000, 2e-5, (512, 1024), mixture(0.7)),  # S4
-      generator("cpt_2048", "cpt_1024", 125_000, 2e-5, (512, 1024, 2048), mixture(0.7)),  # S5
-      generator("sft", "cpt_2048", 10_000, 1e-5, (512, 1024, 2048), tuple(dict(part, min_quality=1.0) for part in mixture(0.7))),  # S6
+      generator("pretrain_256_t2i", "scratch", 250_000, 1e-4, (256,), (base.part("t2i"),)),  # S1
+      generator("pretrain_256", "stage:pretrain_256_t2i", 200_000, 1e-4, (256,), mixture(0.9)),  # S2
+      generator("pretrain_512", "stage:pretrain_256", 250_000, 1e-4, (512,), mixture(0.9)),  # S3
+      generator("cpt_1024", "stage:pretrain_512", 125_000, 2e-5, (512, 1024), mixture(0.7)),  # S4
+      generator("cpt_2048", "stage:cpt_1024", 125_000, 2e-5, (512, 1024, 2048), mixture(0.7)),  # S5
+      generator("sft", "stage:cpt_2048", 10_000, 1e-5, (512, 1024, 2048), tuple(dict(part, min_quality=1.0) for part in mixture(0.7))),  # S6
   )
   for stage in cfg.stages[1:]:
     stage.optimizer.accumulate = plan.accumulate

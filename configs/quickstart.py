@@ -29,10 +29,10 @@ def get_config(arg: str = "") -> ConfigDict:
                  optimizer=dict(learning_rate=2e-3, schedule="cosine", final_ratio=0.02), eval_every_steps=300, sample_every_steps=600),
       base.stage("low_resolution", "flow_matching", algorithm=dict(ema_decay=0.99), num_steps=2000, resolutions=(small,),
                  optimizer=dict(learning_rate=2e-3, warmup_steps=30), eval_every_steps=500, sample_every_steps=1000, save_every_steps=500),
-      base.stage("high_resolution", "flow_matching", algorithm=dict(ema_decay=0.99), start_from="low_resolution", num_steps=4000,
+      base.stage("high_resolution", "flow_matching", algorithm=dict(ema_decay=0.99), start_from="stage:low_resolution", num_steps=4000,
                  resolutions=(several,), mixture=mixed, optimizer=dict(learning_rate=2e-3, schedule="linear", final_ratio=0.2),
                  eval_every_steps=500, sample_every_steps=2000, save_every_steps=500),
-      base.stage("sft", "flow_matching", algorithm=dict(ema_decay=0.98), start_from="high_resolution", num_steps=400,
+      base.stage("sft", "flow_matching", algorithm=dict(ema_decay=0.98), start_from="stage:high_resolution", num_steps=400,
                  resolutions=(several,), mixture=clean, optimizer=dict(learning_rate=4e-4, schedule="cosine", final_ratio=0.05)),
   )
   return base.smoke(cfg) if arg == "smoke" else cfg

@@ -21,6 +21,7 @@ from data_pipelines.cache import DTYPES
 from launch import cli
 from qimg2.runtime.caching.latents import cache_latents
 from qimg2.runtime.caching.networks import Options
+from qimg2.runtime.config import parse
 
 
 def define_flags() -> None:
@@ -48,7 +49,7 @@ def main(_: Sequence[str]) -> None:
   """Caches as the flags say."""
   args = flags.FLAGS
   options = Options(args.features, args.dtype, args.batch_size, args.shard_records, _parse_part(args.part))
-  for facts in cache_latents(args.config, args.stage, args.workdir, args.name, options):
+  for facts in cache_latents(parse(args.config), args.stage, args.workdir, args.name, options):
     if facts["path"] is None:
       print(f"{facts['shards_done']} of {facts['shards']} shards are there; when all are, run the same command without --part.")
       continue

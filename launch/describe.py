@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
+from qimg2.runtime.config import parse
 from qimg2.runtime.weight_table import describe, table
 
 
@@ -22,7 +23,7 @@ def define_flags() -> None:
 
 def main(_) -> None:
   """Describes as the flags say."""
-  description = describe(flags.FLAGS.config, flags.FLAGS.num_devices)
+  description = describe(parse(flags.FLAGS.config), flags.FLAGS.num_devices)
   print(json.dumps(description) if flags.FLAGS.json else table(description))
 
 

@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
+from qimg2.runtime.config import parse
 from qimg2.runtime.inspection import open_data, plan, sheet, summary, table
 from qimg2.runtime.sheets import save_png
 
@@ -40,7 +41,7 @@ def main(_: Sequence[str]) -> None:
   """Shows what the flags say."""
   args = flags.FLAGS
   jax.config.update("jax_platforms", "cpu")  # training may be using the accelerators
-  data = open_data(args.config, args.stage, (args.process_id, args.num_processes))
+  data = open_data(parse(args.config), args.stage, (args.process_id, args.num_processes))
   for row in plan(data, args.start, args.num_batches):
     print(json.dumps(row))
   if args.summary:

@@ -12,6 +12,7 @@ per word and mark of the published template; a real vocabulary may split a word,
 a condition image adds 6 tokens of words beside its slots.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -21,9 +22,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
-from qimg2.runtime.config import plain
+from qimg2.runtime.config import parse, plain
 from qimg2.runtime.rehearsal import table
-from qimg2.runtime.rehearsal.search import rehearse, say, search, sections
+from qimg2.runtime.rehearsal.search import chosen_stages, rehearse, say, search
 from qimg2.runtime.rehearsal.steps import Apart, Choice
 from qimg2.runtime.rehearsal.table import Row
 from qimg2.runtime.rehearsal.topology import find_devices, prepare_environment
@@ -51,11 +52,11 @@ def main(_) -> None:
   args = flags.FLAGS
   prepare_environment(args.topology)
   devices, chip = find_devices(args.topology, args.num_slices)
-  cfg = args.config
-  cfg.rules = args.rules or cfg.rules
+  cfg = parse(args.config)
+  cfg = dataclasses.replace(cfg, rules=args.rules or cfg.rules)
   sizes = plain(cfg.mesh).values()
   if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
-    cfg.mesh.data = cfg.mesh.get("data", 1) * args.num_slices
+    cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=cfg.mesh.data * args.num_slices))
   choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares)
   apart = Apart(args.topology, args.num_slices) if chip and not args.machine_code else None
   so_far = []
@@ -69,14 +70,14 @@ def main(_) -> None:
 
   if args.search:
     rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done, apart)
-    missing = [section.name for section in sections(cfg, choice) if section.name not in best]
+    missing = [stage.name for stage in chosen_stages(cfg, choice) if stage.name not in best]
   else:
     rows, best = rehearse(cfg, devices, chip, choice, done, apart), {}
     missing = [row.stage for row in rows if row.fits is False]
   print(table.table(rows))
-  for number, section in enumerate(cfg.stages):
-    if section.name in best:
-      print(table.advice(best[section.name], number))
+  for number, stage in enumerate(cfg.stages):
+    if stage.name in best:
+      print(table.advice(best[stage.name], number))
   if missing:
     print(f"Does not fit: {', '.join(dict.fromkeys(missing))}.", file=sys.stderr)
     sys.exit(1)

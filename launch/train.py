@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from launch import cli
 from qimg2.runtime import processes
+from qimg2.runtime.config import parse
 from qimg2.runtime.curriculum import train
 from qimg2.training import faults
 
@@ -34,7 +35,7 @@ def main(_) -> None:
   if args.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compilation_cache).expanduser()))
   try:
-    run = train(args.config, args.workdir, args.allow_config_change)
+    run = train(parse(args.config), args.workdir, args.allow_config_change)
   except faults.Preempted as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(faults.EXIT_CODE)

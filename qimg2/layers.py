@@ -1,10 +1,9 @@
 """The layers that all three networks share, as functions of arrays.
 
 Weights arrive in float32 and are cast to the compute type at use. Norms, softmax and rotary embeddings work in float32. Letters: B batch,
-S sequence, D width, H heads, G key/value heads, K head dim, F MLP width.
+S sequence, D width, H heads, K head dim, F MLP width.
 """
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -66,23 +65,9 @@ def rotate_halves(x: jax.Array, angles: jax.Array) -> jax.Array:
   return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """Scaled dot-product attention [B, S, H, K] with scale 1/sqrt(K) and softmax in float32.
-
-  Args:
-    query: [B, S, H, K].
-    key, value: [B, T, G, K]; G divides H, and each of them serves H/G query heads.
-    mask: bool, broadcastable to [B, S, T]; True where a query may see a key. None: every query sees every key.
-  """
-  B, S, H, K = query.shape
-  G = key.shape[2]
-  query = query.reshape(B, S, G, H // G, K)
-  logits = jnp.einsum("bsgrk,btgk->bgrst", query, key, preferred_element_type=jnp.float32) / math.sqrt(K)
-  if mask is not None:
-    mask = jnp.broadcast_to(mask, (B, S, key.shape[1]))[:, None, None]  # B 1 1 S T
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.einsum("bgrst,btgk->bsgrk", weights, value).reshape(B, S, H, K)
+def pad(x: jax.Array, multiple: int, axis: int = 1) -> jax.Array:
+  """`x` with zeros behind it along `axis`, up to a multiple."""
+  return jnp.pad(x, [(0, -n % multiple if dim == axis else 0) for dim, n in enumerate(x.shape)])
 
 
 def sinusoid(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
@@ -93,8 +78,9 @@ def sinusoid(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-LAYER_INPUT = "layer_input"
-_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
+# Names that rematerialisation policies know activations by: what goes into a layer; what attention gave, with the normaliser of its softmax.
+LAYER_INPUT, ATTENTION_OUTPUT = "layer_input", "attention"
+_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

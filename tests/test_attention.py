@@ -10,7 +10,8 @@ import reference
 
 from benchmarks.attention import compare, make_inputs
 from qimg2 import attention, layers, sharding
-from qimg2.attention import Mask
+from qimg2.attention import Mask, cudnn, splash
+from qimg2.attention import xla as definition
 
 # Float32 sums in another order: 24 bits, a few dozen terms.
 TOLERANCE = 1e-5
@@ -74,6 +75,20 @@ def xla(q, k, v, mask):
   return attention.attention(q, k, v, mask, "xla")
 
 
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_the_definition_equals_numpy(num_kv_heads):
+  q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 5, 4, 8), (2, 7, num_kv_heads, 8), (2, 7, num_kv_heads, 8)]))
+  mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 5, 7)).at[:, :, 0].set(True)
+  ours = definition.dot_product(q, k, v, mask)
+  for b in range(2):
+    for h in range(4):
+      g = h // (4 // num_kv_heads)
+      logits = np.where(mask[b], np.asarray(q[b, :, h] @ k[b, :, g].T) / np.sqrt(8), -np.inf)
+      weights = np.exp(logits - logits.max(-1, keepdims=True))
+      weights /= weights.sum(-1, keepdims=True)
+      np.testing.assert_allclose(ours[b, :, h], weights @ np.asarray(v[b, :, g]), atol=1e-5)
+
+
 def test_block_causal_is_before_or_same_image():
   block, valid = rows(*MIXED)
   place = np.arange(block.shape[1])
@@ -90,7 +105,7 @@ def test_equals_the_definition(case, backend):
   mask, num_queries = MASKS[case]
   arguments = arrays(mask, num_queries)
   # What is there of cuDNN without a GPU: which calls are made, not the kernel.
-  run = functools.partial(attention._cudnn, implementation="xla") if backend == "cudnn" else functools.partial(
+  run = functools.partial(cudnn.attend, implementation="xla") if backend == "cudnn" else functools.partial(
       attention.attention, backend=backend)
   close(both(run, mask, arguments), both(xla, mask, arguments))
 
@@ -132,7 +147,7 @@ def test_long_sequences_in_bfloat16():
 
 
 def test_the_kernel_skips_what_the_prefix_cannot_see():
-  kernel = attention._splash_kernel(2, 1024, 1024, 512, 0, 128, 128, True)
+  kernel = splash.make_kernel(2, 1024, 1024, 512, 0, 128, 128, True)
   visited = int((kernel.fwd_mask_info.block_mask > 0).sum())
   assert visited == 4 * 5 // 2 + 4 * 8  # a triangle, and the target's rows
 

@@ -323,6 +323,9 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   assert "| low_resolution |" in early and "| sft |" not in early and "Check of stage" not in early
   assert "ema/val_loss |" in card and "Check of stage" in card and "from_pretrained" in card and "jax " in card
   assert pipeline._drop_idx == smoke_run.nets.num_system_tokens
+  found = {"__name__": "card"}
+  exec(card.split("With qimg2")[1].split("```python\n")[1].split("```")[0].replace(f'"{out.name}"', repr(str(out))), found)
+  assert found["weights"].keys() == smoke_run.nets.specs().keys()
 
 
 def test_command_line(smoke_run, tmp_path):

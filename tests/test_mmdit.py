@@ -9,8 +9,9 @@ import pytest
 import reference
 import torch
 
-from qimg2 import networks, sharding
 from qimg2 import params as P
+from qimg2 import sharding
+from qimg2.layout import make_layout
 from qimg2.models import mmdit
 from qimg2.published import tensors
 from qimg2.published.names import mmdit as names
@@ -51,7 +52,7 @@ def inputs(cfg, ids, grids, target, seed=0, length=None):
   text[:, len(ids):] = 1e3
   latents = rng.normal(size=(1, target[0] * target[1], cfg.latent_channels)).astype(np.float32)
   images = rng.normal(size=(1, sum(h * w for h, w in grids), cfg.latent_channels)).astype(np.float32) if grids else None
-  layout = networks.make_layout(jnp.asarray(tokens), jnp.array([len(ids)]), SLOT, grids, target)
+  layout = make_layout(jnp.asarray(tokens), jnp.array([len(ids)]), SLOT, grids, target)
   return latents, jnp.array([(0.37 + 0.1 * seed) % 1], jnp.float32), text, images, layout
 
 

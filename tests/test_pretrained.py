@@ -20,6 +20,7 @@ import torch
 
 from qimg2 import flow, networks, sharding
 from qimg2 import params as P
+from qimg2.layout import make_layout
 from qimg2.models import mmdit
 from qimg2.published import tensors
 from qimg2.published.folder import check_configs, load_weights, open_folder, published_schedule, read_schedule
@@ -208,7 +209,7 @@ def test_shared_condition_time_is_what_causal_condition_false_does():
   rng = np.random.default_rng(0)
   tokens, grids = np.array([[1, 9, 9, 2, 3]]), [(2, 4)]
   text, images, target = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 5, 64), (1, 8, 8), (1, 16, 8)))
-  layout = networks.make_layout(jnp.asarray(tokens), jnp.array([5]), 9, grids, (4, 4))
+  layout = make_layout(jnp.asarray(tokens), jnp.array([5]), 9, grids, (4, 4))
   arrays = reference.tensors(module)
   params = tensors.import_tensors(mmdit.specs(cfg), mmdit_names.table(cfg), arrays, arrays.__getitem__)
   with torch.no_grad():

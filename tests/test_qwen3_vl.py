@@ -17,10 +17,11 @@ from qimg2.models import qwen3_vl
 from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.published import tensors
 from qimg2.published.names import qwen3_vl as names
-from qimg2.runtime.config import encoder_config
+from qimg2.runtime.config import from_section
 
 TOLERANCE = 2e-5
-SIZES = {size: dataclasses.replace(encoder_config(sizes.qwen3_vl(size)), dtype="float32") for size in ("2B", "4B", "8B", "32B")}
+SIZES = {size: dataclasses.replace(from_section(qwen3_vl.Config, sizes.qwen3_vl(size), "config.encoder"), dtype="float32")
+         for size in ("2B", "4B", "8B", "32B")}
 PUBLISHED_COUNT = {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696, "32B": 33_357_390_064}
 RANDOM = qwen3_vl.Config(vocab_size=300, width=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=192,
                          mrope_sections=(4, 2, 2), image_token_id=299, vision=None)

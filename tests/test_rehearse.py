@@ -17,6 +17,7 @@ from configs import pretrain, quickstart
 from qimg2 import networks
 from qimg2 import params as P
 from qimg2.analysis import flops
+from qimg2.layout import make_layout
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.runtime.rehearsal import search, steps, table, topology
@@ -55,7 +56,7 @@ def test_the_generator_by_xla():
   cfg = mmdit.Config(latent_channels=16, width=256, num_layers=1, num_heads=4, head_dim=64, context_width=128, rope_dims=(16, 24, 24),
                      attention="full")  # on a CPU whatever the mask hides is multiplied, too
   tokens, count = jax.ShapeDtypeStruct((1, 96), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-  layout = jax.eval_shape(lambda tokens, count: networks.make_layout(tokens, count, 3, [(8, 8)], (16, 16)), tokens, count)
+  layout = jax.eval_shape(lambda tokens, count: make_layout(tokens, count, 3, [(8, 8)], (16, 16)), tokens, count)
   float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   found = counted(lambda *a: mmdit.apply(cfg, *a), P.abstract(mmdit.specs(cfg)), float32(1, 256, 16), float32(1), float32(1, 96, 128),
                   float32(1, 64, 16), layout)
@@ -100,14 +101,14 @@ def test_buckets_of_the_published_curriculum():
   cfg = pretrain.get_config()
   cfg.mesh.fsdp, cfg.mesh.tensor = 4, 2
   steps = Rehearsal(cfg, jax.devices()[:8])
-  section = cfg.stages[-1]
+  section = steps.cfg.stages[-1]
   shapes = [(one.task, one.height, one.width, one.source_sizes, one.num_tokens) for one in steps.buckets(section, Choice(base_px=(512,)))]
   assert shapes == [("t2i", 512, 512, (), 1024), ("t2i", 288, 896, (), 1024), ("ti2i", 512, 512, ((512, 512),), 1024 + 256 + 6),
                     ("ti2i", 288, 896, ((288, 896),), 1024 + 9 * 28 + 6)]
   assert len(steps.buckets(section, Choice(squares=True))) == 2 * 3
   assert len(steps.buckets(section, Choice(tasks=("t2i",), base_px=(2048,), all_buckets=True))) == 9
   with pytest.raises(ValueError, match="16384 cannot be divided over 4 devices of the axes data and fsdp in 3 micro-batches"):
-    section.optimizer.accumulate = 3
+    section = dataclasses.replace(section, optimizer=dataclasses.replace(section.optimizer, accumulate=3))
     steps.row(section, steps.buckets(section)[0])
 
 

@@ -30,9 +30,9 @@ from configs import quickstart
 def get_config(arg=""):
   cfg = quickstart.get_config("smoke")
   cfg.data_dir = {data_dir!r}
-  cfg.check.name = ""
+  cfg.check.name = "none"
   cfg.stages = cfg.stages[0], cfg.stages[2]  # the second one mixes drawing and editing
-  cfg.stages[1].start_from = ""
+  cfg.stages[1].start_from = "scratch"
   for stage in cfg.stages:
     stage.num_steps, stage.save_every_steps, stage.eval_every_steps, stage.sample_every_steps = {num_steps}, 3, 7, 10
     stage.optimizer.warmup_steps = 5
@@ -83,6 +83,7 @@ def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path):
   stage.frozen.encoder, stage.frozen.vae = str(smoke_run.workdir / "frozen" / "encoder"), str(smoke_run.workdir / "vae")
   stage.start_from = str(smoke_run.workdir / "sft")
   run = Run(cfg, tmp_path)
+  stage = run.stages[stage.name]
   frozen, (started, slow) = run.frozen_weights(stage), run.start_weights(stage)
   theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
   jax.tree.map(np.testing.assert_array_equal, frozen, theirs)
@@ -107,27 +108,28 @@ def published(smoke_run, tmp_path_factory):
 
 def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, published, tmp_path):
   cfg = copy.deepcopy(smoke_config)
-  cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[2:], "", f"diffusers:{published}"
+  cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[2:], "none", f"diffusers:{published}"
   cfg.stages[0].start_from = f"diffusers:{published}"
   for stage in cfg.stages:
-    stage.frozen.vae = ""  # with the encoder, from where the chain of start_from begins
+    stage.frozen.vae = "default"  # with the encoder, from where the chain of start_from begins
   run = Run(cfg, tmp_path)
   theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
-  for stage in cfg.stages:
+  for stage in run.cfg.stages:
     jax.tree.map(np.testing.assert_array_equal, run.frozen_weights(stage), theirs)
-  started, slow = run.start_weights(cfg.stages[0])
+  started, slow = run.start_weights(run.cfg.stages[0])
   jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.trained_weights("sft", "model", "ema"))
   assert not slow
   cfg.model.mlp_ratio = 2
   with pytest.raises(ValueError, match="config.model.mlp_ratio is 2, but the pipeline in .* has 3"):
-    Run(cfg, tmp_path).start_weights(cfg.stages[0])
+    run = Run(cfg, tmp_path)
+    run.start_weights(run.cfg.stages[0])
 
 
 @pytest.mark.slow
 def test_training_goes_on_from_a_published_folder(smoke_config, published, tmp_path):
   cfg = copy.deepcopy(smoke_config)
-  cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[3:], "", f"diffusers:{published}"
-  cfg.stages[0].start_from, cfg.stages[0].frozen.vae = f"diffusers:{published}", ""
+  cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[3:], "none", f"diffusers:{published}"
+  cfg.stages[0].start_from, cfg.stages[0].frozen.vae = f"diffusers:{published}", "default"
   train(cfg, tmp_path)
   assert [row["step"] for row in read_rows(tmp_path / "sft" / "metrics.jsonl") if "loss" in row] == [1, 2]
 
@@ -138,14 +140,14 @@ def misspell(stage):
 
 
 @pytest.mark.parametrize("change, message", [
-    (misspell, "resolutions has no key 'multipel': did you mean 'multiple'"),
-    (lambda stage: stage.algorithm.update(name="flow"), "Unknown algorithm 'flow'"),
-    (lambda stage: stage.algorithm.update(ema_dekay=0.5), "config.algorithm has no key 'ema_dekay': did you mean 'ema_decay'"),
-    (lambda stage: stage.optimizer.update(schedule="step"), "optimizer.schedule is 'step'"),
-    (lambda stage: stage.update(start_from="hig_resolution"), r"\[sft\].start_from is 'hig_resolution', which is neither an earlier stage \(vae, "),
+    (misspell, r"\[sft\].resolutions\[0\] has no key 'multipel': did you mean 'multiple'"),
+    (lambda stage: stage.algorithm.update(name="flow"), r"\[sft\].algorithm.name is 'flow': choose one of flow_matching, "),
+    (lambda stage: stage.algorithm.update(ema_dekay=0.5), r"\[sft\].algorithm has no key 'ema_dekay': did you mean 'ema_decay'"),
+    (lambda stage: stage.optimizer.update(schedule="step"), r"\[sft\].optimizer.schedule is 'step'"),
+    (lambda stage: stage.update(start_from="hig_resolution"), r"\[sft\].start_from is 'hig_resolution', .*did you mean 'stage:high_resolution'"),
     (lambda stage: stage.frozen.__delitem__("vae"), r"\[sft\].frozen lacks 'vae'"),
-    (lambda stage: stage.mixture[0].update(wait=1.0), r"\[sft\].mixture has no key 'wait': did you mean 'weight'"),
-    (lambda stage: stage.frozen.update(vae="sft"), r"frozen.vae is 'sft', which is neither an earlier stage"),
+    (lambda stage: stage.mixture[0].update(wait=1.0), r"\[sft\].mixture\[0\] has no key 'wait': did you mean 'weight'"),
+    (lambda stage: stage.frozen.update(vae="stage:sft"), r"frozen.vae is 'stage:sft', but no earlier stage \(vae, "),
 ])
 def test_mistakes_of_any_stage_are_named_before_the_first_one_trains(smoke_config, tmp_path, change, message):
   cfg = copy.deepcopy(smoke_config)

@@ -17,21 +17,23 @@ A step counts the forward pass three times for a trained role (once forward, twi
 embeddings, softmax, the optimizer and everything that rematerialisation computes again are not counted. These are the "model FLOPs" of MFU.
 """
 
+import math
 from typing import Any
 
+from qimg2.batch import num_rows, source_grids, target_grid
+from qimg2.layout import LATENTS_PER_SLOT
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
 
 Size = tuple[int, int]
 TRAINED, FROZEN = 3, 1  # forward passes
-LATENTS_PER_SLOT = 4
 
 
 def step_flops(nets: Any, trained: Any, frozen: Any, batch: dict) -> dict[str, int]:
   """Role -> model FLOPs of one step over the whole global batch; micro-batches change nothing.
 
   Args:
-    nets: `conditioning.Networks`, of which the configs are read.
+    nets: `networks.Networks`, of which the configs are read.
     trained, frozen: names of the roles that the stage trains and of those that it only reads.
     batch: arrays or abstract arrays, as the loader makes them. What a latent cache holds is not computed and does not count.
 
@@ -42,7 +44,7 @@ def step_flops(nets: Any, trained: Any, frozen: Any, batch: dict) -> dict[str, i
   for role, passes in [*((role, TRAINED) for role in trained), *((role, FROZEN) for role in frozen)]:
     if role not in _FORWARD:
       raise ValueError(f"There is no FLOP count for role {role!r}: add one to qimg2/analysis/flops.py.")
-    counts[role] = passes * batch["tokens"].shape[0] * _FORWARD[role](nets, batch, passes == TRAINED)
+    counts[role] = passes * num_rows(batch) * _FORWARD[role](nets, batch, passes == TRAINED)
   return counts
 
 
@@ -117,14 +119,7 @@ def _middle(height: int, width: int, dim: int) -> int:
 def _generator(nets: Any, batch: dict, trained: bool) -> int:
   del trained
   factor = nets.vae.spatial_factor
-  if "latents" in batch:
-    num_target = batch["latents"].shape[1] * batch["latents"].shape[2]
-  else:
-    num_target = batch["target"].shape[1] * batch["target"].shape[2] // factor**2
-  if "source_latents" in batch:
-    num_source = sum(x.shape[1] * x.shape[2] for x in batch["source_latents"])
-  else:
-    num_source = sum(x.shape[1] * x.shape[2] // factor**2 for x in batch.get("sources", ()))
+  num_target, num_source = math.prod(target_grid(batch, factor)), sum(map(math.prod, source_grids(batch, factor)))
   return generator_forward(nets.model, batch["tokens"].shape[1] - nets.num_system_tokens, num_target, num_source)
 
 

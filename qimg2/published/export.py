@@ -58,7 +58,7 @@ def export_pipeline(out: str | pathlib.Path, model: mmdit.Config, encoder: qwen3
   Args:
     out: a folder that is not there yet.
     model, encoder, autoencoder: configs of the networks.
-    weights: {"model", "encoder", "vae"}: trees as the specs of `conditioning.Networks`, jax arrays on the devices of this process. The latent
+    weights: {"model", "encoder", "vae"}: trees as the specs of `networks.Networks`, jax arrays on the devices of this process. The latent
       statistics among the VAE's weights go to its config.json as exact float32 numbers, whatever `dtype` is.
     schedule: gives the sampling times.
     tokenizer_json: text of the tokenizer.json.

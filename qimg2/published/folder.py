@@ -184,7 +184,7 @@ def load_weights(folder: PipelineFolder, role: str, specs: dict, shardings: dict
   Args:
     folder: the opened folder.
     role: "model", "encoder" or "vae".
-    specs: the declared weights of the role, as `conditioning.Networks.specs`.
+    specs: the declared weights of the role, as `networks.Networks.specs`.
     shardings: a tree of shardings for `specs`; None puts everything on the first device.
 
   Raises:

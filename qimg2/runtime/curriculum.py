@@ -5,18 +5,20 @@ SIGTERM or Ctrl-C saves after the running step and exits with 75; the same comma
   python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.stages[1].num_steps=10]
 """
 
+import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from data_pipelines.mixture import Resolution
 from qimg2.runtime import processes, report
-from qimg2.runtime.config import from_section, plain
+from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import Run, save_config
 from qimg2.runtime.sheets import grid, save_png
@@ -31,25 +33,25 @@ from qimg2.training.validation import Evaluator
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
-def train(cfg: ConfigDict, workdir: str | pathlib.Path, allow_config_change: bool = False) -> Run:
+def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = False) -> Run:
   """Trains every stage that is not finished, writes the report, runs the config's check, and returns the run.
+
+  Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken.
 
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
   """
-  workdir, began = pathlib.Path(workdir), time.monotonic()
+  cfg, workdir, began = parse(cfg), pathlib.Path(workdir), time.monotonic()
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.Notice() as stop:
     run = Run(cfg, workdir)
-    for section in cfg.stages:
-      fault_settings(section)  # mistakes are found before the first stage trains
     save_config(cfg, workdir, allow_config_change)
-    for section in cfg.stages:
-      train_one(run, section, stop, began)
+    for stage in cfg.stages:
+      train_one(run, stage, stop, began)
       if processes.is_first():
         report.write_report(run)
       began = time.monotonic()
-  result = check(run) if cfg.check.name else None
+  result = check(run) if cfg.check.name != "none" else None
   if processes.is_first():
     if result:
       print(describe(result))
@@ -57,34 +59,37 @@ def train(cfg: ConfigDict, workdir: str | pathlib.Path, allow_config_change: boo
   return run
 
 
-def fault_settings(section: ConfigDict) -> faults.Settings:
-  """What the stage bears."""
-  return from_section(faults.Settings, section.get("faults", {}), f"stages[{section.name}].faults")
-
-
-def train_one(run: Run, section: ConfigDict, stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> None:
+def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> None:
   """Trains one stage; `stop` and `began` as for `qimg2.training.trainer.train_stage`."""
-  algorithm = run.algorithm(section)
-  loader = run.loader(section)
-  settings = run.optimizer_config(section)
-  frozen = run.frozen_weights(section)
-  batches = run.evaluation_batches(section)
-  hooks = [(section.eval_every_steps, evaluation_hook(run, section, batches))]
-  hooks += [(section.sample_every_steps, picture_hook(run, section, task, some)) for task, some in batches.items()]
-  description = {"seed": run.cfg.seed, "num_tokens": run.cfg.num_tokens, "prompt_classes": plain(run.cfg.prompt_classes), **plain(section)}
+  algorithm = run.algorithm(config)
+  loader = run.loader(config)
+  frozen = run.frozen_weights(config)
+  batches = run.evaluation_batches(config)
+  hooks = [(config.eval_every_steps, evaluation_hook(run, config, batches))]
+  if config.kind in DRAWERS:
+    hooks += [(config.sample_every_steps, picture_hook(run, config, task, some)) for task, some in batches.items()]
   stage = Stage(
-      section.name, algorithm, make_optimizers(algorithm, run.specs, settings, section.num_steps), run.specs, section.num_steps,
-      run.batch_shapes(loader), tuple(hooks), settings.accumulate, section.log_every_steps, section.save_every_steps, section.keep,
-      fault_settings(section), description)
+      config.name, algorithm, make_optimizers(algorithm, run.specs, config.optimizer, config.num_steps), run.specs, config.num_steps,
+      run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
+      config.faults, description(run.cfg, config))
   if processes.is_first():
-    report.save_counts(run, section, loader)
-  train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(section.name), lambda: run.start_weights(section), frozen,
+    report.save_counts(run, config, loader)
+  train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
               lambda: next(iter(batches.values())), stop, began)
 
 
-def evaluation_hook(run: Run, section: ConfigDict, batches: dict[str, list[dict]]):
+def description(cfg: RunConfig, config: StageConfig) -> dict[str, Any]:
+  """What checkpoints say of a stage. Keys of a resolution that older ones did not have are left out at their default, so that a stage which goes
+  on from one is not told that its data changed."""
+  later = {field.name: field.default for field in dataclasses.fields(Resolution) if field.name in ("multiple", "ratio_weights")}
+  resolutions = [{key: value for key, value in plain(one).items() if key not in later or value != later[key]} for one in config.resolutions]
+  run = {"seed": cfg.seed, "num_tokens": cfg.num_tokens, "prompt_classes": cfg.prompt_classes}
+  return {**run, **plain(config), "resolutions": resolutions}
+
+
+def evaluation_hook(run: Run, config: StageConfig, batches: dict[str, list[dict]]):
   """A hook that logs the validation metrics of the weights and of each slow copy; those of editing have the prefix "ti2i/"."""
-  algorithm = run.algorithm(section)
+  algorithm = run.algorithm(config)
   evaluators = {PREFIXES[task]: Evaluator(algorithm, run.nets, some) for task, some in batches.items()}
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
@@ -92,13 +97,13 @@ def evaluation_hook(run: Run, section: ConfigDict, batches: dict[str, list[dict]
     scalars = {}
     for prefix, evaluator in evaluators.items():
       scalars |= {f"{prefix}{key}": value for key, value in evaluator(weights).items()}
-      for name, (role, _) in algorithm.track.items():
+      for name, role in run.averages(config).items():
         scalars |= {f"{prefix}{name}/{key}": value for key, value in evaluator({**weights, role: weights[name]}).items()}
     return scalars
   return hook
 
 
-def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
+def picture_hook(run: Run, config: StageConfig, task: str, batches: list[dict]):
   """A hook that draws held-out samples beside what they should be: reconstructions, pictures for the prompts, or edits after their sources.
 
   Where a latent cache holds no pixels, they are decoded from its latents.
@@ -117,16 +122,7 @@ def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
     unseen = cached and not first["sources"]
     return target, list(map(some, batches[0]["source_latents"])) if unseen else [source[:num] for source in first["sources"]]
 
-  if "vae" in run.algorithm(section).losses:
-    rebuild = jax.jit(lambda weights, pixels: run.nets.decode(weights, run.nets.encode(weights, pixels)))
-    draw = lambda weights, _: to_host(rebuild(weights["vae"], batches[0]["target"]))[:num]
-    captions = ()
-  else:
-    prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
-    size = Size(*shapes[0], first["tokens"].shape[1], tuple(map(tuple, shapes[1:])), num)
-    generator = Generator(run, size, **run.sampler_settings())
-    draw = lambda weights, sources: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts, images=sources)
-    captions = [caption for prompt in prompts for caption in ("(source)",) * len(shapes[1:]) + (prompt, "(as rendered)")]
+  draw, captions = DRAWERS[config.kind](run, batches[0], first, shapes, num)
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
     targets, sources = pictures(weights)
@@ -135,7 +131,27 @@ def picture_hook(run: Run, section: ConfigDict, task: str, batches: list[dict]):
     sheet = grid(rows, max(1, 8 // per_row) * per_row, captions, scale=max(1, 96 // targets.shape[1]))
     if processes.is_first():
       name = f"{step:08d}.png" if task == "t2i" else f"{step:08d}_{task}.png"
-      save_png(sheet, run.workdir / section.name / "samples" / name)
+      save_png(sheet, run.workdir / config.name / "samples" / name)
       writer.write_image(step, f"{PREFIXES[task]}samples", sheet)
     return {}
   return hook
+
+
+def _draw_reconstructions(run: Run, batch: dict, first: dict, shapes: list, num: int) -> tuple[Callable, Sequence[str]]:
+  """(function of weights and condition images that gives pictures, captions) of a VAE: what becomes of the targets."""
+  del first, shapes
+  rebuild = jax.jit(lambda weights, pixels: run.nets.decode(weights, run.nets.encode(weights, pixels)))
+  return lambda weights, _: to_host(rebuild(weights["vae"], batch["target"]))[:num], ()
+
+
+def _draw_samples(run: Run, batch: dict, first: dict, shapes: list, num: int) -> tuple[Callable, Sequence[str]]:
+  """(function of weights and condition images that gives pictures, captions) of a generator: what it draws for the prompts."""
+  del batch
+  prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
+  size = Size(*shapes[0], first["tokens"].shape[1], tuple(map(tuple, shapes[1:])), num)
+  generator = Generator(run, size, **run.sampler_settings())
+  captions = [caption for prompt in prompts for caption in ("(source)",) * len(shapes[1:]) + (prompt, "(as rendered)")]
+  return lambda weights, sources: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts, images=sources), captions
+
+
+DRAWERS = {"autoencoder": _draw_reconstructions, "generator": _draw_samples}  # kinds of stages that have sheets of pictures

@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
 
 from qimg2.published.export import DIFFUSERS_VERSION, export_pipeline, export_transformer
-from qimg2.runtime.run import Run, split_source
+from qimg2.runtime.config import StageConfig
+from qimg2.runtime.config.sources import parse_source
+from qimg2.runtime.run import Run
 from qimg2.runtime.sampling import sampling_weights
 from qimg2.runtime.suites import describe
 from qimg2.training.metrics import read_rows
@@ -47,7 +48,7 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", role: str = 
     return export_transformer(out, nets.model, weights["model"], dtype)
   card = model_card(run, name, role, dtype, pathlib.Path(out).name)
   return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, _tokenizer_json(run), dtype, max_shard_bytes, card,
-                         tuple(run.cfg.sampling.sigmas) or None)
+                         run.cfg.sampling.sigmas or None)
 
 
 def _tokenizer_json(run: Run) -> str:
@@ -59,7 +60,7 @@ def _tokenizer_json(run: Run) -> str:
 
 def model_card(run: Run, stage_name: str, role: str, dtype: str, title: str) -> str:
   """The README.md of an exported folder, in Markdown: what it is, how it was trained and measured, how to load it."""
-  copy = "the slow copy of the weights" if role in run.algorithm(run.stages[stage_name]).track else "the weights"
+  copy = "the slow copy of the weights" if role in run.averages(run.stages[stage_name]) else "the weights"
   start = "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"
   return "\n".join([
       start, f"# {title}\n",
@@ -72,7 +73,7 @@ def model_card(run: Run, stage_name: str, role: str, dtype: str, title: str) -> 
       + f"; laid out as by diffusers {DIFFUSERS_VERSION}.\n"])
 
 
-def _lineage(run: Run, stage_name: str) -> list[ConfigDict]:
+def _lineage(run: Run, stage_name: str) -> list[StageConfig]:
   """The stages that made the exported weights, in the order of the config: the named one and those that it, or they, took weights from."""
   found, open_names = set(), [stage_name]
   while open_names:
@@ -80,15 +81,16 @@ def _lineage(run: Run, stage_name: str) -> list[ConfigDict]:
     if name in run.stages and name not in found:
       found.add(name)
       stage = run.stages[name]
-      open_names += [split_source(text)[0] for text in (stage.start_from, *(stage.frozen[role] for role in run.algorithm(stage).frozen))]
+      sources = [parse_source(text) for text in (stage.start_from, *stage.frozen.values())]
+      open_names += [source.name for source in sources if source.kind == "stage"]
   return [stage for stage in run.cfg.stages if stage.name in found]
 
 
-def _stage_row(run: Run, stage: ConfigDict) -> Sequence[Any]:
+def _stage_row(run: Run, stage: StageConfig) -> Sequence[Any]:
   rows = read_rows(run.workdir / stage.name / "metrics.jsonl")
   resolutions = ", ".join(f"{r.base_px} px ({', '.join(map(str, r.ratios))}) x {r.batch_size}" for r in stage.resolutions)
-  mixture = ", ".join(f"{part.name}/{part.split} {part.get('task', 't2i')} x {part.weight:g}" for part in stage.mixture)
-  return stage.name, stage.algorithm.name, stage.start_from or "scratch", rows[-1]["step"] if rows else 0, resolutions, mixture
+  mixture = ", ".join(f"{part.name}/{part.split} {part.task} x {part.weight:g}" for part in stage.mixture)
+  return stage.name, stage.algorithm.name, stage.start_from, rows[-1]["step"] if rows else 0, resolutions, mixture
 
 
 def _figures(run: Run, stage_name: str) -> str:
@@ -117,10 +119,11 @@ image = pipe("a prompt", negative_prompt=" ", true_cfg_scale={max(1.0, run.cfg.s
 With qimg2 (`load_weights` also takes shardings, to spread the weights over a mesh):
 
 ```python
-from qimg2 import conditioning, pipeline_folder
-folder = pipeline_folder.open_folder("{title}", dtype="bfloat16")
-nets = conditioning.Networks(folder.model, folder.encoder, folder.vae, num_system_tokens={run.tokenizer.num_system_tokens})
-weights = {{role: pipeline_folder.load_weights(folder, role, specs) for role, specs in nets.specs().items()}}
+from qimg2.networks import Networks
+from qimg2.published.folder import load_weights, open_folder
+folder = open_folder("{title}", dtype="bfloat16")
+nets = Networks(folder.model, folder.encoder, folder.vae, num_system_tokens={run.tokenizer.num_system_tokens})
+weights = {{role: load_weights(folder, role, specs) for role, specs in nets.specs().items()}}
 ```
 """
 

@@ -15,14 +15,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import Cell, DatasetSpec, Mixture, source_grids, usable_captions
 from data_pipelines.records import KINDS, open_split
 from data_pipelines.tokenizer import PromptTokenizer
-from qimg2.runtime.config import check_is_run
+from qimg2.runtime.config import MeshConfig, parse
 from qimg2.runtime.run import Run
 from qimg2.runtime.sheets import strips
 
@@ -38,28 +37,26 @@ class Data:
   caption_dropout: float
 
 
-def open_data(cfg: ConfigDict, stage: str = "", process: tuple[int, int] = (0, 1)) -> Data:
+def open_data(cfg: Any, stage: str = "", process: tuple[int, int] = (0, 1)) -> Data:
   """The data of a stage as one process sees them; embedded data sets are made where they are missing.
 
   Args:
-    cfg: a run's config; its mesh and what its stages start from do not matter.
+    cfg: a `RunConfig`, or what a config file returns; its mesh and what its stages start from do not matter.
     stage: the name of one of its stages, "" for the first.
     process: (its index, how many there are).
 
   Raises:
     ValueError: no such stage, or whatever training would say of this config's data.
   """
-  check_is_run(cfg)
-  cfg = copy.deepcopy(cfg)
-  names = [section.name for section in cfg.stages]
-  if not names or (stage and stage not in names):
-    raise ValueError(f"There is no stage {stage!r} in this config: it has {', '.join(names) or 'none'}.")
+  cfg = parse(cfg)
+  names = [one.name for one in cfg.stages]
+  if stage and stage not in names:
+    raise ValueError(f"There is no stage {stage!r} in this config: it has {', '.join(names)}.")
   if not 0 <= process[0] < process[1]:
     raise ValueError(f"process_id={process[0]} must be one of num_processes={process[1]} processes, counted from 0.")
-  cfg.mesh.update(dict(data=1, fsdp=-1, context=1, tensor=1))
-  run = Run(cfg, "", trained=True)
-  section = run.stages[stage or names[0]]
-  return Data(section.name, run.loader(section, process), run.tokenizer, section.caption_dropout)
+  run = Run(dataclasses.replace(cfg, mesh=MeshConfig(data=1, fsdp=-1, context=1, tensor=1)), "", trained=True)
+  chosen = run.stages[stage or names[0]]
+  return Data(chosen.name, run.loader(chosen, process), run.tokenizer, chosen.caption_dropout)
 
 
 # ---- the plan --------------------------------------------------------------------------------------

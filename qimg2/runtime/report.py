@@ -14,14 +14,18 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from ml_collections import ConfigDict
 
 from data_pipelines.loader import Loader
+from qimg2.runtime.config import StageConfig
 from qimg2.runtime.run import Run
 from qimg2.runtime.suites import counts_of, shares_of
 from qimg2.training.metrics import NEXT_TO_STEPS, goodput, read_rows
 
 MAX_SHEETS = 4
+SHEETS = {  # kind of a stage -> task -> what its sheets show
+    "autoencoder": {"": "Reconstructions, each left of its original", "ti2i": "Edits, each between its source and the held-out picture"},
+    "generator": {"": "Samples, each left of the held-out picture", "ti2i": "Edits, each between its source and the held-out picture"},
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1, h2, h3 { line-height: 1.2 } h2 { border-top: 1px solid #ccc; padding-top: 1em }
@@ -31,7 +35,7 @@ pre { background: #f6f6f6; padding: 1em; overflow: auto; max-height: 40em } .fig
 """
 
 
-def save_counts(run: Run, stage: ConfigDict, loader: Loader) -> None:
+def save_counts(run: Run, stage: StageConfig, loader: Loader) -> None:
   """Writes data.json of a stage: how many records each bucket has and what was left out, and why."""
   folder = run.workdir / stage.name
   folder.mkdir(parents=True, exist_ok=True)
@@ -66,14 +70,14 @@ def _check(workdir: pathlib.Path) -> str:
           + _image((workdir / "check.png").read_bytes()))
 
 
-def _overview(run: Run, stages: Sequence[ConfigDict], record: dict) -> str:
+def _overview(run: Run, stages: Sequence[StageConfig], record: dict) -> str:
   rows = []
   for stage in stages:
     losses = read_rows(run.workdir / stage.name / "metrics.jsonl")
     rates = _series(read_rows(run.workdir / stage.name / "timing.jsonl"), "samples_per_second")[1]
     validation = [row["val_loss"] for row in losses if "val_loss" in row]
     sizes = ", ".join(f"{r.base_px} px x {r.batch_size}" for r in stage.resolutions)
-    rows.append((stage.name, stage.algorithm.name, stage.start_from or "scratch", max((row["step"] for row in losses), default=0),
+    rows.append((stage.name, stage.algorithm.name, stage.start_from, max((row["step"] for row in losses), default=0),
                  stage.num_steps, sizes, f"{stage.optimizer.learning_rate:g}", f"{validation[-1]:.4f}" if validation else "",
                  f"{sorted(rates)[len(rates) // 2]:.1f}" if rates else ""))
   head = ("stage", "algorithm", "start", "step", "of", "resolution x batch", "learning rate", "validation loss", "samples/s, median")
@@ -81,7 +85,7 @@ def _overview(run: Run, stages: Sequence[ConfigDict], record: dict) -> str:
   return f"<h2>Stages</h2>{_table(head, rows)}<p>{device}.</p>"
 
 
-def _stage(run: Run, stage: ConfigDict) -> Iterable[str]:
+def _stage(run: Run, stage: StageConfig) -> Iterable[str]:
   folder = run.workdir / stage.name
   rows = read_rows(folder / "metrics.jsonl")
   yield f"<h2>Stage {html.escape(stage.name)}</h2>"
@@ -96,11 +100,9 @@ def _stage(run: Run, stage: ConfigDict) -> Iterable[str]:
   yield _faults(folder)
   yield "<h3>Data</h3>" + _counts(folder)
   sheets = sorted((folder / "samples").glob("*.png"))
-  kinds = {"": "Reconstructions, each left of its original" if stage.algorithm.name == "reconstruction" else
-           "Samples, each left of the held-out picture", "ti2i": "Edits, each between its source and the held-out picture"}
-  for task, kind in kinds.items():
+  for task, title in SHEETS.get(stage.kind, {}).items():
     for sheet in _spread([path for path in sheets if path.stem.partition("_")[2] == task], MAX_SHEETS):
-      yield f"<h3>{kind}: step {int(sheet.stem.partition('_')[0])}</h3>{_image(sheet.read_bytes())}"
+      yield f"<h3>{title}: step {int(sheet.stem.partition('_')[0])}</h3>{_image(sheet.read_bytes())}"
 
 
 def _throughput(timing: Sequence[dict]) -> str:

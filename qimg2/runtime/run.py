@@ -13,31 +13,32 @@ import json
 import pathlib
 import sys
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import DatasetSpec, Resolution
+from data_pipelines.mixture import DatasetSpec
 from data_pipelines.records import list_splits
 from data_pipelines.tokenizer import PromptTokenizer
-from qimg2 import flow, networks, sharding
+from qimg2 import networks, sharding
 from qimg2 import params as P
 from qimg2.algorithms import Algorithm
 from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
-from qimg2.runtime.config import check_is_run, from_section, make_algorithm, model_configs, plain
+from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.config.records import FORMAT, read_record
+from qimg2.runtime.config.sources import DIFFUSERS, Source, check_source, parse_source
+from qimg2.runtime.methods import averages, frozen_roles, make_algorithm, trained_roles
 from qimg2.runtime.processes import barrier, in_turn, is_first
-from qimg2.training import optim
 from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights
 from qimg2.training.trainer import differences
 
 EMBEDDED = ("glyphs", "emoji")
-DIFFUSERS = "diffusers:"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "check",
              "num_steps", "data_dir", "mesh", "faults")
@@ -46,67 +47,57 @@ FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_
 class Run:
   """A config and a folder, and what both together give."""
 
-  def __init__(self, cfg: ConfigDict, workdir: str | pathlib.Path, trained: bool = False):
-    """Args: config; folder; trained, whether the run is only read, so that what its stages started from may be gone.
+  def __init__(self, cfg: Any, workdir: str | pathlib.Path, trained: bool = False):
+    """Args: a `RunConfig`, or what a config file returns; folder; trained, whether the run is only read, so that what its stages started from may
+    be gone.
 
     Raises:
       ValueError: a config that does not fit together.
     """
-    self.cfg, self.workdir = cfg, pathlib.Path(workdir)
-    check_is_run(cfg)
+    self.cfg, self.workdir = parse(cfg), pathlib.Path(workdir)
+    cfg = self.cfg
     self.mesh = sharding.make_mesh(plain(cfg.mesh), strict=not trained)
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
-    self.schedule = from_section(flow.Schedule, cfg.schedule, "schedule")
+    self.schedule = cfg.schedule
     self.stages = {stage.name: stage for stage in cfg.stages}
-    if len(self.stages) != len(cfg.stages):
-      raise ValueError("config.stages: two stages have the same name; give each its own.")
-    self._check_stages(sources=not trained)
+    if not trained:
+      self._check_sources()
     self._ensure_data()
     self.tokenizer = PromptTokenizer.load(self._tokenizer_path())
-    model, encoder, autoencoder = model_configs(cfg)
-    if self.tokenizer.vocab_size > encoder.vocab_size:
+    if self.tokenizer.vocab_size > cfg.encoder.vocab_size:
       raise ValueError(f"The tokenizer in {self._tokenizer_path()} has {self.tokenizer.vocab_size} tokens, but config.encoder.vocab_size is "
-                       f"{encoder.vocab_size}: raise it.")
-    encoder = dataclasses.replace(encoder, image_token_id=self.tokenizer.image_token_id)
-    self.nets = networks.Networks(model, encoder, autoencoder, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
+                       f"{cfg.encoder.vocab_size}: raise it.")
+    encoder = dataclasses.replace(cfg.encoder, image_token_id=self.tokenizer.image_token_id)
+    self.nets = networks.Networks(cfg.model, encoder, cfg.vae, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
     self.specs = self.nets.specs()
     self._trained = trained
     for stage in () if trained else cfg.stages:
       self._check_caches(stage)
 
-  def _check_stages(self, sources: bool) -> None:
-    """Finds the mistakes of all stages before the first one trains."""
-    earlier: list[str] = []
-    for stage in self.cfg.stages:
-      self.optimizer_config(stage)
-      self._resolutions(stage)
-      self._datasets(stage)
-      frozen = self.algorithm(stage).frozen
-      for role in frozen:
-        if role not in stage.frozen:
-          raise ValueError(f"config.stages[{stage.name}].frozen lacks {role!r}: say where these weights come from, \"\" for the default.")
-      for key, text in [("start_from", stage.start_from), *((f"frozen.{role}", stage.frozen[role]) for role in frozen)]:
-        source, _ = split_source(text)
-        if sources and source and source not in earlier and not pathlib.Path(source.removeprefix(DIFFUSERS)).is_dir():
-          raise ValueError(f"config.stages[{stage.name}].{key} is {text!r}, which is neither an earlier stage ({', '.join(earlier) or 'none'}) nor "
-                           "a folder.")
-      earlier.append(stage.name)
+  def _check_sources(self) -> None:
+    """Finds weights that are not there, of all stages, before the first one trains."""
+    names = list(self.stages)
+    for number, stage in enumerate(self.cfg.stages):
+      where = f"config.stages[{stage.name}]"
+      check_source(stage.start_from, f"{where}.start_from", names[:number], names, may_be_default=False)
+      for role, text in stage.frozen.items():
+        check_source(text, f"{where}.frozen.{role}", names[:number], names, may_be_default=True)
 
   def _ensure_data(self) -> None:
-    for name in sorted({part["name"] for stage in self.cfg.stages for part in stage.mixture}):
+    for name in sorted({part.name for stage in self.cfg.stages for part in stage.mixture}):
       if name in EMBEDDED:
         in_turn(f"data {name}", lambda: prepare(name, self.cfg.data_dir, self.cfg.prepare.num_examples, self.cfg.prepare.seed))
       elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
         raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
 
-  def _check_caches(self, stage: ConfigDict, weights: dict | None = None) -> None:
+  def _check_caches(self, stage: StageConfig, weights: dict | None = None) -> None:
     """Finds the latent caches of a stage that it cannot train on; with its frozen weights, those that were made by others."""
-    nets, sizes = self.nets, [(one.base_px, one.ratios, one.multiple) for one in self._resolutions(stage)]
+    nets, sizes = self.nets, [(one.base_px, one.ratios, one.multiple) for one in stage.resolutions]
     needs = {"channels": nets.vae.latent_channels, "factor": nets.vae.spatial_factor, "feature_width": nets.encoder.width,
              "num_system_tokens": nets.num_system_tokens, "tokenizer": self.tokenizer.fingerprint, "num_tokens": self.cfg.num_tokens}
-    for part in self._datasets(stage):
+    for part in stage.mixture:
       cache = open_cache(part.data_dir, part.name)
-      if cache and "vae" in self.algorithm(stage).losses:
+      if cache and stage.kind == "autoencoder":
         raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
       if cache:
         check_use(part.data_dir, part.name, stage.name, sizes, needs)
@@ -116,29 +107,26 @@ class Run:
   def _tokenizer_path(self) -> pathlib.Path:
     if self.cfg.tokenizer.startswith(DIFFUSERS):
       return open_folder(self.cfg.tokenizer.removeprefix(DIFFUSERS)).tokenizer
-    return pathlib.Path(self.cfg.tokenizer or pathlib.Path(self.cfg.data_dir) / self.cfg.stages[0].mixture[0]["name"])
+    return default_tokenizer(self.cfg) if self.cfg.tokenizer == "default" else pathlib.Path(self.cfg.tokenizer)
 
   # Data.
 
-  def loader(self, stage: ConfigDict, process: tuple[int, int] | None = None) -> Loader:
+  def loader(self, stage: StageConfig, process: tuple[int, int] | None = None) -> Loader:
     """The training data of a stage, as `process` (its index, how many there are) sees it; None for this one."""
-    return self._loader(stage, self._datasets(stage), stage.caption_dropout, stage.min_bucket_records, process)
+    return self._loader(stage, stage.mixture, stage.caption_dropout, stage.min_bucket_records, process)
 
-  def _datasets(self, stage: ConfigDict) -> list[DatasetSpec]:
-    return [from_section(DatasetSpec, {"data_dir": self.cfg.data_dir, **plain(part)}, f"stages[{stage.name}].mixture") for part in stage.mixture]
-
-  def evaluation_batches(self, stage: ConfigDict) -> dict[str, list[dict]]:
+  def evaluation_batches(self, stage: StageConfig) -> dict[str, list[dict]]:
     """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture. A batch has the rows of one of
     training's micro-batches, for which there is room."""
     batches = {}
-    for task in dict.fromkeys(part.task for part in self._datasets(stage)):
+    for task in dict.fromkeys(part.task for part in stage.mixture):
       parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
-               for part in self._datasets(stage) if part.task == task}
+               for part in stage.mixture if part.task == task}
       loader = self._loader(stage, list(parts.values()), 0.0, 0, accumulate=stage.optimizer.accumulate)
       batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
     return batches
 
-  def _held_out(self, name: str, stage: ConfigDict) -> str:
+  def _held_out(self, name: str, stage: StageConfig) -> str:
     """The split that a stage is validated on: its own training pictures, with a word in the log, where nothing was held out."""
     if stage.evaluation.split in list_splits(self.cfg.data_dir, name):
       return stage.evaluation.split
@@ -146,17 +134,14 @@ class Run:
                     stage.evaluation.split, stage.name)
     return "train"
 
-  def _loader(self, stage: ConfigDict, datasets: list[DatasetSpec], caption_dropout: float, min_bucket_records: int,
+  def _loader(self, stage: StageConfig, datasets: Sequence[DatasetSpec], caption_dropout: float, min_bucket_records: int,
               process: tuple[int, int] | None = None, accumulate: int = 1) -> Loader:
-    resolutions = [dataclasses.replace(one, batch_size=max(1, one.batch_size // accumulate)) for one in self._resolutions(stage)]
+    resolutions = [dataclasses.replace(one, batch_size=max(1, one.batch_size // accumulate)) for one in stage.resolutions]
     index, count = process or sharding.local_parts(self.mesh, self.rules)
     return Loader(datasets, resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
-                  caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=plain(self.cfg.prompt_classes),
+                  caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=self.cfg.prompt_classes,
                   min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
                   num_workers=self.cfg.num_workers)
-
-  def _resolutions(self, stage: ConfigDict) -> list[Resolution]:
-    return [from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions]
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""
@@ -170,18 +155,26 @@ class Run:
 
   # Methods.
 
-  def algorithm(self, stage: ConfigDict) -> Algorithm:
+  def algorithm(self, stage: StageConfig) -> Algorithm:
     """The stage's algorithm."""
-    return make_algorithm(stage.algorithm, self.schedule)
+    return make_algorithm(stage.algorithm.name, stage.algorithm.settings, self.schedule)
 
-  def optimizer_config(self, stage: ConfigDict) -> optim.Config:
-    """The stage's optimizer settings."""
-    return from_section(optim.Config, stage.optimizer, f"stages[{stage.name}].optimizer")
+  def trained_roles(self, stage: StageConfig) -> tuple[str, ...]:
+    """The roles that the stage updates."""
+    return trained_roles(self.algorithm(stage))
+
+  def frozen_roles(self, stage: StageConfig) -> tuple[str, ...]:
+    """The roles that the stage reads and never updates."""
+    return frozen_roles(self.algorithm(stage))
+
+  def averages(self, stage: StageConfig) -> dict[str, str]:
+    """Name -> role of the averaged weights that the stage keeps."""
+    return averages(self.algorithm(stage))
 
   def sampler_settings(self) -> dict[str, Any]:
     """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`, as the config says."""
     sampling = self.cfg.sampling
-    return {"num_steps": len(sampling.sigmas) or sampling.num_steps, "guidance": sampling.guidance, "base_times": tuple(sampling.sigmas) or None}
+    return {"num_steps": len(sampling.sigmas) or sampling.num_steps, "guidance": sampling.guidance, "base_times": sampling.sigmas or None}
 
   def key(self, name: str) -> jax.Array:
     """The PRNG key of a stage or of a role's initialisation: the run's seed and the name alone decide it."""
@@ -231,7 +224,7 @@ class Run:
       check_sampling(published, self.schedule, self.cfg.sampling.sigmas)
     return load_weights(published, role, self.specs[role], sharding.param_shardings(self.specs[role], self.mesh, self.rules))
 
-  def frozen_weights(self, stage: ConfigDict) -> dict[str, dict]:
+  def frozen_weights(self, stage: StageConfig) -> dict[str, dict]:
     """The weights of the stage's frozen roles.
 
     A role without a source of its own comes from the published folder that the stage, or the stages before it, started from. Without such a
@@ -241,19 +234,23 @@ class Run:
       ValueError: weights that are not there, or a latent cache in the stage's mixture that other weights made.
     """
     weights = {}
-    for role in self.algorithm(stage).frozen:
-      source, copy = split_source(stage.frozen[role] or self._published_root(stage))
-      weights[role] = self.trained_weights(source, role, copy) if source else self._saved_random_weights(role)
+    for role in self.frozen_roles(stage):
+      source = parse_source(stage.frozen[role])
+      source = self._published_root(stage) if source.kind == "default" else source
+      weights[role] = self._saved_random_weights(role) if source.kind == "scratch" else self._weights_of(source, role)
     if not self._trained:
       self._check_caches(stage, weights)
     return weights
 
-  def _published_root(self, stage: ConfigDict) -> str:
-    """The "diffusers:DIR" at which the chain of `start_from` ends, or ""."""
-    source = stage.start_from
-    while source in self.stages:
-      source = self.stages[source].start_from
-    return source if source.startswith(DIFFUSERS) else ""
+  def _weights_of(self, source: Source, role: str, average: str = "") -> dict:
+    return self.trained_weights(DIFFUSERS * (source.kind == "diffusers") + source.name, role, average or source.average)
+
+  def _published_root(self, stage: StageConfig) -> Source:
+    """The diffusers folder at which the chain of `start_from` ends, or "scratch"."""
+    source = parse_source(stage.start_from)
+    while source.kind == "stage" and source.name in self.stages:
+      source = parse_source(self.stages[source.name].start_from)
+    return source if source.kind == "diffusers" else Source("scratch")
 
   def _saved_random_weights(self, role: str) -> dict:
     folder = self.workdir / "frozen" / role
@@ -261,16 +258,15 @@ class Run:
       save_weights(folder, self.random_weights(role))
     return restore_weights(folder, self.abstract(role))
 
-  def start_weights(self, stage: ConfigDict) -> tuple[dict[str, dict], dict[str, dict]]:
+  def start_weights(self, stage: StageConfig) -> tuple[dict[str, dict], dict[str, dict]]:
     """(weights of each trained role, slow copies) that a stage starts from: those of `start_from`, or random ones. Slow copies
     that the source does not hold start as copies of the weights."""
-    algorithm = self.algorithm(stage)
-    if not stage.start_from:
-      return {role: self.random_weights(role) for role in algorithm.losses}, {}
-    source, copy = split_source(stage.start_from)
-    params = {role: self.trained_weights(source, role, copy) for role in algorithm.losses}
-    held = () if copy else self._slow_copies(source)
-    return params, {name: self.trained_weights(source, role, name) for name, (role, _) in algorithm.track.items() if name in held}
+    source, roles = parse_source(stage.start_from), self.trained_roles(stage)
+    if source.kind == "scratch":
+      return {role: self.random_weights(role) for role in roles}, {}
+    params = {role: self._weights_of(source, role) for role in roles}
+    held = () if source.average or source.kind == "diffusers" else self._slow_copies(source.name)
+    return params, {name: self._weights_of(source, role, name) for name, role in self.averages(stage).items() if name in held}
 
   def _slow_copies(self, source: str) -> list[str]:
     """Names of the slow copies in the newest checkpoint of `source`; none if it has no checkpoints."""
@@ -283,12 +279,9 @@ class Run:
     return [name.removeprefix("slow.") for name in items if name.startswith("slow.")]
 
 
-def split_source(text: str) -> tuple[str, str]:
-  """(where weights come from, name of the slow copy) of "SOURCE", "SOURCE:ema" or "diffusers:DIR"."""
-  if text.startswith(DIFFUSERS):
-    return text, ""
-  source, _, copy = text.partition(":")
-  return source, copy
+def default_tokenizer(cfg: RunConfig) -> pathlib.Path:
+  """The folder of the tokenizer of a run that names none: that of the first stage's first data set."""
+  return pathlib.Path(cfg.data_dir) / cfg.stages[0].mixture[0].name
 
 
 def fold_name(seed: int, name: str) -> int:
@@ -299,15 +292,15 @@ def fold_name(seed: int, name: str) -> int:
 # The record of a run.
 
 
-def save_config(cfg: ConfigDict, workdir: pathlib.Path, allow_change: bool = False) -> None:
+def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = False) -> None:
   """Writes config.json, by process 0. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` lets
   pass is printed to stderr, a line per difference.
 
   Raises:
     ValueError: the config changed in a way that matters and `allow_change` is False.
   """
-  path, config = workdir / "config.json", json.loads(json.dumps(plain(cfg)))
-  changes = list(differences(json.loads(path.read_text(encoding="utf-8"))["config"], config, "config", FREE_KEYS)) if path.exists() else []
+  path, config = workdir / "config.json", _as_json(cfg)
+  changes = list(differences(_as_json(read_record(path)), config, "config", FREE_KEYS)) if path.exists() else []
   if changes and not allow_change:
     raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
                      "--allow_config_change to go on with the new one.")
@@ -317,29 +310,27 @@ def save_config(cfg: ConfigDict, workdir: pathlib.Path, allow_change: bool = Fal
   for change in changes:
     print(change, file=sys.stderr)
   workdir.mkdir(parents=True, exist_ok=True)
-  record = {"config": config, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+  record = {"format": FORMAT, "config": config, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
   part = path.with_suffix(".part")
   part.write_text(json.dumps(record, indent=1), encoding="utf-8")
   part.replace(path)
 
 
+def _as_json(cfg: RunConfig) -> dict:
+  return json.loads(json.dumps(plain(cfg)))
+
+
 def load_run(workdir: str | pathlib.Path, dtype: str | None = None) -> Run:
   """The run that was trained in a folder, with another compute type where `dtype` names one.
 
   Raises:
-    ValueError: the folder holds no run.
+    ValueError: the folder holds no run, or its config cannot be understood.
   """
   path = pathlib.Path(workdir) / "config.json"
   if not path.is_file():
     raise ValueError(f"There is no run in {workdir}: {path} is missing. Give the --workdir of launch.train.")
-  config = _to_config(json.loads(path.read_text(encoding="utf-8"))["config"])
-  for section in (config.model, config.encoder, config.vae) if dtype else ():
-    section.dtype = dtype
-  return Run(config, workdir, trained=True)
-
-
-def _to_config(value: Any) -> Any:
-  if isinstance(value, dict):
-    return ConfigDict({key: _to_config(item) for key, item in value.items()})
-  return tuple(_to_config(item) for item in value) if isinstance(value, list) else value
+  cfg = read_record(path)
+  if dtype:
+    cfg = dataclasses.replace(cfg, **{role: dataclasses.replace(getattr(cfg, role), dtype=dtype) for role in ("model", "encoder", "vae")})
+  return Run(cfg, workdir, trained=True)

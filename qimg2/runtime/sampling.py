@@ -118,13 +118,13 @@ def sampling_weights(run: Run, stage_name: str = "", copy: str = "ema") -> tuple
   Raises:
     ValueError: no such stage.
   """
-  stages = [s for s in run.cfg.stages if "model" in run.algorithm(s).losses]
+  stages = [s for s in run.cfg.stages if s.kind == "generator"]
   trained = [s.name for s in stages if (run.workdir / s.name / "checkpoints").is_dir()]
   name = stage_name or (trained[-1] if trained else "")
   if name not in trained:
     raise ValueError(f"Stage {name or '(any)'!r} of {run.workdir} has no generator to sample from; trained are: {', '.join(trained) or 'none'}.")
   stage = run.stages[name]
-  track = run.algorithm(stage).track
+  track = run.averages(stage)
   if copy not in ("", "ema", *track):
     raise ValueError(f"Stage {name} keeps no slow copy {copy!r}: choose one of {', '.join(track) or 'none'}, or \"\" for the weights themselves.")
   copy = copy if copy in track else ""
@@ -136,7 +136,7 @@ def run_defaults(run: Run, stage_name: str) -> dict:
   stage = run.stages[stage_name]
   bucket = run.loader(stage).buckets[0]
   return {"height": bucket.height, "width": bucket.width, "output_resolution": stage.resolutions[-1].base_px,
-          "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": tuple(run.cfg.sampling.sigmas),
+          "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": run.cfg.sampling.sigmas,
           "only_sigmas": False, "image_pixels": (0, math.inf)}
 
 

@@ -33,11 +33,10 @@ def check(run: Run, stage_name: str = "") -> dict:
   Raises:
     ValueError: the config names no check.
   """
-  checks = {"glyphs": check_glyphs, "emoji": check_emoji}
-  if run.cfg.check.name not in checks:
-    raise ValueError(f"config.check.name is {run.cfg.check.name!r}: choose one of {', '.join(checks)}.")
+  if run.cfg.check.name not in CHECKS:
+    raise ValueError(f"config.check.name is {run.cfg.check.name!r}, so there is nothing to check: choose one of {', '.join(CHECKS)}.")
   name, weights = sampling_weights(run, stage_name)
-  shares, images, captions = checks[run.cfg.check.name](run, name, weights)
+  shares, images, captions = CHECKS[run.cfg.check.name](run, name, weights)
   result = {"stage": name, "check": run.cfg.check.name, "num_prompts": run.cfg.check.num_prompts, **shares}
   if processes.is_first():
     (run.workdir / "check.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -95,7 +94,7 @@ def _nearest(buckets: Sequence[Bucket], task: Task) -> int:
 
 def check_glyphs(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np.ndarray], list[str]]:
   """(shares right of glyph, ink, paper and everything, and of edits where the stage learns them; pictures, captions)."""
-  num, tasks = run.cfg.check.num_prompts, {part["task"] for part in run.stages[stage_name].mixture}
+  num, tasks = run.cfg.check.num_prompts, {part.task for part in run.stages[stage_name].mixture}
   prompts = glyphs.held_out_prompts(num, SEED) if "t2i" in tasks else []
   images = draw(run, stage_name, weights, [Task(text, height, width) for text, _, height, width in prompts])
   shares, captions = _score(images, [attributes for _, attributes, _, _ in prompts], [text for text, *_ in prompts], "")
@@ -144,7 +143,7 @@ def check_emoji(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np
   found = [emoji.nearest_emoji(image, candidates, paper) for image, (_, _, paper) in zip(images, prompts)]
   marks = ["" if place == right else f" [nearest: {prompts[place][0].rpartition(', on ')[0]}]" for right, place in enumerate(found)]
   shares, captions = {"emoji": float(np.mean(np.equal(found, np.arange(num))))}, [prompt[0] + mark for prompt, mark in zip(prompts, marks)]
-  if "ti2i" not in {part["task"] for part in run.stages[stage_name].mixture}:
+  if "ti2i" not in {part.task for part in run.stages[stage_name].mixture}:
     return shares, images, captions
   more, pairs, texts = _check_emoji_edits(run, stage_name, weights, num)
   return {**shares, **more}, images[:NUM_SHOWN // 2] + pairs, captions[:NUM_SHOWN // 2] + texts
@@ -159,3 +158,6 @@ def _check_emoji_edits(run: Run, stage_name: str, weights: dict, num: int) -> tu
   shares = {"edit": float(np.mean(right)), "edit by chance": float(np.mean([1 / len(others) for *_, others in edits])), "num_edits": num}
   pairs = [image for (_, source, _, paper, _), image in zip(edits, edited) for image in (emoji.render(source, paper, image.shape[0]), image)]
   return shares, pairs, [caption for (text, *_), good in zip(edits, right) for caption in ("(source)", text if good else f"{text} [wrong]")]
+
+
+CHECKS = {"glyphs": check_glyphs, "emoji": check_emoji}

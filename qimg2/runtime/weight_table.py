@@ -3,42 +3,51 @@
   python -m launch.describe --config=configs/pretrain.py [--num_devices=128] [--json]
 """
 
+import dataclasses
 import math
+from typing import Any
 
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict
 
+from qimg2 import networks, sharding
 from qimg2 import params as P
-from qimg2 import sharding
-from qimg2.models import mmdit, qwen3_vl, vae
-from qimg2.runtime.config import model_configs, plain
+from qimg2.runtime.config import MeshConfig, parse
 
 TEMPORAL = "/time/"
 
 
-def describe(cfg: ConfigDict, num_devices: int = 0) -> dict:
+def describe(cfg: Any, num_devices: int = 0) -> dict:
   """{"mesh", "weights": rows of path, shape, axes, dtype, count, bytes per device, "totals": per model and per part}.
 
   Args:
-    cfg: a run's config; only its networks, mesh and rules are read.
+    cfg: a `RunConfig`, or what a config file returns; only its networks, mesh and rules are read.
     num_devices: devices to spread the weights over; 0 takes the product of the mesh sizes, with 1 for a size of -1.
 
   Raises:
-    ValueError: sizes that do not fit together, or do not divide by the mesh.
+    ValueError: sizes that do not fit together, a mesh that does not fit the devices, or rules that leave one of its axes unused.
   """
-  model, encoder, autoencoder = model_configs(cfg)
-  mesh = abstract_mesh(plain(cfg.mesh), num_devices)
-  rules = sharding.RULES[cfg.rules]
-  trees = {"model": mmdit.specs(model), "encoder": qwen3_vl.specs(encoder), "vae": vae.specs(autoencoder)}
+  cfg = parse(cfg)
+  mesh = abstract_mesh(cfg.mesh, num_devices)
+  rules = sharding.find_rules(cfg.rules, mesh)
+  trees = networks.Networks(cfg.model, cfg.encoder, cfg.vae, num_system_tokens=0).specs()
   rows = [weight_row(f"{role}/{path}", p, mesh, rules) for role, specs in trees.items() for path, p in P.flatten(specs).items()]
   return {"mesh": dict(mesh.shape), "weights": rows, "totals": totals(trees)}
 
 
-def abstract_mesh(sizes: dict[str, int], num_devices: int) -> AbstractMesh:
-  """The config's mesh without devices."""
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+  """The config's mesh without devices; 0 devices are as many as its sizes say.
+
+  Raises:
+    ValueError: sizes that do not multiply to the number of devices.
+  """
+  sizes = dataclasses.asdict(config)
   fixed = math.prod(size for size in sizes.values() if size != -1)
-  shape = {axis: sizes.get(axis, 1) for axis in sharding.MESH_AXES}
-  shape = {axis: max(1, num_devices // fixed) if size == -1 else size for axis, size in shape.items()}
+  if -1 in sizes.values() and num_devices % fixed:
+    raise ValueError(f"config.mesh {sizes} leaves one axis open, but {num_devices} devices cannot be divided by the {fixed} of the others: change "
+                     "--num_devices or the sizes.")
+  if -1 not in sizes.values() and num_devices not in (0, fixed):
+    raise ValueError(f"config.mesh {sizes} asks for {fixed} devices, but there are {num_devices}: set one axis to -1 or change the sizes.")
+  shape = {axis: max(1, num_devices // fixed) if sizes[axis] == -1 else sizes[axis] for axis in sharding.MESH_AXES}
   return AbstractMesh(tuple(shape.values()), tuple(shape))
 
 
@@ -52,9 +61,9 @@ def weight_row(path: str, p: P.Param, mesh: AbstractMesh, rules: sharding.Rules)
 
 
 def totals(trees: dict[str, dict]) -> dict[str, int]:
-  """Number of weights per model, per half of the VAE, and of the VAE's temporal weights, which images never use."""
+  """Number of weights per model, per part of the VAE, and of the VAE's temporal weights, which images never use."""
   counts = {role: P.count(specs) for role, specs in trees.items()}
-  counts |= {f"vae/{half}": P.count(specs) for half, specs in trees["vae"].items()}
+  counts |= {f"vae/{part}": P.count(specs) for part, specs in trees["vae"].items()}
   counts["vae/temporal"] = sum(p.size for path, p in P.flatten(trees["vae"]).items() if TEMPORAL in path)
   return counts
 

@@ -18,13 +18,13 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import grain.python as grain
 import jax
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data_pipelines import records as R
@@ -34,17 +34,18 @@ from data_pipelines.loader import FIRST_ROWS, check_record, read_records
 from data_pipelines.mixture import Cell, DatasetSpec, Mixture, Resolution
 from data_pipelines.transforms import encode_png, load_picture
 from qimg2.runtime.caching.networks import Encoder, Options
-from qimg2.runtime.config import from_section
+from qimg2.runtime.config import StageConfig
 from qimg2.runtime.run import Run
 
 _ANY_LENGTH = 2**30  # tokens: no caption is too long for latents
 _NAMED = 1000  # broken records that dataset.json names; all are counted
 
 
-def cache_latents(cfg: ConfigDict, stage_name: str, workdir: str | pathlib.Path, out_name: str = "", options: Options = Options()) -> list[dict]:
+def cache_latents(cfg: Any, stage_name: str, workdir: str | pathlib.Path, out_name: str = "", options: Options = Options()) -> list[dict]:
   """Caches the data sets of a stage's mixture, and returns the facts of each, with its path, or None for the path of a part.
 
-  Args: config; stage; folder of the run; name of the cache, "" for that of the data set with "_latents"; how to cache.
+  Args: a `RunConfig`, or what a config file returns; stage; folder of the run; name of the cache, "" for that of the data set with "_latents"; how to
+  cache.
 
   Raises:
     ValueError: a stage that needs no latents, weights that are not there, or another cache in the same place.
@@ -55,9 +56,9 @@ def cache_latents(cfg: ConfigDict, stage_name: str, workdir: str | pathlib.Path,
   if stage_name not in run.stages:
     raise ValueError(f"The config has no stage {stage_name!r}: choose one of {', '.join(run.stages)}.")
   stage = run.stages[stage_name]
-  if "vae" not in run.algorithm(stage).frozen:
+  if "vae" not in run.frozen_roles(stage):
     raise ValueError(f"Stage {stage_name!r} has no frozen VAE whose latents could be cached: choose a stage that trains a generator.")
-  names = list(dict.fromkeys(part["name"] for part in stage.mixture))
+  names = list(dict.fromkeys(part.name for part in stage.mixture))
   if out_name and len(names) > 1:
     raise ValueError(f"--name={out_name} names one cache, but stage {stage_name!r} has the data sets {', '.join(names)}: leave it out.")
   weights = run.frozen_weights(stage)
@@ -90,7 +91,7 @@ class _Job:
     <data_dir>/.<name>.incomplete/request.json, <split>-00000, and <split>-00000.npz, its index, written when the shard is
   """
 
-  def __init__(self, run: Run, stage: ConfigDict, name: str, out_name: str, encoder: Encoder, options: Options):
+  def __init__(self, run: Run, stage: StageConfig, name: str, out_name: str, encoder: Encoder, options: Options):
     self._run, self._stage, self._name, self._out_name = run, stage, name, out_name
     self._encoder, self._options = encoder, options
     self._data_dir = pathlib.Path(run.cfg.data_dir)
@@ -98,8 +99,8 @@ class _Job:
       raise ValueError(f"Data set {name!r} of stage {stage.name!r} is a latent cache itself: name the data set that it was made from.")
     if out_name == name:
       raise ValueError(f"--name={out_name} is the name of the original data set: choose another one.")
-    self._resolutions = _distinct([from_section(Resolution, part, f"stages[{stage.name}].resolutions") for part in stage.resolutions])
-    self._tasks = tuple(sorted({part["task"] for part in stage.mixture if part["name"] == name}))
+    self._resolutions = _distinct(stage.resolutions)
+    self._tasks = tuple(sorted({part.task for part in stage.mixture if part.name == name}))
     self._meta = R.read_meta(self._data_dir / name)
     self._work = self._data_dir / f".{out_name}.incomplete"
     self._request = json.loads(json.dumps(self._make_request()))
@@ -143,7 +144,7 @@ class _Job:
     run, features = self._run, self._options.features
     sizes = {str(one.base_px): [(bucket.height, bucket.width) for bucket in make_buckets("t2i", one.base_px, one.ratios, 0, 1, one.multiple)]
              for one in self._resolutions}
-    weights_from = {role: self._stage.frozen[role] or "its default" for role in self._encoder.fingerprints}
+    weights_from = {role: self._stage.frozen[role] for role in self._encoder.fingerprints}
     made_with = {"base_px": [one.base_px for one in self._resolutions], "sizes": sizes, "resolutions": self._request["resolutions"],
                  "tokenizer": run.tokenizer.fingerprint, "num_tokens": run.cfg.num_tokens, **self._encoder.fingerprints,
                  "weights_from": weights_from}
@@ -290,7 +291,7 @@ class _Job:
     return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=R.link, cache=self._describe(), broken=broken[:_NAMED])
 
 
-def _distinct(resolutions: list[Resolution]) -> tuple[Resolution, ...]:
+def _distinct(resolutions: Sequence[Resolution]) -> tuple[Resolution, ...]:
   """One resolution per area."""
   chosen = {}
   for one in resolutions:

@@ -12,18 +12,16 @@ per word and mark of the published template; a real vocabulary may split a word,
 a condition image adds 6 tokens of words beside its slots.
 """
 
-import copy
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from data_pipelines.buckets import Bucket
-from qimg2 import flow, sharding
+from qimg2 import sharding
 from qimg2.analysis import roofline
-from qimg2.runtime.config import from_section, make_algorithm, plain
+from qimg2.runtime.config import MeshConfig, RunConfig, StageConfig, parse, plain
 from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.steps import Apart, Choice, Rehearsal
 from qimg2.runtime.rehearsal.table import Row
@@ -39,25 +37,26 @@ def say(row: Row) -> None:
   print(table.progress(row), file=sys.stderr, flush=True)
 
 
-def rehearse(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
+def rehearse(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
              done: Callable[[Row], None] = say, apart: Apart | None = None) -> list[Row]:
   """A row for every chosen stage and bucket; `done` is called with each when it is there.
 
   Raises:
     ValueError: a stage that the config does not have, or a choice that leaves nothing.
   """
+  cfg = parse(cfg)
   rehearsal = Rehearsal(cfg, devices, chip, apart)
   rows = []
-  for section in sections(cfg, choice):
-    for bucket in rehearsal.buckets(section, choice):
-      rows.append(rehearsal.row(section, bucket))
+  for stage in chosen_stages(cfg, choice):
+    for bucket in rehearsal.buckets(stage, choice):
+      rows.append(rehearsal.row(stage, bucket))
       done(rows[-1])
   if not rows:
     raise ValueError("The stages have no bucket of this --task and --base_px: leave one of the flags out.")
   return rows
 
 
-def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
+def search(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
            rules: Sequence[str] = (), done: Callable[[Row], None] = say, apart: Apart | None = None) -> tuple[list[Row], dict[str, Row]]:
   """(all rows tried, stage -> the best): the rule set, remat policy and number of micro-batches with the highest bound on MFU, of those rows that
   fill at most nine tenths of the memory.
@@ -67,17 +66,17 @@ def search(cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None, 
   then compiled. What no longer fits is tried with the next remat policy, which computes more and keeps less. Equal bounds are told apart by fewer
   micro-batches.
   """
-  rows, best = [], {}
-  for section in sections(cfg, choice):
+  cfg, rows, best = parse(cfg), [], {}
+  for stage in chosen_stages(cfg, choice):
     tried = []
     for name in rules or sharding.RULES:
       try:
-        tried += _climb(cfg, name, section.name, devices, chip, choice, done, apart)
+        tried += _climb(cfg, name, stage, devices, chip, choice, done, apart)
       except ValueError as error:  # another rule set may do
-        print(f"Stage {section.name}, rules {name}: {error}", file=sys.stderr, flush=True)
+        print(f"Stage {stage.name}, rules {name}: {error}", file=sys.stderr, flush=True)
     rows += tried
     if roomy := [row for row in tried if row.roomy]:
-      best[section.name] = max(roomy, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
+      best[stage.name] = max(roomy, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
   return rows, best
 
 
@@ -90,23 +89,22 @@ def fitting_mesh(rules: str, sizes: dict[str, int]) -> dict[str, int]:
   return kept | {takes: kept.get(takes, 1) * math.prod(idle.values())}
 
 
-def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice,
+def _climb(cfg: RunConfig, rules: str, stage: StageConfig, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice,
            done: Callable[[Row], None], apart: Apart | None) -> list[Row]:
   rows, accumulate = [], None
   sizes = dict(sharding.make_mesh(plain(cfg.mesh), devices).shape)
 
   def attempt() -> Row:
-    section.optimizer.accumulate = accumulate
-    rows.append(rehearsal.row(section, heaviest))
+    tried = dataclasses.replace(stage, optimizer=dataclasses.replace(stage.optimizer, accumulate=accumulate))
+    rows.append(rehearsal.row(tried, heaviest))
     done(rows[-1])
     return rows[-1]
 
-  for remat in REMAT if _trains_generator(cfg, stage) else (cfg.model.remat,):
-    changed = copy.deepcopy(cfg)
-    changed.rules, changed.model.remat, changed.mesh = rules, remat, ConfigDict(fitting_mesh(rules, sizes))
+  for remat in REMAT if stage.kind == "generator" else (cfg.model.remat,):
+    mesh = MeshConfig(**(dict.fromkeys(sharding.MESH_AXES, 1) | fitting_mesh(rules, sizes)))
+    changed = dataclasses.replace(cfg, rules=rules, model=dataclasses.replace(cfg.model, remat=remat), mesh=mesh)
     rehearsal = Rehearsal(changed, devices, chip, apart)
-    section = next(one for one in changed.stages if one.name == stage)
-    buckets = rehearsal.buckets(section, choice)
+    buckets = rehearsal.buckets(stage, choice)
     if not buckets:
       raise ValueError("there is no bucket of this --task and --base_px: leave one of the flags out.")
     heaviest = max(buckets, key=lambda bucket: bucket.batch_size * _num_tokens(bucket, rehearsal.nets.vae.spatial_factor))
@@ -129,11 +127,6 @@ def _climb(cfg: ConfigDict, rules: str, stage: str, devices: Sequence[Any], chip
   return rows
 
 
-def _trains_generator(cfg: ConfigDict, stage: str) -> bool:
-  section = next(one for one in cfg.stages if one.name == stage)
-  return "model" in make_algorithm(section.algorithm, from_section(flow.Schedule, cfg.schedule, "schedule")).losses
-
-
 def _num_tokens(bucket: Bucket, factor: int) -> float:
   """Prompt and latent tokens of an example; `factor` is px per latent."""
   return bucket.num_tokens + sum(height * width for height, width in (*bucket.source_sizes, (bucket.height, bucket.width))) / factor**2
@@ -148,12 +141,17 @@ def _step(before: Row, now: Row) -> int:
   return max(2, 2 ** int(math.log2(max(1.0, 1 + room))))
 
 
-def sections(cfg: ConfigDict, choice: Choice) -> list[ConfigDict]:
-  names = [section.name for section in cfg.stages]
+def chosen_stages(cfg: RunConfig, choice: Choice) -> list[StageConfig]:
+  """The stages of a config that were chosen.
+
+  Raises:
+    ValueError: one that the config does not have.
+  """
+  names = [stage.name for stage in cfg.stages]
   for name in choice.stages:
     if name not in names:
       raise ValueError(f"The config has no stage {name!r}: it has {', '.join(names)}.")
-  return [section for section in cfg.stages if not choice.stages or section.name in choice.stages]
+  return [stage for stage in cfg.stages if not choice.stages or stage.name in choice.stages]
 
 
 # Command line.

@@ -15,20 +15,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from data_pipelines.buckets import Bucket, bucket_size, parse_ratio
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import Resolution, source_grids
+from data_pipelines.mixture import source_grids
 from data_pipelines.tokenizer import PromptTokenizer
-from qimg2 import flow, networks, sharding
+from qimg2 import networks, sharding
 from qimg2 import params as P
 from qimg2.analysis import flops, hlo, roofline
-from qimg2.runtime.config import from_section, make_algorithm, model_configs, plain
+from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.methods import frozen_roles, make_algorithm, trained_roles
 from qimg2.runtime.rehearsal import table, topology
 from qimg2.runtime.rehearsal.table import Row
-from qimg2.training import optim
+from qimg2.runtime.run import default_tokenizer
 from qimg2.training.state import abstract_state, make_optimizers
 from qimg2.training.trainer import Stage, compile_steps
 
@@ -56,28 +56,28 @@ class Apart:
 class Rehearsal:
   """A config on a mesh of devices that need not exist."""
 
-  def __init__(self, cfg: ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None = None, apart: Apart | None = None):
-    """Args: a run's config; the devices of a topology; their published rates, None for devices without; where to compile, None for in this process
-    and to the end.
+  def __init__(self, cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None = None, apart: Apart | None = None):
+    """Args: a `RunConfig`, or what a config file returns; the devices of a topology; their published rates, None for devices without; where to
+    compile, None for in this process and to the end.
 
     Raises:
       ValueError: a config that does not fit together, or does not fit the devices.
     """
-    self.cfg, self.chip, self.apart = cfg, chip, apart
+    self.cfg, self.chip, self.apart = parse(cfg), chip, apart
+    cfg = self.cfg
     self.mesh = sharding.make_mesh(plain(cfg.mesh), devices)
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
     self.tokenizer = find_tokenizer(cfg)
     system = self.tokenizer.num_system_tokens if self.tokenizer else SYSTEM_TOKENS
-    self.nets = networks.Networks(*model_configs(cfg), system, sharding.make_shard(self.mesh, self.rules))
+    self.nets = networks.Networks(cfg.model, cfg.encoder, cfg.vae, system, sharding.make_shard(self.mesh, self.rules))
     self.specs = self.nets.specs()
     self._measured: dict[str, dict] = {}
 
-  def buckets(self, section: ConfigDict, choice: Choice = Choice()) -> list[Bucket]:
+  def buckets(self, config: StageConfig, choice: Choice = Choice()) -> list[Bucket]:
     """The chosen batch shapes of a stage: tasks in the order of the mixture, resolutions in that of the config."""
     found = {}
-    for task in dict.fromkeys(part.task for part in section.mixture):
-      for part in section.resolutions:
-        resolution = from_section(Resolution, part, f"stages[{section.name}].resolutions")
+    for task in dict.fromkeys(part.task for part in config.mixture):
+      for resolution in config.resolutions:
         if choice.tasks and task not in choice.tasks or choice.base_px and resolution.base_px not in choice.base_px:
           continue
         for ratio in _ratios(resolution.ratios, choice):
@@ -91,26 +91,26 @@ class Rehearsal:
     grids = source_grids(sources)
     return self.tokenizer.num_image_tokens(grids) if self.tokenizer else sum(h * w + WORDS_PER_IMAGE for h, w in grids)
 
-  def row(self, section: ConfigDict, bucket: Bucket) -> Row:
+  def row(self, config: StageConfig, bucket: Bucket) -> Row:
     """One line of the table: the stage's step compiled for one bucket. Programs that differ in nothing but their rates are compiled once.
 
     Raises:
       ValueError: a global batch that the devices and micro-batches do not divide.
     """
-    settings = from_section(optim.Config, section.optimizer, f"stages[{section.name}].optimizer")
-    algorithm = make_algorithm(section.algorithm, from_section(flow.Schedule, self.cfg.schedule, "schedule"))
+    settings = config.optimizer
+    algorithm = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule)
     shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     if bucket.batch_size % (shards * settings.accumulate):
-      raise ValueError(f"Stage {section.name!r}: a batch of {bucket.batch_size} cannot be divided over {shards} devices of the axes data and fsdp "
+      raise ValueError(f"Stage {config.name!r}: a batch of {bucket.batch_size} cannot be divided over {shards} devices of the axes data and fsdp "
                        f"in {settings.accumulate} micro-batches: change config.mesh, batch_size or optimizer.accumulate.")
     batch = self._batch(bucket)
-    key = str((plain(section.algorithm), bucket, settings.accumulate, settings.mu_dtype))
+    key = str((plain(config.algorithm), bucket, settings.accumulate, settings.mu_dtype))
     if key not in self._measured:
-      stage = Stage(section.name, algorithm, make_optimizers(algorithm, self.specs, settings, section.num_steps), self.specs, section.num_steps,
+      stage = Stage(config.name, algorithm, make_optimizers(algorithm, self.specs, settings, config.num_steps), self.specs, config.num_steps,
                     (batch,), accumulate=settings.accumulate)
-      self._measured[key] = self._measure(stage, section.name, bucket)
-    counts = flops.step_flops(self.nets, algorithm.losses, algorithm.frozen, batch)
-    row = Row(stage=section.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
+      self._measured[key] = self._measure(stage, config, bucket)
+    counts = flops.step_flops(self.nets, trained_roles(algorithm), frozen_roles(algorithm), batch)
+    row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=settings.accumulate, num_devices=self.mesh.size,
               mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=self.nets.model.remat,
               model_flops={role: n / self.mesh.size for role, n in counts.items()}, **self._measured[key])
@@ -122,11 +122,11 @@ class Rehearsal:
     shape = lambda x: jax.ShapeDtypeStruct((bucket.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
     return jax.tree.map(shape, Loader.example(dataclasses.replace(bucket, batch_size=1)))
 
-  def _measure(self, stage: Stage, name: str, bucket: Bucket) -> dict:
+  def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit."""
     state = abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules)
     place = lambda specs: P.abstract(specs, sharding.param_shardings(specs, self.mesh, self.rules))
-    frozen = {role: place(self.specs[role]) for role in stage.algorithm.frozen}
+    frozen = {role: place(self.specs[role]) for role in frozen_roles(stage.algorithm)}
     limit = self.chip.hbm_bytes if self.chip else None
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves((state, frozen)))
     if limit and held > limit:  # nothing to compile
@@ -135,7 +135,8 @@ class Rehearsal:
       file.unlink()  # of an earlier row
     start, peak = time.monotonic(), None
     if self.apart:
-      told = _told_apart(self.apart, self.cfg, name, bucket)
+      stages = tuple(config if one.name == config.name else one for one in self.cfg.stages)
+      told = _told_apart(self.apart, dataclasses.replace(self.cfg, stages=stages), config.name, bucket)
       if told is not None:
         return told
     else:
@@ -152,7 +153,7 @@ class Rehearsal:
     return {"peak_bytes": float(topology.reserved_bytes() or peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
 
 
-def _told_apart(apart: Apart, cfg: ConfigDict, name: str, bucket: Bucket) -> dict | None:
+def _told_apart(apart: Apart, cfg: RunConfig, name: str, bucket: Bucket) -> dict | None:
   """Lets another process compile the step of a stage and bucket. None when the compiler has assigned the memory; what the other process measured
   if it came to its end before that, which it does when the program does not fit.
 
@@ -183,14 +184,14 @@ def _told_apart(apart: Apart, cfg: ConfigDict, name: str, bucket: Bucket) -> dic
     process.join()
 
 
-def _tell(send: Any, apart: Apart, cfg: ConfigDict, name: str, bucket: Bucket) -> None:
+def _tell(send: Any, apart: Apart, cfg: RunConfig, name: str, bucket: Bucket) -> None:
   """What the other process does."""
   tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
   threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # nobody is left to tell
   topology.prepare_environment(apart.topology)
   rehearsal = Rehearsal(cfg, *topology.find_devices(apart.topology, apart.num_slices))
   try:
-    row = rehearsal.row(next(section for section in cfg.stages if section.name == name), bucket)
+    row = rehearsal.row(next(stage for stage in rehearsal.cfg.stages if stage.name == name), bucket)
     send.send({"peak_bytes": row.peak_bytes, "limit_bytes": row.limit_bytes, "compile_s": row.compile_s, "traffic": row.traffic})
   except ValueError as error:
     send.send(error)
@@ -204,7 +205,7 @@ def _ratios(ratios: Sequence[Any], choice: Choice) -> list[Any]:
   return [square] if choice.squares else list(dict.fromkeys((square, widest)))
 
 
-def find_tokenizer(cfg: ConfigDict) -> PromptTokenizer | None:
+def find_tokenizer(cfg: RunConfig) -> PromptTokenizer | None:
   """The tokenizer that the config names or whose data set is there; None if there is none."""
-  path = pathlib.Path(cfg.tokenizer or pathlib.Path(cfg.data_dir) / cfg.stages[0].mixture[0]["name"])
+  path = default_tokenizer(cfg) if cfg.tokenizer == "default" else pathlib.Path(cfg.tokenizer)
   return PromptTokenizer.load(path) if path.is_file() or (path / "tokenizer.json").is_file() else None

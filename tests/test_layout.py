@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qimg2 import networks
+from qimg2.layout import centred_grid, make_layout
 from qimg2.models import mmdit
 
 SLOT, PAD = 9, 0
@@ -16,7 +16,7 @@ def layout(rows, grids, target, length=None):
   tokens = np.full((len(rows), length), PAD, np.int32)
   for row, ids in zip(tokens, rows):
     row[:len(ids)] = ids
-  return networks.make_layout(jnp.asarray(tokens), jnp.array([len(ids) for ids in rows]), SLOT, grids, target)
+  return make_layout(jnp.asarray(tokens), jnp.array([len(ids) for ids in rows]), SLOT, grids, target)
 
 
 def test_published_check_vector():
@@ -37,7 +37,7 @@ def test_published_check_vector():
 
 
 def test_odd_grids_are_centred_as_published():
-  h, w = networks.centred_grid((3, 5))
+  h, w = centred_grid((3, 5))
   np.testing.assert_array_equal(h[::5], [-2, -1, 0])
   np.testing.assert_array_equal(w[:5], [-3, -2, -1, 0, 1])
 
@@ -68,8 +68,3 @@ def test_adjacent_images_stay_separate_blocks():
 def test_an_image_that_fills_no_slot_is_named():
   with pytest.raises(ValueError, match="3 x 2 latents does not fill whole prompt slots"):
     layout([[1, SLOT]], [(3, 2)], (2, 2))
-
-
-def test_transparency_becomes_white_paper():
-  pixels = np.array([[[[200, 100, 0, 255], [200, 100, 0, 0], [0, 0, 0, 51]]]], np.uint8)
-  np.testing.assert_array_equal(networks.on_white(jnp.asarray(pixels))[0, 0], [[200, 100, 0], [255, 255, 255], [204, 204, 204]])

@@ -1,0 +1,48 @@
+"""What a batch is: a dict of arrays, one row per example, with the same static shapes on every host and in every batch of a bucket.
+
+| key | shape, dtype | meaning |
+|---|---|---|
+| `target` | B H W C uint8 | image to learn, RGB or RGBA |
+| `sources` | tuple of B h w C uint8 | condition images in prompt order; empty for text-to-image |
+| `tokens` | B M int32 | prompt ids of the condition encoder, system turn included, right-padded; an image slot per 32 x 32 px of a source |
+| `token_count` | B int32 | number of real tokens |
+| `sample_id` | B int64 | stable id: validation noise and time are functions of it |
+| `weight` | B float32 | only in evaluation batches: 1, or 0 for a row that fills the last batch or stands for a broken record |
+
+A data set that is a latent cache gives arrays of the cache's type, float16 or float32, in place of what they were computed from:
+
+| key | shape | takes the place of |
+|---|---|---|
+| `latents` | B h w C | `target`: normalised latents of the VAE |
+| `source_latents` | tuple of B h w C | what the VAE makes of `sources`; these stay, for the condition encoder's eyes, unless there are `features` |
+| `features` | B M' E | what the condition encoder makes of `tokens` and `sources`; M' is M without the system turn; zero at padding |
+
+B counts the rows of the global batch on devices, and those of one process in the loader. A *bucket* is (task, target size, source sizes, M).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Grid = tuple[int, int]  # (rows, columns) of latents
+
+
+def num_rows(batch: Mapping[str, Any]) -> int:
+  """B, the number of examples."""
+  return batch["tokens"].shape[0]
+
+
+def target_grid(batch: Mapping[str, Any], factor: int) -> Grid:
+  """(h, w) of the targets in latents; `factor` is the number of pixels per latent along each side."""
+  return _grid(batch["latents"]) if "latents" in batch else _grid(batch["target"], factor)
+
+
+def source_grids(batch: Mapping[str, Any], factor: int) -> tuple[Grid, ...]:
+  """(h, w) of each condition image in latents, in prompt order; `factor` as in `target_grid`."""
+  if "source_latents" in batch:
+    return tuple(_grid(x) for x in batch["source_latents"])
+  return tuple(_grid(x, factor) for x in batch.get("sources", ()))
+
+
+def _grid(x: Any, factor: int = 1) -> Grid:
+  height, width = x.shape[1:3]
+  return height // factor, width // factor

@@ -1,0 +1,234 @@
+"""A run's config, parsed once into frozen dataclasses: no other module sees a `ConfigDict`.
+
+  config = parse(quickstart.get_config("smoke"))
+  config.stages[3].optimizer.learning_rate
+
+The classes of this file have no defaults: those stand in configs/base.py, where the command line can change them. Sections of classes that stand
+alone (networks, schedule, optimizer, resolutions ...) may be partial, and configs/base.py gives no other values than theirs but for the few that
+tests/test_config.py names. Changed copies are made with `dataclasses.replace`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines.mixture import DatasetSpec, Resolution
+from qimg2 import flow
+from qimg2.models import mmdit, qwen3_vl, vae
+from qimg2.runtime.config.sections import checked, from_section, placed, plain
+from qimg2.runtime.methods import METHODS, frozen_roles, make_algorithm
+from qimg2.training import faults, optim
+
+__all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
+
+CHECKS = ("none", "glyphs", "emoji")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes, see `qimg2.sharding`; one of them may be -1, for the devices that are left."""
+  data: int
+  fsdp: int
+  context: int
+  tensor: int
+
+  def __post_init__(self):
+    sizes = dataclasses.asdict(self)
+    for axis, size in sizes.items():
+      if size < 1 and size != -1:
+        raise ValueError(f"mesh.{axis} is {size}: give at least 1, or -1 for the devices that are left.")
+    if list(sizes.values()).count(-1) > 1:
+      raise ValueError(f"mesh {sizes}: only one axis may be -1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+  """How embedded data sets are made: training pictures, None for the data set's own number, and the seed."""
+  num_examples: int | None
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How pictures are drawn: steps; scale of classifier-free guidance; times before the shift in place of an even grid; pictures on a sheet."""
+  num_steps: int
+  guidance: float
+  sigmas: tuple[float, ...]
+  num_images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckConfig:
+  """The automatic check of the last stage's samples, one of `CHECKS`: prompts, and candidates that a picture is compared with."""
+  name: str
+  num_prompts: int
+  num_candidates: int
+
+  def __post_init__(self):
+    if self.name not in CHECKS:
+      raise ValueError(f"check.name is {self.name!r}: choose one of {', '.join(CHECKS)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """What a stage is validated on: a split of its data sets, and how many samples of each task; None for all."""
+  split: str
+  num_samples: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+  """A method by its name in `qimg2.runtime.methods`, and all of its settings."""
+  name: str
+  settings: Mapping[str, Any]
+
+  def section(self) -> dict[str, Any]:
+    """As it stands in a config."""
+    return {"name": self.name, **self.settings}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+  """One stage of the curriculum; every key is explained in configs/base.py.
+
+  Attributes:
+    start_from, frozen: where weights come from, see `qimg2.runtime.config.sources`.
+    mixture: the data sets, each with the run's `data_dir`.
+    optimizer, optimizers: the settings of every update, and in their place those of the updates that are named.
+  """
+  name: str
+  algorithm: AlgorithmConfig
+  start_from: str
+  frozen: Mapping[str, str]
+  num_steps: int
+  resolutions: tuple[Resolution, ...]
+  mixture: tuple[DatasetSpec, ...]
+  evaluation: EvaluationConfig
+  caption_dropout: float
+  max_crop: float
+  min_bucket_records: int
+  max_faulty: float
+  optimizer: optim.Config
+  faults: faults.Settings
+  log_every_steps: int
+  eval_every_steps: int
+  sample_every_steps: int
+  save_every_steps: int
+  keep: int
+  optimizers: Mapping[str, optim.Config] = dataclasses.field(default_factory=dict)
+
+  @property
+  def kind(self) -> str:
+    """What the stage trains, one of `qimg2.runtime.methods.KINDS`."""
+    return METHODS[self.algorithm.name].kind
+
+  def optimizer_of(self, update: str) -> optim.Config:
+    """The settings of the optimizer of an update."""
+    return self.optimizers.get(update, self.optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """A whole run; every key is explained in configs/base.py.
+
+  Raises:
+    ValueError: sizes that do not fit each other, or two stages of one name.
+  """
+  seed: int
+  mesh: MeshConfig
+  rules: str
+  data_dir: str
+  prepare: PrepareConfig
+  tokenizer: str
+  num_tokens: int
+  prompt_classes: tuple[int, ...]
+  num_workers: int
+  model: mmdit.Config
+  encoder: qwen3_vl.Config
+  vae: vae.Config
+  schedule: flow.Schedule
+  sampling: SamplingConfig
+  check: CheckConfig
+  stages: tuple[StageConfig, ...]
+
+  def __post_init__(self):
+    if self.model.context_width != self.encoder.width:
+      raise ValueError(f"config.model.context_width is {self.model.context_width}, but config.encoder.width is {self.encoder.width}: make them "
+                       "equal.")
+    if self.model.latent_channels != self.vae.latent_channels:
+      raise ValueError(f"config.model.latent_channels is {self.model.latent_channels}, but config.vae.latent_channels is "
+                       f"{self.vae.latent_channels}: make them equal.")
+    if len({stage.name for stage in self.stages}) != len(self.stages):
+      raise ValueError("config.stages: two stages have the same name; give each its own.")
+
+
+def parse(cfg: Any) -> RunConfig:
+  """The config of a run from what a config file returns; a `RunConfig` is given back as it is.
+
+  Raises:
+    ValueError: it is none of a run, or a mistake of any stage, named with its place.
+  """
+  if isinstance(cfg, RunConfig):
+    return cfg
+  values = plain(cfg)
+  missing = [key for key in ("stages", "model", "data_dir", "mesh") if key not in values]
+  if missing or not values["stages"]:
+    raise ValueError(f"--config is none of a run: it has no {missing[0] if missing else 'stages'}; take one such as configs/quickstart.py.")
+  sections = values.pop("stages")
+  if not isinstance(sections, tuple):
+    raise ValueError(f"config.stages is {sections!r}: give a tuple of sections.")
+  run = from_section(RunConfig, values, "config", stages=())
+  return dataclasses.replace(run, stages=tuple(_stage(section, number, run) for number, section in enumerate(sections)))
+
+
+def _stage(section: Any, number: int, run: RunConfig) -> StageConfig:
+  """A stage of a run whose other keys are parsed."""
+  where = f"config.stages[{section.get('name', number) if isinstance(section, dict) else number}]"
+  if not isinstance(section, dict):
+    raise ValueError(f"{where} is {section!r}: give a section.")
+  rest, given = dict(section), {}
+  if "algorithm" in rest:
+    given["algorithm"] = _algorithm(rest.pop("algorithm"), f"{where}.algorithm")
+  if isinstance(rest.get("mixture"), tuple):
+    given["mixture"] = tuple(from_section(DatasetSpec, part, f"{where}.mixture[{place}]", data_dir=run.data_dir)
+                             for place, part in enumerate(rest.pop("mixture")))
+  if "optimizer" in rest:
+    given["optimizer"] = from_section(optim.Config, rest.pop("optimizer"), f"{where}.optimizer")
+    given["optimizers"] = _optimizers(given["optimizer"], rest.pop("optimizers", {}), f"{where}.optimizers")
+  stage = from_section(StageConfig, rest, where, **given)
+  if not stage.name or set(stage.name) & set(":/"):
+    raise ValueError(f"{where}.name is {stage.name!r}: it is a folder's name and part of \"stage:NAME:ema\", so give one without : and /.")
+  _check_frozen(stage, where, run.schedule)
+  return stage
+
+
+def _algorithm(section: Any, where: str) -> AlgorithmConfig:
+  name = section.get("name") if isinstance(section, dict) else None
+  if name not in METHODS:
+    raise ValueError(f"{where}.name is {name!r}: choose one of {', '.join(METHODS)}.")
+  hints, defaults = METHODS[name].settings()
+  settings = {key: value for key, value in section.items() if key != "name"}
+  return AlgorithmConfig(name, defaults | checked(settings, hints, [key for key in hints if key not in defaults], where))
+
+
+def _optimizers(common: optim.Config, sections: Any, where: str) -> dict[str, optim.Config]:
+  """Update -> its settings: those of all, with what its own section changes."""
+  if not isinstance(sections, dict):
+    raise ValueError(f"{where} is {sections!r}: give a section with the names of updates.")
+  found = {}
+  for name, section in sections.items():
+    place = f"{where}[{name}]"
+    found[name] = from_section(optim.Config, plain(common) | section if isinstance(section, dict) else section, place)
+    if found[name].accumulate != common.accumulate:
+      raise ValueError(f"{place}.accumulate is {found[name].accumulate}, but micro-batches are those of the step: set optimizer.accumulate.")
+  return found
+
+
+def _check_frozen(stage: StageConfig, where: str, schedule: flow.Schedule) -> None:
+  """Whether the stage says of each frozen role, and of no other, where its weights come from."""
+  algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, schedule)
+  roles = frozen_roles(algorithm)
+  checked(stage.frozen, dict.fromkeys(roles, str), (), f"{where}.frozen")
+  for role in roles:
+    if role not in stage.frozen:
+      raise ValueError(f"{where}.frozen lacks {role!r}: say where these weights come from, \"default\" or as in start_from.")

@@ -1,0 +1,64 @@
+"""The training methods that a stage can name, and what the runtime asks of a method.
+
+A method's kind says what a stage of it makes, and by that which hooks it has, which sheets the report shows and whether it can be sampled from:
+an "autoencoder" gives a VAE, a "generator" what draws pictures. Nothing else in the runtime guesses that from the names of roles.
+"""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qimg2 import flow
+from qimg2.algorithms import Algorithm
+from qimg2.algorithms.flow_matching import flow_matching
+from qimg2.algorithms.reconstruction import reconstruction
+
+KINDS = ("autoencoder", "generator")
+GIVEN = ("schedule",)  # arguments of a constructor that are the run's, not the stage's
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A method's kind, one of `KINDS`, and the function that makes its `Algorithm` of a stage's settings."""
+  kind: str
+  make: Callable[..., Algorithm]
+
+  def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(name -> type, name -> default) of what a stage may set."""
+    hints = typing.get_type_hints(self.make)
+    parameters = {name: one for name, one in inspect.signature(self.make).parameters.items() if name not in GIVEN}
+    defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+    return {name: hints.get(name, Any) for name in parameters}, defaults
+
+
+METHODS = {
+    "flow_matching": Method("generator", flow_matching),
+    "reconstruction": Method("autoencoder", reconstruction),
+}
+
+
+def make_algorithm(name: str, settings: Mapping[str, Any], schedule: flow.Schedule) -> Algorithm:
+  """The algorithm of the method `name` with a stage's settings, and with the run's schedule where it asks for one."""
+  make = METHODS[name].make
+  given = {"schedule": schedule}
+  return make(**{key: value for key, value in given.items() if key in inspect.signature(make).parameters}, **settings)
+
+
+# What the runtime reads of an algorithm.
+
+
+def trained_roles(algorithm: Algorithm) -> tuple[str, ...]:
+  """The roles that a stage updates."""
+  return tuple(algorithm.losses)
+
+
+def frozen_roles(algorithm: Algorithm) -> tuple[str, ...]:
+  """The roles that a stage reads and never updates."""
+  return tuple(algorithm.frozen)
+
+
+def averages(algorithm: Algorithm) -> dict[str, str]:
+  """Name -> role of the averaged weights that a stage keeps, such as {"ema": "model"}."""
+  return {name: role for name, (role, _) in algorithm.track.items()}

@@ -1,0 +1,394 @@
+"""A run's config: parsed once and whole, every mistake named with its place, every default in one place, records of earlier programs understood."""
+
+import ast
+import copy
+import dataclasses
+import inspect
+import json
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base, emoji, folder, pretrain, quickstart, sizes
+from data_pipelines.mixture import DatasetSpec, Resolution
+from qimg2 import flow
+from qimg2.models import mmdit, qwen3_vl, vae
+from qimg2.runtime import config, curriculum, methods, suites, weight_table
+from qimg2.runtime.config import MeshConfig, RunConfig, StageConfig, parse, plain
+from qimg2.runtime.config.records import FORMAT, read_record
+from qimg2.runtime.config.sources import Source, check_source, parse_source
+from qimg2.runtime.run import load_run, save_config
+from qimg2.training import faults, optim
+from qimg2.training.trainer import ORDER_KEYS
+
+ROOT = pathlib.Path(__file__).parent.parent
+# What configs/base.py gives for small networks, where the class, which stands alone, has a neutral value.
+CHOSEN = {"optimizer.learning_rate", "optimizer.warmup_steps", "algorithm.ema_decay", "resolutions.ratios"}
+
+
+def smoke():
+  return quickstart.get_config("smoke")
+
+
+# Parsing.
+
+
+@pytest.mark.parametrize("module", [quickstart, pretrain, folder, emoji])
+@pytest.mark.parametrize("argument", ["", "smoke"])
+def test_a_config_is_parsed_whole_and_can_be_written(module, argument):
+  cfg = parse(module.get_config(argument))
+  assert isinstance(cfg, RunConfig) and all(isinstance(stage, StageConfig) for stage in cfg.stages) and parse(cfg) is cfg
+  assert parse(json.loads(json.dumps(plain(cfg)))) == cfg
+  assert all(part.data_dir == cfg.data_dir for stage in cfg.stages for part in stage.mixture) and "data_dir" not in plain(cfg.stages[0].mixture[0])
+
+
+def test_values_have_the_types_of_their_fields():
+  cfg = smoke()
+  cfg.stages[1].optimizer.warmup_steps, cfg.stages[1].max_crop = 5, 1.0
+  values = plain(cfg)
+  values["sampling"] = values["sampling"] | {"guidance": 3, "sigmas": [1, 0.5]}
+  parsed = parse(values)
+  assert type(parsed.sampling.guidance) is float and parsed.sampling.sigmas == (1.0, 0.5) and type(parsed.sampling.sigmas[0]) is float
+  assert parsed.stages[1].resolutions[0].ratios == ("1:1",) and parsed.encoder.vision.deepstack_layers == (0,)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    parsed.seed = 1
+
+
+def test_a_text_only_encoder_and_all_held_out_samples_are_none():
+  values = plain(smoke())
+  values["encoder"]["vision"] = None
+  values["stages"][3]["evaluation"]["num_samples"] = None
+  parsed = parse(values)
+  assert parsed.encoder.vision is None and parsed.stages[3].evaluation.num_samples is None
+
+
+def put(path, value):
+  """A change of a config, a dict, at a path of keys."""
+  def change(values):
+    for key in path[:-1]:
+      values = values[key]
+    values[path[-1]] = value
+  return change
+
+
+def drop(*path):
+  def change(values):
+    for key in path[:-1]:
+      values = values[key]
+    del values[path[-1]]
+  return change
+
+
+SFT = ("stages", 3)
+
+
+@pytest.mark.parametrize("change, message", [
+    (put(["sede"], 1), "config has no key 'sede': did you mean 'seed'?"),
+    (put(["mesh", "fsbp"], 1), "config.mesh has no key 'fsbp': did you mean 'fsdp'?"),
+    (put(["encoder", "vision", "widht"], 1), "config.encoder.vision has no key 'widht': did you mean 'width'?"),
+    (put([*SFT, "num_stepz"], 1), "config.stages[sft] has no key 'num_stepz': did you mean 'num_steps'?"),
+    (put([*SFT, "optimizer", "learning_rat"], 1), "config.stages[sft].optimizer has no key 'learning_rat': did you mean 'learning_rate'?"),
+    (put([*SFT, "optimizers"], {"fake": {"wait_decay": 1.0}}),
+     "config.stages[sft].optimizers[fake] has no key 'wait_decay': did you mean 'weight_decay'?"),
+    (put([*SFT, "resolutions", 0, "multipel"], 1), "config.stages[sft].resolutions[0] has no key 'multipel': did you mean 'multiple'?"),
+    (put([*SFT, "mixture", 1, "wait"], 1), "config.stages[sft].mixture[1] has no key 'wait': did you mean 'weight'?"),
+    (put([*SFT, "faults", "max_skiped"], 1), "config.stages[sft].faults has no key 'max_skiped': did you mean 'max_skipped'?"),
+    (put([*SFT, "algorithm", "ema_dekay"], 1.0), "config.stages[sft].algorithm has no key 'ema_dekay': did you mean 'ema_decay'?"),
+    (put([*SFT, "frozen", "vea"], "default"), "config.stages[sft].frozen has no key 'vea': did you mean 'vae'?"),
+    (drop(*SFT, "frozen", "vae"), "config.stages[sft].frozen lacks 'vae': say where these weights come from"),
+    (drop("schedule"), "config lacks 'schedule': give it a section"),
+    (drop(*SFT, "num_steps"), "config.stages[sft] lacks 'num_steps': give it a whole number; configs/base.py has every key."),
+    (drop(*SFT, "mixture", 0, "name"), "config.stages[sft].mixture[0] lacks 'name': give it a text"),
+    (put(["seed"], "zero"), "config.seed is 'zero': give a whole number."),
+    (put(["seed"], 0.5), "config.seed is 0.5: give a whole number."),
+    (put(["num_tokens"], True), "config.num_tokens is True: give a whole number."),
+    (put(["data_dir"], None), "config.data_dir is None: give a text."),
+    (put(["prompt_classes"], 32), "config.prompt_classes is 32: give a tuple."),
+    (put(["prompt_classes"], (32, "64")), "config.prompt_classes[1] is '64': give a whole number."),
+    (put(["model", "rope_dims"], (4, 4)), "config.model.rope_dims is (4, 4): give a tuple of 3."),
+    (put(["encoder", "tie_embeddings"], 1), "config.encoder.tie_embeddings is 1: give True or False."),
+    (put(["prepare", "num_examples"], "all"), "config.prepare.num_examples is 'all': give a whole number or None."),
+    (put(["schedule", "terminal"], "late"), "config.schedule.terminal is 'late': give a number or None."),
+    (put(["sampling"], 40), "config.sampling is 40: give a section with the keys num_steps, guidance, sigmas, num_images."),
+    (put([*SFT, "optimizer", "learning_rate"], "fast"), "config.stages[sft].optimizer.learning_rate is 'fast': give a number."),
+    (put([*SFT, "algorithm", "ema_decay"], "slow"), "config.stages[sft].algorithm.ema_decay is 'slow': give a number."),
+    (put([*SFT, "resolutions", 0, "ratios"], "1:1"), "config.stages[sft].resolutions[0].ratios is '1:1': give a tuple."),
+    (put([*SFT, "mixture", 0, "caption_weights"], {"text": "often"}),
+     "config.stages[sft].mixture[0].caption_weights.text is 'often': give a number."),
+    (put([*SFT, "mixture"], "glyphs"), "config.stages[sft].mixture is 'glyphs': give a tuple."),
+    (put([*SFT, "optimizer", "schedule"], "step"), "config.stages[sft].optimizer.schedule is 'step': choose one of constant"),
+    (put([*SFT, "optimizers"], {"fake": {"accumulate": 2}}),
+     "config.stages[sft].optimizers[fake].accumulate is 2, but micro-batches are those of the"),
+    (put([*SFT, "faults", "on_save_error"], "cry"), "config.stages[sft].faults.on_save_error is 'cry': choose one of stop, continue."),
+    (put([*SFT, "algorithm", "name"], "flow"), "config.stages[sft].algorithm.name is 'flow': choose one of flow_matching, reconstruction."),
+    (put([*SFT, "name"], "vae"), "config.stages: two stages have the same name"),
+    (put([*SFT, "name"], "s:ft"), "config.stages[s:ft].name is 's:ft': it is a folder's name"),
+    (put(["stages", 3], "sft"), "config.stages[3] is 'sft': give a section."),
+    (put(["check", "name"], ""), "config.check.name is '': choose one of none, glyphs, emoji."),
+    (put(["mesh", "tensor"], 0), "config.mesh.tensor is 0: give at least 1, or -1 for the devices that are left."),
+    (put(["mesh", "tensor"], -1), "only one axis may be -1."),
+    (put(["model", "width"], 64), None),
+    (put(["model", "context_width"], 16), "config.model.context_width is 16, but config.encoder.width is 32: make them equal."),
+    (put(["model", "attention"], "none"), "config.model.attention is 'none': choose 'block_causal' or 'full'."),
+    (put(["stages"], ()), "--config is none of a run: it has no stages; take one such as configs/quickstart.py."),
+])
+def test_a_mistake_is_one_sentence_that_names_its_place(change, message):
+  values = as_lists(plain(smoke()))
+  change(values)
+  if message is None:
+    assert parse(values).model.width == 64
+    return
+  with pytest.raises(ValueError) as caught:
+    parse(values)
+  assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def as_lists(value):
+  """With lists in place of tuples, so that parts of them can be changed."""
+  if isinstance(value, dict):
+    return {key: as_lists(item) for key, item in value.items()}
+  return [as_lists(item) for item in value] if isinstance(value, tuple) and value and isinstance(value[0], dict) else value
+
+
+def test_a_config_of_something_else_is_refused():
+  with pytest.raises(ValueError, match="--config is none of a run: it has no stages"):
+    parse(ConfigDict({"operators": ()}))
+
+
+def test_an_update_may_have_an_optimizer_of_its_own():
+  cfg = smoke()
+  cfg.stages[3].optimizers = ConfigDict({"fake": {"learning_rate": 0.5, "schedule": "constant"}})
+  stage = parse(cfg).stages[3]
+  assert stage.optimizer_of("fake") == dataclasses.replace(stage.optimizer, learning_rate=0.5, schedule="constant") != stage.optimizer
+  assert stage.optimizer_of("model") == stage.optimizer and stage.optimizer.schedule == "cosine"
+  assert parse(plain(parse(cfg))).stages[3] == stage
+
+
+def test_the_kind_of_a_stage_is_that_of_its_method():
+  assert [stage.kind for stage in parse(smoke()).stages] == ["autoencoder", "generator", "generator", "generator"]
+  assert {method.kind for method in methods.METHODS.values()} == set(methods.KINDS) == set(curriculum.DRAWERS)
+
+
+# One place for each value.
+
+
+def test_only_the_config_package_knows_what_a_config_file_returns():
+  for path in (ROOT / "qimg2").rglob("*.py"):
+    if (ROOT / "qimg2" / "runtime" / "config") in path.parents:
+      continue
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)} | {
+        alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    assert not names & {"ml_collections", "ConfigDict"}, path
+
+
+def defaults_of(cls):
+  found = {}
+  for field in dataclasses.fields(cls):
+    if field.default is not dataclasses.MISSING:
+      found[field.name] = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+      found[field.name] = field.default_factory()
+  return found
+
+
+def test_no_default_stands_twice():
+  """Each key of a config is in configs/base.py, and where its class has a default too, it is the same."""
+  run, stage = base.base(), base.stage("one", "flow_matching")
+  classes = {"": (run, RunConfig), "stages": (stage, StageConfig), "schedule": (run.schedule, flow.Schedule),
+             "faults": (stage.faults, faults.Settings), "optimizer": (stage.optimizer, optim.Config),
+             "resolutions": (stage.resolutions[0], Resolution), "mixture": (stage.mixture[0], DatasetSpec), "mesh": (run.mesh, MeshConfig),
+             "prepare": (run.prepare, config.PrepareConfig),
+             "sampling": (run.sampling, config.SamplingConfig), "check": (run.check, config.CheckConfig),
+             "evaluation": (stage.evaluation, config.EvaluationConfig)}
+  for name, (section, cls) in classes.items():
+    assert set(section) == {field.name for field in dataclasses.fields(cls)} - {"data_dir"} | ({"data_dir"} if name == "" else set()), name
+    for key, default in defaults_of(cls).items():
+      assert f"{name}.{key}" in CHOSEN or plain(section)[key] == default, f"{name}.{key}"
+  for cls in (RunConfig, MeshConfig, config.PrepareConfig, config.SamplingConfig, config.CheckConfig, config.EvaluationConfig):
+    assert not defaults_of(cls), cls
+  assert set(defaults_of(StageConfig)) == {"optimizers"}
+
+
+def test_every_method_has_its_section():
+  assert set(base.ALGORITHMS) == set(methods.METHODS)
+  for name, method in methods.METHODS.items():
+    hints, defaults = method.settings()
+    assert set(base.ALGORITHMS[name]) == set(hints) and set(hints) <= set(inspect.signature(method.make).parameters)
+    for key, value in defaults.items():
+      assert f"algorithm.{key}" in CHOSEN or base.ALGORITHMS[name][key] == value, f"{name}.{key}"
+
+
+@pytest.mark.parametrize("section, cls, apart", [
+    (sizes.mmdit_7b(), mmdit.Config, {"remat", "dtype"}), (sizes.qwen3_vl("8B"), qwen3_vl.Config, {"vision", "dtype"}),
+    (sizes.vae_f16c64(4), vae.Config, {"dtype"})])
+def test_the_published_sizes_are_the_defaults_of_their_classes(section, cls, apart):
+  assert {key: value for key, value in plain(section).items() if key not in apart} == {
+      key: getattr(cls(), key) for key in section if key not in apart}
+
+
+def test_a_misspelt_key_in_a_config_file_is_named():
+  with pytest.raises(ValueError, match="A stage has no key 'num_stepz': it has "):
+    base.stage("one", "flow_matching", num_stepz=1)
+  with pytest.raises(ValueError, match="The section 'faults' of a stage has no key 'max_skiped': it has max_skipped, "):
+    base.stage("one", "flow_matching", faults=dict(max_skiped=1))
+  with pytest.raises(ValueError, match="There is no method 'flow': choose one of flow_matching, "):
+    base.stage("one", "flow")
+
+
+# Where weights come from.
+
+
+@pytest.mark.parametrize("text, source", [
+    ("scratch", Source("scratch")), ("default", Source("default")), ("stage:vae", Source("stage", "vae")),
+    ("stage:sft:ema", Source("stage", "sft", "ema")), ("diffusers:a/b:c", Source("diffusers", "a/b:c")),
+    ("runs/a/sft", Source("folder", "runs/a/sft")), ("runs/a/sft:ema", Source("folder", "runs/a/sft", "ema")),
+    ("/odd:ly/named", Source("folder", "/odd:ly/named"))])
+def test_sources_are_words(text, source):
+  assert parse_source(text) == source
+
+
+@pytest.mark.parametrize("text, message", [
+    ("hig_resolution", "config.x is 'hig_resolution', which is neither \"scratch\", \"stage:NAME\" of an earlier stage (vae, high_resolution), "
+     "\"diffusers:DIR\" nor a folder: did you mean 'stage:high_resolution'?"),
+    ("vae", "did you mean 'stage:vae'?"), ("vea:ema", "did you mean 'stage:vae:ema'?"),
+    ("stage:hig_resolution", "no earlier stage (vae, high_resolution) has this name: did you mean 'stage:high_resolution'?"),
+    ("stage:sft", "no earlier stage (vae, high_resolution) has this name."),
+    ("diffusers:nowhere", "there is no folder 'nowhere': give one in the published layout."),
+    ("default", "which is neither \"scratch\""), ("", "config.x is '', which is neither \"scratch\""), ("/no/where", "nor a folder.")])
+def test_a_source_that_is_not_there_is_one_sentence(text, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "vae").mkdir()  # a stage's name is no folder, unless it is written as ./vae
+  ask = lambda text, default=False: check_source(text, "config.x", ["vae", "high_resolution"], ["vae", "high_resolution", "sft"], default)
+  with pytest.raises(ValueError) as caught:
+    ask(text)
+  assert message in str(caught.value)
+  for good in ("scratch", "stage:vae", "stage:vae:ema", "./vae", str(tmp_path), f"{tmp_path}:ema", f"diffusers:{tmp_path}"):
+    ask(good)
+  ask("default", True)
+
+
+# Records of runs.
+
+
+def old_stage(name, start_from, frozen, algorithm):
+  """A stage as the first format wrote it, without the keys that came later."""
+  return {
+      "algorithm": algorithm, "caption_dropout": 0.1, "eval_every_steps": 2, "evaluation": {"num_samples": 64, "split": "validation"},
+      "faults": {"max_skipped": 10, "on_save_error": "stop", "spike_factor": 10.0}, "frozen": frozen, "keep": 2, "log_every_steps": 1,
+      "max_crop": 0.2, "max_faulty": 0.01, "min_bucket_records": 0,
+      "mixture": [{"caption_weights": {}, "languages": [], "min_quality": 0.0, "min_stage": 0, "name": "glyphs", "split": "train", "task": "t2i",
+                   "weight": 1.0}],
+      "name": name, "num_steps": 2,
+      "optimizer": {"accumulate": 1, "b1": 0.9, "b2": 0.95, "clip_norm": 1.0, "final_ratio": 0.02, "learning_rate": 0.002, "mu_dtype": "float32",
+                    "schedule": "cosine", "warmup_steps": 20, "weight_decay": 0.001},
+      "resolutions": [{"base_px": 32, "batch_size": 8, "ratios": ["1:1"], "weight": 1.0}],
+      "sample_every_steps": 2, "save_every_steps": 1, "start_from": start_from}
+
+
+FLOW = {"ema_decay": 0.99, "name": "flow_matching"}
+OLD = {"config": {
+    "check": {"name": "", "num_candidates": 0, "num_prompts": 8}, "data_dir": "runs/data_smoke",
+    "encoder": {"attention_backend": "auto", "dtype": "float32", "head_dim": 16, "image_token_id": 6, "mlp_width": 64, "mrope_sections": [4, 2, 2],
+                "num_heads": 4, "num_kv_heads": 2, "num_layers": 2, "tie_embeddings": False,
+                "vision": {"deepstack_layers": [0], "mlp_width": 64, "num_heads": 2, "num_layers": 2, "num_positions": 64, "out_width": 32,
+                           "width": 32}, "vocab_size": 1024, "width": 32},
+    "mesh": {"context": 1, "data": 1, "fsdp": -1, "tensor": 1},
+    "model": {"attention": "block_causal", "attention_backend": "auto", "condition_time": "zero", "context_width": 32, "dtype": "float32",
+              "head_dim": 8, "latent_channels": 8, "mlp_ratio": 3, "num_heads": 4, "num_layers": 2, "remat": "none", "rope_dims": [4, 2, 2],
+              "width": 32},
+    "num_tokens": 31, "num_workers": 0, "prepare": {"num_examples": 4800, "seed": 0}, "prompt_classes": [], "rules": "fsdp_tensor",
+    "sampling": {"guidance": 3.0, "num_images": 8, "num_steps": 2, "sigmas": []},
+    "schedule": {"density": "logit_normal", "shift": "resolution", "terminal": 0.02}, "seed": 0,
+    "stages": [
+        old_stage("vae", "", {}, {"ema_decay": 0.0, "l1_weight": 0.1, "l2_weight": 1.0, "name": "reconstruction"}),
+        old_stage("low_resolution", "", {"encoder": "", "vae": "vae"}, FLOW),
+        old_stage("high_resolution", "low_resolution:ema", {"encoder": "/else/frozen/encoder", "vae": "vae"}, FLOW),
+        old_stage("sft", "diffusers:/published", {"encoder": "", "vae": ""}, FLOW)],
+    "tokenizer": "",
+    "vae": {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 2, 4, 8, 8], "dtype": "float32", "image_channels": 4, "latent_channels": 8,
+            "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8, "num_res_blocks": 1}},
+    "versions": {"jax": "0.10.2"}, "device_kind": "cpu", "num_devices": 1}
+
+
+def written(folder, record):
+  path = folder / "config.json"
+  path.write_text(record if isinstance(record, str) else json.dumps(record))
+  return path
+
+
+def test_a_record_of_the_first_format_is_translated(tmp_path):
+  cfg = read_record(written(tmp_path, OLD))
+  assert (cfg.tokenizer, cfg.check.name, cfg.seed, cfg.num_tokens) == ("default", "none", 0, 31)
+  assert [stage.start_from for stage in cfg.stages] == ["scratch", "scratch", "stage:low_resolution:ema", "diffusers:/published"]
+  assert [stage.frozen for stage in cfg.stages] == [{}, {"encoder": "default", "vae": "stage:vae"},
+                                                    {"encoder": "/else/frozen/encoder", "vae": "stage:vae"}, {"encoder": "default", "vae": "default"}]
+  assert cfg.stages[0].algorithm.settings == {"l1_weight": 0.1, "l2_weight": 1.0, "kl_weight": 0.0, "ema_decay": 0.0}
+  assert cfg.stages[0].optimizer.eps == 1e-8 and cfg.stages[0].resolutions == (Resolution(32, 8, ("1:1",)),)
+
+
+def test_an_old_run_goes_on_under_a_record_of_today(tmp_path):
+  cfg = read_record(written(tmp_path, OLD))
+  save_config(cfg, tmp_path)
+  record = json.loads((tmp_path / "config.json").read_text())
+  assert record["format"] == FORMAT == 2 and record["config"]["stages"][2]["start_from"] == "stage:low_resolution:ema"
+  assert read_record(tmp_path / "config.json") == cfg
+  with pytest.raises(ValueError, match=r"was started with another config: config.stages\[2\].start_from was 'stage:low_resolution:ema' and is 'scr"):
+    stages = (*cfg.stages[:2], dataclasses.replace(cfg.stages[2], start_from="scratch"), cfg.stages[3])
+    save_config(dataclasses.replace(cfg, stages=stages), tmp_path)
+
+
+def test_a_checkpoint_of_an_old_run_is_not_told_that_its_data_changed(tmp_path):
+  cfg = read_record(written(tmp_path, OLD))
+  for now, old in zip(cfg.stages, OLD["config"]["stages"]):
+    said = json.loads(json.dumps(curriculum.description(cfg, now)))
+    before = {"seed": 0, "num_tokens": 31, "prompt_classes": []} | old
+    assert {key: said[key] for key in ORDER_KEYS} == {key: before[key] for key in ORDER_KEYS}
+
+
+def spoiled(change):
+  record = copy.deepcopy(OLD)
+  change(record["config"])
+  return record
+
+
+@pytest.mark.parametrize("record, message", [
+    ("{", "is no JSON file"), ("[]", "lacks the key 'config'"), ({"config": 3}, "lacks the key 'config'"),
+    (OLD | {"format": 3}, "has the key 'format' at 3, but this program reads 1 and 2"),
+    (OLD | {"format": 2}, "cannot be understood: config.check.name is ''"),
+    (spoiled(put(["stages", 1, "start_from"], 7)), "cannot be understood: config.stages[low_resolution].start_from is 7: give a text."),
+    (spoiled(put(["stages", 1, "frozen"], "vae")), "cannot be understood: config.stages[1] is no stage"),
+    (spoiled(put(["sigma"], 7)), "cannot be understood: config has no key 'sigma'"),
+    (spoiled(drop("sampling")), "cannot be understood: config lacks 'sampling'")])
+def test_a_record_that_cannot_be_understood_names_file_and_key(record, message, tmp_path):
+  path = written(tmp_path, record)
+  with pytest.raises(ValueError) as caught:
+    load_run(tmp_path)
+  assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+# What else reads a config.
+
+
+def test_every_check_can_be_named():
+  assert config.CHECKS == ("none", *suites.CHECKS)
+
+
+@pytest.mark.parametrize("sizes, num_devices, message", [
+    (dict(fsdp=3), 8, "asks for 3 devices, but there are 8"), (dict(fsdp=-1, tensor=3), 8, "8 devices cannot be divided by the 3 of the others"),
+    (dict(fsdp=64, tensor=2), 256, "asks for 128 devices, but there are 256")])
+def test_describe_refuses_a_mesh_that_does_not_fit_the_devices(sizes, num_devices, message):
+  cfg = quickstart.get_config()
+  cfg.mesh.update(sizes)
+  with pytest.raises(ValueError, match=message):
+    weight_table.describe(cfg, num_devices)
+
+
+def test_describe_counts_what_a_run_holds():
+  found = weight_table.describe(quickstart.get_config(), 4)
+  assert found["mesh"] == {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+  rows = {row["path"]: row for row in found["weights"]}
+  assert rows["vae/statistics/mean"]["count"] == rows["vae/statistics/std"]["count"] == 32
+  assert found["totals"]["vae"] == sum(row["count"] for path, row in rows.items() if path.startswith("vae/"))
+  assert weight_table.describe(quickstart.get_config())["mesh"]["fsdp"] == 1

@@ -1,0 +1,62 @@
+"""The networks of a run: conditions have the same shapes whatever a batch brings, fingerprints know values, and transparency is white."""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qimg2 import networks
+from qimg2 import params as P
+from qimg2.models import mmdit, qwen3_vl, vae
+from qimg2.models.qwen3_vl_vision import VisionConfig
+
+VISION = VisionConfig(width=16, num_layers=1, num_heads=2, mlp_width=16, num_positions=16, out_width=16, deepstack_layers=())
+NETS = networks.Networks(
+    mmdit.Config(latent_channels=4, width=16, num_layers=1, num_heads=2, head_dim=8, context_width=16, rope_dims=(4, 2, 2)),
+    qwen3_vl.Config(vocab_size=12, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16, mrope_sections=(2, 1, 1),
+                    image_token_id=9, vision=VISION),
+    vae.Config(base_dim=8, decoder_base_dim=8, latent_channels=4, dim_mult=(1, 1, 1, 1, 1), num_res_blocks=1, latents_mean=(0.5,) * 4,
+               latents_std=(2.0,) * 4), num_system_tokens=2)
+PIXELS = {"target": ((64, 32, 3), "uint8"), "sources": (((32, 32, 3), "uint8"), ((64, 64, 3), "uint8")), "tokens": ((12,), "int32"),
+          "token_count": ((), "int32")}
+LATENTS = PIXELS | {"latents": ((4, 2, 4), "float16"), "source_latents": (((2, 2, 4), "float16"), ((4, 4, 4), "float16"))}
+FEATURES = LATENTS | {"features": ((10, 16), "float16"), "sources": ()}
+
+
+def is_field(x):
+  return isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], str)
+
+
+@pytest.mark.parametrize("cached", [LATENTS, FEATURES])
+def test_a_cache_changes_no_shape(cached):
+  def shapes(fields):
+    batch = jax.tree.map(lambda field: jax.ShapeDtypeStruct((3, *field[0]), field[1]), fields, is_leaf=is_field)
+    run = lambda params, batch: (NETS.condition(params, batch), NETS.target_latents(params, batch))
+    return jax.eval_shape(run, P.abstract(NETS.specs()), batch)
+
+  cond, target = shapes({name: field for name, field in cached.items() if name != "target"})
+  assert (cond, target) == shapes(PIXELS)
+  assert target.shape == (3, 4, 2, 4) and target.dtype == jnp.float32
+  assert cond.text.shape == (3, 10, 16) and cond.images.shape == (3, 4 + 16, 4)
+  assert cond.layout.valid.shape == (3, 10 - 5 + 20 + 8)  # five slots of the prompt give way to 20 latents; the target comes last
+
+
+def test_a_fingerprint_knows_values_and_not_their_type():
+  params = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones(3)}}
+  name = networks.fingerprint(params)
+  assert networks.fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)) == name
+  others = [params | {"a": params["a"].at[0, 1].set(1.5)}, params | {"a": params["a"][:, ::-1]}, params | {"a": params["a"].reshape(3, 2)},
+            {"a": params["a"], "d": params["b"]}]
+  assert len({name, *map(networks.fingerprint, others)}) == 1 + len(others)
+
+
+def test_the_statistics_of_latents_start_as_the_config_says():
+  found = P.init(networks.vae_specs(NETS.vae)["statistics"], jax.random.key(0))
+  np.testing.assert_array_equal(found["mean"], [0.5] * 4)
+  np.testing.assert_array_equal(found["std"], [2.0] * 4)
+
+
+def test_transparency_becomes_white_paper():
+  pixels = np.array([[[[200, 100, 0, 255], [200, 100, 0, 0], [0, 0, 0, 51]]]], np.uint8)
+  np.testing.assert_array_equal(networks.on_white(jnp.asarray(pixels))[0, 0], [[200, 100, 0], [255, 255, 255], [204, 204, 204]])
