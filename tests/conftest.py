@@ -17,6 +17,9 @@ LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for milliseconds but take minutes to compile: skip LLVM's optimisation, in this process and in those that it starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Here and in processes that tests start, whatever compiles for longer than a moment is read by the next test. A file that two write at once is read
+# whole or not at all, and its name holds all that the program depends on.
+os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(CACHE), "0.3"
 # Arrays of different ranks are only combined where the code says how.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
@@ -28,6 +31,7 @@ import pytest
 
 from configs import quickstart
 from qimg2.runtime.curriculum import train
+from qimg2.training import trainer
 
 
 def pytest_configure(config):
@@ -60,20 +64,40 @@ def pytest_runtest_call(item):
                                            "quicker, mark it, or set QIMG2_TEST_SLOWNESS where the machine is slow."))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def compilation_cache():
-  """Programs that one test compiled are read by the next, in whatever process and run. A file that two write at once is read whole or not at all,
-  and its name holds all that the program depends on."""
-  jax.config.update("jax_compilation_cache_dir", str(CACHE))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  """The folder of compiled programs, for commands that want one."""
   return str(CACHE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def explicit_transfers():
+  """Between the steps of a training loop, nothing goes to the device that was not put there on purpose."""
+  loop, hooks = trainer._loop, trainer._run_hooks
+
+  def guarded(*arguments):
+    with jax.transfer_guard_host_to_device("disallow"):
+      return loop(*arguments)
+
+  def free(*arguments):
+    with jax.transfer_guard_host_to_device("allow"):
+      return hooks(*arguments)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trainer, "_loop", guarded)
+    patch.setattr(trainer, "_run_hooks", free)
+    yield
+
+
+def use_one_device(patch):
+  """Runs lie on one device from here on: programs for eight take several times as long to compile and to run."""
+  devices = jax.devices()[:1]
+  patch.setattr(jax, "devices", lambda *_: devices)
 
 
 @pytest.fixture
 def one_device(monkeypatch):
-  """Runs of this process lie on one device: programs for eight take longer to compile and to run."""
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *_: devices)
+  """As `use_one_device` says, for one test."""
+  use_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -92,5 +116,7 @@ def smoke_config(data_dir):
 
 @pytest.fixture(scope="session")
 def smoke_run(smoke_config, tmp_path_factory):
-  """The quickstart's smoke run, trained."""
-  return train(smoke_config, tmp_path_factory.mktemp("smoke"))
+  """The quickstart's smoke run, trained on one device. Commands that read it have eight."""
+  with pytest.MonkeyPatch.context() as patch:
+    use_one_device(patch)
+    return train(smoke_config, tmp_path_factory.mktemp("smoke"))

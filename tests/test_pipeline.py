@@ -102,8 +102,8 @@ def test_latents_and_pixels_equal_the_pipeline(folders, num_sources, guidance):
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("num_sources", [0, 1, 2, 3])
-def test_ten_seeds_equal_the_pipeline(folders, num_sources, guidance):
-  for seed in range(10):
+def test_three_seeds_equal_the_pipeline(folders, num_sources, guidance):
+  for seed in range(3):
     compare(folders(0), folders(seed), seed, num_sources, guidance, rows=(seed % 3,))
 
 

@@ -68,7 +68,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case, seed", [*((case, seed) for case, (_, seed, _) in CASES.items()), *(("rgba", seed) for seed in range(1, 10))])
+@pytest.mark.parametrize("case, seed", [*((case, seed) for case, (_, seed, _) in CASES.items()), *(("rgba", seed) for seed in (1, 2))])
 def test_matches_the_published_class(case, seed):
   cfg, _, (height, width) = CASES[case]
   module = make_reference(cfg, seed)
@@ -211,8 +211,12 @@ def shallow(**fields):
   return small(**({"image_channels": 3, "dim_mult": (1, 2, 2), "temporal_downsample": (False, True)} | fields))
 
 
+def shallower():
+  return shallow(dim_mult=(2, 2), temporal_downsample=(True,), decoder_base_dim=4)
+
+
 def test_fresh_network_is_sane_and_every_weight_but_time_learns():
-  cfg = shallow(dim_mult=(2, 2), temporal_downsample=(True,), decoder_base_dim=4)
+  cfg = shallower()
   image = random_image(cfg, 8, 8)
   image[0] = 0.0  # a constant example is where a norm without eps gives NaN
   fresh = P.init(vae.specs(cfg), jax.random.key(0))
@@ -227,7 +231,7 @@ def test_fresh_network_is_sane_and_every_weight_but_time_learns():
 
 
 def test_remat_changes_nothing():
-  cfg = shallow()
+  cfg = shallower()
   params, image = random_params(cfg), random_image(cfg, 8, 8)
   plain, remat = (loss_gradient(c, params, image) for c in (cfg, dataclasses.replace(cfg, remat="full")))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, remat)
