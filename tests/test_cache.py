@@ -15,8 +15,8 @@ from qimg2 import networks
 from qimg2.runtime.caching import latents as launcher
 from qimg2.runtime.caching.latents import cache_latents
 from qimg2.runtime.caching.networks import Encoder, Options
-from qimg2.runtime.curriculum import train
 from qimg2.runtime.config import parse
+from qimg2.runtime.curriculum import train
 from qimg2.runtime.run import Run
 from qimg2.training.checkpoint import save_weights
 from qimg2.training.metrics import read_rows

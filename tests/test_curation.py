@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
+from raw_folder import encoded, make_folder, picture
 
 from configs import curation
 from data_pipelines import records
@@ -27,7 +28,6 @@ from data_pipelines.curation.sample import Caption, Sample
 from data_pipelines.transforms import decode_image
 from data_pipelines.verify import verify
 from qimg2.runtime.config import plain
-from tests.raw_folder import encoded, make_folder, picture
 
 
 def settings(**changes):

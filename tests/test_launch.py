@@ -16,6 +16,7 @@ from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import sampling_weights
 
+
 def test_describe_prints_the_published_counts():
   result = process("launch.describe", "--config=configs/pretrain.py", "--json")
   assert result.returncode == 0, result.stderr
