@@ -12,6 +12,7 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path(os.environ.get("QIMG2_TEST_CACHE") or ROOT / ".cache" / "tests")
 MAX_CACHE_BYTES = 2 * 2**30
+EXPENSIVE = {"smoke_run", "caches"}  # fixtures
 LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -46,10 +47,10 @@ def pytest_configure(config):
 
 
 def pytest_itemcollected(item):
-  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run. What starts several processes is
-  slow."""
+  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run. What takes a fixture that trains
+  for minutes, or starts several processes, is slow."""
   item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
-  if item.get_closest_marker("processes"):
+  if item.get_closest_marker("processes") or EXPENSIVE.intersection(item.fixturenames):
     item.add_marker("slow")
 
 

