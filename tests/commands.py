@@ -41,6 +41,9 @@ def launch(module: str, *arguments: str) -> Result:
     stack.enter_context(mock.patch.object(sys, "argv", [module, *arguments]))
     stack.enter_context(mock.patch.object(handler, "stream", err))
     stack.enter_context(warnings.catch_warnings())
+    warnings.resetwarnings()  # Python's own filters, not pytest's
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+      warnings.simplefilter("ignore", category)
     warnings.showwarning = lambda message, category, *_: print(f"{category.__name__}: {message}", file=err)
     stack.enter_context(contextlib.chdir(ROOT))
     stack.enter_context(contextlib.redirect_stdout(out))
