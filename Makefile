@@ -11,7 +11,7 @@ WORKERS := -n 2 --dist loadgroup
 # By how much a test that is not marked slow may exceed its ten seconds: machines differ, and the workers share one.
 export QIMG2_TEST_SLOWNESS ?= 4
 
-.PHONY: quickstart test test-fast
+.PHONY: quickstart test test-fast lint
 
 quickstart: .venv/.installed
 	.venv/bin/python -m launch.prepare_data --dataset=glyphs --out=runs/data
@@ -29,6 +29,9 @@ test: .venv/.installed-dev
 test-fast: .venv/.installed-dev
 	$(PYTEST) $(WORKERS) -m "not slow"
 
+lint: .venv/.installed-dev
+	.venv/bin/ruff check .
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -37,7 +40,7 @@ test-fast: .venv/.installed-dev
 	touch $@
 
 # torchvision's wheels name a torch build of their own; its Python code is all that the tests need.
-.venv/.installed-dev: requirements-dev.txt .venv/.installed
-	.venv/bin/python -m pip install -q -r requirements-dev.txt
+.venv/.installed-dev: requirements-data.txt requirements-dev.txt .venv/.installed
+	.venv/bin/python -m pip install -q -r requirements-data.txt -r requirements-dev.txt
 	.venv/bin/python -m pip install -q --no-deps torchvision
 	touch $@

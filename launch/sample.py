@@ -24,7 +24,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
-  flags.DEFINE_string("copy", None, "Slow copy of the weights to use: ema, the default, where the stage keeps one; empty for the weights themselves.")
+  flags.DEFINE_string("average", None, "Averaged weights to use, such as ema; empty for the weights themselves. Default: what the method deploys.")
   flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for more.", required=True)
   flags.DEFINE_multi_string("image", [], "A condition image (PNG, JPEG, WebP) that every prompt sees; repeat the flag for more, in prompt order.")
   flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
@@ -71,13 +71,13 @@ def main(_) -> None:
   if pathlib.Path(args.out).is_dir():
     raise ValueError(f"--out={args.out} is a folder: name a PNG file; --pictures takes a folder.")
   if args.pretrained:
-    if args.stage or args.copy:
-      raise ValueError("--stage and --copy choose among a run's weights: leave them out with --pretrained.")
+    if args.stage or args.average:
+      raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
     source, where = Pretrained(args.pretrained, args.dtype or "float32"), args.pretrained
     weights, defaults = source.load(), pretrained_defaults(source)
   else:
     source = load_run(args.workdir, args.dtype)
-    name, weights = sampling_weights(source, args.stage, "ema" if args.copy is None else args.copy)
+    name, weights = sampling_weights(source, args.stage, args.average)
     where, defaults = f"stage {name}", run_defaults(source, name)
   latents, pictures, captions = sample(source, weights, request, defaults)
   if not processes.is_first():

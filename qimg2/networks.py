@@ -1,11 +1,12 @@
 """The three networks of a run as functions of weights and batches: from pixels and prompts to latents and text states, and the velocity.
 
-Weights are named by their role: "model" (the generator), "encoder" (the condition encoder), "vae".
+Weights are named by their network: "mmdit" (the generator), "qwen3_vl" (the condition encoder), "vae".
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -51,8 +52,16 @@ class Networks:
   shard: Shard = identity
 
   def specs(self) -> dict[str, dict]:
-    """The declared weights of every role. The VAE carries the mean and deviation of its latents, one number per channel."""
-    return {"model": mmdit.specs(self.model), "encoder": qwen3_vl.specs(self.encoder), "vae": vae_specs(self.vae)}
+    """{network: declared weights}. The VAE carries the mean and deviation of its latents, one number per channel."""
+    return {"mmdit": mmdit.specs(self.model), "qwen3_vl": qwen3_vl.specs(self.encoder), "vae": vae_specs(self.vae)}
+
+  def configs(self) -> dict[str, Any]:
+    """{network: config}."""
+    return {"mmdit": self.model, "qwen3_vl": self.encoder, "vae": self.vae}
+
+  def compute_dtypes(self) -> dict[str, str]:
+    """{network: the type that it computes in}."""
+    return {name: config.dtype for name, config in self.configs().items()}
 
   def condition(self, params: dict, batch: dict) -> Condition:
     """The condition of a batch: text states, source latents and layout. No gradient flows into it.
@@ -60,7 +69,7 @@ class Networks:
     What a latent cache holds is taken as it is: `source_latents` in place of what the VAE makes of `sources`, `features` in place of the text
     states. Its states are zero at padding, as the encoder's are, and no valid place of the joint sequence sees one of those.
     """
-    frozen = {role: jax.lax.stop_gradient(params[role]) for role in ("encoder", "vae")}
+    frozen = {role: jax.lax.stop_gradient(params[role]) for role in ("qwen3_vl", "vae")}
     n = self.num_system_tokens
     text = batch["features"].astype(self.encoder.dtype) if "features" in batch else self.text_states(frozen, batch)
     latents = [x.astype(jnp.float32) for x in batch["source_latents"]] if "source_latents" in batch else [
@@ -74,7 +83,7 @@ class Networks:
   def text_states(self, params: dict, batch: dict) -> jax.Array:
     """[B, M', E] states of a batch's prompts in the encoder's type, without the system turn and zero at padding; it looks at `sources`."""
     seen = [on_white(source) for source in batch.get("sources", ())] if self.encoder.vision is not None else ()
-    states = qwen3_vl.apply(self.encoder, params["encoder"], batch["tokens"], batch["token_count"], seen, shard=self.shard)
+    states = qwen3_vl.apply(self.encoder, params["qwen3_vl"], batch["tokens"], batch["token_count"], seen, shard=self.shard)
     return states[:, self.num_system_tokens:]
 
   def target_latents(self, params: dict, batch: dict) -> jax.Array:
@@ -101,7 +110,7 @@ class Networks:
     return vae.decode(self.vae, params, latents, clamp=False, shard=self.shard), original, posterior
 
   def velocity(self, params: dict, x_t: jax.Array, t: jax.Array, cond: Condition) -> jax.Array:
-    """The generator's velocity [B, h, w, C] at `x_t` and times `t` [B]; `params` are the weights of role "model"."""
+    """The generator's velocity [B, h, w, C] at `x_t` and times `t` [B]; `params` are the generator's weights."""
     x = flatten_grid(x_t)
     if cond.cache is None:
       v = mmdit.apply(self.model, params, x, t, cond.text, cond.images, cond.layout, shard=self.shard)
@@ -110,7 +119,7 @@ class Networks:
     return v.reshape(x_t.shape)
 
   def cache(self, params: dict, cond: Condition) -> Condition:
-    """`cond` with the prefix computed once for all sampling steps; `params` are the weights of role "model"."""
+    """`cond` with the prefix computed once for all sampling steps; `params` are the generator's weights."""
     cache = mmdit.prefix_cache(self.model, params, cond.text, cond.images, cond.layout, shard=self.shard)
     return Condition(None, None, cond.layout, cache)
 
@@ -119,7 +128,7 @@ def vae_specs(cfg: vae.Config) -> dict:
   """The VAE's weights and its latent statistics, which start as the config's and are measured at the end of VAE training."""
   def constant(values: Sequence[float]) -> P.Param:
     init: Callable = lambda key, shape, dtype: jnp.asarray(values, dtype)
-    return P.Param((cfg.latent_channels,), (None,), init)
+    return P.Param((cfg.latent_channels,), (None,), init, exact=True)
   return {**vae.specs(cfg), "statistics": {"mean": constant(cfg.latents_mean), "std": constant(cfg.latents_std)}}
 
 

@@ -63,6 +63,7 @@ class Param:
     axes: logical axis name of each dimension, None for a dimension that is never sharded.
     init: `init(key, shape, dtype)`.
     dtype: storage type; float32 unless a model says otherwise.
+    exact: keeps its type where the others of a network are stored in fewer bits (`with_dtype`).
 
   Raises:
     ValueError: `axes` and `shape` differ in rank.
@@ -71,6 +72,7 @@ class Param:
   axes: tuple[str | None, ...]
   init: Init = zeros
   dtype: Any = jnp.float32
+  exact: bool = False
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
@@ -122,6 +124,16 @@ def abstract(specs: dict, shardings: dict | None = None) -> dict:
 def count(specs: dict) -> int:
   """Number of weights declared in `specs`."""
   return sum(p.size for p in flatten(specs).values())
+
+
+def with_dtype(specs: dict, dtype: Any) -> dict:
+  """`specs` with every weight that is not `exact` stored in `dtype`; random ones are drawn in their own type and rounded."""
+  def stored(p: Param) -> Param:
+    if p.exact or p.dtype == jnp.dtype(dtype):
+      return p
+    draw = lambda key, shape, _: p.init(key, shape, p.dtype).astype(dtype)
+    return dataclasses.replace(p, dtype=jnp.dtype(dtype), init=draw)
+  return jax.tree.map(stored, specs, is_leaf=is_param)
 
 
 def stack(specs: dict, num: int, axis: str = "layer") -> dict:

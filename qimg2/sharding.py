@@ -191,6 +191,11 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
   return NamedSharding(mesh, partition_spec(("batch",), rules))
 
 
+def stacked_batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+  """The sharding of arrays [K, B, ...] of K minibatches: each one's rows over `data` and `fsdp`."""
+  return NamedSharding(mesh, PartitionSpec(None, *partition_spec(("batch",), rules)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
@@ -216,6 +221,16 @@ def put_batch(batch: dict, mesh: Mesh, rules: Rules) -> dict:
     x = np.asarray(x)
     return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] // len(parts) * num, *x.shape[1:]))
   return jax.tree.map(put, batch)
+
+
+def local_rows(tree: Any) -> Any:
+  """The rows of global arrays that lie on this process's devices, as numpy arrays, in the order in which `put_batch` takes them."""
+  def own(x):
+    if jax.process_count() == 1:
+      return jax.device_get(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+  return jax.tree.map(own, tree)
 
 
 def put_whole(batch: dict, mesh: Mesh, rules: Rules) -> dict:

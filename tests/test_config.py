@@ -1,14 +1,15 @@
-"""A run's config: parsed once and whole, every mistake named with its place, every default in one place, records of earlier programs understood."""
+"""A run's config: parsed once and whole, every mistake named with its place, every default in one place."""
 
 import ast
-import copy
 import dataclasses
 import inspect
 import json
 import pathlib
+import sys
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from configs import base, emoji, folder, pretrain, quickstart, sizes
 from data_pipelines.mixture import DatasetSpec, Resolution
@@ -16,11 +17,8 @@ from qimg2 import flow
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime import config, curriculum, methods, suites, weight_table
 from qimg2.runtime.config import MeshConfig, RunConfig, StageConfig, parse, plain
-from qimg2.runtime.config.records import FORMAT, read_record
 from qimg2.runtime.config.sources import Source, check_source, parse_source
-from qimg2.runtime.run import load_run, save_config
 from qimg2.training import faults, optim
-from qimg2.training.trainer import ORDER_KEYS
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What configs/base.py gives for small networks, where the class, which stands alone, has a neutral value.
@@ -53,6 +51,19 @@ def test_values_have_the_types_of_their_fields():
   assert parsed.stages[1].resolutions[0].ratios == ("1:1",) and parsed.encoder.vision.deepstack_layers == (0,)
   with pytest.raises(dataclasses.FrozenInstanceError):
     parsed.seed = 1
+
+
+def test_every_key_can_be_given_on_the_command_line(monkeypatch):
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  changes = {"stages[1].faults.max_skipped": 3, "stages[1].optimizer.eps": 1e-7, "stages[1].resolutions[0].multiple": 16,
+             "stages[0].algorithm.kl_weight": 0.1, "schedule.logit_mean": 0.5, "stages[2].start_from": "stage:low_resolution:ema"}
+  monkeypatch.setattr("sys.argv", ["x", f"--config={ROOT}/configs/quickstart.py:smoke", *(f"--config.{k}={v}" for k, v in changes.items())])
+  values(sys.argv)
+  parsed = parse(values.config)
+  assert parsed.stages[1].faults.max_skipped == 3 and parsed.stages[1].optimizer.eps == 1e-7 and parsed.stages[1].resolutions[0].multiple == 16
+  assert parsed.stages[0].algorithm.settings["kl_weight"] == 0.1 and parsed.schedule.logit_mean == 0.5
+  assert parse_source(parsed.stages[2].start_from) == Source("stage", "low_resolution", "ema")
 
 
 def test_a_text_only_encoder_and_all_held_out_samples_are_none():
@@ -126,6 +137,8 @@ SFT = ("stages", 3)
     (put([*SFT, "name"], "s:ft"), "config.stages[s:ft].name is 's:ft': it is a folder's name"),
     (put(["stages", 3], "sft"), "config.stages[3] is 'sft': give a section."),
     (put(["check", "name"], ""), "config.check.name is '': choose one of none, glyphs, emoji."),
+    (put(["tokenizer"], ""), "config.tokenizer is empty: say \"default\""),
+    (put([*SFT, "keep"], 0), "config.stages[sft].keep is 0: give at least 1."),
     (put(["mesh", "tensor"], 0), "config.mesh.tensor is 0: give at least 1, or -1 for the devices that are left."),
     (put(["mesh", "tensor"], -1), "only one axis may be -1."),
     (put(["model", "width"], 64), None),
@@ -267,105 +280,6 @@ def test_a_source_that_is_not_there_is_one_sentence(text, message, tmp_path, mon
   for good in ("scratch", "stage:vae", "stage:vae:ema", "./vae", str(tmp_path), f"{tmp_path}:ema", f"diffusers:{tmp_path}"):
     ask(good)
   ask("default", True)
-
-
-# Records of runs.
-
-
-def old_stage(name, start_from, frozen, algorithm):
-  """A stage as the first format wrote it, without the keys that came later."""
-  return {
-      "algorithm": algorithm, "caption_dropout": 0.1, "eval_every_steps": 2, "evaluation": {"num_samples": 64, "split": "validation"},
-      "faults": {"max_skipped": 10, "on_save_error": "stop", "spike_factor": 10.0}, "frozen": frozen, "keep": 2, "log_every_steps": 1,
-      "max_crop": 0.2, "max_faulty": 0.01, "min_bucket_records": 0,
-      "mixture": [{"caption_weights": {}, "languages": [], "min_quality": 0.0, "min_stage": 0, "name": "glyphs", "split": "train", "task": "t2i",
-                   "weight": 1.0}],
-      "name": name, "num_steps": 2,
-      "optimizer": {"accumulate": 1, "b1": 0.9, "b2": 0.95, "clip_norm": 1.0, "final_ratio": 0.02, "learning_rate": 0.002, "mu_dtype": "float32",
-                    "schedule": "cosine", "warmup_steps": 20, "weight_decay": 0.001},
-      "resolutions": [{"base_px": 32, "batch_size": 8, "ratios": ["1:1"], "weight": 1.0}],
-      "sample_every_steps": 2, "save_every_steps": 1, "start_from": start_from}
-
-
-FLOW = {"ema_decay": 0.99, "name": "flow_matching"}
-OLD = {"config": {
-    "check": {"name": "", "num_candidates": 0, "num_prompts": 8}, "data_dir": "runs/data_smoke",
-    "encoder": {"attention_backend": "auto", "dtype": "float32", "head_dim": 16, "image_token_id": 6, "mlp_width": 64, "mrope_sections": [4, 2, 2],
-                "num_heads": 4, "num_kv_heads": 2, "num_layers": 2, "tie_embeddings": False,
-                "vision": {"deepstack_layers": [0], "mlp_width": 64, "num_heads": 2, "num_layers": 2, "num_positions": 64, "out_width": 32,
-                           "width": 32}, "vocab_size": 1024, "width": 32},
-    "mesh": {"context": 1, "data": 1, "fsdp": -1, "tensor": 1},
-    "model": {"attention": "block_causal", "attention_backend": "auto", "condition_time": "zero", "context_width": 32, "dtype": "float32",
-              "head_dim": 8, "latent_channels": 8, "mlp_ratio": 3, "num_heads": 4, "num_layers": 2, "remat": "none", "rope_dims": [4, 2, 2],
-              "width": 32},
-    "num_tokens": 31, "num_workers": 0, "prepare": {"num_examples": 4800, "seed": 0}, "prompt_classes": [], "rules": "fsdp_tensor",
-    "sampling": {"guidance": 3.0, "num_images": 8, "num_steps": 2, "sigmas": []},
-    "schedule": {"density": "logit_normal", "shift": "resolution", "terminal": 0.02}, "seed": 0,
-    "stages": [
-        old_stage("vae", "", {}, {"ema_decay": 0.0, "l1_weight": 0.1, "l2_weight": 1.0, "name": "reconstruction"}),
-        old_stage("low_resolution", "", {"encoder": "", "vae": "vae"}, FLOW),
-        old_stage("high_resolution", "low_resolution:ema", {"encoder": "/else/frozen/encoder", "vae": "vae"}, FLOW),
-        old_stage("sft", "diffusers:/published", {"encoder": "", "vae": ""}, FLOW)],
-    "tokenizer": "",
-    "vae": {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 2, 4, 8, 8], "dtype": "float32", "image_channels": 4, "latent_channels": 8,
-            "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8, "num_res_blocks": 1}},
-    "versions": {"jax": "0.10.2"}, "device_kind": "cpu", "num_devices": 1}
-
-
-def written(folder, record):
-  path = folder / "config.json"
-  path.write_text(record if isinstance(record, str) else json.dumps(record))
-  return path
-
-
-def test_a_record_of_the_first_format_is_translated(tmp_path):
-  cfg = read_record(written(tmp_path, OLD))
-  assert (cfg.tokenizer, cfg.check.name, cfg.seed, cfg.num_tokens) == ("default", "none", 0, 31)
-  assert [stage.start_from for stage in cfg.stages] == ["scratch", "scratch", "stage:low_resolution:ema", "diffusers:/published"]
-  assert [stage.frozen for stage in cfg.stages] == [{}, {"encoder": "default", "vae": "stage:vae"},
-                                                    {"encoder": "/else/frozen/encoder", "vae": "stage:vae"}, {"encoder": "default", "vae": "default"}]
-  assert cfg.stages[0].algorithm.settings == {"l1_weight": 0.1, "l2_weight": 1.0, "kl_weight": 0.0, "ema_decay": 0.0}
-  assert cfg.stages[0].optimizer.eps == 1e-8 and cfg.stages[0].resolutions == (Resolution(32, 8, ("1:1",)),)
-
-
-def test_an_old_run_goes_on_under_a_record_of_today(tmp_path):
-  cfg = read_record(written(tmp_path, OLD))
-  save_config(cfg, tmp_path)
-  record = json.loads((tmp_path / "config.json").read_text())
-  assert record["format"] == FORMAT == 2 and record["config"]["stages"][2]["start_from"] == "stage:low_resolution:ema"
-  assert read_record(tmp_path / "config.json") == cfg
-  with pytest.raises(ValueError, match=r"was started with another config: config.stages\[2\].start_from was 'stage:low_resolution:ema' and is 'scr"):
-    stages = (*cfg.stages[:2], dataclasses.replace(cfg.stages[2], start_from="scratch"), cfg.stages[3])
-    save_config(dataclasses.replace(cfg, stages=stages), tmp_path)
-
-
-def test_a_checkpoint_of_an_old_run_is_not_told_that_its_data_changed(tmp_path):
-  cfg = read_record(written(tmp_path, OLD))
-  for now, old in zip(cfg.stages, OLD["config"]["stages"]):
-    said = json.loads(json.dumps(curriculum.description(cfg, now)))
-    before = {"seed": 0, "num_tokens": 31, "prompt_classes": []} | old
-    assert {key: said[key] for key in ORDER_KEYS} == {key: before[key] for key in ORDER_KEYS}
-
-
-def spoiled(change):
-  record = copy.deepcopy(OLD)
-  change(record["config"])
-  return record
-
-
-@pytest.mark.parametrize("record, message", [
-    ("{", "is no JSON file"), ("[]", "lacks the key 'config'"), ({"config": 3}, "lacks the key 'config'"),
-    (OLD | {"format": 3}, "has the key 'format' at 3, but this program reads 1 and 2"),
-    (OLD | {"format": 2}, "cannot be understood: config.check.name is ''"),
-    (spoiled(put(["stages", 1, "start_from"], 7)), "cannot be understood: config.stages[low_resolution].start_from is 7: give a text."),
-    (spoiled(put(["stages", 1, "frozen"], "vae")), "cannot be understood: config.stages[1] is no stage"),
-    (spoiled(put(["sigma"], 7)), "cannot be understood: config has no key 'sigma'"),
-    (spoiled(drop("sampling")), "cannot be understood: config lacks 'sampling'")])
-def test_a_record_that_cannot_be_understood_names_file_and_key(record, message, tmp_path):
-  path = written(tmp_path, record)
-  with pytest.raises(ValueError) as caught:
-    load_run(tmp_path)
-  assert str(path) in str(caught.value) and message in str(caught.value)
 
 
 # What else reads a config.

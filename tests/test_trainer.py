@@ -4,17 +4,18 @@ import contextlib
 import dataclasses
 import json
 import math
+import pathlib
 import types
 import weakref
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from qimg2.runtime.run import save_config
-from qimg2.training import checkpoint, faults, metrics, trainer
+from qimg2.algorithms import Algorithm, Role, Update
+from qimg2.training import checkpoint, faults, feed, metrics, trainer
 
-STAGE = trainer.Stage("s", None, None, {}, num_steps=7, batch_shapes=({"sample_id": np.zeros(4)},) * 2, save_every_steps=3)
+ALGORITHM = Algorithm({"model": Role("mlp")}, (Update(("model",), None),))
+STAGE = trainer.Stage("s", ALGORITHM, None, {}, num_steps=7, batch_shapes=({"sample_id": np.zeros(4)},) * 2, save_every_steps=3)
 
 
 class Result:
@@ -53,10 +54,10 @@ class Loop:
     stage = dataclasses.replace(stage, faults=settings or faults.Settings(), hooks=hooks)
     writer = types.SimpleNamespace(write=self.log, write_timing=self.log, sync=lambda: None, close=lambda: None)
     save = lambda state, meta: self.saved.append(meta)
-    checkpoints = types.SimpleNamespace(save=save, wait=lambda: None, close=lambda: None)
+    checkpoints = types.SimpleNamespace(folder=pathlib.Path(), save=save, wait=lambda: None, close=lambda: None)
     watch = faults.Watch("s", stage.faults, lambda step, row: self.faults.append((step, row)))
     self.books = trainer.Books(writer, checkpoints, watch, metrics.Accounts())
-    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, slow={}), {}, [self.step] * 2,
+    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, [self.step] * 2, None,
                                      trainer.Feed(self.iterate(start), self.put), self.books, stop)
 
   def iterate(self, start):
@@ -100,7 +101,7 @@ def test_skipped_updates_are_counted_and_name_the_samples_of_their_own_step(capl
   loop.run()
   assert [(step, row["fault"], row["sample_ids"][0]) for step, row in loop.faults] == [(4, "skipped", 300), (6, "skipped", 500)]
   assert [loop.logged[step]["skipped"] for step in (2, 4, 6, 8)] == [0, 1, 2, 2]
-  assert "step 4: the update is skipped because a gradient is no number: loss nan, grad_norm nan (samples 300, 301, 302, 303)" in caplog.text
+  assert "step 4: the update is skipped because the loss or a gradient is not finite: loss nan, grad_norm nan (samples 300, 301, 302, 303)" in caplog.text
 
 
 def test_too_many_skipped_updates_in_a_row_stop_the_run():
@@ -143,19 +144,19 @@ def test_a_broken_batch_stops_its_own_step_and_not_the_one_before():
 
 def test_waiting_counts_only_while_no_step_runs(monkeypatch):
   clock = [0.0]
-  monkeypatch.setattr(trainer, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+  monkeypatch.setattr(feed, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
 
   def slow():
     while True:
       clock[0] += 0.02
       yield 0, {"sample_id": np.zeros(1)}
-  feed = trainer.Feed(slow(), lambda batch: batch)
+  batches = trainer.Feed(slow(), lambda batch: batch)
   for running, share in ((None, 1.0), (Result(ready=True), 1.0), (Result(ready=False), 0.0)):
     start = clock[0]
     for _ in range(3):
-      feed.look_ahead(running)
-      feed.get()
-    timing = feed.timing(clock[0] - start)
+      batches.look_ahead(running)
+      batches.get()
+    timing = batches.timing(clock[0] - start)
     assert timing["data_wait_share"] == pytest.approx(share) and timing["loader_batches_per_second"] == pytest.approx(50)
 
 
@@ -176,16 +177,3 @@ def test_going_on_with_another_mixture_is_said_once(caplog):
   assert record.levelname == "WARNING" and record.getMessage() == (
       "Stage s goes on at batch 40 with another mixture: seed was 1 and is 0; mixture[0].weight was 0.8 and is 0.65; mixture[1] was "
       "{'name': 'b', 'weight': 1.0} and is None: from here on the order is that of the new mixture.")
-
-
-def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
-  config = lambda weight, num_steps: ConfigDict({"stages": (ConfigDict({"mixture": (ConfigDict({"weight": weight}),), "num_steps": num_steps}),)})
-  save_config(config(0.65, 1), tmp_path)
-  save_config(config(0.65, 2), tmp_path)  # may change
-  with pytest.raises(ValueError, match="weight was 0.65 and is 0.8. Use another --workdir"):
-    save_config(config(0.8, 2), tmp_path)
-  assert capsys.readouterr().err == ""
-  save_config(config(0.8, 2), tmp_path, allow_change=True)
-  assert capsys.readouterr().err == "config.stages[0].mixture[0].weight was 0.65 and is 0.8\n"
-  save_config(config(0.8, 2), tmp_path, allow_change=True)
-  assert capsys.readouterr().err == ""

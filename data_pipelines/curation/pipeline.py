@@ -27,6 +27,7 @@ from data_pipelines.curation import duplicates, encode, files, funnel, report
 from data_pipelines.curation.funnel import Job
 from data_pipelines.curation.operators import missing_report_operators
 from data_pipelines.curation.sources import Unit, fingerprint, plan_units
+from data_pipelines.curation.workers import worker_options
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 
 DIRECT = "DirectRunner"
@@ -54,11 +55,12 @@ def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT,
     return {"path": path, "reused": True} | _facts_of(path, request)
   _claim(work, request)
   job = Job(work, json.dumps(config), len(units))
-  pool = _Runner(runner, num_workers or os.cpu_count() or 1, beam_options, job)
-  _find_duplicates(pool, units, job)
-  job = _settle(job, config)
-  _curate_units(pool, units, job)
-  job = _hold_out_some(pool, units, job, config)
+  with tempfile.TemporaryDirectory() as scratch:
+    pool = _Runner(job_options(runner, num_workers or os.cpu_count() or 1, beam_options, scratch), job)
+    _find_duplicates(pool, units, job)
+    job = _settle(job, config)
+    _curate_units(pool, units, job)
+    job = _hold_out_some(pool, units, job, config)
   return {"path": path, "reused": False} | _assemble(path, name, job, request, source)
 
 
@@ -105,17 +107,33 @@ def _difference(stored: dict, request: dict) -> str:
   return f"with another config ({', '.join(keys)})" if keys else ""
 
 
+def job_options(runner: str, num_workers: int, options: Sequence[str], folder: str) -> list[str]:
+  """Returns the options of a Beam job: processes of this machine for the direct runner, what workers elsewhere need for any other.
+
+  Args:
+    runner, num_workers: as in `curate`; at least one worker.
+    options: the user's.
+    folder: where files may be put that go with the job.
+
+  Raises:
+    ValueError: workers elsewhere could not be given this project.
+  """
+  flags = [f"--runner={runner}", *options]
+  if runner != DIRECT:
+    return flags + worker_options(flags, folder)
+  if num_workers > 1:
+    flags += ["--direct_running_mode=multi_processing", f"--direct_num_workers={num_workers}", "--default_sdk_harness_log_level=ERROR"]
+  return flags
+
+
 # ---- the two passes --------------------------------------------------------------------------------
 
 
 class _Runner:
   """Runs pipelines, shows how far they are, and hands on a user's mistake as such."""
 
-  def __init__(self, runner: str, num_workers: int, options: Sequence[str], job: Job):
-    flags = [f"--runner={runner}", *options]
-    if runner == DIRECT and num_workers > 1:
-      flags += ["--direct_running_mode=multi_processing", f"--direct_num_workers={num_workers}", "--default_sdk_harness_log_level=ERROR"]
-    self._flags, self._job = flags, job
+  def __init__(self, options: Sequence[str], job: Job):
+    self._options, self._job = options, job
 
   def __call__(self, build: Callable[[beam.Pipeline], None], phase: str, description: str) -> None:
     """Builds and runs one pipeline; `phase` is the folder in which each unit leaves its .json."""
@@ -124,7 +142,7 @@ class _Runner:
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     try:
       with _Progress(files.join(self._job.work, phase), self._job.num_units, description):
-        with beam.Pipeline(options=PipelineOptions(self._flags)) as pipeline:
+        with beam.Pipeline(options=PipelineOptions(self._options)) as pipeline:
           build(pipeline)
     except Exception as error:  # A runner wraps what a worker raised in a type of its own.
       if "KeyboardInterrupt" in str(error):

@@ -1,16 +1,109 @@
-"""Training methods, one file each. A method is an `Algorithm` value; the trainer knows nothing else about it."""
+"""Training methods, one file each. A method is an `Algorithm` value; the trainer knows nothing else about it.
+
+A *network* is a kind of weights with functions (mmdit, qwen3_vl, vae ...); a *role* is one set of weights in a method (model, encoder, ref,
+teacher, fake ...), and names its network. A step runs the `updates` in the order of their tuple: each is one backward pass and one optimizer
+step over the roles that it moves together, and sees the new weights of those before it. `averages` follow the roles. A method that learns
+from its own samples has a `rollout`, which makes the data of a step before it.
+
+Everything here is declared; `qimg2.training` runs it. Left out on purpose: when to save, log, evaluate or stop, which is the same for all methods.
+"""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from qimg2 import params as P
+
+Weights = dict[str, Any]
 Metrics = dict[str, jax.Array]
-LossFn = Callable[[dict, Any, dict, jax.Array], tuple[jax.Array, Metrics]]
-ValidationFn = Callable[[dict, Any, dict, jax.Array], tuple[Metrics, jax.Array]]
-FinishFn = Callable[[dict, Any, list[dict]], dict]
-ExperienceFn = Callable[[dict, Any, dict, jax.Array], dict]
+LossFn = Callable[[Weights, Weights, Any, dict, jax.Array], tuple[jax.Array, Metrics]]
+ValidationFn = Callable[[Weights, Any, dict, jax.Array], tuple[Metrics, jax.Array]]
+FinalizeFn = Callable[[Weights, Any, list[dict]], Weights]
+DeployFn = Callable[[Weights], Weights]
+
+COMPUTE = "compute"  # a role's dtype: the one that its network computes in
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+  """One set of weights.
+
+  Attributes:
+    network: which network's specs and functions: "mmdit", "qwen3_vl", "vae" ...
+    start: role to read from the source that a stage starts from, such as "model" for "ref", "teacher" and "fake"; "" for its own name.
+    dtype: storage of a frozen role: a type, or `COMPUTE`, which halves a network that computes in bfloat16. Trained roles are kept as declared,
+      in float32.
+  """
+  network: str
+  start: str = ""
+  dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """One backward pass and one optimizer step.
+
+  Attributes:
+    roles: moved together, under one norm of the gradient: a VAE and a projector, an adapter and a head.
+    loss: `loss(trained, params, nets, batch, key) -> (per example [B], metrics)`. `trained` maps `roles` to the weights to differentiate by;
+      `params` maps every role and average to its weights. Metrics are scalars or [B]. The mean is taken over examples, weighted by
+      batch["weight"] [B] where there is one; an example of weight 0 is left out.
+    every: due at the end of every `every` steps, so that a row logged at a multiple sees it. Its schedule counts its own updates.
+    optimizer: settings of its own (`qimg2.training.optim.Config`); None takes the stage's.
+    name: of its metrics and optimizer state; "" for its roles, joined by "+".
+  """
+  roles: tuple[str, ...]
+  loss: LossFn
+  every: int = 1
+  optimizer: Any = None
+  name: str = ""
+
+  def __post_init__(self):
+    if not self.roles or self.every < 1:
+      raise ValueError(f"Update of roles {self.roles}: it needs a role, and every={self.every} must be at least 1.")
+    object.__setattr__(self, "name", self.name or "+".join(self.roles))
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+  """Averaged weights (EMA) of a role, such as the model's, or the old policy of DiffusionNFT.
+
+  average <- d average + (1 - d) weights,   d = min(decay, (1 + n)/(10 + n)) after n updates of the average
+
+  Attributes:
+    role: a trained role.
+    decay: d, or a function of the number of steps done that gives it. 0 is a hard copy.
+    every: it moves at every `every`-th step; at 1, at the steps where its role moves.
+    ramp: whether d rises as above, so that an early average follows closely. An average that was restored from an earlier stage never ramps.
+  """
+  role: str
+  decay: float | Callable[[jax.Array], jax.Array]
+  every: int = 1
+  ramp: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """What happens between two steps of a method that learns from its own samples: device, host, device.
+
+  Attributes:
+    generate: jitted `generate(params, nets, batch, key) -> samples`, a dict of [B, ...]; B may be a multiple of the batch's rows.
+    score: on the host `score(samples, batch) -> {reward: [B] float32}` over this process's rows, as numpy arrays; any exception ends the stage.
+      With `on_device`, when the judge is a frozen role, jitted `score(params, nets, samples, batch)`. A reward that is not finite leaves its sample out.
+    rewards: names of what `score` gives.
+    minibatches: jitted `minibatches(samples, key) -> dict of [K, B', ...]` with K = `num_minibatches`, where `samples` has got "rewards", {reward: [B]} with 0 for what is
+      not finite, and "weight" [B], 0 for what is left out. The compiled step scans over K, with every update that is due in each.
+    num_minibatches: K, optimizer steps per update and step.
+    on_device: see `score`.
+  """
+  generate: Callable[[Weights, Any, dict, jax.Array], dict]
+  score: Callable[..., Mapping[str, Any]]
+  rewards: tuple[str, ...]
+  minibatches: Callable[[dict, jax.Array], dict]
+  num_minibatches: int = 1
+  on_device: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +111,72 @@ class Algorithm:
   """A training method as a value.
 
   Attributes:
-    losses: trained role -> `loss(params, nets, batch, key) -> (scalar, metrics)`. `params` maps every role, trained or frozen, to its weights.
-    frozen: roles that are read and never updated.
+    roles: name -> role, the frozen ones too. A role is trained if an update moves it.
+    updates: run in this order.
+    averages: name -> averaged weights of a role; a name is no role's.
+    rollout: None where a step learns from the loader's batch itself.
     validation: `validation(params, nets, batch, key) -> (metrics, bins)`: per-example metrics [B] and the bin [B] int32 of each example. The
-      evaluator averages inside each bin, then over bins.
+      evaluator averages inside each bin, then over bins. None: no held-out metrics.
     num_bins: number of bins; 1 for a plain mean.
-    track: name -> (role, decay): slow copies, such as {"ema": ("model", 0.999)}.
-    every: role -> n: update the role on each n-th step only; every step when absent.
-    experience: maps a loader batch to the batch to train on, inside the step; online methods sample here. None: the batch itself.
-    finish: `finish(params, nets, batches) -> params`, once after the last step over the evaluation batches; also applied to slow copies.
+    finalize: `finalize(params, nets, batches) -> params`, once after the last step over the evaluation batches; also applied to averages.
+    deploy: `deploy(weights) -> {network: weights}` of all roles and averages: which weights draw, are judged and are exported; None for each
+      role's own network, where no two roles share one.
+    unconditional: whether batches carry the unconditional prompt, "null_tokens" and "null_token_count", for guidance inside the method.
+
+  Raises:
+    ValueError: names that do not fit each other.
   """
-  losses: Mapping[str, LossFn]
-  frozen: tuple[str, ...] = ()
+  roles: Mapping[str, Role]
+  updates: tuple[Update, ...]
+  averages: Mapping[str, Average] = dataclasses.field(default_factory=dict)
+  rollout: Rollout | None = None
   validation: ValidationFn | None = None
   num_bins: int = 1
-  track: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
-  every: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  experience: ExperienceFn | None = None
-  finish: FinishFn | None = None
+  finalize: FinalizeFn | None = None
+  deploy: DeployFn | None = None
+  unconditional: bool = False
+
+  def __post_init__(self):
+    names = [update.name for update in self.updates]
+    moved = [role for update in self.updates for role in update.roles]
+    unknown = [role for role in moved if role not in self.roles]
+    if not names or len(set(names)) < len(names) or unknown:
+      raise ValueError(f"Updates {', '.join(names)}: there must be one, each with a name of its own, over declared roles"
+                       + (f"; {unknown[0]!r} is none." if unknown else "."))
+    for name, average in self.averages.items():
+      if name in self.roles or average.role not in moved:
+        raise ValueError(f"Average {name!r} of {average.role!r}: its name must be no role's, and its role must be trained.")
+    if self.deploy is None and len({role.network for role in self.roles.values()}) < len(self.roles):
+      raise ValueError("Two roles share a network: the algorithm needs a `deploy` that says which of them draws.")
+
+  @property
+  def trained(self) -> tuple[str, ...]:
+    """Names of the roles that an update moves, in the order of the updates."""
+    return tuple(dict.fromkeys(role for update in self.updates for role in update.roles))
+
+  @property
+  def frozen(self) -> tuple[str, ...]:
+    """Names of the roles that are read and never updated."""
+    return tuple(role for role in self.roles if role not in self.trained)
+
+  def deployed(self, weights: Weights) -> Weights:
+    """{network: weights} that draw, are judged and are exported, from the weights of all roles and averages."""
+    return self.deploy(weights) if self.deploy else {role.network: weights[name] for name, role in self.roles.items()}
+
+  def specs(self, networks: Mapping[str, dict], compute: Mapping[str, str]) -> dict[str, dict]:
+    """{role: declared weights}, those of a frozen role in the type that it is stored in.
+
+    Args:
+      networks: network -> specs.
+      compute: network -> the type that it computes in, for roles of dtype `COMPUTE`.
+    """
+    specs = {}
+    for name, role in self.roles.items():
+      dtype = compute.get(role.network, "float32") if role.dtype == COMPUTE else role.dtype
+      keep = name in self.trained or dtype == "float32"
+      specs[name] = networks[role.network] if keep else P.with_dtype(networks[role.network], dtype)
+    return specs
+
+  def due(self, step: int) -> Iterator[Update]:
+    """The updates that run in the `step`-th step, counted from 1."""
+    return (update for update in self.updates if step % update.every == 0)

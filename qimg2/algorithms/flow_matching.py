@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qimg2 import flow
-from qimg2.algorithms import Algorithm
+from qimg2.algorithms import COMPUTE, Algorithm, Average, Role, Update
 from qimg2.sampler import sample_noise
 
 NUM_TIME_BINS = 8
@@ -23,15 +23,14 @@ def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.0) -> Algorithm:
 
   Args:
     schedule: gives the times of training and validation.
-    ema_decay: decay per step of the slow copy "ema"; 0 keeps none.
+    ema_decay: decay per step of the averaged weights "ema"; 0 keeps none.
   """
-  def loss(params, nets, batch, key):
+  def loss(trained, params, nets, batch, key):
     key_time, key_noise = jax.random.split(key)
     x_0, cond = latents_and_condition(params, nets, batch)
     t = schedule.training_times(key_time, x_0.shape[0], x_0.shape[1] * x_0.shape[2])
     noise = jax.random.normal(key_noise, x_0.shape)
-    per_example = squared_error(nets, params, x_0, cond, t, noise)
-    return jnp.mean(per_example), {"latent_std": jnp.std(x_0)}
+    return squared_error(nets, trained["model"], x_0, cond, t, noise), {"latent_std": jnp.std(x_0)}
 
   def validation(params, nets, batch, key):
     del key  # every draw depends on sample_id alone
@@ -39,10 +38,14 @@ def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.0) -> Algorithm:
     bins = time_bins(batch["sample_id"])
     t = schedule.validation_times(bins, NUM_TIME_BINS, x_0.shape[1] * x_0.shape[2])
     noise = sample_noise(jax.random.key(VALIDATION_SEED), batch["sample_id"], x_0.shape[1:])
-    return {"loss": squared_error(nets, params, x_0, cond, t, noise)}, bins
+    return {"loss": squared_error(nets, params["model"], x_0, cond, t, noise)}, bins
 
-  track = {"ema": ("model", ema_decay)} if ema_decay else {}
-  return Algorithm(losses={"model": loss}, frozen=("encoder", "vae"), validation=validation, num_bins=NUM_TIME_BINS, track=track)
+  def deploy(weights):
+    return {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
+
+  roles = {"model": Role("mmdit"), "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
+  averages = {"ema": Average("model", ema_decay)} if ema_decay else {}
+  return Algorithm(roles, (Update(("model",), loss),), averages, validation=validation, num_bins=NUM_TIME_BINS, deploy=deploy)
 
 
 def time_bins(sample_id: jax.Array) -> jax.Array:
@@ -57,10 +60,10 @@ def time_bins(sample_id: jax.Array) -> jax.Array:
 
 def latents_and_condition(params: dict, nets, batch: dict):
   """(x_0 [B, h, w, C], condition) of a batch, both without gradients."""
-  return nets.target_latents(params, batch), nets.condition(params, batch)
+  return nets.target_latents(params, batch), nets.condition({"qwen3_vl": params["encoder"], "vae": params["vae"]}, batch)
 
 
-def squared_error(nets, params: dict, x_0: jax.Array, cond, t: jax.Array, noise: jax.Array) -> jax.Array:
-  """[B] mean squared error of the velocity of each example."""
-  velocity = nets.velocity(params["model"], flow.interpolate(x_0, noise, t), t, cond)
+def squared_error(nets, model: dict, x_0: jax.Array, cond, t: jax.Array, noise: jax.Array) -> jax.Array:
+  """[B] mean squared error of the velocity of each example under the generator's weights `model`."""
+  velocity = nets.velocity(model, flow.interpolate(x_0, noise, t), t, cond)
   return jnp.mean(jnp.square(velocity - flow.velocity_target(x_0, noise)), axis=(1, 2, 3))

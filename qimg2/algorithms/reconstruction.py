@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qimg2.algorithms import Algorithm
+from qimg2.algorithms import Algorithm, Average, Role, Update
 from qimg2.sharding import to_host
 
 MIN_STD = 1e-3
@@ -25,14 +25,15 @@ def reconstruction(l1_weight: float = 1.0, l2_weight: float = 0.0, kl_weight: fl
   Args:
     l1_weight, l2_weight: weights of the absolute and of the squared error per value; a small network learns faster from the latter.
     kl_weight: weight of the KL term per latent value; 0 trains a plain autoencoder.
-    ema_decay: decay per step of the slow copy "ema"; 0 keeps none.
+    ema_decay: decay per step of the averaged weights "ema"; 0 keeps none.
   """
-  def loss(params, nets, batch, key):
-    output, original, posterior = nets.autoencode(params["vae"], _pixels(batch), key if kl_weight else None)
-    l1, l2 = jnp.mean(jnp.abs(output - original)), jnp.mean(jnp.square(output - original))
+  def loss(trained, params, nets, batch, key):
+    output, original, posterior = nets.autoencode(trained["vae"], _pixels(batch), key if kl_weight else None)
+    per_example = lambda x: jnp.mean(x, axis=(1, 2, 3))
+    l1, l2 = per_example(jnp.abs(output - original)), per_example(jnp.square(output - original))
     total = l1_weight * l1 + l2_weight * l2
     if kl_weight:
-      total += kl_weight * jnp.mean(posterior.kl()) / posterior.mean[0].size
+      total += kl_weight * posterior.kl() / posterior.mean[0].size
     return total, {"l1": l1, "l2": l2}
 
   def validation(params, nets, batch, key):
@@ -43,8 +44,9 @@ def reconstruction(l1_weight: float = 1.0, l2_weight: float = 0.0, kl_weight: fl
     psnr = 10 * jnp.log10(4 / jnp.maximum(mse, 1e-10))  # the range [-1, 1] has a peak of 2
     return {"loss": l1, "psnr_db": psnr}, jnp.zeros(l1.shape, jnp.int32)
 
-  track = {"ema": ("vae", ema_decay)} if ema_decay else {}
-  return Algorithm(losses={"vae": loss}, validation=validation, track=track, finish=measure_statistics)
+  averages = {"ema": Average("vae", ema_decay)} if ema_decay else {}
+  return Algorithm({"vae": Role("vae")}, (Update(("vae",), loss),), averages, validation=validation, finalize=measure_statistics,
+                   deploy=lambda weights: {"vae": weights["ema" if "ema" in weights else "vae"]})
 
 
 def _pixels(batch: dict):

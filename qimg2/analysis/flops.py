@@ -18,6 +18,7 @@ embeddings, softmax, the optimizer and everything that rematerialisation compute
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from qimg2.batch import num_rows, source_grids, target_grid
@@ -29,22 +30,23 @@ Size = tuple[int, int]
 TRAINED, FROZEN = 3, 1  # forward passes
 
 
-def step_flops(nets: Any, trained: Any, frozen: Any, batch: dict) -> dict[str, int]:
+def step_flops(nets: Any, trained: Mapping[str, str], frozen: Mapping[str, str], batch: dict) -> dict[str, int]:
   """Role -> model FLOPs of one step over the whole global batch; micro-batches change nothing.
 
   Args:
     nets: `networks.Networks`, of which the configs are read.
-    trained, frozen: names of the roles that the stage trains and of those that it only reads.
+    trained, frozen: role -> network, of the roles that the stage trains and of those that it only reads.
     batch: arrays or abstract arrays, as the loader makes them. What a latent cache holds is not computed and does not count.
 
   Raises:
-    ValueError: a role that has no formula.
+    ValueError: a network that has no formula.
   """
   counts = {}
-  for role, passes in [*((role, TRAINED) for role in trained), *((role, FROZEN) for role in frozen)]:
-    if role not in _FORWARD:
-      raise ValueError(f"There is no FLOP count for role {role!r}: add one to qimg2/analysis/flops.py.")
-    counts[role] = passes * num_rows(batch) * _FORWARD[role](nets, batch, passes == TRAINED)
+  for roles, passes in ((trained, TRAINED), (frozen, FROZEN)):
+    for role, network in roles.items():
+      if network not in _FORWARD:
+        raise ValueError(f"There is no FLOP count for network {network!r} of role {role!r}: add one to qimg2/analysis/flops.py.")
+      counts[role] = passes * num_rows(batch) * _FORWARD[network](nets, batch, passes == TRAINED)
   return counts
 
 
@@ -138,4 +140,4 @@ def _vae(nets: Any, batch: dict, trained: bool) -> int:
   return sum(vae_encode(nets.vae, *picture.shape[1:3]) for picture in pictures)
 
 
-_FORWARD = {"model": _generator, "encoder": _encoder, "vae": _vae}
+_FORWARD = {"mmdit": _generator, "qwen3_vl": _encoder, "vae": _vae}

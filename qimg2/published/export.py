@@ -58,7 +58,7 @@ def export_pipeline(out: str | pathlib.Path, model: mmdit.Config, encoder: qwen3
   Args:
     out: a folder that is not there yet.
     model, encoder, autoencoder: configs of the networks.
-    weights: {"model", "encoder", "vae"}: trees as the specs of `networks.Networks`, jax arrays on the devices of this process. The latent
+    weights: {"mmdit", "qwen3_vl", "vae"}: trees as the specs of `networks.Networks`, jax arrays on the devices of this process. The latent
       statistics among the VAE's weights go to its config.json as exact float32 numbers, whatever `dtype` is.
     schedule: gives the sampling times.
     tokenizer_json: text of the tokenizer.json.
@@ -73,19 +73,19 @@ def export_pipeline(out: str | pathlib.Path, model: mmdit.Config, encoder: qwen3
   _check_dtype(dtype)
   statistics = {name: tuple(float(x) for x in np.asarray(weights["vae"]["statistics"][name], np.float32)) for name in ("mean", "std")}
   autoencoder = dataclasses.replace(autoencoder, latents_mean=statistics["mean"], latents_std=statistics["std"])
-  configs = {"model": mmdit_names.published_config(model),
-             "encoder": qwen3_vl_names.published_config(encoder, special_tokens(tokenizer_json)) | {"dtype": dtype},
+  configs = {"mmdit": mmdit_names.published_config(model),
+             "qwen3_vl": qwen3_vl_names.published_config(encoder, special_tokens(tokenizer_json)) | {"dtype": dtype},
              "vae": vae_names.published_config(autoencoder)}
   _check_pipeline(encoder.vision, autoencoder)
-  networks = {"model": (mmdit.specs(model), mmdit_names.table(model)), "encoder": (qwen3_vl.specs(encoder), qwen3_vl_names.table(encoder)),
+  networks = {"mmdit": (mmdit.specs(model), mmdit_names.table(model)), "qwen3_vl": (qwen3_vl.specs(encoder), qwen3_vl_names.table(encoder)),
               "vae": (vae.specs(autoencoder), vae_names.table(autoencoder))}
   with _renamed_at_the_end(out) as part:
     part.mkdir()
-    for role, (specs, table) in networks.items():
-      folder, params = part / COMPONENTS[role].folder, {name: weights[role][name] for name in specs}
-      _write_json(folder / "config.json", configs[role])
-      tensors = tensors.export_tensors(params, specs, table, dtype)
-      _write_component(folder, COMPONENTS[role].stem, tensors.published_shapes(specs, table), tensors, dtype, max_shard_bytes)
+    for network, (specs, table) in networks.items():
+      folder, params = part / COMPONENTS[network].folder, {name: weights[network][name] for name in specs}
+      _write_json(folder / "config.json", configs[network])
+      exported = tensors.export_tensors(params, specs, table, dtype)
+      _write_component(folder, COMPONENTS[network].stem, tensors.published_shapes(specs, table), exported, dtype, max_shard_bytes)
     _write_json(part / "model_index.json", _model_index(sample_sigmas))
     _write_json(part / "scheduler" / "scheduler_config.json", published_schedule(schedule))
     _write_processor(part, encoder.vision, tokenizer_json)

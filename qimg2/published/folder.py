@@ -47,8 +47,8 @@ class Component(NamedTuple):
 
 
 COMPONENTS = {
-    "model": Component("transformer", "diffusion_pytorch_model", "diffusers", mmdit_names.CLASS),
-    "encoder": Component("text_encoder", "model", "transformers", qwen3_vl_names.CLASS),
+    "mmdit": Component("transformer", "diffusion_pytorch_model", "diffusers", mmdit_names.CLASS),
+    "qwen3_vl": Component("text_encoder", "model", "transformers", qwen3_vl_names.CLASS),
     "vae": Component("vae", "diffusion_pytorch_model", "diffusers", vae_names.CLASS),
 }
 
@@ -92,15 +92,15 @@ def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "
     raise ValueError(f"{path} is no pipeline folder: it has no model_index.json.")
   index = tensors.read_json(path / "model_index.json")
   _check_index(index, path)
-  configs = {role: tensors.read_json(path / part.folder / "config.json") for role, part in COMPONENTS.items()}
+  configs = {network: tensors.read_json(path / part.folder / "config.json") for network, part in COMPONENTS.items()}
   if not (path / TOKENIZER).is_file():
     raise ValueError(f"The file {path / TOKENIZER} is missing.")
   sigmas = index.get("sample_sigmas")
   try:
-    encoder = qwen3_vl_names.config(configs["encoder"], dtype=dtype)
+    encoder = qwen3_vl_names.config(configs["qwen3_vl"], dtype=dtype)
     return PipelineFolder(
         path=path,
-        model=mmdit_names.config(configs["model"], dtype=dtype, remat=remat),
+        model=mmdit_names.config(configs["mmdit"], dtype=dtype, remat=remat),
         encoder=encoder,
         vae=vae_names.config(configs["vae"], dtype=dtype),
         schedule=read_schedule(tensors.read_json(path / "scheduler" / "scheduler_config.json")),
@@ -175,28 +175,28 @@ def published_schedule(schedule: flow.Schedule) -> dict[str, Any]:
 # Weights.
 
 
-def load_weights(folder: PipelineFolder, role: str, specs: dict, shardings: dict | None = None) -> dict:
-  """The weights of a role, read tensor by tensor onto the devices.
+def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: dict | None = None) -> dict:
+  """The weights of a network, read tensor by tensor onto the devices.
 
   The autoencoder's tree also has "statistics", filled from its config. Its published weights over time, which no image uses, are left unread
   where `specs` does not declare them.
 
   Args:
     folder: the opened folder.
-    role: "model", "encoder" or "vae".
-    specs: the declared weights of the role, as `networks.Networks.specs`.
+    network: "mmdit", "qwen3_vl" or "vae".
+    specs: its declared weights, as `networks.Networks.specs`.
     shardings: a tree of shardings for `specs`; None puts everything on the first device.
 
   Raises:
     ValueError: no or damaged files, or tensors that differ from `specs`; checked before the first one is read.
   """
-  part = COMPONENTS[role]
+  part = COMPONENTS[network]
   files = tensors.open_tensors(folder.path / part.folder, part.stem)
-  if role == "vae":
+  if network == "vae":
     return _load_vae(folder, files, specs, shardings)
-  table = mmdit_names.table(folder.model) if role == "model" else qwen3_vl_names.table(folder.encoder)
+  table = mmdit_names.table(folder.model) if network == "mmdit" else qwen3_vl_names.table(folder.encoder)
   _check_paths(specs, table, files.folder)
-  return tensors.load_tensors(files, specs, table, shardings, role)
+  return tensors.load_tensors(files, specs, table, shardings, network)
 
 
 def _load_vae(folder: PipelineFolder, files: tensors.TensorFiles, specs: dict, shardings: dict | None) -> dict:
@@ -224,7 +224,8 @@ def _statistics(cfg: vae.Config, specs: dict, shardings: dict | None) -> dict:
   return {name: tensors.place(x.astype(specs[name].dtype), where[name]) for name, x in values.items()}
 
 
-def check_configs(folder: PipelineFolder, model: mmdit.Config | None, encoder: qwen3_vl.Config | None, autoencoder: vae.Config | None) -> None:
+def check_configs(folder: PipelineFolder, mmdit: mmdit.Config | None = None, qwen3_vl: qwen3_vl.Config | None = None,
+                  vae: vae.Config | None = None) -> None:
   """Does nothing when networks of these configs can take the folder's weights and compute what the published ones do.
 
   A config that is None is not compared: that network takes nothing from the folder.
@@ -232,8 +233,8 @@ def check_configs(folder: PipelineFolder, model: mmdit.Config | None, encoder: q
   Raises:
     ValueError: a field of the architecture differs; the first one is named with both values.
   """
-  for role, ours, theirs in (("model", model, folder.model), ("encoder", encoder, folder.encoder), ("vae", autoencoder, folder.vae)):
-    for path, mine, published in _differences(ours, theirs, role) if ours is not None else ():
+  for section, ours, theirs in (("model", mmdit, folder.model), ("encoder", qwen3_vl, folder.encoder), ("vae", vae, folder.vae)):
+    for path, mine, published in _differences(ours, theirs, section) if ours is not None else ():
       raise ValueError(f"config.{path} is {mine!r}, but the pipeline in {folder.path} has {published!r}: make them equal to start from it.")
 
 

@@ -62,14 +62,14 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
 def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> None:
   """Trains one stage; `stop` and `began` as for `qimg2.training.trainer.train_stage`."""
   algorithm = run.algorithm(config)
-  loader = run.loader(config)
+  loader, specs = run.loader(config), run.role_specs(config)
   frozen = run.frozen_weights(config)
   batches = run.evaluation_batches(config)
   hooks = [(config.eval_every_steps, evaluation_hook(run, config, batches))]
   if config.kind in DRAWERS:
     hooks += [(config.sample_every_steps, picture_hook(run, config, task, some)) for task, some in batches.items()]
   stage = Stage(
-      config.name, algorithm, make_optimizers(algorithm, run.specs, config.optimizer, config.num_steps), run.specs, config.num_steps,
+      config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
       config.faults, description(run.cfg, config))
   if processes.is_first():
@@ -88,7 +88,7 @@ def description(cfg: RunConfig, config: StageConfig) -> dict[str, Any]:
 
 
 def evaluation_hook(run: Run, config: StageConfig, batches: dict[str, list[dict]]):
-  """A hook that logs the validation metrics of the weights and of each slow copy; those of editing have the prefix "ti2i/"."""
+  """A hook that logs the validation metrics of the weights and of each average; those of editing have the prefix "ti2i/"."""
   algorithm = run.algorithm(config)
   evaluators = {PREFIXES[task]: Evaluator(algorithm, run.nets, some) for task, some in batches.items()}
 
@@ -97,8 +97,8 @@ def evaluation_hook(run: Run, config: StageConfig, batches: dict[str, list[dict]
     scalars = {}
     for prefix, evaluator in evaluators.items():
       scalars |= {f"{prefix}{key}": value for key, value in evaluator(weights).items()}
-      for name, role in run.averages(config).items():
-        scalars |= {f"{prefix}{name}/{key}": value for key, value in evaluator({**weights, role: weights[name]}).items()}
+      for name, average in algorithm.averages.items():
+        scalars |= {f"{prefix}{name}/{key}": value for key, value in evaluator({**weights, average.role: weights[name]}).items()}
     return scalars
   return hook
 
@@ -108,7 +108,7 @@ def picture_hook(run: Run, config: StageConfig, task: str, batches: list[dict]):
 
   Where a latent cache holds no pixels, they are decoded from its latents.
   """
-  first, cached = to_host(batches[0]), "latents" in batches[0]
+  algorithm, first, cached = run.algorithm(config), to_host(batches[0]), "latents" in batches[0]
   num = min(run.cfg.sampling.num_images, int(first["weight"].sum()))  # not those that only fill the batch
   decode = jax.jit(lambda weights, latents: run.nets.decode(weights, latents.astype(jnp.float32)))
   factor = run.nets.vae.spatial_factor if cached else 1
@@ -125,6 +125,7 @@ def picture_hook(run: Run, config: StageConfig, task: str, batches: list[dict]):
   draw, captions = DRAWERS[config.kind](run, batches[0], first, shapes, num)
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
+    weights = algorithm.deployed(weights)
     targets, sources = pictures(weights)
     rows = [image for row in zip(*sources, draw(weights, sources), targets) for image in row]
     per_row = len(sources) + 2
@@ -138,20 +139,20 @@ def picture_hook(run: Run, config: StageConfig, task: str, batches: list[dict]):
 
 
 def _draw_reconstructions(run: Run, batch: dict, first: dict, shapes: list, num: int) -> tuple[Callable, Sequence[str]]:
-  """(function of weights and condition images that gives pictures, captions) of a VAE: what becomes of the targets."""
+  """(function of deployed weights and condition images that gives pictures, captions) of a VAE: what becomes of the targets."""
   del first, shapes
   rebuild = jax.jit(lambda weights, pixels: run.nets.decode(weights, run.nets.encode(weights, pixels)))
   return lambda weights, _: to_host(rebuild(weights["vae"], batch["target"]))[:num], ()
 
 
 def _draw_samples(run: Run, batch: dict, first: dict, shapes: list, num: int) -> tuple[Callable, Sequence[str]]:
-  """(function of weights and condition images that gives pictures, captions) of a generator: what it draws for the prompts."""
+  """(function of deployed weights and condition images that gives pictures, captions) of a generator: what it draws for the prompts."""
   del batch
   prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
   size = Size(*shapes[0], first["tokens"].shape[1], tuple(map(tuple, shapes[1:])), num)
   generator = Generator(run, size, **run.sampler_settings())
   captions = [caption for prompt in prompts for caption in ("(source)",) * len(shapes[1:]) + (prompt, "(as rendered)")]
-  return lambda weights, sources: generator({**weights, "model": weights.get("ema", weights["model"])}, prompts, images=sources), captions
+  return lambda weights, sources: generator(weights, prompts, images=sources), captions
 
 
 DRAWERS = {"autoencoder": _draw_reconstructions, "generator": _draw_samples}  # kinds of stages that have sheets of pictures

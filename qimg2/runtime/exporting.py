@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-
 from qimg2.published.export import DIFFUSERS_VERSION, export_pipeline, export_transformer
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import parse_source
@@ -32,7 +31,7 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", role: str = 
     run: the run.
     out: folder to write, or with `transformer_only` a .safetensors file; must not exist.
     stage_name: stage whose generator is written; empty for the last trained one.
-    role: "ema" for the slow copy of the generator where the stage keeps one, "model" for the weights themselves.
+    role: "ema" for what the method deploys, the averaged weights where it keeps some; "model" for the weights themselves.
     dtype: of the files, "float32" or "bfloat16".
     max_shard_bytes: largest size of one file's tensors.
     transformer_only: leaves out encoder, VAE and tokenizer.
@@ -42,10 +41,10 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", role: str = 
   """
   if role not in ROLES:
     raise ValueError(f"The role to export is {role!r}: choose one of {', '.join(ROLES)}.")
-  name, weights = sampling_weights(run, stage_name, "" if role == "model" else role)
+  name, weights = sampling_weights(run, stage_name, "" if role == "model" else None)
   nets = run.nets
   if transformer_only:
-    return export_transformer(out, nets.model, weights["model"], dtype)
+    return export_transformer(out, nets.model, weights["mmdit"], dtype)
   card = model_card(run, name, role, dtype, pathlib.Path(out).name)
   return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, _tokenizer_json(run), dtype, max_shard_bytes, card,
                          run.cfg.sampling.sigmas or None)
@@ -60,7 +59,7 @@ def _tokenizer_json(run: Run) -> str:
 
 def model_card(run: Run, stage_name: str, role: str, dtype: str, title: str) -> str:
   """The README.md of an exported folder, in Markdown: what it is, how it was trained and measured, how to load it."""
-  copy = "the slow copy of the weights" if role in run.averages(run.stages[stage_name]) else "the weights"
+  copy = "the averaged weights" if role in run.algorithm(run.stages[stage_name]).averages else "the weights"
   start = "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"
   return "\n".join([
       start, f"# {title}\n",

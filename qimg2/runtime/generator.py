@@ -70,8 +70,8 @@ class Generator:
     def generate(weights, batch, noise):
       cond = nets.condition(weights, batch)
       if cache and nets.model.prefix_is_fixed:
-        cond = nets.cache(weights["model"], cond)
-      latents = sampler.sample(nets.velocity, weights["model"], noise, cond, sigmas, guidance)
+        cond = nets.cache(weights["mmdit"], cond)
+      latents = sampler.sample(nets.velocity, weights["mmdit"], noise, cond, sigmas, guidance)
       return latents, nets.decode(weights["vae"], latents)
     self._generate = jax.jit(generate)
     self._noise = jax.jit(lambda seed, rows: sampler.sample_noise(jax.random.key(seed), rows, self._shape))
@@ -88,7 +88,7 @@ class Generator:
     and all get them.
 
     Args:
-      weights: of the roles "model", "encoder" and "vae".
+      weights: {network: weights}, of "mmdit", "qwen3_vl" and "vae".
       prompts: n texts.
       seed: of the noise.
       images: one array [n, h, w, 3 or 4] uint8 per condition image, of the sizes in `size.source_sizes`.

@@ -44,21 +44,3 @@ def make_algorithm(name: str, settings: Mapping[str, Any], schedule: flow.Schedu
   make = METHODS[name].make
   given = {"schedule": schedule}
   return make(**{key: value for key, value in given.items() if key in inspect.signature(make).parameters}, **settings)
-
-
-# What the runtime reads of an algorithm.
-
-
-def trained_roles(algorithm: Algorithm) -> tuple[str, ...]:
-  """The roles that a stage updates."""
-  return tuple(algorithm.losses)
-
-
-def frozen_roles(algorithm: Algorithm) -> tuple[str, ...]:
-  """The roles that a stage reads and never updates."""
-  return tuple(algorithm.frozen)
-
-
-def averages(algorithm: Algorithm) -> dict[str, str]:
-  """Name -> role of the averaged weights that a stage keeps, such as {"ema": "model"}."""
-  return {name: role for name, (role, _) in algorithm.track.items()}

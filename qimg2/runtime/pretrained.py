@@ -1,6 +1,5 @@
 """A published folder, ready to draw: its networks and tokenizer, and its weights on a mesh."""
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -39,10 +38,9 @@ class Pretrained:
                        f"{self.folder.encoder.image_token_id}: they are of different models.")
 
   def load(self) -> dict[str, dict]:
-    """The weights of all roles, read tensor by tensor onto the mesh."""
+    """{network: weights}, read tensor by tensor onto the mesh."""
     weights = {}
-    for role, declared in self.nets.specs().items():
-      stored = lambda path, p: p if path.startswith("statistics") else dataclasses.replace(p, dtype=self._dtype)
-      specs = P.map_with_path(stored, declared)
-      weights[role] = load_weights(self.folder, role, specs, sharding.param_shardings(specs, self.mesh, self.rules))
+    for network, declared in self.nets.specs().items():
+      specs = P.with_dtype(declared, self._dtype)
+      weights[network] = load_weights(self.folder, network, specs, sharding.param_shardings(specs, self.mesh, self.rules))
     return weights

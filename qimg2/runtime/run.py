@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 from data_pipelines.cache import check_use, check_weights, open_cache
@@ -27,15 +26,15 @@ from data_pipelines.mixture import DatasetSpec
 from data_pipelines.records import list_splits
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
-from qimg2 import params as P
 from qimg2.algorithms import Algorithm
-from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
+from qimg2.published.folder import open_folder
+from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record
-from qimg2.runtime.config.sources import DIFFUSERS, Source, check_source, parse_source
-from qimg2.runtime.methods import averages, frozen_roles, make_algorithm, trained_roles
+from qimg2.runtime.config.sources import DIFFUSERS, check_source
+from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.processes import barrier, in_turn, is_first
-from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights
+from qimg2.runtime.weights import StageWeights
 from qimg2.training.trainer import differences
 
 EMBEDDED = ("glyphs", "emoji")
@@ -44,7 +43,7 @@ FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_
              "num_steps", "data_dir", "mesh", "faults")
 
 
-class Run:
+class Run(StageWeights):
   """A config and a folder, and what both together give."""
 
   def __init__(self, cfg: Any, workdir: str | pathlib.Path, trained: bool = False):
@@ -69,7 +68,6 @@ class Run:
                        f"{cfg.encoder.vocab_size}: raise it.")
     encoder = dataclasses.replace(cfg.encoder, image_token_id=self.tokenizer.image_token_id)
     self.nets = networks.Networks(cfg.model, encoder, cfg.vae, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
-    self.specs = self.nets.specs()
     self._trained = trained
     for stage in () if trained else cfg.stages:
       self._check_caches(stage)
@@ -102,7 +100,8 @@ class Run:
       if cache:
         check_use(part.data_dir, part.name, stage.name, sizes, needs)
       if cache and weights:
-        check_weights(part.data_dir, part.name, stage.name, {role: networks.fingerprint(weights[role]) for role in cache.roles})
+        made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
+        check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
 
   def _tokenizer_path(self) -> pathlib.Path:
     if self.cfg.tokenizer.startswith(DIFFUSERS):
@@ -159,18 +158,6 @@ class Run:
     """The stage's algorithm."""
     return make_algorithm(stage.algorithm.name, stage.algorithm.settings, self.schedule)
 
-  def trained_roles(self, stage: StageConfig) -> tuple[str, ...]:
-    """The roles that the stage updates."""
-    return trained_roles(self.algorithm(stage))
-
-  def frozen_roles(self, stage: StageConfig) -> tuple[str, ...]:
-    """The roles that the stage reads and never updates."""
-    return frozen_roles(self.algorithm(stage))
-
-  def averages(self, stage: StageConfig) -> dict[str, str]:
-    """Name -> role of the averaged weights that the stage keeps."""
-    return averages(self.algorithm(stage))
-
   def sampler_settings(self) -> dict[str, Any]:
     """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`, as the config says."""
     sampling = self.cfg.sampling
@@ -179,104 +166,6 @@ class Run:
   def key(self, name: str) -> jax.Array:
     """The PRNG key of a stage or of a role's initialisation: the run's seed and the name alone decide it."""
     return jax.random.key(fold_name(self.cfg.seed, name))
-
-  # Weights.
-
-  def abstract(self, role: str) -> dict:
-    """Shapes and shardings of a role's weights."""
-    return P.abstract(self.specs[role], sharding.param_shardings(self.specs[role], self.mesh, self.rules))
-
-  def random_weights(self, role: str) -> dict:
-    """A role's weights drawn from the run's seed."""
-    shardings = sharding.param_shardings(self.specs[role], self.mesh, self.rules)
-    return jax.jit(lambda key: P.init(self.specs[role], key), out_shardings=shardings)(self.key(role))
-
-  def trained_weights(self, source: str, role: str, copy: str = "") -> dict:
-    """A role's weights from the newest checkpoint of `source`, a stage of this run or the folder of a stage elsewhere; from a folder of
-    weights alone, such as another run's frozen/<role>; or from "diffusers:DIR", a folder in the published layout.
-
-    Args:
-      source: name, folder, or "diffusers:DIR".
-      role: which weights.
-      copy: name of a slow copy to read in place of the weights themselves.
-
-    Raises:
-      ValueError: `source` is neither a stage nor a folder, or holds no such weights.
-    """
-    if source.startswith(DIFFUSERS):
-      return self._published_weights(source.removeprefix(DIFFUSERS), role)
-    folder = self.workdir / source if source in self.stages else pathlib.Path(source)
-    if (folder / "_METADATA").is_file() and not copy:
-      return restore_weights(folder, self.abstract(role))
-    if not (folder / "checkpoints").is_dir():
-      known = ", ".join(self.stages)
-      raise ValueError(f"There is no checkpoint of {source!r} at {folder}: train it first, or name one of the stages {known} or a stage's folder.")
-    checkpoints = Checkpoints(folder / "checkpoints")
-    weights = checkpoints.restore_item(f"slow.{copy}" if copy else f"params.{role}", self.abstract(role))
-    checkpoints.close()
-    return weights
-
-  def _published_weights(self, folder: str, role: str) -> dict:
-    published = open_folder(folder)
-    configs = {"model": self.nets.model, "encoder": self.nets.encoder, "vae": self.nets.vae}
-    check_configs(published, *(config if name == role else None for name, config in configs.items()))
-    if role == "model":
-      check_sampling(published, self.schedule, self.cfg.sampling.sigmas)
-    return load_weights(published, role, self.specs[role], sharding.param_shardings(self.specs[role], self.mesh, self.rules))
-
-  def frozen_weights(self, stage: StageConfig) -> dict[str, dict]:
-    """The weights of the stage's frozen roles.
-
-    A role without a source of its own comes from the published folder that the stage, or the stages before it, started from. Without such a
-    folder its weights are drawn from the seed, saved with the run, and read from there ever after.
-
-    Raises:
-      ValueError: weights that are not there, or a latent cache in the stage's mixture that other weights made.
-    """
-    weights = {}
-    for role in self.frozen_roles(stage):
-      source = parse_source(stage.frozen[role])
-      source = self._published_root(stage) if source.kind == "default" else source
-      weights[role] = self._saved_random_weights(role) if source.kind == "scratch" else self._weights_of(source, role)
-    if not self._trained:
-      self._check_caches(stage, weights)
-    return weights
-
-  def _weights_of(self, source: Source, role: str, average: str = "") -> dict:
-    return self.trained_weights(DIFFUSERS * (source.kind == "diffusers") + source.name, role, average or source.average)
-
-  def _published_root(self, stage: StageConfig) -> Source:
-    """The diffusers folder at which the chain of `start_from` ends, or "scratch"."""
-    source = parse_source(stage.start_from)
-    while source.kind == "stage" and source.name in self.stages:
-      source = parse_source(self.stages[source.name].start_from)
-    return source if source.kind == "diffusers" else Source("scratch")
-
-  def _saved_random_weights(self, role: str) -> dict:
-    folder = self.workdir / "frozen" / role
-    if sharding.from_first(np.int32(not folder.is_dir())):  # all have looked before the first one writes
-      save_weights(folder, self.random_weights(role))
-    return restore_weights(folder, self.abstract(role))
-
-  def start_weights(self, stage: StageConfig) -> tuple[dict[str, dict], dict[str, dict]]:
-    """(weights of each trained role, slow copies) that a stage starts from: those of `start_from`, or random ones. Slow copies
-    that the source does not hold start as copies of the weights."""
-    source, roles = parse_source(stage.start_from), self.trained_roles(stage)
-    if source.kind == "scratch":
-      return {role: self.random_weights(role) for role in roles}, {}
-    params = {role: self._weights_of(source, role) for role in roles}
-    held = () if source.average or source.kind == "diffusers" else self._slow_copies(source.name)
-    return params, {name: self._weights_of(source, role, name) for name, role in self.averages(stage).items() if name in held}
-
-  def _slow_copies(self, source: str) -> list[str]:
-    """Names of the slow copies in the newest checkpoint of `source`; none if it has no checkpoints."""
-    folder = (self.workdir / source if source in self.stages else pathlib.Path(source)) / "checkpoints"
-    if not folder.is_dir():
-      return []
-    checkpoints = Checkpoints(folder)
-    items = checkpoints.items(checkpoints.latest_step())
-    checkpoints.close()
-    return [name.removeprefix("slow.") for name in items if name.startswith("slow.")]
 
 
 def default_tokenizer(cfg: RunConfig) -> pathlib.Path:

@@ -112,23 +112,20 @@ def _load_noise(path: str, num: int) -> np.ndarray | None:
   return noise if noise.ndim == 4 else np.stack([noise] * num)
 
 
-def sampling_weights(run: Run, stage_name: str = "", copy: str = "ema") -> tuple[str, dict]:
-  """(stage name, weights of all roles) to sample from: the named stage, or the last one that has a checkpoint and trains the generator.
+def sampling_weights(run: Run, stage_name: str = "", average: str | None = None) -> tuple[str, dict]:
+  """(stage name, {network: weights}) to sample from: the named stage, or the last one that has a checkpoint and trains the generator.
+
+  Args: run; stage, "" for the last; averaged weights to take, "" for the weights themselves, None for what the method deploys.
 
   Raises:
-    ValueError: no such stage.
+    ValueError: no such stage, or no such average.
   """
   stages = [s for s in run.cfg.stages if s.kind == "generator"]
   trained = [s.name for s in stages if (run.workdir / s.name / "checkpoints").is_dir()]
   name = stage_name or (trained[-1] if trained else "")
   if name not in trained:
     raise ValueError(f"Stage {name or '(any)'!r} of {run.workdir} has no generator to sample from; trained are: {', '.join(trained) or 'none'}.")
-  stage = run.stages[name]
-  track = run.averages(stage)
-  if copy not in ("", "ema", *track):
-    raise ValueError(f"Stage {name} keeps no slow copy {copy!r}: choose one of {', '.join(track) or 'none'}, or \"\" for the weights themselves.")
-  copy = copy if copy in track else ""
-  return name, {**run.frozen_weights(stage), "model": run.trained_weights(name, "model", copy)}
+  return name, run.deployed_weights(name, average)
 
 
 def run_defaults(run: Run, stage_name: str) -> dict:

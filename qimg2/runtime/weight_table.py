@@ -14,6 +14,7 @@ from qimg2 import params as P
 from qimg2.runtime.config import MeshConfig, parse
 
 TEMPORAL = "/time/"
+SECTIONS = {"model": "mmdit", "encoder": "qwen3_vl", "vae": "vae"}  # section of the config -> network
 
 
 def describe(cfg: Any, num_devices: int = 0) -> dict:
@@ -29,8 +30,9 @@ def describe(cfg: Any, num_devices: int = 0) -> dict:
   cfg = parse(cfg)
   mesh = abstract_mesh(cfg.mesh, num_devices)
   rules = sharding.find_rules(cfg.rules, mesh)
-  trees = networks.Networks(cfg.model, cfg.encoder, cfg.vae, num_system_tokens=0).specs()
-  rows = [weight_row(f"{role}/{path}", p, mesh, rules) for role, specs in trees.items() for path, p in P.flatten(specs).items()]
+  specs = networks.Networks(cfg.model, cfg.encoder, cfg.vae, num_system_tokens=0).specs()
+  trees = {section: specs[network] for section, network in SECTIONS.items()}
+  rows = [weight_row(f"{section}/{path}", p, mesh, rules) for section, specs in trees.items() for path, p in P.flatten(specs).items()]
   return {"mesh": dict(mesh.shape), "weights": rows, "totals": totals(trees)}
 
 
@@ -62,7 +64,7 @@ def weight_row(path: str, p: P.Param, mesh: AbstractMesh, rules: sharding.Rules)
 
 def totals(trees: dict[str, dict]) -> dict[str, int]:
   """Number of weights per model, per part of the VAE, and of the VAE's temporal weights, which images never use."""
-  counts = {role: P.count(specs) for role, specs in trees.items()}
+  counts = {section: P.count(specs) for section, specs in trees.items()}
   counts |= {f"vae/{part}": P.count(specs) for part, specs in trees["vae"].items()}
   counts["vae/temporal"] = sum(p.size for path, p in P.flatten(trees["vae"]).items() if TEMPORAL in path)
   return counts

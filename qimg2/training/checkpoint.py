@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: one folder per step, one item per thing that may be wanted alone.
 
   <stage>/checkpoints/<step>/params.<role>   weights of a trained role
-                             slow.<name>     a slow copy
-                             optimizer       optimizer states, step, key
+                             average.<name>  averaged weights
+                             optimizer       optimizer states, step, key, paces of the averages
                              meta            JSON: the loader's position, the stage's description, what the loop remembers
                              manifest.json   the checksum of every file, see qimg2.training.manifest
 
@@ -12,6 +12,7 @@ compared with its manifest: a damaged one is named in the log and the one before
 """
 
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from qimg2.training import manifest
 from qimg2.training.state import TrainState
 
 _ALL_WRITTEN = "async_write_complete"  # Orbax's barrier between the writing of all processes and what the first one does with it
+_RENAMED = re.compile(r"^slow\.")  # items of older checkpoints
 ACCEPT = "qimg2.training.manifest.seal(FOLDER) accepts it as it is"
 
 
@@ -93,15 +95,15 @@ class Checkpoints:
     restored = self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
     train = restored["optimizer"]
     params = {role: restored[f"params.{role}"] for role in abstract.params}
-    slow = {name: restored[f"slow.{name}"] for name in abstract.slow}
-    return TrainState(train["step"], params, train["opt"], slow, jax.random.wrap_key_data(train["key"])), restored["meta"]
+    averages = {name: restored[f"average.{name}"] for name in abstract.averages}
+    return TrainState(train["step"], params, train["opt"], averages, train["paces"], jax.random.wrap_key_data(train["key"])), restored["meta"]
 
   def items(self, step: int) -> list[str]:
-    """Names of the weights and slow copies in the checkpoint of a step, such as "params.model"."""
-    return sorted(path.name for path in (self.folder / str(step)).iterdir() if path.is_dir() and "." in path.name)
+    """Names of the weights and averages in the checkpoint of a step, such as "params.model"."""
+    return sorted(_RENAMED.sub("average.", path.name) for path in (self.folder / str(step)).iterdir() if path.is_dir() and "." in path.name)
 
   def restore_item(self, name: str, abstract: Any, step: int | None = None) -> Any:
-    """One item, such as "params.model" or "slow.ema", of a step (default: the newest whole one).
+    """One item, such as "params.model" or "average.ema", of a step (default: the newest whole one).
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -112,6 +114,8 @@ class Checkpoints:
       raise FileNotFoundError(f"There is no checkpoint in {self.folder}: train that stage first.")
     if name not in self.items(step):
       raise ValueError(f"The checkpoint {self.folder / str(step)} holds no {name!r}: it has {', '.join(self.items(step))}.")
+    if not (self.folder / str(step) / name).is_dir():
+      name = name.replace("average.", "slow.")  # as written by older versions
     return self._read(step, ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
 
   def wait(self) -> None:
@@ -193,8 +197,8 @@ def _items(state: TrainState) -> dict[str, Any]:
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.step.sharding)
   return {
       **{f"params.{role}": tree for role, tree in state.params.items()},
-      **{f"slow.{name}": tree for name, tree in state.slow.items()},
-      "optimizer": {"opt": state.opt, "step": state.step, "key": key},
+      **{f"average.{name}": tree for name, tree in state.averages.items()},
+      "optimizer": {"opt": state.opt, "step": state.step, "key": key, "paces": state.paces},
   }
 
 

@@ -1,11 +1,10 @@
-"""What a run does when something goes wrong: a machine that is taken away, gradients that are no numbers, a loss that jumps.
+"""What a run does when something goes wrong: a machine that is taken away, losses and gradients that are not finite, a loss that jumps.
 
 Nothing here reads a step's results before the loop says that the step is done, so nothing here makes the device wait.
 """
 
 import collections
 import dataclasses
-import math
 import os
 import signal
 import statistics
@@ -30,10 +29,10 @@ class Preempted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a stage bears.
+  """Fault-tolerance settings of a stage.
 
   Attributes:
-    max_skipped: updates in a row that may be skipped because a gradient or a loss was no number; one more ends the run.
+    max_skipped: updates in a row that may be skipped because the loss or a gradient was not finite; one more ends the run.
     spike_factor: a loss above this many times the median of the last 100 is logged with its samples; 0 for never.
     on_save_error: "stop" when a checkpoint cannot be written, or "continue" with a warning. The last one of a stage must be written, and with
       several processes every failure stops.
@@ -145,8 +144,6 @@ class Watch:
       return
     self._row.clear()
     for name, loss in losses.items():
-      if not math.isfinite(loss):
-        continue  # of a role that this step did not update
       earlier = self._losses.setdefault(name, collections.deque(maxlen=WINDOW))
       median = statistics.median(earlier) if len(earlier) >= MIN_LOSSES else 0.0
       if self._settings.spike_factor and loss > self._settings.spike_factor * median > 0:
@@ -159,12 +156,12 @@ class Watch:
     self.skipped += 1
     self._row.append((step, ids))
     said = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    logging.warning("Stage %s, step %d: the update is skipped because a gradient is no number: %s (%s).", self._name, step, said, _show(ids))
+    logging.warning("Stage %s, step %d: the update is skipped because the loss or a gradient is not finite: %s (%s).", self._name, step, said, _show(ids))
     self._record(step, {"fault": "skipped", **{name: str(value) for name, value in values.items()}, "sample_ids": ids})
     if len(self._row) > self._settings.max_skipped:
       batches = "; ".join(f"step {step}: {_show(ids)}" for step, ids in self._row)
-      raise FloatingPointError(f"Stage {self._name} skipped {len(self._row)} updates in a row, steps {self._row[0][0]} to {step}, because gradients "
-                               f"were no numbers ({batches}): lower the learning rate, look at these samples, or raise faults.max_skipped; the last "
+      raise FloatingPointError(f"Stage {self._name} skipped {len(self._row)} updates in a row, steps {self._row[0][0]} to {step}, because losses or "
+                               f"gradients were not finite ({batches}): lower the learning rate, look at these samples, or raise faults.max_skipped; the last "
                                "checkpoint is kept.")
 
 

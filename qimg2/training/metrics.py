@@ -8,6 +8,7 @@ from an earlier step. TensorBoard gets metrics and timing.
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import time
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tensorboardX
 
-NEXT_TO_STEPS = ("start", "compile", "data", "save", "evaluation")  # what time goes to beside steps
+NEXT_TO_STEPS = ("start", "compile", "data", "rollout", "save", "evaluation")  # what time goes to beside steps
 
 
 class MetricsWriter:
@@ -41,7 +42,7 @@ class MetricsWriter:
     self._events = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Adds a row to metrics.jsonl and to TensorBoard."""
+    """Adds a row to metrics.jsonl, where what is not finite is null, and to TensorBoard."""
     self._row("_metrics", step, scalars)
 
   def write_timing(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -78,7 +79,9 @@ class MetricsWriter:
     if not self._active:
       return
     values = {name: float(value) for name, value in scalars.items()}
-    getattr(self, file).write(json.dumps({"step": step, **values}) + "\n")
+    # JSON knows no NaN and no infinity.
+    row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    getattr(self, file).write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
     getattr(self, file).flush()
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
@@ -158,7 +161,7 @@ def goodput(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
   if not rows:
     return {}
   names = ("wall_s", "step_s", *(f"{kind}_s" for kind in NEXT_TO_STEPS))
-  total = {name: sum(row[name] for row in rows) for name in names}
+  total = {name: sum(row.get(name, 0.0) for row in rows) for name in names}
   lost, starts, done, at = 0.0, 0, [], 0  # done: (from step, to step, seconds)
   for row in rows:
     if row["start_s"]:

@@ -1,8 +1,19 @@
-"""Optimizers: AdamW on float32 weights with moments in float32, the first in bfloat16 if wanted; clipped by the global norm, under a schedule."""
+"""Optimizers: AdamW on float32 weights with moments in float32, the first in bfloat16 if wanted; clipped by the global norm, under a schedule.
+
+What sets the learning rate lies in the optimizer's state, not in the program: runs and stages that differ in rates alone share one compiled
+step. The rate of the n-th update, n from 0, with a peak p, W steps of warm-up, R = max(1, N - W) steps after it and a final share f:
+
+  n < W       p (n + 1) / W                                               the first update already moves
+  constant    p
+  linear      p + (p f - p) min(n - W, R) / R
+  cosine      p ((1 - f) (1 + cos(pi min(n - W, R) / R)) / 2 + f)
+"""
 
 import dataclasses
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
 
 from qimg2 import params as P
@@ -12,16 +23,16 @@ SCHEDULES = ("constant", "cosine", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Settings of one stage's optimizer.
+  """Settings of one optimizer.
 
   Attributes:
     learning_rate: peak rate.
-    warmup_steps: steps of linear rise from 0.
-    schedule: "constant" after warm-up, or "cosine" or "linear" down to `final_ratio` of the peak at the stage's last step.
+    warmup_steps: updates of linear rise from 0.
+    schedule: "constant" after warm-up, or "cosine" or "linear" down to `final_ratio` of the peak at the last update.
     b1, b2, eps, weight_decay: AdamW (arXiv 1711.05101); weight decay is decoupled and leaves vectors (norm weights, biases) alone.
     mu_dtype: type in which the first moment is kept, "float32" or "bfloat16"; the second stays in float32.
     clip_norm: largest global norm of the gradient.
-    accumulate: micro-batches per step; each row of a batch belongs to one of them.
+    accumulate: micro-batches per step; each row of a batch belongs to one of them. One number for all updates of a stage.
 
   Raises:
     ValueError: an unknown schedule or type, or a number out of its range.
@@ -43,30 +54,74 @@ class Config:
       raise ValueError(f"optimizer.schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}.")
     if self.mu_dtype not in ("float32", "bfloat16"):
       raise ValueError(f"optimizer.mu_dtype is {self.mu_dtype!r}: choose 'float32' or 'bfloat16'.")
-    if self.learning_rate <= 0 or self.clip_norm <= 0 or self.accumulate < 1:
-      raise ValueError("optimizer.learning_rate and clip_norm must be above 0 and accumulate at least 1.")
+    if self.learning_rate <= 0 or self.clip_norm <= 0 or self.accumulate < 1 or self.warmup_steps < 0:
+      raise ValueError("optimizer.learning_rate and clip_norm must be above 0, accumulate at least 1 and warmup_steps not negative.")
 
 
-def learning_rate(cfg: Config, num_steps: int) -> optax.Schedule:
-  """The rate as a function of the step, for a stage of `num_steps`."""
-  rest = max(1, num_steps - cfg.warmup_steps)
-  final = cfg.final_ratio * cfg.learning_rate
-  after = {
-      "constant": lambda: optax.constant_schedule(cfg.learning_rate),
-      "cosine": lambda: optax.cosine_decay_schedule(cfg.learning_rate, rest, cfg.final_ratio),
-      "linear": lambda: optax.linear_schedule(cfg.learning_rate, final, rest),
-  }[cfg.schedule]()
-  if not cfg.warmup_steps:
-    return after
-  # The first step already moves: rate (step + 1) / warmup_steps.
-  warmup = optax.linear_schedule(cfg.learning_rate / cfg.warmup_steps, cfg.learning_rate, cfg.warmup_steps - 1 or 1)
-  return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+@flax.struct.dataclass
+class Rate:
+  """A schedule as numbers: `peak`, `warmup` and `rest` (W and R above), `final_ratio`, all float32, and `schedule`, its place in SCHEDULES, int32."""
+  peak: jax.Array
+  warmup: jax.Array
+  rest: jax.Array
+  final_ratio: jax.Array
+  schedule: jax.Array
 
 
-def make_optimizer(cfg: Config, num_steps: int, specs: dict) -> optax.GradientTransformation:
-  """The optimizer of one role with weights `specs`, for a stage of `num_steps`."""
+@flax.struct.dataclass
+class OptState:
+  """State of one optimizer: `count`, the updates that it made, int32; its rate; the clipping and AdamW's own."""
+  count: jax.Array
+  rate: Rate
+  adam: optax.OptState
+
+
+def make_rate(cfg: Config, num_updates: int) -> Rate:
+  """The schedule of a stage in which the optimizer makes `num_updates`."""
+  numbers = (cfg.learning_rate, cfg.warmup_steps, max(1, num_updates - cfg.warmup_steps), cfg.final_ratio)
+  return Rate(*(jnp.asarray(number, jnp.float32) for number in numbers), jnp.asarray(SCHEDULES.index(cfg.schedule), jnp.int32))
+
+
+def learning_rate(rate: Rate, count: jax.Array) -> jax.Array:
+  """The rate of the update after `count` others, a float32 scalar."""
+  n = jnp.asarray(count, jnp.float32)
+  done = jnp.clip(n - rate.warmup, 0, rate.rest) / rate.rest
+  cosine = (1 - rate.final_ratio) * (0.5 * (1 + jnp.cos(jnp.pi * done))) + rate.final_ratio
+  linear = 1 + (rate.final_ratio - 1) * done
+  shape = jnp.select([rate.schedule == SCHEDULES.index("cosine"), rate.schedule == SCHEDULES.index("linear")], [cosine, linear], 1.0)
+  return rate.peak * jnp.where(n < rate.warmup, (n + 1) / jnp.maximum(rate.warmup, 1), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """The optimizer of one update: pure functions of its state.
+
+  Attributes:
+    cfg, num_updates: settings, and how many updates the stage asks of it.
+    direction: clipping and AdamW without the rate.
+  """
+  cfg: Config
+  num_updates: int
+  direction: optax.GradientTransformation
+
+  def init(self, weights: dict) -> OptState:
+    """The state before the first update of `weights`, {role: tree}."""
+    return OptState(jnp.zeros((), jnp.int32), make_rate(self.cfg, self.num_updates), self.direction.init(weights))
+
+  def update(self, grads: dict, state: OptState, weights: dict) -> tuple[dict, OptState, jax.Array]:
+    """(what to add to the weights, the new state, the rate) for the gradients of `weights`."""
+    rate = learning_rate(state.rate, state.count)
+    steps, adam = self.direction.update(grads, state.adam, weights)
+    return jax.tree.map(lambda x: -rate * x, steps), OptState(state.count + 1, state.rate, adam), rate
+
+  def as_configured(self, state: OptState) -> OptState:
+    """`state` with the rate of this optimizer's settings, whatever a checkpoint held."""
+    return state.replace(rate=jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), make_rate(self.cfg, self.num_updates), state.rate))
+
+
+def make_optimizer(cfg: Config, num_updates: int, specs: dict) -> Optimizer:
+  """The optimizer of weights declared by `specs`, {role: specs}, for a stage in which it makes `num_updates`."""
   decayed = jax.tree.map(lambda p: sum(axis != "layer" for axis in p.axes) > 1, specs, is_leaf=P.is_param)
-  return optax.chain(
-      optax.clip_by_global_norm(cfg.clip_norm),
-      optax.adamw(learning_rate(cfg, num_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed,
-                  mu_dtype=cfg.mu_dtype))
+  return Optimizer(cfg, num_updates, optax.chain(
+      optax.clip_by_global_norm(cfg.clip_norm), optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype),
+      optax.add_decayed_weights(cfg.weight_decay, decayed)))

@@ -1,5 +1,6 @@
-"""The train state, and the one train step that all algorithms share."""
+"""The train state, and the one train step that all methods share."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +10,19 @@ import jax.numpy as jnp
 import optax
 
 from qimg2 import params as P
-from qimg2.algorithms import Algorithm
+from qimg2.algorithms import Algorithm, Average, Update
 from qimg2.sharding import Rules, param_shardings, replicated
 from qimg2.training import optim
 
-Optimizers = Mapping[str, optax.GradientTransformation]
+Optimizers = Mapping[str, optim.Optimizer]
+RESTORED = 2**30  # `num_updates` of an average that a stage took over from an earlier one: (1 + n)/(10 + n) is 1 in float32, no ramp
+
+
+@flax.struct.dataclass
+class Pace:
+  """How an average moves: `num_updates` that it made, int32, and its `decay`, float32, which is no constant of the program."""
+  num_updates: jax.Array
+  decay: jax.Array
 
 
 @flax.struct.dataclass
@@ -23,110 +32,188 @@ class TrainState:
   Attributes:
     step: int32, number of steps done, with those whose update was skipped.
     params: trained role -> weights.
-    opt: trained role -> optimizer state.
-    slow: name -> slow copy of a role's weights.
-    key: the stage's PRNG key; step k uses fold_in(key, k).
+    opt: name of an update -> `optim.OptState`.
+    averages: name -> averaged weights of a role.
+    paces: name of an average -> `Pace`.
+    key: the stage's PRNG key; step k, counted from 0, uses fold_in(key, k).
   """
   step: jax.Array
   params: dict[str, Any]
   opt: dict[str, Any]
-  slow: dict[str, Any]
+  averages: dict[str, Any]
+  paces: dict[str, Pace]
   key: jax.Array
 
 
-def make_optimizers(algorithm: Algorithm, specs: dict[str, dict], cfg: optim.Config, num_steps: int) -> Optimizers:
-  """One optimizer per trained role."""
-  return {role: optim.make_optimizer(cfg, num_steps, specs[role]) for role in algorithm.losses}
+def make_optimizers(algorithm: Algorithm, specs: dict[str, dict], cfg: optim.Config, num_steps: int,
+                    own: Mapping[str, optim.Config] | None = None) -> dict[str, optim.Optimizer]:
+  """One optimizer per update of a stage of `num_steps`: with the settings that `own` has under the update's name, else the update's own, else `cfg`.
+
+  Raises:
+    ValueError: `own` names an update that the algorithm does not have.
+  """
+  own = own or {}
+  names = [update.name for update in algorithm.updates]
+  if odd := sorted(set(own) - set(names)):
+    raise ValueError(f"optimizers names the update {odd[0]!r}, which the algorithm does not have: it has {', '.join(names)}.")
+  each = algorithm.rollout.num_minibatches if algorithm.rollout else 1
+  return {update.name: optim.make_optimizer(own.get(update.name, update.optimizer or cfg), num_steps // update.every * each,
+                                            {role: specs[role] for role in update.roles}) for update in algorithm.updates}
 
 
-def init_state(algorithm: Algorithm, optimizers: Optimizers, params: dict[str, Any], slow: dict[str, Any], key: jax.Array) -> TrainState:
-  """The state before the first step. Slow copies that `slow` does not bring start as copies of their role."""
-  slow = {name: slow.get(name, params[role]) for name, (role, _) in algorithm.track.items()}
-  opt = {role: optimizer.init(params[role]) for role, optimizer in optimizers.items()}
-  return TrainState(jnp.zeros((), jnp.int32), params, opt, jax.tree.map(jnp.copy, slow), key)
+def init_state(algorithm: Algorithm, optimizers: Optimizers, params: dict[str, Any], averages: dict[str, Any], key: jax.Array) -> TrainState:
+  """The state before the first step. Averages that `averages` brings, restored from an earlier stage, go on without a ramp; the others start as
+  copies of their role."""
+  opt = {update.name: optimizers[update.name].init({role: params[role] for role in update.roles}) for update in algorithm.updates}
+  paces = {name: make_pace(average, name in averages) for name, average in algorithm.averages.items()}
+  averages = {name: averages.get(name, params[average.role]) for name, average in algorithm.averages.items()}
+  return TrainState(jnp.zeros((), jnp.int32), params, opt, jax.tree.map(jnp.copy, averages), paces, key)
+
+
+def make_pace(average: Average, restored: bool) -> Pace:
+  """The pace of an average at the start of a stage."""
+  over = restored or not average.ramp
+  decay = 0.0 if callable(average.decay) else average.decay
+  return Pace(jnp.asarray(RESTORED if over else 0, jnp.int32), jnp.asarray(decay, jnp.float32))
+
+
+def as_configured(state: TrainState, algorithm: Algorithm, optimizers: Optimizers) -> TrainState:
+  """A restored state with the rates and decays of the config that goes on with it."""
+  same = lambda new, old: jax.device_put(new, old.sharding)
+  paces = {name: pace.replace(decay=same(make_pace(algorithm.averages[name], False).decay, pace.decay)) for name, pace in state.paces.items()}
+  return state.replace(opt={name: optimizers[name].as_configured(opt) for name, opt in state.opt.items()}, paces=paces)
 
 
 def abstract_state(algorithm: Algorithm, optimizers: Optimizers, specs: dict[str, dict], mesh: jax.sharding.Mesh, rules: Rules) -> TrainState:
-  """The state's shapes and shardings; optimizer moments lie as their weights do, everything else is replicated."""
+  """The state's shapes and shardings; optimizer moments and averages are sharded as their weights are, everything else is replicated."""
   everywhere = replicated(mesh)
-  shardings = {role: param_shardings(specs[role], mesh, rules) for role in optimizers}
-  params = {role: P.abstract(specs[role], shardings[role]) for role in optimizers}
+  shardings = {role: param_shardings(specs[role], mesh, rules) for role in algorithm.trained}
+  params = {role: P.abstract(specs[role], shardings[role]) for role in algorithm.trained}
   shapes = jax.eval_shape(lambda p: init_state(algorithm, optimizers, p, {}, jax.random.key(0)), params)
   place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-  opt = {role: optax.tree_utils.tree_map_params(optimizer, place, shapes.opt[role], shardings[role],
-                                                transform_non_params=lambda leaf: place(leaf, everywhere))
-         for role, optimizer in optimizers.items()}
-  slow = {name: params[role] for name, (role, _) in algorithm.track.items()}
-  return TrainState(place(shapes.step, everywhere), params, opt, slow, place(shapes.key, everywhere))
+  whole = lambda tree: jax.tree.map(lambda leaf: place(leaf, everywhere), tree)
+
+  def place_opt(update: Update) -> optim.OptState:
+    state, own = shapes.opt[update.name], {role: shardings[role] for role in update.roles}
+    adam = optax.tree_utils.tree_map_params(optimizers[update.name].direction, place, state.adam, own,
+                                            transform_non_params=lambda leaf: place(leaf, everywhere))
+    return optim.OptState(whole(state.count), whole(state.rate), adam)
+
+  opt = {update.name: place_opt(update) for update in algorithm.updates}
+  averages = {name: params[average.role] for name, average in algorithm.averages.items()}
+  return TrainState(whole(shapes.step), params, opt, averages, whole(shapes.paces), whole(shapes.key))
 
 
 def make_step(algorithm: Algorithm, optimizers: Optimizers, nets: Any, accumulate: int = 1):
   """`step(state, frozen, batch) -> (state, metrics)`, a pure function to be compiled; metrics are float32 scalars.
 
-  A role whose loss or whose gradient's global norm is no finite number keeps its weights, optimizer state and slow copies to the bit; the step
-  counts all the same. The metric "skipped" says how many roles that were.
+  With a rollout, `batch` is what its `minibatches` gave, [K, B', ...], and every due update runs once in each of the K. An update whose loss or
+  whose gradient's global norm is not finite keeps its weights, optimizer state and averages to the bit; the step counts all the same. The metric
+  "skipped" says how many updates that were. Metrics of an update that is not due are NaN; `due_metrics` leaves them out.
   """
   def step(state: TrainState, frozen: dict[str, Any], batch: dict):
     key = jax.random.fold_in(state.key, state.step)
-    if algorithm.experience is not None:
-      key, key_experience = jax.random.split(key)
-      batch = algorithm.experience({**frozen, **state.params, **state.slow}, nets, batch, key_experience)
-    params, opt, metrics, good = dict(state.params), dict(state.opt), {}, {}
-    for number, (role, optimizer) in enumerate(sorted(optimizers.items())):
-      gradient = _gradient(algorithm, nets, role, frozen, params, batch, jax.random.fold_in(key, number), accumulate)
-      update = lambda: _update(optimizer, params[role], opt[role], gradient)
-      every = algorithm.every.get(role, 1)
-      if every == 1:
-        params[role], opt[role], role_metrics, good[role] = update()
-      else:
-        skip = lambda: (params[role], opt[role], {name: jnp.full((), jnp.nan) for name in jax.eval_shape(update)[2]},
-                        jnp.bool_(True))
-        params[role], opt[role], role_metrics, good[role] = jax.lax.cond(state.step % every == 0, update, skip)
-      prefix = "" if len(optimizers) == 1 else f"{role}/"
-      metrics |= {prefix + name: value for name, value in role_metrics.items()}
-    slow = {name: _choose(good[role], _track(state.slow[name], params[role], decay, state.step), state.slow[name])
-            for name, (role, decay) in algorithm.track.items()}
-    metrics["skipped"] = sum(1.0 - one.astype(jnp.float32) for one in good.values())
-    return TrainState(state.step + 1, params, opt, slow, state.key), metrics
+    run = _updates(algorithm, optimizers, nets, {**frozen, **state.averages}, state.step + 1, accumulate)
+    carry = (state.params, state.opt, {role: jnp.bool_(False) for role in algorithm.trained})
+    if algorithm.rollout is None:
+      (params, opt, moved), metrics = run(carry, (batch, key))
+    else:
+      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(jax.tree.leaves(batch)[0].shape[0]))
+      (params, opt, moved), each = jax.lax.scan(run, carry, (batch, keys))
+      metrics = {name: jnp.sum(x) if name == "skipped" else jnp.mean(x) for name, x in each.items()}
+    averages, paces = _average(algorithm, state, params, moved)
+    return TrainState(state.step + 1, params, opt, averages, paces, state.key), metrics
   return step
 
 
-def _gradient(algorithm: Algorithm, nets: Any, role: str, frozen: dict, params: dict, batch: dict, key: jax.Array, accumulate: int):
-  """A function of no arguments that gives (metrics, gradient) of one role, averaged over the micro-batches."""
-  def objective(weights, micro, micro_key):
-    value, metrics = algorithm.losses[role]({**frozen, **params, role: weights}, nets, micro, micro_key)
-    return value, {"loss": value, **metrics}
+def _updates(algorithm: Algorithm, optimizers: Optimizers, nets: Any, fixed: dict, step: jax.Array, accumulate: int):
+  """`run((params, optimizer states, role -> whether it moved), (batch, key)) -> (the same after all updates due in `step`, metrics)`."""
+  def run(carry, part):
+    (params, opt, moved), (batch, key) = map(dict, carry), part
+    metrics, skipped = {}, jnp.zeros(())
+    for number, update in enumerate(algorithm.updates):
+      old, own_opt = {role: params[role] for role in update.roles}, opt[update.name]
+      act = functools.partial(_update, update, optimizers[update.name], nets, {**fixed, **params}, old, own_opt, batch,
+                              jax.random.fold_in(key, number), accumulate)
+      due = jnp.bool_(True) if update.every == 1 else step % update.every == 0
+      if update.every == 1:
+        new, opt[update.name], own, good = act()
+      else:
+        nothing = {name: jnp.full((), jnp.nan) for name in jax.eval_shape(act)[2]}
+        new, opt[update.name], own, good = jax.lax.cond(due, act, lambda old=old, opt=own_opt, nothing=nothing: (old, opt, nothing, jnp.bool_(True)))
+      params |= new
+      moved |= {role: moved[role] | (good & due) for role in update.roles}
+      prefix = "" if len(algorithm.updates) == 1 else f"{update.name}/"
+      metrics |= {prefix + name: value for name, value in own.items()}
+      skipped += 1.0 - good.astype(jnp.float32)
+    return (params, opt, moved), {**metrics, "skipped": skipped}
+  return run
 
-  def one(micro, micro_key):
-    (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(params[role], micro, micro_key)
+
+def due_metrics(algorithm: Algorithm, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+  """The metrics of the `step`-th step, counted from 1, without those of updates that it did not run."""
+  if len(algorithm.updates) == 1:
+    return dict(metrics) if list(algorithm.due(step)) else {"skipped": metrics["skipped"]}
+  idle = tuple(f"{update.name}/" for update in algorithm.updates if step % update.every)
+  return {name: value for name, value in metrics.items() if not name.startswith(idle)} if idle else dict(metrics)
+
+
+def _update(update: Update, optimizer: optim.Optimizer, nets: Any, params: dict, old: dict, opt: optim.OptState, batch: dict, key: jax.Array,
+            accumulate: int) -> tuple[dict, optim.OptState, dict, jax.Array]:
+  """({role: weights}, optimizer state, metrics, whether the update was made): the old ones where it was not."""
+  metrics, grads = _gradient(update.loss, nets, old, params, batch, key, accumulate)
+  norm = optax.tree.norm(grads)
+  good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+  steps, new_opt, rate = optimizer.update(grads, opt, old)
+  new = optax.apply_updates(old, steps)
+  metrics |= {"grad_norm": norm, "update_norm": optax.tree.norm(steps), "param_norm": optax.tree.norm(new), "learning_rate": rate}
+  return _choose(good, new, old), _choose(good, new_opt, opt), metrics, good
+
+
+def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key: jax.Array, accumulate: int) -> tuple[dict, dict]:
+  """(metrics, gradient) of the mean loss over the batch, in micro-batches."""
+  def one(micro, micro_key, total):
+    def objective(weights):
+      per_example, metrics = loss_fn(weights, params, nets, micro, micro_key)
+      mean = lambda x: x if jnp.ndim(x) == 0 else _mean(x, micro.get("weight"), total)
+      value = mean(per_example)
+      return value, {"loss": value, **jax.tree.map(mean, metrics)}
+    (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
     return metrics, gradient
 
-  def accumulated():
-    if accumulate == 1:
-      return one(batch, key)
-    # Row r goes to micro-batch r mod n, so that every micro-batch is spread over all devices.
-    micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    keys = jax.random.split(key, accumulate)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jax.tree.map(lambda x: x[0], micros), keys[0]))
-    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(*micro)), None), zero, (micros, keys))
-    return jax.tree.map(lambda x: x / accumulate, total)
-  return accumulated
+  if accumulate == 1:
+    return one(batch, key, jnp.sum(batch["weight"]) if "weight" in batch else None)
+  # Row r goes to micro-batch r mod n, so that every micro-batch is spread over all devices.
+  micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+  keys = jax.random.split(key, accumulate)
+  total = jnp.sum(batch["weight"]) / accumulate if "weight" in batch else None
+  first = lambda micro, micro_key: one(micro, micro_key, total)
+  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(first, jax.tree.map(lambda x: x[0], micros), keys[0]))
+  sums, _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, first(*micro)), None), zero, (micros, keys))
+  return jax.tree.map(lambda x: x / accumulate, sums)
 
 
-def _update(optimizer: optax.GradientTransformation, weights: Any, opt: Any, gradient) -> tuple[Any, Any, dict, jax.Array]:
-  """(weights, optimizer state, metrics, whether the update was made): the old ones where it was not."""
-  metrics, grads = gradient()
-  norm = optax.global_norm(grads)
-  good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-  updates, new_opt = optimizer.update(grads, opt, weights)
-  return _choose(good, optax.apply_updates(weights, updates), weights), _choose(good, new_opt, opt), {**metrics, "grad_norm": norm}, good
+def _mean(per_example: jax.Array, weight: jax.Array | None, total: jax.Array | None) -> jax.Array:
+  """The mean over examples, weighted by `weight` [B] of sum `total`; NaN where all weights are 0, so that the update is skipped."""
+  if weight is None:
+    return jnp.mean(per_example)
+  return jnp.sum(jnp.where(weight > 0, per_example, 0.0) * weight) / total
 
 
 def _choose(good: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
 
-def _track(slow: Any, weights: Any, decay: float, step: jax.Array) -> Any:
-  """slow + (1 - d)(weights - slow) with d = min(decay, (1 + step)/(10 + step)), so that early copies follow closely."""
-  d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-  return jax.tree.map(lambda s, w: s + (1 - d) * (w - s), slow, weights)
+def _average(algorithm: Algorithm, state: TrainState, params: dict, moved: dict[str, jax.Array]) -> tuple[dict, dict]:
+  """(averages, paces) after a step that gave `params` and moved the roles in `moved`."""
+  averages, paces = {}, {}
+  for name, average in algorithm.averages.items():
+    pace, old = state.paces[name], state.averages[name]
+    decay = average.decay(state.step) if callable(average.decay) else pace.decay
+    d = jnp.minimum(decay, (1.0 + pace.num_updates) / (10.0 + pace.num_updates))
+    follow = moved[average.role] if average.every == 1 else (state.step + 1) % average.every == 0
+    # A hard copy is a copy to the bit, which a + (w - a) need not be.
+    mixed = jax.tree.map(lambda a, w: jnp.where(d > 0, a + (1 - d) * (w - a), w), old, params[average.role])
+    averages[name] = _choose(follow, mixed, old)
+    paces[name] = pace.replace(num_updates=pace.num_updates + jnp.where(follow & (pace.num_updates < RESTORED), 1, 0))
+  return averages, paces

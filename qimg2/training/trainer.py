@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 from absl import logging
 from tqdm import tqdm
 
@@ -30,8 +29,11 @@ from qimg2.algorithms import Algorithm
 from qimg2.sharding import Rules, all_ids, compile_options, put_batch
 from qimg2.training.checkpoint import Checkpoints, SaveError
 from qimg2.training.faults import Preempted, Settings, Watch
+from qimg2.training.feed import Feed
 from qimg2.training.metrics import Accounts, MetricsWriter
-from qimg2.training.state import Optimizers, TrainState, abstract_state, init_state, make_step
+from qimg2.training.profiler import Profiler
+from qimg2.training.rollout import Programs, compile_rollout
+from qimg2.training.state import Optimizers, TrainState, abstract_state, as_configured, due_metrics, init_state, make_step
 
 RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 MAX_DISPATCHED = 2  # steps whose results are still to come
@@ -57,7 +59,8 @@ class Stage:
     hooks: (every n steps, function of (weights of all roles, step, writer) -> scalars to log); also run after the last step.
     accumulate: micro-batches per step.
     log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep.
-    faults: what it bears.
+    faults: fault-tolerance settings.
+    profile: (first, last) step, counted from 1, to trace for XProf and Perfetto, into the folder `profile`; None for none.
     description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data.
   """
   name: str
@@ -73,6 +76,7 @@ class Stage:
   keep: int = 2
   faults: Settings = Settings()
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  profile: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +97,12 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     stage: what to train.
     nets: the networks, passed on to the algorithm.
     loader: gives this process's rows of each batch.
-    mesh, rules: where arrays lie.
+    mesh, rules: how arrays are sharded.
     workdir: folder of the run.
     key: PRNG key of the stage.
-    start: gives (weights of each trained role, slow copies) of step 0; called only when the stage has no checkpoint.
+    start: gives (weights of each trained role, averages restored from elsewhere) of step 0; called only when the stage has no checkpoint.
     frozen: weights of the frozen roles.
-    finish_batches: gives the batches for the algorithm's `finish`.
+    finish_batches: gives the batches for the algorithm's `finalize`.
     stop: asked at every step, by every process, whether to stop after it; see `qimg2.training.faults.Notice`.
     began: `time.monotonic()` of when the time that goes to this stage began; None for now.
 
@@ -121,13 +125,14 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   books = Books(writer, checkpoints, Watch(stage.name, stage.faults, writer.write_fault, meta.get("watch"), all_ids), accounts)
   _leave_before_start(stage, step, stop)
   with accounts.spend("compile"):
-    steps = compile_steps(stage, nets, abstract, frozen, mesh)
+    rollouts = compile_rollouts(stage, nets, abstract, frozen, mesh, rules)
+    steps = compile_steps(stage, nets, abstract, frozen, mesh, rollouts)
   _leave_before_start(stage, step, stop)
   if meta.get("hooks_due"):
     _run_hooks(stage, state, frozen, step, books)
   writer.write_timing(step, accounts.row())
   feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
-  state = _loop(stage, state, frozen, steps, feed, books, stop)
+  state = _loop(stage, state, frozen, steps, rollouts, feed, books, stop)
   return _end(stage, state, frozen, nets, finish_batches, books, stop)
 
 
@@ -136,26 +141,26 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, s
   """(state, meta) of the newest whole checkpoint; without any checkpoint the state of step 0 and nothing."""
   latest = checkpoints.latest_step()
   if latest is None:
-    begin = lambda params, slow: init_state(stage.algorithm, stage.optimizers, params, slow, key)  # jitted, for arrays that span processes
+    begin = lambda params, averages: init_state(stage.algorithm, stage.optimizers, params, averages, key)  # jitted, for arrays that span processes
     return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start()), {}
   state, meta = checkpoints.restore(abstract, latest)
   if latest < stage.num_steps:
     _warn_of_another_order(stage, latest, meta.get("stage", {}))
-  return state, meta
+  return as_configured(state, stage.algorithm, stage.optimizers), meta
 
 
 def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], list[dict]], books: Books,
          stop: Callable[[int], bool]) -> TrainState:
-  """What follows the last step: the algorithm's `finish`, the hooks, the save.
+  """What follows the last step: the algorithm's `finalize`, the hooks, the save.
 
   Raises:
     Preempted: the run was asked to stop meanwhile.
     SaveError: the state could not be written.
   """
   stopping = stop(stage.num_steps)
-  if stage.algorithm.finish is not None:
+  if stage.algorithm.finalize is not None:
     with books.accounts.spend("evaluation"):
-      state = _finish(stage.algorithm, state, frozen, nets, finish_batches())
+      state = _finalize(stage.algorithm, state, frozen, nets, finish_batches())
   _run_hooks(stage, state, frozen, stage.num_steps, books)
   with books.accounts.spend("save"):
     _save(stage, state, stage.num_steps, books)
@@ -167,37 +172,60 @@ def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batche
   return state
 
 
-def compile_steps(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh) -> list[Any]:
-  """The train step compiled for each bucket's batch, with progress. Nothing is run."""
+def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
+                     rules: Rules) -> list[Programs] | None:
+  """The rollout compiled for each bucket's batch; None for a method without."""
+  if stage.algorithm.rollout is None:
+    return None
+  shapes = tqdm(stage.batch_shapes, desc=f"{stage.name}: compile rollouts", unit="bucket", disable=None, leave=False)
+  return [compile_rollout(stage.algorithm, nets, abstract, _shapes(frozen), batch, mesh, rules) for batch in shapes]
+
+
+def compile_steps(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
+                  rollouts: list[Programs] | None = None) -> list[Any]:
+  """The train step compiled for each bucket's batch, or for the data that its rollout gives, with progress. Nothing is run."""
   step = jax.jit(make_step(stage.algorithm, stage.optimizers, nets, stage.accumulate), donate_argnums=0,
                  out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
-  frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
-  shapes = tqdm(stage.batch_shapes, desc=f"{stage.name}: compile", unit="bucket", disable=None, leave=False)
-  return [step.lower(abstract, frozen_shapes, batch).compile(compiler_options=compile_options(mesh)) for batch in shapes]
+  batches = stage.batch_shapes if rollouts is None else [rollout.data for rollout in rollouts]
+  shapes = tqdm(batches, desc=f"{stage.name}: compile", unit="bucket", disable=None, leave=False)
+  return [step.lower(abstract, _shapes(frozen), batch).compile(compiler_options=compile_options(mesh)) for batch in shapes]
 
 
-def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], feed: "Feed", books: Books, stop: Callable[[int], bool]) -> TrainState:
-  """Runs the steps that are left; saves, but not after the last one, which `finish` still follows."""
+def _shapes(frozen: dict) -> dict:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
+
+
+def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollouts: list[Programs] | None, feed: Feed, books: Books,
+          stop: Callable[[int], bool]) -> TrainState:
+  """Runs the steps that are left; saves, but not after the last one, which `finalize` still follows."""
   first = int(state.step)
   progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
   clock, num_samples, dispatched = time.monotonic(), 0, collections.deque()
+  profiler = Profiler(books.checkpoints.folder.parent / "profile", stage.profile)
   feed.look_ahead()
   for step in range(first + 1, stage.num_steps + 1):
-    bucket, sample_ids, batch = feed.get()
+    bucket, rows, batch = feed.get()
     num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
+    profiler.before(step)
+    extra = {}
+    if rollouts is not None:
+      with books.accounts.spend("rollout"):
+        batch, extra = rollouts[bucket](state, frozen, batch, rows)
     state, metrics = steps[bucket](state, frozen, batch)
     del batch  # so that the device is free of it as soon as the step is done
-    dispatched.append((step, sample_ids, metrics))
+    dispatched.append((step, rows["sample_id"], extra | due_metrics(stage.algorithm, step, metrics)))
     if len(dispatched) > MAX_DISPATCHED:
       _look(dispatched, 1, books.watch)
+    profiler.after(step, metrics)
     last = step == stage.num_steps
     if not last:
       feed.look_ahead(next(iter(metrics.values())))
     if step % stage.log_every_steps == 0 or last:
+      metrics = dispatched[-1][2]
       _look(dispatched, len(dispatched), books.watch)
       now = time.monotonic()
       values, timing = _log(stage, step, metrics, num_samples, now - clock, feed, books)
-      progress.set_postfix(loss=f"{_loss(values):.4f}", samples_per_s=f"{timing['samples_per_second']:.0f}",
+      progress.set_postfix(loss=_loss(values), samples_per_s=f"{timing['samples_per_second']:.0f}",
                            data_wait=f"{timing['data_wait_share']:.0%}", refresh=False)
       clock, num_samples = now, 0
     progress.update(1)
@@ -215,6 +243,7 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], feed:
         with books.accounts.spend("save"):
           _save(stage, state, step, books, can_continue=True)
       clock += time.monotonic() - pause
+  profiler.close()
   progress.close()
   return state
 
@@ -227,7 +256,7 @@ def _look(dispatched: collections.deque, num: int, watch: Watch) -> None:
     watch.look(step, sample_ids, metrics)
 
 
-def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: "Feed",
+def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: Feed,
          books: Books) -> tuple[dict[str, float], dict[str, float]]:
   """Writes the rows of a step that is done, and returns (its metrics, its timing)."""
   values = {name: float(value) for name, value in metrics.items()} | {"skipped": float(books.watch.skipped)}
@@ -239,24 +268,24 @@ def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, 
   return values, timing
 
 
-def _loss(values: Mapping[str, float]) -> float:
-  """The loss of the only role, or of the first of several that has one at this step."""
+def _loss(values: Mapping[str, float]) -> str:
+  """The loss of the first update that has one in this row."""
   losses = [value for name, value in values.items() if name.split("/")[-1] == "loss"]
-  return next((value for value in losses if value == value), losses[0])
+  return f"{losses[0]:.4f}" if losses else "-"
 
 
 # Saving and stopping.
 
 
 def _save(stage: Stage, state: TrainState, step: int, books: Books, hooks_due: bool = False, can_continue: bool = False) -> None:
-  """Starts to save the state. If the stage bears that, a failure of the save before this one is only said, with `can_continue` one of this too."""
+  """Starts to save the state. Where its settings say so, a failure of the save before this one is only logged, with `can_continue` one of this too."""
   books.writer.sync()
   meta = {"loader_step": step, "stage": dict(stage.description), "watch": books.watch.saved(), "hooks_due": hooks_due}
-  for part, bearable in ((books.checkpoints.wait, True), (lambda: books.checkpoints.save(state, meta), can_continue)):
+  for part, may_fail in ((books.checkpoints.wait, True), (lambda: books.checkpoints.save(state, meta), can_continue)):
     try:
       part()
     except SaveError as error:
-      if not bearable or stage.faults.on_save_error == "stop" or jax.process_count() > 1:
+      if not may_fail or stage.faults.on_save_error == "stop" or jax.process_count() > 1:
         raise
       logging.warning("Stage %s goes on without a save: %s", stage.name, error)
 
@@ -282,59 +311,6 @@ def _leave_before_start(stage: Stage, step: int, stop: Callable[[int], bool]) ->
                     "same command goes on.")
 
 
-class Feed:
-  """A loader's batches, in its order, each on the device before its step is due, and how long the steps had to wait for them.
-
-  `look_ahead`, called when a step has just been dispatched, reads the batch of the next one and sends it to the device while the step runs.
-  What the loader raises there is raised by the `get` that asks for this batch, after the step before it was logged and saved.
-  """
-
-  def __init__(self, batches: Iterator[tuple[int, dict]], put: Callable[[dict], dict]):
-    """Args: (bucket number, this process's rows) for each step; what sends the rows to the device."""
-    self._batches, self._put = batches, put
-    self._next: tuple | None = None
-    self._error: Exception | None = None
-    self._num = 0
-    self._blocked_s = self._waited_s = 0.0
-
-  def look_ahead(self, running: jax.Array | None = None) -> None:
-    """Reads the next batch and starts to send it. `running` is a result of the step that was dispatched last, None when there is none."""
-    start = time.monotonic()
-    try:
-      bucket, batch = next(self._batches)
-      self._blocked_s += time.monotonic() - start
-      self._next = bucket, batch["sample_id"], self._put(batch)
-    except Exception as error:  # whatever it is, it belongs to the next step
-      self._error = error
-    self._num += 1
-    if running is None or running.is_ready():
-      self._waited_s += time.monotonic() - start
-
-  def get(self) -> tuple[int, np.ndarray, dict]:
-    """(bucket number, this process's sample ids, global arrays) of the batch that was looked ahead to, which is then forgotten here.
-
-    Raises:
-      Exception: what the loader raised for this batch.
-    """
-    if self._error is not None:
-      raise self._error
-    batch, self._next = self._next, None
-    return batch
-
-  def timing(self, elapsed_s: float) -> dict[str, float]:
-    """What to log of the time since the last call, `elapsed_s` seconds.
-
-    `data_wait_share`: the share of it, 0 to 1, in which the loop waited for a batch although no dispatched step was running any more. An upper
-    bound of the time that the device stood idle for want of data, because a wait counts from its beginning even if the step ended within it; a
-    wait that ends while a step is still running costs nothing and does not count.
-    `loader_batches_per_second`: batches per second of waiting for the loader. Its throughput where it is what limits; far more than the steps
-    need where batches lie ready when they are asked for.
-    """
-    timing = {"data_wait_share": min(1.0, self._waited_s / elapsed_s), "loader_batches_per_second": self._num / max(self._blocked_s, 1e-9)}
-    self._num, self._blocked_s, self._waited_s = 0, 0.0, 0.0
-    return timing
-
-
 def _is_first() -> bool:
   return jax.process_index() == 0
 
@@ -347,17 +323,16 @@ def _run_hooks(stage: Stage, state: TrainState, frozen: dict, step: int, books: 
   with books.accounts.spend("evaluation"):
     for every, hook in stage.hooks:
       if step % every == 0 or step == stage.num_steps:
-        scalars = hook({**frozen, **state.params, **state.slow}, step, books.writer)
+        scalars = hook({**frozen, **state.params, **state.averages}, step, books.writer)
         if scalars:
           books.writer.write(step, scalars)
 
 
-def _finish(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, batches: list[dict]) -> TrainState:
-  params = algorithm.finish({**frozen, **state.params}, nets, batches)
-  slow = {}
-  for name, (role, _) in algorithm.track.items():
-    slow[name] = algorithm.finish({**frozen, **state.params, role: state.slow[name]}, nets, batches)[role]
-  return state.replace(params={role: params[role] for role in state.params}, slow=slow)
+def _finalize(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, batches: list[dict]) -> TrainState:
+  params, averages = algorithm.finalize({**frozen, **state.params}, nets, batches), {}
+  for name, average in algorithm.averages.items():
+    averages[name] = algorithm.finalize({**frozen, **state.params, average.role: state.averages[name]}, nets, batches)[average.role]
+  return state.replace(params={role: params[role] for role in state.params}, averages=averages)
 
 
 # A stage that goes on with other data.

@@ -33,6 +33,7 @@ from data_pipelines.cache import open_cache
 from data_pipelines.loader import FIRST_ROWS, check_record, read_records
 from data_pipelines.mixture import Cell, DatasetSpec, Mixture, Resolution
 from data_pipelines.transforms import encode_png, load_picture
+from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.caching.networks import Encoder, Options
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.run import Run
@@ -56,12 +57,13 @@ def cache_latents(cfg: Any, stage_name: str, workdir: str | pathlib.Path, out_na
   if stage_name not in run.stages:
     raise ValueError(f"The config has no stage {stage_name!r}: choose one of {', '.join(run.stages)}.")
   stage = run.stages[stage_name]
-  if "vae" not in run.frozen_roles(stage):
+  algorithm = run.algorithm(stage)
+  if "vae" not in {algorithm.roles[role].network for role in algorithm.frozen}:
     raise ValueError(f"Stage {stage_name!r} has no frozen VAE whose latents could be cached: choose a stage that trains a generator.")
   names = list(dict.fromkeys(part.name for part in stage.mixture))
   if out_name and len(names) > 1:
     raise ValueError(f"--name={out_name} names one cache, but stage {stage_name!r} has the data sets {', '.join(names)}: leave it out.")
-  weights = run.frozen_weights(stage)
+  weights = {algorithm.roles[role].network: tree for role, tree in run.frozen_weights(stage).items()}
   encoder = Encoder(run, weights, options)
   return [_Job(run, stage, name, out_name or f"{name}_latents", encoder, options).write() for name in names]
 
@@ -144,7 +146,8 @@ class _Job:
     run, features = self._run, self._options.features
     sizes = {str(one.base_px): [(bucket.height, bucket.width) for bucket in make_buckets("t2i", one.base_px, one.ratios, 0, 1, one.multiple)]
              for one in self._resolutions}
-    weights_from = {role: self._stage.frozen[role] for role in self._encoder.fingerprints}
+    frozen = {run.algorithm(self._stage).roles[role].network: text for role, text in self._stage.frozen.items()}
+    weights_from = {name: frozen[MADE_BY[name]] for name in self._encoder.fingerprints}
     made_with = {"base_px": [one.base_px for one in self._resolutions], "sizes": sizes, "resolutions": self._request["resolutions"],
                  "tokenizer": run.tokenizer.fingerprint, "num_tokens": run.cfg.num_tokens, **self._encoder.fingerprints,
                  "weights_from": weights_from}

@@ -10,6 +10,7 @@ import numpy as np
 from data_pipelines.cache import DTYPES
 from data_pipelines.mixture import source_grids
 from qimg2 import networks
+from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.run import Run
 
 
@@ -47,11 +48,11 @@ class Encoder:
 
   def __init__(self, run: Run, weights: dict, options: Options):
     nets = run.nets
-    self.fingerprints = {role: networks.fingerprint(weights[role]) for role in ("vae", "encoder")[:2 if options.features else 1]}
+    self.fingerprints = {name: networks.fingerprint(weights[network]) for name, network in list(MADE_BY.items())[:2 if options.features else 1]}
     self._run, self._weights, self._options = run, weights, options
     self._dtype = np.dtype(options.dtype).newbyteorder("<")
     self._latents = jax.jit(nets.encode)
-    self._states = jax.jit(lambda encoder, batch: nets.text_states({"encoder": encoder}, batch).astype(jnp.float32))
+    self._states = jax.jit(lambda encoder, batch: nets.text_states({"qwen3_vl": encoder}, batch).astype(jnp.float32))
 
   def latents(self, pixels: np.ndarray, num: int, name: str) -> list[bytes]:
     """The stored latents of the first `num` of B pictures [B, H, W, 3] uint8."""
@@ -76,7 +77,7 @@ class Encoder:
       tokens, token_count = tokenizer.encode_batch([text for _, text in rows], longest + tokenizer.num_image_tokens(grids), grids)
       seen = tuple(source[[row for row, _ in rows]] for source in sources)
       batch = self._run.put({"tokens": tokens, "token_count": token_count, "sources": seen})
-      states = jax.device_get(self._states(self._weights["encoder"], batch))
+      states = jax.device_get(self._states(self._weights["qwen3_vl"], batch))
       for prompt, row, count in zip(some, states, token_count - tokenizer.num_system_tokens):
         stored[prompt] = self._stored(row[:count], f"the states of {name}")
     return [[stored[prompt] for prompt in prompts] for prompts in own]

@@ -16,7 +16,7 @@ from data_pipelines.mixture import DatasetSpec, Resolution
 from qimg2 import flow
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime.config.sections import checked, from_section, placed, plain
-from qimg2.runtime.methods import METHODS, frozen_roles, make_algorithm
+from qimg2.runtime.methods import METHODS, make_algorithm
 from qimg2.training import faults, optim
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
@@ -117,6 +117,11 @@ class StageConfig:
   keep: int
   optimizers: Mapping[str, optim.Config] = dataclasses.field(default_factory=dict)
 
+  def __post_init__(self):
+    for key in ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
+      if getattr(self, key) < 1:
+        raise ValueError(f"config.stages[{self.name}].{key} is {getattr(self, key)}: give at least 1.")
+
   @property
   def kind(self) -> str:
     """What the stage trains, one of `qimg2.runtime.methods.KINDS`."""
@@ -132,7 +137,7 @@ class RunConfig:
   """A whole run; every key is explained in configs/base.py.
 
   Raises:
-    ValueError: sizes that do not fit each other, or two stages of one name.
+    ValueError: sizes that do not fit each other, no word for the tokenizer, or two stages of one name.
   """
   seed: int
   mesh: MeshConfig
@@ -158,6 +163,8 @@ class RunConfig:
     if self.model.latent_channels != self.vae.latent_channels:
       raise ValueError(f"config.model.latent_channels is {self.model.latent_channels}, but config.vae.latent_channels is "
                        f"{self.vae.latent_channels}: make them equal.")
+    if not self.tokenizer:
+      raise ValueError("config.tokenizer is empty: say \"default\", \"diffusers:DIR\", or where a tokenizer.json or its folder is.")
     if len({stage.name for stage in self.stages}) != len(self.stages):
       raise ValueError("config.stages: two stages have the same name; give each its own.")
 
@@ -227,7 +234,7 @@ def _optimizers(common: optim.Config, sections: Any, where: str) -> dict[str, op
 def _check_frozen(stage: StageConfig, where: str, schedule: flow.Schedule) -> None:
   """Whether the stage says of each frozen role, and of no other, where its weights come from."""
   algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, schedule)
-  roles = frozen_roles(algorithm)
+  roles = algorithm.frozen
   checked(stage.frozen, dict.fromkeys(roles, str), (), f"{where}.frozen")
   for role in roles:
     if role not in stage.frozen:

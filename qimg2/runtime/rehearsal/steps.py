@@ -25,7 +25,7 @@ from qimg2 import networks, sharding
 from qimg2 import params as P
 from qimg2.analysis import flops, hlo, roofline
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
-from qimg2.runtime.methods import frozen_roles, make_algorithm, trained_roles
+from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal import table, topology
 from qimg2.runtime.rehearsal.table import Row
 from qimg2.runtime.run import default_tokenizer
@@ -106,10 +106,12 @@ class Rehearsal:
     batch = self._batch(bucket)
     key = str((plain(config.algorithm), bucket, settings.accumulate, settings.mu_dtype))
     if key not in self._measured:
-      stage = Stage(config.name, algorithm, make_optimizers(algorithm, self.specs, settings, config.num_steps), self.specs, config.num_steps,
-                    (batch,), accumulate=settings.accumulate)
+      specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
+      optimizers = make_optimizers(algorithm, specs, settings, config.num_steps, config.optimizers)
+      stage = Stage(config.name, algorithm, optimizers, specs, config.num_steps, (batch,), accumulate=settings.accumulate)
       self._measured[key] = self._measure(stage, config, bucket)
-    counts = flops.step_flops(self.nets, trained_roles(algorithm), frozen_roles(algorithm), batch)
+    networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
+    counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch)
     row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=settings.accumulate, num_devices=self.mesh.size,
               mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=self.nets.model.remat,
@@ -126,7 +128,7 @@ class Rehearsal:
     """The measured fields of a row: those of memory alone if the program does not fit."""
     state = abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules)
     place = lambda specs: P.abstract(specs, sharding.param_shardings(specs, self.mesh, self.rules))
-    frozen = {role: place(self.specs[role]) for role in frozen_roles(stage.algorithm)}
+    frozen = {role: place(stage.specs[role]) for role in stage.algorithm.frozen}
     limit = self.chip.hbm_bytes if self.chip else None
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves((state, frozen)))
     if limit and held > limit:  # nothing to compile

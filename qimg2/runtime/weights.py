@@ -1,0 +1,207 @@
+"""Where the weights of a run come from: drawn from its seed, its own checkpoints, another run's, or a published folder.
+
+A stage knows roles, and each role names its network (`qimg2.algorithms`): all that is read here is read as one of a stage's roles. The sources
+are those of `qimg2.runtime.config.sources`. A role that starts as another, such as a reference that starts as the model, reads the other's.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from qimg2 import params as P
+from qimg2 import sharding
+from qimg2.algorithms import Algorithm
+from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
+from qimg2.runtime.config import StageConfig
+from qimg2.runtime.config.sources import Source, parse_source
+from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights
+
+
+class StageWeights:
+  """What a `qimg2.runtime.run.Run` knows of weights; see there for its attributes."""
+
+  def role_specs(self, stage: StageConfig) -> dict[str, dict]:
+    """{role: declared weights} of a stage, in the types that they are stored in."""
+    return self.algorithm(stage).specs(self.nets.specs(), self.nets.compute_dtypes())
+
+  def start_weights(self, stage: StageConfig) -> tuple[dict[str, dict], dict[str, dict]]:
+    """(weights of each trained role, averages) that a stage starts from: those of `start_from`, or random ones. Averages that the source does not
+    hold start as copies of the weights."""
+    algorithm, source = self.algorithm(stage), parse_source(stage.start_from)
+    params = {role: self._read(stage, role, source) for role in algorithm.trained}
+    if source.average or source.kind not in ("stage", "folder"):
+      return params, {}
+    held, specs = self._items(source), self.role_specs(stage)
+    return params, {name: self._item(source, f"average.{name}", specs[average.role])
+                    for name, average in algorithm.averages.items() if f"average.{name}" in held}
+
+  def frozen_weights(self, stage: StageConfig) -> dict[str, dict]:
+    """The weights of the stage's frozen roles.
+
+    A role without a source of its own that starts as another one is read where the stage's weights start. Any other one comes from the published
+    folder that the stage, or the stages before it, started from; without such a folder its weights are drawn from the seed, saved with the run, and
+    read from there ever after.
+
+    Raises:
+      ValueError: weights that are not there, or a latent cache in the stage's mixture that other weights made.
+    """
+    algorithm, weights = self.algorithm(stage), {}
+    for role in algorithm.frozen:
+      source = parse_source(stage.frozen[role])
+      if source.kind == "default":
+        source = parse_source(stage.start_from) if algorithm.roles[role].start else self._published_root(stage)
+      if source.kind == "scratch" and not algorithm.roles[role].start:
+        weights[role] = self._saved_random_weights(stage, role)
+      else:
+        weights[role] = self._read(stage, role, source)
+    if not self._trained:
+      self._check_caches(stage, weights)
+    return weights
+
+  def stage_weights(self, name: str) -> "LazyWeights":
+    """All roles and averages of a stage of this run by name, each read when it is asked for: from the newest checkpoint, or where frozen ones are.
+
+    Raises:
+      ValueError: there is no checkpoint of it.
+    """
+    stage, source = self.stages[name], Source("stage", name)
+    algorithm, specs, frozen = self.algorithm(stage), self.role_specs(stage), {}
+
+    def read_frozen(role):
+      frozen.update(frozen or self.frozen_weights(stage))
+      return frozen[role]
+
+    self._items(source)
+    loaders = {role: lambda role=role: self._item(source, f"params.{role}", specs[role]) for role in algorithm.trained}
+    loaders |= {role: lambda role=role: read_frozen(role) for role in algorithm.frozen}
+    loaders |= {average: lambda average=average: self._item(source, f"average.{average}", specs[algorithm.averages[average].role])
+                for average in algorithm.averages}
+    return LazyWeights(loaders)
+
+  def deployed_weights(self, name: str, average: str | None = None) -> dict[str, dict]:
+    """{network: weights} of a stage that draw, are judged and are exported.
+
+    Args:
+      name: of the stage.
+      average: averaged weights to take in place of those that the method would; "" for the weights themselves, None for the method's choice.
+
+    Raises:
+      ValueError: no such average, or no checkpoint.
+    """
+    algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name)
+    return algorithm.deployed(choose_average(algorithm, weights, name, average))
+
+  def random_weights(self, stage: StageConfig, role: str) -> dict:
+    """A role's weights drawn from the run's seed and its name, or the name of the role that it starts as."""
+    specs = self.role_specs(stage)[role]
+    key = self.key(self.algorithm(stage).roles[role].start or role)
+    return jax.jit(lambda key: P.init(specs, key), out_shardings=self._shardings(specs))(key)
+
+  def _read(self, stage: StageConfig, role: str, source: Source) -> dict:
+    """A role of a stage from a source that is not "default"."""
+    algorithm, specs = self.algorithm(stage), self.role_specs(stage)[role]
+    if source.kind == "scratch":
+      return self.random_weights(stage, role)
+    if source.kind == "diffusers":
+      return self._published(source.name, algorithm.roles[role].network, specs)
+    name = algorithm.roles[role].start or role
+    return self._item(source, f"average.{source.average}" if source.average else f"params.{name}", specs)
+
+  def _folder(self, source: Source) -> pathlib.Path:
+    return self.workdir / source.name if source.kind == "stage" else pathlib.Path(source.name)
+
+  def _item(self, source: Source, item: str, specs: dict) -> dict:
+    """An item of the newest checkpoint of a stage, or of the folder of one; or a folder of weights alone."""
+    folder = self._folder(source)
+    if (folder / "_METADATA").is_file() and item.startswith("params."):
+      return restore_weights(folder, self._abstract(specs))
+    checkpoints = self._open(source)
+    weights = checkpoints.restore_item(item, self._abstract(specs))
+    checkpoints.close()
+    return weights
+
+  def _items(self, source: Source) -> list[str]:
+    """Names of what the newest checkpoint of a source holds; none for a folder of weights alone."""
+    if (self._folder(source) / "_METADATA").is_file():
+      return []
+    checkpoints = self._open(source)
+    items = checkpoints.items(checkpoints.latest_step())
+    checkpoints.close()
+    return items
+
+  def _open(self, source: Source) -> Checkpoints:
+    folder = self._folder(source) / "checkpoints"
+    if not folder.is_dir():
+      known = ", ".join(self.stages)
+      raise ValueError(f"There is no checkpoint of {source.name!r} at {folder.parent}: train it first, or name one of the stages {known} or a "
+                       "stage's folder.")
+    return Checkpoints(folder)
+
+  def _published(self, folder: str, network: str, specs: dict) -> dict:
+    published = open_folder(folder)
+    check_configs(published, **{name: config for name, config in self.nets.configs().items() if name == network})
+    if network == "mmdit":
+      check_sampling(published, self.schedule, self.cfg.sampling.sigmas)
+    return load_weights(published, network, specs, self._shardings(specs))
+
+  def _published_root(self, stage: StageConfig) -> Source:
+    """The diffusers folder at which the chain of `start_from` ends, or "scratch"."""
+    source = parse_source(stage.start_from)
+    while source.kind == "stage" and source.name in self.stages:
+      source = parse_source(self.stages[source.name].start_from)
+    return source if source.kind == "diffusers" else Source("scratch")
+
+  def _saved_random_weights(self, stage: StageConfig, role: str) -> dict:
+    folder = self.workdir / "frozen" / role
+    if sharding.from_first(np.int32(not folder.is_dir())):  # all have looked before the first one writes
+      save_weights(folder, self.random_weights(stage, role))
+    return restore_weights(folder, self._abstract(self.role_specs(stage)[role]))
+
+  def _abstract(self, specs: dict) -> dict:
+    return P.abstract(specs, self._shardings(specs))
+
+  def _shardings(self, specs: dict) -> dict:
+    return sharding.param_shardings(specs, self.mesh, self.rules)
+
+
+class LazyWeights(Mapping):
+  """Weights by name, each read when it is first asked for."""
+
+  def __init__(self, loaders: Mapping[str, Callable[[], Any]]):
+    """Args: name -> what reads its weights."""
+    self._loaders, self._read = dict(loaders), {}
+
+  def __getitem__(self, name: str) -> Any:
+    if name not in self._read:
+      self._read[name] = self._loaders[name]()
+    return self._read[name]
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._loaders  # that of Mapping would read it
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._loaders)
+
+  def __len__(self) -> int:
+    return len(self._loaders)
+
+
+def choose_average(algorithm: Algorithm, weights: Mapping[str, Any], stage: str, average: str | None) -> Mapping[str, Any]:
+  """`weights` in which every role and average that follows it is what `average` says, see `StageWeights.deployed_weights`.
+
+  Raises:
+    ValueError: the method keeps no such average.
+  """
+  if average is None:
+    return weights
+  if average and average not in algorithm.averages:
+    known = ", ".join(algorithm.averages) or "none"
+    raise ValueError(f"Stage {stage} keeps no averaged weights {average!r}: choose one of {known}, or \"\" for the weights themselves.")
+  role = algorithm.averages[average].role if average else None
+  chosen = lambda name: average if average and name == role else name
+  names = {name: chosen(algorithm.averages[name].role if name in algorithm.averages and (not average or algorithm.averages[name].role == role)
+                        else name) for name in weights}
+  return LazyWeights({name: lambda source=source: weights[source] for name, source in names.items()})

@@ -1,0 +1,112 @@
+"""What happens between two steps of a method that learns from its own samples: generate on the device, score, cut into minibatches.
+
+All of it is a function of (state, batch, step): the key of step k is fold_in(fold_in(key, k), 2^31 - 1), so that a run that is killed anywhere
+between two saves, in the rollout or while it scores, computes the same again. Every process scores the rows that lie on its own devices.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qimg2.algorithms import Algorithm
+from qimg2.sharding import Rules, batch_sharding, compile_options, local_rows, put_batch, replicated, stacked_batch_sharding
+from qimg2.training.state import TrainState
+
+_FOLD = 2**31 - 1  # no step, so that the rollout draws other numbers than the updates
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The compiled programs of one bucket's rollout.
+
+  Attributes:
+    generate: (state, frozen, batch) -> samples.
+    score: the method's own, on the host; or compiled (state, frozen, samples, batch) -> rewards.
+    minibatches: (state, samples, rewards) -> (data of the step [K, B', ...], metrics).
+    data: abstract data.
+  """
+  generate: Callable[..., dict]
+  score: Callable[..., Any]
+  minibatches: Callable[..., tuple[dict, dict]]
+  data: dict
+  rewards: tuple[str, ...]
+  on_device: bool
+  mesh: jax.sharding.Mesh
+  rules: Rules
+
+  def __call__(self, state: TrainState, frozen: dict, batch: dict, rows: dict) -> tuple[dict, dict]:
+    """(data of the step, metrics) of one batch: global arrays `batch`, and `rows`, this process's rows of it as numpy arrays.
+
+    Raises:
+      ValueError: rewards that are not one number for each sample.
+    """
+    samples = self.generate(state, frozen, batch)
+    if self.on_device:
+      rewards = self.score(state, frozen, samples, batch)
+    else:
+      own = local_rows(samples)
+      rewards = put_batch(_checked(self.score(own, rows), self.rewards, own), self.mesh, self.rules)
+    return self.minibatches(state, samples, rewards)
+
+
+def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, frozen: dict, batch: dict, mesh: jax.sharding.Mesh,
+                    rules: Rules) -> Programs:
+  """The programs of one bucket, compiled from abstract arguments.
+
+  Raises:
+    ValueError: `minibatches` does not give as many as the method declares.
+  """
+  rollout, options = algorithm.rollout, compile_options(mesh)
+  rows, whole = batch_sharding(mesh, rules), replicated(mesh)
+  key = lambda state: jax.random.fold_in(jax.random.fold_in(state.key, state.step), _FOLD)
+  weights = lambda state, frozen: {**frozen, **state.averages, **state.params}
+
+  def generate(state, frozen, batch):
+    return rollout.generate(weights(state, frozen), nets, batch, jax.random.fold_in(key(state), 0))
+
+  def judge(state, frozen, samples, batch):
+    return rollout.score(weights(state, frozen), nets, samples, batch)
+
+  def minibatches(state, samples, rewards):
+    finite = {name: jnp.isfinite(x) for name, x in rewards.items()}
+    weight = jnp.prod(jnp.stack([x.astype(jnp.float32) for x in finite.values()]), axis=0)
+    rewards = {name: jnp.where(finite[name], x, 0.0) for name, x in rewards.items()}
+    data = rollout.minibatches({**samples, "rewards": rewards, "weight": weight}, jax.random.fold_in(key(state), 1))
+    means = {f"reward/{name}": jnp.sum(x) / jnp.sum(finite[name]) for name, x in rewards.items()}
+    return data, {**means, "reward/left_out": 1.0 - jnp.mean(weight)}
+
+  def build(fn, shardings, *arguments):
+    return jax.jit(fn, out_shardings=shardings).lower(*arguments).compile(compiler_options=options)
+
+  def shapes(fn, sharding, *arguments):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(fn, *arguments))
+
+  samples = shapes(generate, rows, abstract, frozen, batch)
+  num = jax.tree.leaves(samples)[0].shape[0]
+  if rollout.on_device:
+    given = shapes(judge, rows, abstract, frozen, samples, batch)
+    score = build(judge, rows, abstract, frozen, samples, batch)
+  else:
+    given, score = {name: jax.ShapeDtypeStruct((num,), jnp.float32, sharding=rows) for name in rollout.rewards}, rollout.score
+  data = shapes(lambda *args: minibatches(*args)[0], stacked_batch_sharding(mesh, rules), abstract, samples, given)
+  if (found := {x.shape[0] for x in jax.tree.leaves(data)}) != {rollout.num_minibatches}:
+    raise ValueError(f"The rollout gives arrays of {', '.join(map(str, sorted(found)))} minibatches, but declares {rollout.num_minibatches}.")
+  return Programs(build(generate, rows, abstract, frozen, batch), score,
+                  build(minibatches, (stacked_batch_sharding(mesh, rules), whole), abstract, samples, given), data, rollout.rewards,
+                  rollout.on_device, mesh, rules)
+
+
+def _checked(rewards: Any, names: tuple[str, ...], samples: dict) -> dict[str, np.ndarray]:
+  """What a score on the host gave, as float32 rows."""
+  if set(rewards) != set(names):
+    raise ValueError(f"The score gives the rewards {', '.join(sorted(rewards))}, but the method declares {', '.join(names)}.")
+  num = len(jax.tree.leaves(samples)[0])
+  rewards = {name: np.asarray(x, np.float32) for name, x in rewards.items()}
+  for name, x in rewards.items():
+    if x.shape != (num,):
+      raise ValueError(f"Reward {name!r} has shape {x.shape}: it must give one number for each of the {num} samples of this process.")
+  return rewards

@@ -1,0 +1,1 @@
+"""Jobs that tests run: whole programs, small enough to take seconds."""

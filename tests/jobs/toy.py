@@ -1,0 +1,134 @@
+"""The toy job: the real `train_stage`, checkpoints, processes and stops, with one of the methods of `toy_methods` on points in the plane. It compiles
+in a second.
+
+  python -m tests.jobs.toy --method=grpo --workdir=DIR [--num_steps=12] [--coordinator=... as every launcher]
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+import zlib
+
+import jax
+import numpy as np
+from absl import flags
+
+from launch import cli
+from qimg2 import params as P
+from qimg2 import sharding
+from qimg2.runtime import processes
+from qimg2.training import faults, optim, trainer
+from qimg2.training.state import make_optimizers
+from qimg2.training.validation import Evaluator
+from tests.jobs import toy_methods
+from tests.jobs.toy_methods import HEAPS, LABELS, METHODS, Nets
+
+ROWS = 16
+SETTINGS = optim.Config(learning_rate=3e-3, warmup_steps=3, schedule="cosine", weight_decay=0.01)
+
+
+class Loader:
+  """Points around four heaps: batch k is a function of k, and its ids begin at ROWS k."""
+
+  def __init__(self, mesh, rules, slow_s=0.0):
+    self._parts, self._num = sharding.local_parts(mesh, rules)
+    self._slow_s = slow_s
+
+  def batch(self, k):
+    """This process's rows of batch k."""
+    rng = np.random.default_rng(k)
+    label = rng.integers(0, LABELS, ROWS).astype(np.int32)
+    whole = {"x": (HEAPS[label] + 0.3 * rng.normal(size=(ROWS, 2))).astype(np.float32), "label": label,
+             "sample_id": ROWS * k + np.arange(ROWS, dtype=np.int64)}
+    size = ROWS // self._num
+    return {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
+
+  def iterate(self, start):
+    """(bucket, batch) from `start` on."""
+    for k in range(start, 2**30):
+      time.sleep(self._slow_s)
+      yield 0, self.batch(k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A toy run. `loader` wraps the loader; the other fields are those of `trainer.Stage`, or settings of the mesh."""
+  method: str
+  num_steps: int = 12
+  mesh: dict = dataclasses.field(default_factory=lambda: {"fsdp": -1})
+  num_devices: int | None = None
+  settings: optim.Config = SETTINGS
+  own: dict = dataclasses.field(default_factory=dict)
+  algorithm: object = None
+  log_every: int = 1
+  save_every: int = 4
+  eval_every: int = 6
+  slow_s: float = 0.0
+  tolerance: faults.Settings = faults.Settings()
+  restored: dict = dataclasses.field(default_factory=dict)
+  profile: tuple | None = None
+
+
+def weights(job, role, algorithm, mesh, rules):
+  """Random weights of a role: those of the role that it starts as."""
+  specs = algorithm.specs(Nets().specs(), {})[role]
+  key = jax.random.key(zlib.crc32((algorithm.roles[role].start or role).encode()))
+  return jax.jit(lambda: P.init(specs, key), out_shardings=sharding.param_shardings(specs, mesh, rules))()
+
+
+def stage_of(job):
+  """(stage without hooks, specs) of a job, its mesh and rules."""
+  devices = jax.devices()[:job.num_devices] if job.num_devices else None
+  mesh, rules = sharding.make_mesh(job.mesh, devices), sharding.RULES["fsdp_tensor"]
+  algorithm = job.algorithm or METHODS[job.method]()
+  specs = algorithm.specs(Nets().specs(), {})
+  example = Loader(mesh, rules).batch(0)
+  rows = sharding.batch_sharding(mesh, rules)
+  shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
+  optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
+  return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
+                       job.tolerance, {"seed": 0}, job.profile), mesh, rules
+
+
+def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
+  """Trains a job in a folder, or goes on with it; returns the last state."""
+  stage, mesh, rules = stage_of(job)
+  algorithm, loader = stage.algorithm, Loader(mesh, rules, job.slow_s)
+  frozen = {role: weights(job, role, algorithm, mesh, rules) for role in algorithm.frozen}
+  held_out = {**loader.batch(2**20), "weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32)}
+  evaluator = Evaluator(algorithm, Nets(), [sharding.put_batch(held_out, mesh, rules)])
+  stage = dataclasses.replace(stage, hooks=((job.eval_every, lambda params, step, writer: evaluator(params)),))
+  start = lambda: ({role: weights(job, role, algorithm, mesh, rules) for role in algorithm.trained}, job.restored)
+  return trainer.train_stage(stage, Nets(), wrap(loader), mesh, rules, pathlib.Path(workdir), jax.random.key(5), start, frozen, list, stop)
+
+
+def define_flags():
+  """The flags of this job."""
+  flags.DEFINE_enum("method", "supervised", sorted(METHODS), "Which.")
+  flags.DEFINE_string("workdir", None, "Folder.", required=True)
+  flags.DEFINE_integer("num_steps", 12, "Steps.")
+  flags.DEFINE_integer("save_every", 4, "Steps between saves.")
+  flags.DEFINE_float("slow_s", 0.0, "Seconds that each batch takes.")
+  flags.DEFINE_string("mesh", '{"fsdp": -1}', "Mesh, as JSON.")
+  cli.define_process_flags()
+
+
+def main(_):
+  """Trains as the flags say."""
+  args = flags.FLAGS
+  job = Job(args.method, args.num_steps, json.loads(args.mesh), save_every=args.save_every, slow_s=args.slow_s)
+  try:
+    with faults.Notice() as stop:
+      state = run(job, args.workdir, stop)
+  except faults.Preempted as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(faults.EXIT_CODE)
+  if processes.is_first():
+    print(f"done at {int(state.step)}")
+
+
+if __name__ == "__main__":
+  assert toy_methods
+  cli.run(cli.together(main, stops_when_asked=True), define_flags)

@@ -1,0 +1,240 @@
+"""Six training methods on points in the plane, for tests of the contract in `qimg2.algorithms`: each uses another part of it.
+
+  supervised   one role and an average
+  dpo          a frozen reference that starts as the model; pairs                                                    (arXiv 2311.12908)
+  grpo         rollouts by an SDE, rewards from the host, several minibatches, a ratio of probabilities              (arXiv 2505.05470)
+  nft          rollouts by an average of the model, whose decay is a function of the step                            (arXiv 2509.16117)
+  dmd          three roles, two updates with optimizers of their own, one of them at every second step               (arXiv 2405.14867)
+  adapter      a low-rank adapter on a frozen base, merged for use; the judge of its rollout is a frozen role on the device
+
+The network is an MLP from (point, time, label) to a velocity. A batch has points `x` [B, 2] in four heaps, `label` [B], and no pictures.
+"""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qimg2 import params as P
+from qimg2 import sampler
+from qimg2.algorithms import Algorithm, Average, Role, Rollout, Update
+from qimg2.training import optim
+
+WIDTH, RANK, LABELS = 16, 2, 4
+HEAPS = 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.float32)
+SIGMAS = np.linspace(1, 0, 5)
+STATE_OF_THE_ART = 0.7  # noise of the SDE
+
+
+@dataclasses.dataclass(frozen=True)
+class Nets:
+  """The toy networks: a velocity, an adapter's merge, a judge."""
+
+  def specs(self):
+    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), P.fan_in(n))
+    mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), P.normal(0.1))}
+    low_rank = {"down": P.Param((WIDTH, RANK), (None, None), P.normal(0.3)), "up": P.Param((RANK, WIDTH), (None, None), P.zeros)}
+    return {"mlp": mlp, "lora/mlp": low_rank, "judge": {"centre": P.Param((2,), (None,), P.ones)}}
+
+  def velocity(self, params, x, t, label):
+    inputs = jnp.concatenate([x, t[:, None], jax.nn.one_hot(label, LABELS)], axis=1)
+    return jnp.tanh(jnp.tanh(inputs @ params["in"]) @ params["hidden"]) @ params["out"]
+
+  def merged(self, params, adapter):
+    return {**params, "hidden": params["hidden"] + adapter["down"] @ adapter["up"]}
+
+
+def die_at(place, number):
+  """Kills this process, as the machine would, where TOY_DIES_AT names this place and number; the file DIED keeps it from dying twice."""
+  wanted, _, mark = os.environ.get("TOY_DIES_AT", "").partition("@")
+  if wanted == f"{place}:{int(number)}" and not os.path.exists(mark):
+    with open(mark, "w", encoding="utf-8"):
+      pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch(look, *arrays):
+  """Shows arrays to the host inside a program; only where TOY_DIES_AT is set, so that programs of runs to be compared are the same."""
+  if "TOY_DIES_AT" in os.environ:
+    jax.debug.callback(look, *arrays)
+
+
+def squared_error(nets, params, x_0, label, key):
+  """[B] error of the velocity at random times."""
+  key_time, key_noise = jax.random.split(key)
+  t, noise = jax.random.uniform(key_time, x_0.shape[:1]), jax.random.normal(key_noise, x_0.shape)
+  v = nets.velocity(params, x_0 + t[:, None] * (noise - x_0), t, label)
+  return jnp.mean(jnp.square(v - (noise - x_0)), axis=1)
+
+
+def validation(params, nets, batch, key):
+  del key
+  error = squared_error(nets, params["model"], batch["x"], batch["label"], jax.random.key(3))
+  return {"loss": error}, batch["label"] % 2
+
+
+def supervised(decay=0.9):
+  def loss(trained, params, nets, batch, key):
+    return squared_error(nets, trained["model"], batch["x"], batch["label"], key), {"spread": jnp.std(batch["x"])}
+  deploy = lambda weights: {"mlp": weights["ema"]}
+  return Algorithm({"model": Role("mlp")}, (Update(("model",), loss),), {"ema": Average("model", decay)}, validation=validation, num_bins=2,
+                   deploy=deploy)
+
+
+def dpo(beta=5.0):
+  def loss(trained, params, nets, batch, key):
+    error = lambda weights, x: squared_error(nets, weights, x, batch["label"], key)  # one time and one noise for both
+    better, worse = batch["x"], -batch["x"]
+    margin = (error(trained["model"], better) - error(trained["model"], worse)
+              - jax.lax.stop_gradient(error(params["ref"], better) - error(params["ref"], worse)))
+    return -jax.nn.log_sigmoid(-beta * margin), {"accuracy": (margin < 0).astype(jnp.float32)}
+  roles = {"model": Role("mlp"), "ref": Role("mlp", start="model")}
+  return Algorithm(roles, (Update(("model",), loss),), validation=validation, num_bins=2, deploy=lambda weights: {"mlp": weights["model"]})
+
+
+def near(points, labels):
+  """[B] reward: minus the distance to the heap of the label."""
+  return -np.sqrt(np.square(points - HEAPS[labels]).sum(axis=1) + 1e-6)
+
+
+def grpo(group=4, num_minibatches=2, clip=0.2):
+  def gaussian(nets, params, x, pair, label):
+    """(mean, deviation) of an Euler-Maruyama step of the SDE with the marginals of the ODE."""
+    sigma, sigma_next = pair
+    dt, s = sigma_next - sigma, STATE_OF_THE_ART * jnp.sqrt(sigma / (1 - jnp.minimum(sigma, SIGMAS[1])))
+    v = nets.velocity(params, x, jnp.full(x.shape[:1], sigma), label)
+    return x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt, s * jnp.sqrt(-dt)
+
+  def log_probability(nets, params, path, label):
+    """[B, T] mean log density of each step of a path [B, T + 1, 2]."""
+    def one(pair, here, there):
+      mean, deviation = gaussian(nets, params, here, pair, label)
+      return jnp.mean(-jnp.square(there - mean) / (2 * deviation**2) - jnp.log(deviation), axis=1)
+    pairs = list(zip(SIGMAS[:-1].tolist(), SIGMAS[1:].tolist()))
+    return jnp.stack([one(pair, path[:, i], path[:, i + 1]) for i, pair in enumerate(pairs)], axis=1)
+
+  def generate(params, nets, batch, key):
+    watch(lambda ids: die_at("rollout", ids[0]), batch["sample_id"])
+    label = jnp.repeat(batch["label"], group)
+    ids = jnp.repeat(batch["sample_id"], group) * group + jnp.tile(jnp.arange(group), batch["label"].shape[0])
+    x, path = sampler.sample_noise(jax.random.fold_in(key, 0), ids, (2,)), []
+    for i, pair in enumerate(zip(SIGMAS[:-1].tolist(), SIGMAS[1:].tolist())):
+      path.append(x)
+      mean, deviation = gaussian(nets, params["model"], x, pair, label)
+      x = mean + deviation * sampler.sample_noise(jax.random.fold_in(key, i + 1), ids, (2,))
+    path = jnp.stack([*path, x], axis=1)
+    return {"path": path, "label": label, "old": log_probability(nets, params["model"], path, label), "group": jnp.repeat(batch["sample_id"], group)}
+
+  def score(samples, batch):
+    die_at("score", batch["sample_id"][0])
+    reward = near(samples["path"][:, -1], samples["label"])
+    reward[samples["group"] % 16 == 5] = np.nan  # a judge that fails now and then
+    return {"near": reward}
+
+  def minibatches(samples, key):
+    del key
+    reward, weight = samples["rewards"]["near"].reshape(-1, group), samples["weight"].reshape(-1, group)
+    num = jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1)
+    mean = jnp.sum(reward * weight, axis=1, keepdims=True) / num
+    deviation = jnp.sqrt(jnp.sum(weight * jnp.square(reward - mean), axis=1, keepdims=True) / num)
+    advantage = ((reward - mean) / (deviation + 1e-4) * weight).reshape(-1)
+    data = {name: samples[name] for name in ("path", "label", "old", "weight", "group")} | {"advantage": advantage}
+    number = jnp.repeat(jnp.arange(num_minibatches), advantage.shape[0] // num_minibatches)
+    split = lambda x: x.reshape(-1, num_minibatches, *x.shape[1:]).swapaxes(0, 1)
+    return {name: split(x) for name, x in data.items()} | {"number": number.reshape(num_minibatches, -1)}
+
+  def loss(trained, params, nets, batch, key):
+    del key
+    watch(lambda ids, number: die_at(f"minibatch{number[0]}", ids[0]), batch["group"], batch["number"])
+    log_ratio = log_probability(nets, trained["model"], batch["path"], batch["label"]) - batch["old"]  # B T
+    ratio, advantage = jnp.exp(log_ratio), batch["advantage"][:, None]
+    return (jnp.mean(jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip)), axis=1),
+            {"ratio_off": jnp.max(jnp.where(batch["number"][:, None] == 0, jnp.abs(ratio - 1), 0.0))})
+
+  return Algorithm({"model": Role("mlp")}, (Update(("model",), loss),), rollout=Rollout(generate, score, ("near",), minibatches, num_minibatches),
+                   validation=validation, num_bins=2)
+
+
+def nft(beta=0.5):
+  def generate(params, nets, batch, key):
+    x = sampler.sample_noise(key, batch["sample_id"], (2,))
+    net = lambda weights, x, t, label: nets.velocity(weights, x, t, label)
+    return {"x_0": sampler.sample(net, params["old"], x, batch["label"], SIGMAS), "label": batch["label"]}
+
+  def score(samples, batch):
+    return {"near": near(samples["x_0"], samples["label"])}
+
+  def minibatches(samples, key):
+    reward = samples["rewards"]["near"]
+    r = jnp.clip((reward - jnp.mean(reward)) / (jnp.std(reward) + 1e-4) / 10 + 0.5, 0, 1)
+    order = jax.random.permutation(key, reward.shape[0])
+    return {name: x[order].reshape(2, -1, *x.shape[1:]) for name, x in {"x_0": samples["x_0"], "label": samples["label"], "r": r}.items()}
+
+  def loss(trained, params, nets, batch, key):
+    key_time, key_noise = jax.random.split(key)
+    x_0, t = batch["x_0"], jax.random.uniform(key_time, batch["r"].shape)[:, None]
+    noise = jax.random.normal(key_noise, x_0.shape)
+    x_t = (1 - t) * x_0 + t * noise
+    new, old = (nets.velocity(weights, x_t, t[:, 0], batch["label"]) for weights in (trained["model"], params["old"]))
+    error = lambda v: jnp.mean(jnp.square(v - (noise - x_0)), axis=1)
+    good, bad = beta * new + (1 - beta) * old, (1 + beta) * old - beta * new
+    return batch["r"] * error(good) + (1 - batch["r"]) * error(bad), {}
+
+  old = Average("model", lambda step: jnp.minimum(0.001 * step, 0.5), ramp=False)
+  return Algorithm({"model": Role("mlp")}, (Update(("model",), loss),), {"old": old}, Rollout(generate, score, ("near",), minibatches, 2),
+                   validation=validation, num_bins=2)
+
+
+def dmd(every=2):
+  def student(weights, nets, batch, key):
+    z = jax.random.normal(key, batch["x"].shape)
+    return z - nets.velocity(weights, z, jnp.ones(z.shape[0]), batch["label"])
+
+  def fake_loss(trained, params, nets, batch, key):
+    x = jax.lax.stop_gradient(student(params["model"], nets, batch, jax.random.fold_in(key, 0)))
+    return squared_error(nets, trained["fake"], x, batch["label"], jax.random.fold_in(key, 1)), {}
+
+  def student_loss(trained, params, nets, batch, key):
+    x = student(trained["model"], nets, batch, jax.random.fold_in(key, 0))
+    t = jax.random.uniform(jax.random.fold_in(key, 1), x.shape[:1], minval=0.02, maxval=0.98)
+    x_t = (1 - t)[:, None] * x + t[:, None] * jax.random.normal(jax.random.fold_in(key, 2), x.shape)
+    clean = lambda role: x_t - t[:, None] * nets.velocity(params[role], x_t, t, batch["label"])
+    gradient = (clean("fake") - clean("teacher")) / (jnp.mean(jnp.abs(x - clean("teacher")), axis=1, keepdims=True) + 1e-4)
+    return 0.5 * jnp.mean(jnp.square(x - jax.lax.stop_gradient(x - gradient)), axis=1), {}
+
+  roles = {"model": Role("mlp"), "teacher": Role("mlp", start="model"), "fake": Role("mlp", start="model")}
+  updates = (Update(("fake",), fake_loss, optimizer=optim.Config(learning_rate=2e-3)),
+             Update(("model",), student_loss, every=every, optimizer=optim.Config(learning_rate=1e-3, schedule="linear", warmup_steps=2)))
+  return Algorithm(roles, updates, {"ema": Average("model", 0.9)}, validation=validation, num_bins=2, deploy=lambda weights: {"mlp": weights["ema"]})
+
+
+def adapter():
+  merged = lambda nets, base, low_rank: nets.merged(base, low_rank)
+
+  def generate(params, nets, batch, key):
+    weights = merged(nets, params["model"], params["lora"])
+    x = sampler.sample_noise(key, batch["sample_id"], (2,))
+    return {"x_0": sampler.sample(nets.velocity, weights, x, batch["label"], SIGMAS), "label": batch["label"]}
+
+  def score(params, nets, samples, batch):
+    return {"near": -jnp.sum(jnp.square(samples["x_0"] - params["judge"]["centre"].astype(jnp.float32)[None]), axis=1)}
+
+  def minibatches(samples, key):
+    return jax.tree.map(lambda x: x[None], {"x_0": samples["x_0"], "label": samples["label"],
+                                            "weight": samples["weight"] * jnp.exp(samples["rewards"]["near"])})
+
+  def loss(trained, params, nets, batch, key):
+    return squared_error(nets, merged(nets, params["model"], trained["lora"]), batch["x_0"], batch["label"], key), {}
+
+  def held_out(params, nets, batch, key):
+    return validation({"model": merged(nets, params["model"], params["lora"])}, nets, batch, key)
+
+  roles = {"lora": Role("lora/mlp"), "model": Role("mlp"), "judge": Role("judge", dtype="bfloat16")}
+  return Algorithm(roles, (Update(("lora",), loss),), rollout=Rollout(generate, score, ("near",), minibatches, on_device=True), validation=held_out,
+                   num_bins=2, deploy=lambda weights: {"mlp": Nets().merged(weights["model"], weights["lora"])})
+
+
+METHODS = {"supervised": supervised, "dpo": dpo, "grpo": grpo, "nft": nft, "dmd": dmd, "adapter": adapter}

@@ -1,0 +1,133 @@
+"""Records of runs: the config in config.json, as it is written now and as earlier programs wrote it."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from configs import quickstart
+from data_pipelines.mixture import Resolution
+from qimg2.runtime import curriculum
+from qimg2.runtime.config import parse
+from qimg2.runtime.config.records import FORMAT, read_record
+from qimg2.runtime.run import load_run, save_config
+from qimg2.training.trainer import ORDER_KEYS
+
+
+def old_stage(name, start_from, frozen, algorithm):
+  """A stage as the first format wrote it, without the keys that came later."""
+  return {
+      "algorithm": algorithm, "caption_dropout": 0.1, "eval_every_steps": 2, "evaluation": {"num_samples": 64, "split": "validation"},
+      "faults": {"max_skipped": 10, "on_save_error": "stop", "spike_factor": 10.0}, "frozen": frozen, "keep": 2, "log_every_steps": 1,
+      "max_crop": 0.2, "max_faulty": 0.01, "min_bucket_records": 0,
+      "mixture": [{"caption_weights": {}, "languages": [], "min_quality": 0.0, "min_stage": 0, "name": "glyphs", "split": "train", "task": "t2i",
+                   "weight": 1.0}],
+      "name": name, "num_steps": 2,
+      "optimizer": {"accumulate": 1, "b1": 0.9, "b2": 0.95, "clip_norm": 1.0, "final_ratio": 0.02, "learning_rate": 0.002, "mu_dtype": "float32",
+                    "schedule": "cosine", "warmup_steps": 20, "weight_decay": 0.001},
+      "resolutions": [{"base_px": 32, "batch_size": 8, "ratios": ["1:1"], "weight": 1.0}],
+      "sample_every_steps": 2, "save_every_steps": 1, "start_from": start_from}
+
+
+FLOW = {"ema_decay": 0.99, "name": "flow_matching"}
+OLD = {"config": {
+    "check": {"name": "", "num_candidates": 0, "num_prompts": 8}, "data_dir": "runs/data_smoke",
+    "encoder": {"attention_backend": "auto", "dtype": "float32", "head_dim": 16, "image_token_id": 6, "mlp_width": 64, "mrope_sections": [4, 2, 2],
+                "num_heads": 4, "num_kv_heads": 2, "num_layers": 2, "tie_embeddings": False,
+                "vision": {"deepstack_layers": [0], "mlp_width": 64, "num_heads": 2, "num_layers": 2, "num_positions": 64, "out_width": 32,
+                           "width": 32}, "vocab_size": 1024, "width": 32},
+    "mesh": {"context": 1, "data": 1, "fsdp": -1, "tensor": 1},
+    "model": {"attention": "block_causal", "attention_backend": "auto", "condition_time": "zero", "context_width": 32, "dtype": "float32",
+              "head_dim": 8, "latent_channels": 8, "mlp_ratio": 3, "num_heads": 4, "num_layers": 2, "remat": "none", "rope_dims": [4, 2, 2],
+              "width": 32},
+    "num_tokens": 31, "num_workers": 0, "prepare": {"num_examples": 4800, "seed": 0}, "prompt_classes": [], "rules": "fsdp_tensor",
+    "sampling": {"guidance": 3.0, "num_images": 8, "num_steps": 2, "sigmas": []},
+    "schedule": {"density": "logit_normal", "shift": "resolution", "terminal": 0.02}, "seed": 0,
+    "stages": [
+        old_stage("vae", "", {}, {"ema_decay": 0.0, "l1_weight": 0.1, "l2_weight": 1.0, "name": "reconstruction"}),
+        old_stage("low_resolution", "", {"encoder": "", "vae": "vae"}, FLOW),
+        old_stage("high_resolution", "low_resolution:ema", {"encoder": "/else/frozen/encoder", "vae": "vae"}, FLOW),
+        old_stage("sft", "diffusers:/published", {"encoder": "", "vae": ""}, FLOW)],
+    "tokenizer": "",
+    "vae": {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 2, 4, 8, 8], "dtype": "float32", "image_channels": 4, "latent_channels": 8,
+            "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8, "num_res_blocks": 1}},
+    "versions": {"jax": "0.10.2"}, "device_kind": "cpu", "num_devices": 1}
+
+
+def written(folder, record):
+  path = folder / "config.json"
+  path.write_text(record if isinstance(record, str) else json.dumps(record))
+  return path
+
+
+def test_a_record_of_the_first_format_is_translated(tmp_path):
+  cfg = read_record(written(tmp_path, OLD))
+  assert (cfg.tokenizer, cfg.check.name, cfg.seed, cfg.num_tokens) == ("default", "none", 0, 31)
+  assert [stage.start_from for stage in cfg.stages] == ["scratch", "scratch", "stage:low_resolution:ema", "diffusers:/published"]
+  assert [stage.frozen for stage in cfg.stages] == [{}, {"encoder": "default", "vae": "stage:vae"},
+                                                    {"encoder": "/else/frozen/encoder", "vae": "stage:vae"}, {"encoder": "default", "vae": "default"}]
+  assert cfg.stages[0].algorithm.settings == {"l1_weight": 0.1, "l2_weight": 1.0, "kl_weight": 0.0, "ema_decay": 0.0}
+  assert cfg.stages[0].optimizer.eps == 1e-8 and cfg.stages[0].resolutions == (Resolution(32, 8, ("1:1",)),)
+
+
+def test_an_old_run_goes_on_under_a_record_of_today(tmp_path):
+  cfg = read_record(written(tmp_path, OLD))
+  save_config(cfg, tmp_path)
+  record = json.loads((tmp_path / "config.json").read_text())
+  assert record["format"] == FORMAT == 2 and record["config"]["stages"][2]["start_from"] == "stage:low_resolution:ema"
+  assert read_record(tmp_path / "config.json") == cfg
+  with pytest.raises(ValueError, match=r"was started with another config: config.stages\[2\].start_from was 'stage:low_resolution:ema' and is 'scr"):
+    stages = (*cfg.stages[:2], dataclasses.replace(cfg.stages[2], start_from="scratch"), cfg.stages[3])
+    save_config(dataclasses.replace(cfg, stages=stages), tmp_path)
+
+
+def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
+  def config(weight, num_steps):
+    cfg = quickstart.get_config("smoke")
+    cfg.stages[0].mixture[0].weight, cfg.stages[0].num_steps = weight, num_steps
+    return parse(cfg)
+  save_config(config(0.65, 1), tmp_path)
+  save_config(config(0.65, 2), tmp_path)  # may change
+  with pytest.raises(ValueError, match="weight was 0.65 and is 0.8. Use another --workdir"):
+    save_config(config(0.8, 2), tmp_path)
+  assert capsys.readouterr().err == ""
+  save_config(config(0.8, 2), tmp_path, allow_change=True)
+  assert capsys.readouterr().err == "config.stages[0].mixture[0].weight was 0.65 and is 0.8\n"
+  save_config(config(0.8, 2), tmp_path, allow_change=True)
+  assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_of_an_old_run_is_not_told_that_its_data_changed(tmp_path):
+  cfg = read_record(written(tmp_path, OLD))
+  for now, old in zip(cfg.stages, OLD["config"]["stages"]):
+    said = json.loads(json.dumps(curriculum.description(cfg, now)))
+    before = {"seed": 0, "num_tokens": 31, "prompt_classes": []} | old
+    assert {key: said[key] for key in ORDER_KEYS} == {key: before[key] for key in ORDER_KEYS}
+
+
+def spoiled(*path, value):
+  """The old record with another value at a path of keys of its config; None takes the key out."""
+  record = copy.deepcopy(OLD)
+  section = record["config"]
+  for key in path[:-1]:
+    section = section[key]
+  section[path[-1]] = value
+  if value is None:
+    del section[path[-1]]
+  return record
+
+
+@pytest.mark.parametrize("record, message", [
+    ("{", "is no JSON file"), ("[]", "lacks the key 'config'"), ({"config": 3}, "lacks the key 'config'"),
+    (OLD | {"format": 3}, "has the key 'format' at 3, but this program reads 1 and 2"),
+    (OLD | {"format": 2}, "cannot be understood: config.check.name is ''"),
+    (spoiled("stages", 1, "start_from", value=7), "cannot be understood: config.stages[low_resolution].start_from is 7: give a text."),
+    (spoiled("stages", 1, "frozen", value="vae"), "cannot be understood: config.stages[1] is no stage"),
+    (spoiled("sigma", value=7), "cannot be understood: config has no key 'sigma'"),
+    (spoiled("sampling", value=None), "cannot be understood: config lacks 'sampling'")])
+def test_a_record_that_cannot_be_understood_names_file_and_key(record, message, tmp_path):
+  path = written(tmp_path, record)
+  with pytest.raises(ValueError) as caught:
+    load_run(tmp_path)
+  assert str(path) in str(caught.value) and message in str(caught.value)

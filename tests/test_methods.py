@@ -1,0 +1,193 @@
+"""The contract of methods carries: six toy methods through the real `train_stage`, killed wherever it hurts, on several devices and processes."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from kill_points import last_arrays
+from many import ROOT, ends, start
+from qimg2.algorithms import Rollout
+from qimg2.training import optim, rollout, trainer
+from qimg2.training.metrics import read_rows
+from tests.jobs import toy
+from tests.jobs.toy_methods import METHODS, Nets, grpo
+
+ONE = {"num_devices": 1}
+
+
+class Killed(BaseException):
+  """Ends a run where it is, as a kill does: nothing catches it."""
+
+
+def die_before(batch):
+  """Wraps a loader: the process ends when it asks for this batch."""
+  def wrap(loader):
+    class Dying:
+      def iterate(self, first):
+        for bucket_and_rows in loader.iterate(first):
+          if bucket_and_rows[1]["sample_id"][0] == toy.ROWS * batch:
+            raise Killed
+          yield bucket_and_rows
+    return Dying()
+  return wrap
+
+
+def let_threads_end(folder):
+  """Waits for the save that a real kill would have ended: its threads live on in this process."""
+  limit = time.monotonic() + 60
+  while list((folder / "toy" / "checkpoints").glob("*tmp*")) and time.monotonic() < limit:
+    time.sleep(0.05)
+
+
+def rows(folder):
+  return read_rows(folder / "toy" / "metrics.jsonl")
+
+
+def assert_same(one, other):
+  assert (one / "toy" / "metrics.jsonl").read_bytes() == (other / "toy" / "metrics.jsonl").read_bytes()
+  jax.tree.map(np.testing.assert_array_equal, last_arrays(one / "toy"), last_arrays(other / "toy"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """method -> folder of a run that nothing stopped."""
+  folders = {}
+
+  def train(method):
+    if method not in folders:
+      folders[method] = tmp_path_factory.mktemp(method)
+      toy.run(toy.Job(method, **ONE), folders[method])
+    return folders[method]
+  return train
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_ends_with_the_same_bits(whole, method, tmp_path):
+  """Killed between two saves, and again just after the second one."""
+  for batch in (6, 9):
+    with pytest.raises(Killed):
+      toy.run(toy.Job(method, **ONE), tmp_path, wrap=die_before(batch))
+    let_threads_end(tmp_path)
+  toy.run(toy.Job(method, **ONE), tmp_path)
+  assert_same(tmp_path, whole(method))
+  written = rows(tmp_path)
+  assert [row["step"] for row in written if "skipped" in row] == list(range(1, 13))
+  assert all(np.isfinite(value) for row in written for value in row.values())
+
+
+def test_what_is_not_due_is_left_out_of_the_row(whole):
+  written = [row for row in rows(whole("dmd")) if "skipped" in row]
+  assert all(("model/loss" in row) == (row["step"] % 2 == 0) and "fake/loss" in row for row in written)
+  assert written[1]["model/learning_rate"] == np.float32(5e-4) and written[3]["model/learning_rate"] == np.float32(1e-3)  # of its own updates
+
+
+def test_the_first_minibatch_is_on_policy_and_failed_rewards_are_left_out(whole):
+  written = [row for row in rows(whole("grpo")) if "skipped" in row]
+  assert max(row["ratio_off"] for row in written) == 0  # the probabilities of the rollout are those of the update, to the bit
+  assert all(row["reward/left_out"] == 1 / 16 for row in written)  # one prompt of sixteen
+  assert all(row["reward/near"] < 0 for row in written)
+
+
+def test_methods_learn(tmp_path):
+  settings = optim.Config(learning_rate=1e-2, weight_decay=0.0)
+  quick = dict(settings=settings, log_every=10, save_every=1000, eval_every=150, **ONE)
+  toy.run(toy.Job("supervised", 150, **quick), tmp_path / "supervised")
+  error = [row["val_loss"] for row in rows(tmp_path / "supervised") if "val_loss" in row]
+  assert error[-1] < 2.5  # 5 before; the variance of heap and noise is left
+  toy.run(toy.Job("grpo", 150, **quick), tmp_path / "grpo")
+  reward = [row["reward/near"] for row in rows(tmp_path / "grpo") if "reward/near" in row]
+  assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.5
+
+
+def test_an_adapter_is_merged_where_it_is_used():
+  method = METHODS["adapter"]()
+  specs = Nets().specs()
+  weights = {"model": {"hidden": np.eye(3)}, "lora": {"down": np.ones((3, 1)), "up": 2 * np.ones((1, 3))}}
+  np.testing.assert_array_equal(method.deployed(weights)["mlp"]["hidden"], np.eye(3) + 2)
+  assert method.trained == ("lora",) and method.frozen == ("model", "judge") and set(specs) == {"mlp", "lora/mlp", "judge"}
+
+
+@pytest.mark.parametrize("method", ["grpo", "adapter", "dmd"])
+def test_eight_devices_give_the_numbers_of_one(whole, method, tmp_path):
+  toy.run(toy.Job(method, mesh={"fsdp": 4, "tensor": 2}), tmp_path)
+  for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):
+    assert mine.keys() == its.keys()
+    np.testing.assert_allclose([mine[name] for name in its], list(its.values()), rtol=2e-4, atol=2e-5)
+
+
+# Bad scores.
+
+
+def scored_by(score, **fields):
+  method = grpo()
+  return dataclasses.replace(method, rollout=dataclasses.replace(method.rollout, score=score, **fields))
+
+
+@pytest.mark.parametrize("score, message", [
+    (lambda samples, batch: {"near": np.zeros(3)}, r"Reward 'near' has shape \(3,\): it must give one number for each of the 64 samples"),
+    (lambda samples, batch: {"far": np.zeros(64)}, "The score gives the rewards far, but the method declares near"),
+])
+def test_a_score_that_does_not_fit_is_named(tmp_path, score, message):
+  with pytest.raises(ValueError, match=message):
+    toy.run(toy.Job("grpo", algorithm=scored_by(score), **ONE), tmp_path)
+
+
+def test_when_every_reward_fails_the_update_is_skipped(tmp_path):
+  nothing = lambda samples, batch: {"near": np.full(len(samples["label"]), np.nan)}
+  toy.run(toy.Job("grpo", 3, algorithm=scored_by(nothing), eval_every=100, **ONE), tmp_path)
+  written = [row for row in rows(tmp_path) if "skipped" in row]
+  assert [row["skipped"] for row in written] == [2, 4, 6]  # two minibatches a step
+  assert written[0]["loss"] is None and written[0]["reward/near"] is None  # valid JSON: no NaN
+
+
+def test_the_number_of_minibatches_is_as_declared(tmp_path):
+  with pytest.raises(ValueError, match="gives arrays of 2 minibatches, but declares 3"):
+    toy.run(toy.Job("grpo", algorithm=scored_by(grpo().rollout.score, num_minibatches=3), **ONE), tmp_path)
+  assert isinstance(grpo().rollout, Rollout) and trainer.compile_rollouts and rollout.Programs
+
+
+def test_a_trace_is_written_where_it_is_asked_for(tmp_path):
+  toy.run(toy.Job("supervised", 6, profile=(3, 4), **ONE), tmp_path)
+  names = [path.name for path in (tmp_path / "toy" / "profile").rglob("*") if path.is_file()]
+  assert any(name.endswith(".xplane.pb") for name in names) and any("perfetto_trace" in name for name in names), names
+
+
+# Real processes.
+
+
+def environment(place="never:0", mark=""):
+  cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  return {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "TOY_DIES_AT": f"{place}@{mark}"}
+
+
+def command(workdir, method="grpo"):
+  return [sys.executable, "-m", "tests.jobs.toy", f"--method={method}", f"--workdir={workdir}"]
+
+
+@pytest.mark.slow
+def test_killed_in_the_rollout_in_scoring_and_between_minibatches(tmp_path):
+  subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment(), check=True)
+  for number, place in enumerate(("rollout:96", "score:112", "minibatch1:160")):  # ids begin at 16 k: steps 7, 8 and 11
+    killed = subprocess.run(command(tmp_path / "cut"), cwd=ROOT, env=environment(place, tmp_path / f"died{number}"), capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+  subprocess.run(command(tmp_path / "cut"), cwd=ROOT, env=environment(), check=True)
+  assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grpo", "adapter"])
+def test_two_processes_give_the_numbers_of_one(whole, method, tmp_path):
+  results = ends(start(2, *command(tmp_path, method)[1:]), 300)
+  for code, _, stderr in results:
+    assert code == 0, stderr[-3000:]
+  for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):
+    np.testing.assert_allclose([mine[name] for name in its], list(its.values()), rtol=2e-4, atol=2e-5)
+  assert json.loads((tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
