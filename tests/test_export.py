@@ -3,11 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
-import pathlib
 import struct
-import subprocess
-import sys
 import unittest.mock
 
 import jax
@@ -18,6 +14,7 @@ import reference
 import safetensors
 import safetensors.numpy
 import torch
+from commands import launch
 from PIL import Image
 
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
@@ -33,7 +30,6 @@ from qimg2.published.names import qwen3_vl as qwen3_vl_names
 from qimg2.published.names import vae as vae_names
 from qimg2.runtime.exporting import export, model_card
 
-ROOT = pathlib.Path(__file__).parent.parent
 ROLES = {"model": "transformer", "encoder": "text_encoder", "vae": "vae"}
 TABLES = {"model": mmdit_names.table, "encoder": qwen3_vl_names.table, "vae": vae_names.table}
 PROMPTS = ["", " ", "a red poster", 'the word "make it blue",\n in\ttwo  lines\n', "蓝色的海报，写着“你好”", "🦊🏔️ e\u0301 it's 1234", " spaces, "]
@@ -80,17 +76,6 @@ def write(nets, weights, tokenizer, tmp_path_factory):
     out = out or tmp_path_factory.mktemp("export") / "out"
     settings = {"dtype": "float32"} | settings
     return export_pipeline(out, model, encoder, autoencoder, weights, SCHEDULE, tokenizer_json, **settings)
-  return call
-
-
-@pytest.fixture
-def launch():
-  """`launch(*flags)` runs the launcher; what it prints on stderr when it must fail is returned."""
-  def call(*arguments, fails=False):
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
-    result = subprocess.run([sys.executable, "-m", "launch.export", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (result.returncode != 0) == fails, result.stderr
-    return result.stderr
   return call
 
 
@@ -343,14 +328,16 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   assert found["weights"].keys() == smoke_run.nets.specs().keys()
 
 
-def test_command_line(smoke_run, tmp_path, launch):
+def test_command_line(smoke_run, tmp_path):
   out = tmp_path / "model.safetensors"
   first = next(stage.name for stage in smoke_run.cfg.stages if stage.algorithm.name == "flow_matching")
-  launch(f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--role=model", "--dtype=float32", "--transformer_only")
+  result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--role=model", "--dtype=float32",
+                  "--transformer_only")
+  assert result.returncode == 0, result.stderr
   expected = tensors_of(smoke_run.nets, {"model": smoke_run.trained_weights(first, "model")}, "model")
   found = safetensors.numpy.load_file(out)
   assert found.keys() == expected.keys()
   for name, x in expected.items():
     np.testing.assert_array_equal(found[name], x)
-  error = launch(f"--workdir={smoke_run.workdir}", f"--out={out}", "--transformer_only", fails=True)
-  assert "exists already" in error and "Traceback" not in error
+  result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", "--transformer_only")
+  assert result.returncode == 1 and "exists already" in result.stderr and "Traceback" not in result.stderr

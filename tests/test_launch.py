@@ -1,14 +1,11 @@
 """The launchers as a user meets them."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from commands import launch, process
 from PIL import Image
 
 from configs import pretrain, quickstart
@@ -19,16 +16,9 @@ from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import sampling_weights
 
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def launch(*arguments):
-  env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
-  return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-
 
 def test_describe_prints_the_published_counts():
-  result = launch("launch.describe", "--config=configs/pretrain.py", "--json")
+  result = process("launch.describe", "--config=configs/pretrain.py", "--json")
   assert result.returncode == 0, result.stderr
   totals = json.loads(result.stdout)["totals"]
   parts = ("model", "encoder", "vae/encoder", "vae/decoder", "vae/temporal")

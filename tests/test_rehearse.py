@@ -232,24 +232,36 @@ def test_simulated_devices(tmp_path):
   assert "no limit" in result.stdout and "all-reduce" in result.stdout
 
 
-TINY = ("--config=configs/quickstart.py:smoke", "--stage=sft", "--task=t2i", "--squares")
+SMALL_AND_LARGE = """
+import copy
+from configs import quickstart
+
+def get_config(arg=""):
+  cfg = quickstart.get_config("smoke")
+  large = copy.deepcopy(cfg.stages[3])
+  large.name, large.resolutions[0].batch_size, large.resolutions[0].base_px = "large", 4194304, 64
+  cfg.stages = *cfg.stages, large
+  return cfg
+"""
 
 
 @pytest.mark.slow
 def test_a_tpu(tmp_path):
-  file = tmp_path / "rows.json"
-  result = launch(*TINY, "--topology=v5e:2x2", f"--json={file}")
-  assert result.returncode == 0, result.stderr
-  row, = json.loads(file.read_text())["rows"]
-  result = launch(*TINY, "--topology=v5e:2x2", f"--json={file}", "--machine_code")
+  """A stage that fits, compiled up to its machine code and to the end, and one that does not."""
+  file, config = tmp_path / "rows.json", tmp_path / "two.py"
+  config.write_text(SMALL_AND_LARGE)
+  common = (f"--config={config}", "--topology=v5e:2x2", "--stage=sft", "--task=t2i", "--squares", f"--json={file}")
+  result = launch(*common, "--stage=large")
+  assert result.returncode == 1 and " over" in result.stdout and "Does not fit: large." in result.stderr, result.stderr
+  row, large = json.loads(file.read_text())["rows"]
+  assert large["stage"] == "large" and large["fits"] is False
+  result = launch(*common, "--machine_code")
   assert result.returncode == 0, result.stderr
   whole, = json.loads(file.read_text())["rows"]
   assert whole == row | {"compile_s": whole["compile_s"]}
   assert row["fits"] and 0 < row["peak_bytes"] < 2**30 and row["limit_bytes"] == 15.75 * 2**30
   assert 0 < row["bound"]["mfu"] < 1 and row["bound"]["ici_s"] > 0 and not row["traffic"]["unknown_loops"]
   assert any(one["axes"] == "fsdp" and one["calls"] >= 2 for one in row["collectives"])
-  result = launch(*TINY, "--topology=v5e:2x2", "--config.stages[3].resolutions[0].batch_size=4194304", "--config.stages[3].resolutions[0].base_px=64")
-  assert result.returncode == 1 and " over" in result.stdout and "Does not fit: sft" in result.stderr, result.stderr
 
 
 @pytest.mark.slow
