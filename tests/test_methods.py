@@ -11,9 +11,9 @@ import time
 import jax
 import numpy as np
 import pytest
-
 from kill_points import last_arrays
 from many import ROOT, ends, start
+
 from qimg2.algorithms import Rollout
 from qimg2.training import optim, rollout, trainer
 from qimg2.training.metrics import read_rows

@@ -82,16 +82,19 @@ def test_the_vae_by_xla():
   assert counted(lambda *a: vae.decode(cfg, *a), weights, latents) == pytest.approx(flops.vae_decode(cfg, 256, 512), rel=0.1)
 
 
+TRAINED, FROZEN = {"model": "mmdit"}, {"encoder": "qwen3_vl", "vae": "vae"}  # role -> network
+
+
 def test_a_step_counts_training_three_times_and_caches_not_at_all():
   nets = networks.Networks(mmdit.Config(), qwen3_vl.Config(), vae.Config(), 12)
   pixels = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.uint8)
   batch = {"tokens": pixels(4, 76), "target": pixels(4, 256, 256, 3), "sources": (pixels(4, 64, 64, 3),)}
-  counts = flops.step_flops(nets, ("model",), ("encoder", "vae"), batch)
+  counts = flops.step_flops(nets, TRAINED, FROZEN, batch)
   assert counts["model"] == 3 * 4 * flops.generator_forward(nets.model, 64, 256, 16)
   assert counts["encoder"] == 4 * flops.encoder_forward(nets.encoder, 76, ((64, 64),))
   assert counts["vae"] == 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_encode(nets.vae, 64, 64))
   cached = {"tokens": pixels(4, 76), "latents": pixels(4, 16, 16, 64), "source_latents": (pixels(4, 4, 4, 64),), "features": pixels(4, 64, 4096)}
-  assert flops.step_flops(nets, ("model",), ("encoder", "vae"), cached) == {"model": counts["model"], "encoder": 0, "vae": 0}
+  assert flops.step_flops(nets, TRAINED, FROZEN, cached) == {"model": counts["model"], "encoder": 0, "vae": 0}
   assert flops.step_flops(nets, ("vae",), (), batch)["vae"] == 3 * 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_decode(nets.vae, 256, 256))
   with pytest.raises(ValueError, match="no FLOP count for role 'judge'"):
     flops.step_flops(nets, ("judge",), (), batch)

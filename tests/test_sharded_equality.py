@@ -73,10 +73,14 @@ ALGORITHM = flow_matching(flow.Schedule(), ema_decay=0.9)
 OPTIMIZER = optim.Config(learning_rate=0.1, weight_decay=0.01, eps=1e-2, clip_norm=1.0, warmup_steps=0)
 
 
+def role_specs(nets):
+  return ALGORITHM.specs(nets.specs(), nets.compute_dtypes())
+
+
 @functools.cache
 def weights():
   """All roles; the generator's are random everywhere: a fresh one predicts zero, and only its last layer has a gradient."""
-  specs = networks().specs()
+  specs = role_specs(networks())
   drawn = {role: P.init(specs[role], jax.random.key(number)) for number, role in enumerate(sorted(specs))}
   shake = lambda path, p: 0.15 * jax.random.normal(jax.random.fold_in(jax.random.key(3), len(path)), p.shape) + ("norm_" in path)
   return {**drawn, "model": P.map_with_path(shake, specs["model"])}
@@ -84,7 +88,7 @@ def weights():
 
 def one_step(nets, mesh, rules, kind="latents", accumulate=1, optimizer=OPTIMIZER):
   """(state, metrics) after a step on a mesh, with everything placed as the trainer does."""
-  specs = nets.specs()
+  specs = role_specs(nets)
   optimizers = state.make_optimizers(ALGORITHM, {"model": specs["model"]}, optimizer, 10)
   abstract = state.abstract_state(ALGORITHM, optimizers, specs, mesh, rules)
   fresh = state.init_state(ALGORITHM, optimizers, {"model": weights()["model"]}, {}, jax.random.key(7))
@@ -129,7 +133,7 @@ def test_sharded_equals_unsharded(case):
     assert float(metrics[name]) == pytest.approx(float(value), rel=TOLERANCE), name
   compare(moments(now), moments(expected))
   compare(now.params, expected.params)
-  compare(now.slow, expected.slow)
+  compare(now.averages, expected.averages)
 
 
 @pytest.mark.slow
@@ -149,10 +153,10 @@ def test_micro_batches_and_a_short_first_moment():
 def test_nothing_large_is_held_twice(rules, sizes):
   """Weights, both moments, EMA and frozen networks: each device holds its part of every matrix of the layers."""
   mesh = sharding.make_mesh(sizes)
-  specs = networks().specs()
+  specs = role_specs(networks())
   optimizers = state.make_optimizers(ALGORITHM, {"model": specs["model"]}, OPTIMIZER, 10)
   abstract = state.abstract_state(ALGORITHM, optimizers, specs, mesh, sharding.RULES[rules])
   frozen = P.abstract(specs["encoder"], sharding.param_shardings(specs["encoder"], mesh, sharding.RULES[rules]))
-  for tree in (abstract.params, abstract.opt, abstract.slow, frozen):
+  for tree in (abstract.params, abstract.opt, abstract.averages, frozen):
     large = [x for x in jax.tree.leaves(tree) if x.size >= 32 * 32 and x.ndim >= 3]  # matrices of all layers
     assert large and all(np.prod(x.sharding.shard_shape(x.shape)) <= x.size / 4 for x in large)

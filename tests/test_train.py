@@ -45,11 +45,11 @@ def test_training_again_changes_nothing(smoke_run, smoke_config, one_device):
 def test_each_stage_starts_from_the_one_it_names(smoke_run):
   stage = smoke_run.stages["sft"]
   started, slow = smoke_run.start_weights(stage)
-  previous = smoke_run.trained_weights("high_resolution", "model")
+  previous = smoke_run.stage_weights("high_resolution")["model"]
   jax.tree.map(np.testing.assert_array_equal, started["model"], previous)
-  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.trained_weights("high_resolution", "model", "ema"))
+  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.stage_weights("high_resolution")["ema"])
   frozen = smoke_run.frozen_weights(stage)
-  jax.tree.map(np.testing.assert_array_equal, frozen["vae"], smoke_run.trained_weights("vae", "vae"))
+  jax.tree.map(np.testing.assert_array_equal, frozen["vae"], smoke_run.stage_weights("vae")["vae"])
   assert np.std(frozen["vae"]["statistics"]["std"]) > 0  # measured, not the initial ones
 
 
@@ -63,10 +63,10 @@ def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path, on
   frozen, (started, slow) = run.frozen_weights(stage), run.start_weights(stage)
   theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
   jax.tree.map(np.testing.assert_array_equal, frozen, theirs)
-  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.trained_weights("sft", "model"))
-  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.trained_weights("sft", "model", "ema"))
-  with pytest.raises(ValueError, match="There is no checkpoint of 'nowhere'"):
-    run.trained_weights("nowhere", "model")
+  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.stage_weights("sft")["model"])
+  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.stage_weights("sft")["ema"])
+  with pytest.raises(ValueError, match="There is no stage 'nowhere'"):
+    run.stage_weights("nowhere")
 
 
 def test_a_changed_config_is_refused(smoke_run, smoke_config):
@@ -93,7 +93,7 @@ def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, publ
   for stage in run.cfg.stages:
     jax.tree.map(np.testing.assert_array_equal, run.frozen_weights(stage), theirs)
   started, slow = run.start_weights(run.cfg.stages[0])
-  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.trained_weights("sft", "model", "ema"))
+  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.stage_weights("sft")["ema"])
   assert not slow
   cfg.model.mlp_ratio = 2
   with pytest.raises(ValueError, match="config.model.mlp_ratio is 2, but the pipeline in .* has 3"):
