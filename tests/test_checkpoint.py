@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     checkpoints.restore(wider, 5)
   with pytest.raises(ValueError, match="does not fit the config"):
     checkpoints.restore_item("params.model", {**abstract.params["model"], "c": abstract.step})
-  with pytest.raises(ValueError, match="holds no 'params.vae': it has params.model, slow.ema"):
+  with pytest.raises(ValueError, match="holds no 'params.vae': it has average.ema, params.model"):
     checkpoints.restore_item("params.vae", abstract.params["model"])
 
 
@@ -148,7 +148,7 @@ def test_no_flipped_bit_is_restored(two, caplog):
     (lambda step: (step / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     (lambda step: (step / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     (lambda step: (step / "optimizer" / "_METADATA").unlink(), "optimizer/_METADATA is missing"),
-    (lambda step: shutil.rmtree(step / "slow.ema"), "slow.ema/.* is missing"),
+    (lambda step: shutil.rmtree(step / "average.ema"), "average.ema/.* is missing"),
     (lambda step: os.truncate(max(files_of(step / "optimizer"), key=lambda path: path.stat().st_size), 100), "has 100 bytes and had"),
     (lambda step: [os.truncate(path, 0) for path in files_of(step)], "manifest.json cannot be read"),
 ])
