@@ -69,14 +69,14 @@ class Cache:
     for slot, array in enumerate(arrays["sources"]):
       array[row] = load_picture(record["sources"][slot], *bucket.source_sizes[slot], f"condition image {slot + 1} of {name}")
 
-  def read_features(self, arrays: dict, records: Sequence[dict], captions: Sequence[int | None]) -> None:
+  def read_features(self, rows: np.ndarray, records: Sequence[dict], captions: Sequence[int | None]) -> None:
     """Writes the states of the chosen caption of each record (None: of the empty prompt) into rows of zeros."""
     for row, (record, number) in enumerate(zip(records, captions)):
       stored = record["features"][-1 if number is None else number]
       if not stored:
         raise ValueError(f"A caption of sample {record['sample_id']} was too long to be cached: leave the record out by num_tokens, or {_AGAIN}.")
       states = self._array(stored, (-1, self.feature_width), f"the states of sample {record['sample_id']}")
-      arrays["features"][row, :len(states)] = states
+      rows[row, :len(states)] = states
 
   def _array(self, data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
     try:

@@ -21,6 +21,7 @@ from data_pipelines.transforms import load_picture
 
 _ENDLESS = 2**62
 _MOST_TRIES = 64  # records of a cell in a row that may be broken
+_PROMPT = ("tokens", "token_count", "features")  # what stands for a prompt in a batch
 FIRST_ROWS = 1000  # the share of broken records is judged as if at least so many had been read
 
 
@@ -38,15 +39,18 @@ class Loader:
 
   A batch is a dict: target B H W 3 uint8, sources (a tuple of B h w 3 uint8, in prompt order), tokens B M int32, token_count B int32,
   sample_id B int64, where B is this process's share of the bucket's batch size. From a latent cache, see data_pipelines.cache for what
-  takes the place of pixels. `buckets` and `counts` are the same on every process; `faults` holds this process's, in the order of batches.
+  takes the place of pixels. With `unconditional` also null_tokens and null_token_count, the empty prompt around the same condition images, and
+  null_features where there are features. `buckets` and `counts` are the same on every process; `faults` holds this process's, in the order of
+  batches.
   """
 
   def __init__(self, datasets: Sequence[DatasetSpec], resolutions: Sequence[Resolution], num_tokens: int,
                tokenizer: PromptTokenizer, seed: int, caption_dropout: float = 0.1, max_crop: float = 0.2, prompt_classes: Sequence[int] = (),
                min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
-               num_workers: int = 0):
+               num_workers: int = 0, unconditional: bool = False):
     """Args: those of `Mixture`; share of prompts that are emptied; largest share of records that may be broken; which of how many processes
-    this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads.
+    this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
+    whether a batch has the unconditional prompt.
 
     Raises:
       ValueError: numbers that make no sense, or data sets of which nothing is left.
@@ -59,6 +63,7 @@ class Loader:
     self._tokenizer, self._seed = tokenizer, seed
     self._caption_dropout, self._max_faulty = caption_dropout, max_faulty
     self._process, self._num_workers = (parts, process_count), num_workers
+    self.unconditional = unconditional
 
   # ---- batches -----------------------------------------------------------------------------------
 
@@ -131,9 +136,10 @@ class Loader:
   # ---- records to arrays -------------------------------------------------------------------------
 
   @staticmethod
-  def example(bucket: Bucket) -> dict:
+  def example(bucket: Bucket, unconditional: bool = False) -> dict:
     """Returns a global batch of a bucket with the true shapes and types and no meaning. Its pages are never touched, so it takes no memory."""
-    return _tuples(_arrays(bucket.batch_size, bucket) | _prompts(bucket.batch_size, bucket))
+    arrays = _arrays(bucket.batch_size, bucket) | _prompts(bucket.batch_size, bucket)
+    return _tuples(arrays | ({f"null_{name}": arrays[name] for name in _PROMPT if name in arrays} if unconditional else {}))
 
   def own_rows(self, batch_size: int) -> np.ndarray:
     """Returns the numbers of the rows of a global batch that are this process's, ascending."""
@@ -147,8 +153,19 @@ class Loader:
       used.append(chosen)
       faults += fault
     if bucket.cache is not None and bucket.cache.has_features:
-      bucket.cache.read_features(arrays, *zip(*used))
+      bucket.cache.read_features(arrays["features"], *zip(*used))
+    if self.unconditional:
+      arrays |= self._null(bucket, [record for record, _ in used])
     return _tuples(arrays), faults
+
+  def _null(self, bucket: Bucket, records: list[dict]) -> dict:
+    """Returns the arrays of the empty prompt, around the condition images of each row."""
+    tokens, count = self._tokenizer.encode_batch([""], bucket.num_tokens, source_grids(bucket.source_sizes))
+    arrays = {"null_tokens": np.repeat(tokens, len(records), axis=0), "null_token_count": np.repeat(count, len(records))}
+    if bucket.cache is not None and bucket.cache.has_features:
+      arrays["null_features"] = bucket.cache.empty(len(records), bucket)["features"]
+      bucket.cache.read_features(arrays["null_features"], records, [None] * len(records))
+    return arrays
 
   def _fill(self, arrays: dict, row: int, cell: Cell, place: int, record: dict | Exception, bucket: Bucket,
             draw: np.ndarray | None) -> tuple[tuple[dict, int | None], list[Fault]]:

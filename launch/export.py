@@ -18,7 +18,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run, as given to launch.train.", required=True)
   flags.DEFINE_string("out", None, "Folder to write, or with --transformer_only a .safetensors file; must not exist.", required=True)
   flags.DEFINE_string("stage", "", "Stage whose generator to write; the last trained one when empty.")
-  flags.DEFINE_enum("role", "ema", ROLES, "The averaged weights of the generator where the stage keeps some (ema), or the weights themselves (model).")
+  flags.DEFINE_enum("role", "ema", ROLES, "The averaged weights of the generator (ema), where the stage keeps some, or the weights (model).")
   flags.DEFINE_enum("dtype", "bfloat16", tuple(FILE_DTYPES), "Type of the weights in the files.")
   flags.DEFINE_float("max_shard_bytes", 5e9, "Largest size of one file's tensors in bytes; a network that needs more gets several files.",
                      lower_bound=1)

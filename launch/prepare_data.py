@@ -62,10 +62,11 @@ def curate(source: str, name: str, out: str, cfg: ConfigDict, runner: str = "Dir
     raise ValueError(f"Curation needs {', '.join(missing)}: pip install -r requirements-data.txt")
   try:
     from data_pipelines.curation import pipeline  # here, because training must not need these packages
+    from qimg2.runtime.config import plain  # and an embedded data set needs no JAX
   except ImportError as error:
     raise ValueError(f"A package of requirements-data.txt cannot be loaded ({error}): for libGL, apt-get install libgl1.") from error
   _check_config(cfg)
-  facts = _say(pipeline.curate(source, name, out, cli.plain(cfg), runner, num_workers, shlex.split(beam_options)))
+  facts = _say(pipeline.curate(source, name, out, plain(cfg), runner, num_workers, shlex.split(beam_options)))
   funnel = json.loads(pipeline.files.read(f"{facts['path']}/funnel.json"))
   for step in funnel["steps"]:
     drops = ", ".join(f"{count} {reason}" for reason, count in step["drops"].items())

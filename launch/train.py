@@ -26,16 +26,25 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.", required=True)
   flags.DEFINE_bool("allow_config_change", False, "Go on although the config differs from the one that started the run.")
   flags.DEFINE_string("compilation_cache", "~/.cache/qimg2", "Folder of compiled programs, kept between runs; empty for none.")
+  flags.DEFINE_string("profile", "", "START:STOP: trace these steps of every stage for XProf and Perfetto, into <stage>/profile; counted from 1.")
   cli.define_process_flags()
+
+
+def _parse_window(text: str) -> tuple[int, int] | None:
+  first, _, last = text.partition(":")
+  if text and not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+    raise ValueError(f"--profile={text} is not understood: give the first and the last step, such as 20:25.")
+  return (int(first), int(last)) if text else None
 
 
 def main(_) -> None:
   """Trains as the flags say."""
   args = flags.FLAGS
+  window = _parse_window(args.profile)
   if args.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compilation_cache).expanduser()))
   try:
-    run = train(parse(args.config), args.workdir, args.allow_config_change)
+    run = train(parse(args.config), args.workdir, args.allow_config_change, window)
   except faults.Preempted as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(faults.EXIT_CODE)

@@ -9,6 +9,10 @@
 | `sample_id` | B int64 | stable id: validation noise and time are functions of it |
 | `weight` | B float32 | only in evaluation batches: 1, or 0 for a row that fills the last batch or stands for a broken record |
 
+A method that needs guidance inside its step asks for the unconditional prompt (`qimg2.algorithms.Algorithm.unconditional`): `null_tokens`,
+`null_token_count` and, where there are `features`, `null_features` are the empty prompt around the same condition images, shaped as without
+"null_". `unconditional` puts them in the prompt's place.
+
 A data set that is a latent cache gives arrays of the cache's type, float16 or float32, in place of what they were computed from:
 
 | key | shape | takes the place of |
@@ -41,6 +45,11 @@ def source_grids(batch: Mapping[str, Any], factor: int) -> tuple[Grid, ...]:
   if "source_latents" in batch:
     return tuple(_grid(x) for x in batch["source_latents"])
   return tuple(_grid(x, factor) for x in batch.get("sources", ()))
+
+
+def unconditional(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """`batch` with the unconditional prompt in place of its own."""
+  return {**batch, **{name.removeprefix("null_"): x for name, x in batch.items() if name.startswith("null_")}}
 
 
 def _grid(x: Any, factor: int = 1) -> Grid:

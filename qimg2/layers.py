@@ -16,11 +16,16 @@ def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1) -> jax.Array:
   return jax.lax.dot_general(x, weight.astype(x.dtype), ((tuple(range(x.ndim - num_dims, x.ndim)), tuple(range(num_dims))), ((), ())))
 
 
+def align(values: jax.Array, x: jax.Array) -> jax.Array:
+  """`values` with as many leading dimensions of size one as `x` has more, so that they meet along its last dimensions."""
+  return values.reshape((1,) * (x.ndim - values.ndim) + values.shape)
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
   """`x` over its root mean square along the last dimension, times `weight` (arXiv 1910.07467)."""
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-  return (y * weight.astype(jnp.float32)).astype(x.dtype)
+  return (y * align(weight, y).astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, weight: jax.Array | None = None, bias: jax.Array | None = None, eps: float = 1e-6) -> jax.Array:
@@ -29,9 +34,9 @@ def layer_norm(x: jax.Array, weight: jax.Array | None = None, bias: jax.Array | 
   y = y - jnp.mean(y, axis=-1, keepdims=True)
   y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
   if weight is not None:
-    y = y * weight.astype(jnp.float32)
+    y = y * align(weight, y).astype(jnp.float32)
   if bias is not None:
-    y = y + bias.astype(jnp.float32)
+    y = y + align(bias, y).astype(jnp.float32)
   return y.astype(x.dtype)
 
 
@@ -68,7 +73,8 @@ def pad(x: jax.Array, multiple: int, axis: int = 1) -> jax.Array:
 def sinusoid(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
   """Sinusoidal features [..., dim] of `t` [...], float32: cosines in the first half, sines in the second (arXiv 1706.03762)."""
   frequencies = max_period ** (-jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
-  angles = t.astype(jnp.float32)[..., None] * frequencies
+  angles = t.astype(jnp.float32)[..., None]
+  angles = angles * align(frequencies, angles)
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -107,4 +113,5 @@ def checkpoint_layer(layer, policy: str):
 
 def concat_angles(positions: Sequence[jax.Array], dims: Sequence[int], theta: float) -> jax.Array:
   """Rotary angles [..., sum(dims)/2] when axis i of a position, `positions[i]` [...], turns `dims[i]` of the head's dimensions."""
-  return jnp.concatenate([p.astype(jnp.float32)[..., None] * rope_frequencies(dim, theta) for p, dim in zip(positions, dims)], axis=-1)
+  columns = [(p.astype(jnp.float32)[..., None], rope_frequencies(dim, theta)) for p, dim in zip(positions, dims)]
+  return jnp.concatenate([place * align(frequencies, place) for place, frequencies in columns], axis=-1)

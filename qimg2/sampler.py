@@ -1,9 +1,10 @@
 """Sampling: the ODE dx/dt = velocity from noise (t = 1) to data (t = 0) by Euler steps, as one `jax.lax.scan`.
 
-  x <- x + (sigma_next - sigma) v,   v = v_uncond + w (v_cond - v_uncond) under classifier-free guidance with scale w (arXiv 2207.12598)
+  x <- x + (sigma_next - sigma) v                                                                                            (1)
+  v = v_uncond + w (v_cond - v_uncond) under classifier-free guidance with scale w (arXiv 2207.12598)                         (2)
 
 At w = 1 the unconditional pass is not run. Both passes of a guided step are one batch of twice the rows. "Unconditional" may be the empty
-prompt or a negative one.
+prompt or a negative one. A step is a function of its own, so that a method which samples inside its loss or its rollout takes the same ones.
 """
 
 from collections.abc import Callable
@@ -27,20 +28,27 @@ def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarr
     sigmas: [T + 1] times from 1 down to 0, see `flow.Schedule.sigmas`.
     guidance: scale w.
   """
-  def velocity(x, sigma):
-    if guidance == 1.0:
-      return net(params, x, jnp.full(x.shape[:1], sigma), cond)
-    t = jnp.full((2 * x.shape[0],), sigma)
-    v_cond, v_uncond = jnp.split(net(params, jnp.concatenate([x, x]), t, cond), 2)
-    return v_uncond + guidance * (v_cond - v_uncond)
-
   def step(x, pair):
     sigma, sigma_next = pair
-    return x + (sigma_next - sigma) * velocity(x, sigma), None
+    return euler_step(x, guided_velocity(net, params, x, sigma, cond, guidance), sigma, sigma_next), None
 
   times = jnp.asarray(sigmas, jnp.float32)
   x, _ = jax.lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:]))
   return x
+
+
+def guided_velocity(net: Net, params: dict, x: jax.Array, sigma: jax.Array, cond: Any, guidance: float = 1.0) -> jax.Array:
+  """The velocity at `x` [B, ...] and the time `sigma`, equation 2; `cond` and `guidance` as in `sample`."""
+  if guidance == 1.0:
+    return net(params, x, jnp.full(x.shape[:1], sigma), cond)
+  t = jnp.full((2 * x.shape[0],), sigma)
+  v_cond, v_uncond = jnp.split(net(params, jnp.concatenate([x, x]), t, cond), 2)
+  return v_uncond + guidance * (v_cond - v_uncond)
+
+
+def euler_step(x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
+  """`x` at the time `sigma_next`, from `x` and the velocity `v` at `sigma`, equation 1."""
+  return x + (sigma_next - sigma) * v
 
 
 def sample_noise(key: jax.Array, sample_ids: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,10 +1,28 @@
-"""Eight simulated devices on the CPU, and a run of the smoke config that several tests look at."""
+"""Eight simulated devices on the CPU, a kept cache of compiled programs, and a run of the smoke config that several tests look at.
+
+QIMG2_TEST_CACHE: folder of compiled programs, `.cache/tests` of the checkout by default. It may be removed at any time.
+QIMG2_TEST_SLOWNESS: by how much this machine is slower than two idle cores, 1 by default; `make` says 4. A test that is not marked `slow` fails if
+it takes more than ten seconds times that.
+"""
 
 import os
+import pathlib
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+CACHE = pathlib.Path(os.environ.get("QIMG2_TEST_CACHE") or ROOT / ".cache" / "tests")
+MAX_CACHE_BYTES = 2 * 2**30
+EXPENSIVE = {"smoke_run", "caches"}  # fixtures
+LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for milliseconds but take minutes to compile: skip LLVM's optimisation, in this process and in those that it starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Here and in processes that tests start, whatever compiles for longer than a moment is read by the next test. A file that two write at once is read
+# whole or not at all, and its name holds all that the program depends on.
+os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(CACHE), "0.3"
+# Arrays of different ranks are only combined where the code says how.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 import jax
 
@@ -14,20 +32,73 @@ import pytest
 
 from configs import quickstart
 from qimg2.runtime.curriculum import train
+from qimg2.training import trainer
+
+
+def pytest_configure(config):
+  """Forgets the oldest compiled programs once there are too many; in the process that starts the others."""
+  if not hasattr(config, "workerinput") and CACHE.is_dir():
+    programs = sorted(((path.stat(), path) for path in CACHE.iterdir() if path.is_file()), key=lambda pair: pair[0].st_mtime, reverse=True)
+    kept = 0
+    for stat, path in programs:
+      kept += stat.st_size
+      if kept > MAX_CACHE_BYTES:
+        path.unlink()
 
 
 def pytest_itemcollected(item):
-  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run."""
+  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run. What takes a fixture that trains
+  for minutes, or starts several processes, is slow."""
   item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
+  if item.get_closest_marker("processes") or EXPENSIVE.intersection(item.fixturenames):
+    item.add_marker("slow")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+  """Fails a test that takes long and does not say so. Fixtures do not count: they are shared."""
+  begin = time.monotonic()
+  outcome = yield
+  took = time.monotonic() - begin
+  if took > LIMIT_S and not item.get_closest_marker("slow") and outcome.excinfo is None:
+    outcome.force_exception(AssertionError(f"It took {took:.0f} s, and only tests that are marked `slow` may take more than {LIMIT_S:.0f}: make it "
+                                           "quicker, mark it, or set QIMG2_TEST_SLOWNESS where the machine is slow."))
+
+
+@pytest.fixture(scope="session")
+def compilation_cache():
+  """The folder of compiled programs, for commands that want one."""
+  return str(CACHE)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Programs that one test compiled are read by the next."""
-  folder = os.environ.get("QIMG2_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
-  jax.config.update("jax_compilation_cache_dir", folder)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  return folder
+def explicit_transfers():
+  """Between the steps of a training loop, nothing goes to the device that was not put there on purpose."""
+  loop, hooks = trainer._loop, trainer._run_hooks
+
+  def guarded(*arguments):
+    with jax.transfer_guard_host_to_device("disallow"):
+      return loop(*arguments)
+
+  def free(*arguments):
+    with jax.transfer_guard_host_to_device("allow"):
+      return hooks(*arguments)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trainer, "_loop", guarded)
+    patch.setattr(trainer, "_run_hooks", free)
+    yield
+
+
+def use_one_device(patch):
+  """Runs lie on one device from here on: programs for eight take several times as long to compile and to run."""
+  devices = jax.devices()[:1]
+  patch.setattr(jax, "devices", lambda *_: devices)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """As `use_one_device` says, for one test."""
+  use_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -46,5 +117,7 @@ def smoke_config(data_dir):
 
 @pytest.fixture(scope="session")
 def smoke_run(smoke_config, tmp_path_factory):
-  """The quickstart's smoke run, trained."""
-  return train(smoke_config, tmp_path_factory.mktemp("smoke"))
+  """The quickstart's smoke run, trained on one device. Commands that read it have eight."""
+  with pytest.MonkeyPatch.context() as patch:
+    use_one_device(patch)
+    return train(smoke_config, tmp_path_factory.mktemp("smoke"))

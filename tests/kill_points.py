@@ -12,6 +12,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -28,15 +29,9 @@ from qimg2.training.metrics import read_rows
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A training command: its config, number of processes, folder of compiled programs, further flags."""
-  config: str
+  """A training command: `command(workdir)` gives what each of its processes is started with."""
+  command: Callable[[pathlib.Path], list[str]]
   num_processes: int
-  cache: str
-  more: tuple[str, ...] = ()
-
-  def command(self, workdir: pathlib.Path) -> list[str]:
-    """What each process is started with."""
-    return train(self.config, workdir, self.cache, *self.more)
 
 
 def kill_and_compare(job: Job, folder: pathlib.Path, num_kills: int, seed: int) -> int:
@@ -117,7 +112,7 @@ def main(_) -> None:
   args = flags.FLAGS
   logging.set_verbosity(logging.ERROR)
   folder = pathlib.Path(args.workdir)
-  job = Job(args.config, args.num_processes, str(folder / "compiled"), (f"--config.data_dir={folder / 'data'}",))
+  job = Job(lambda workdir: train(args.config, workdir, str(folder / "compiled"), f"--config.data_dir={folder / 'data'}"), args.num_processes)
   kill_and_compare(job, folder, args.num_kills, args.seed)
 
 

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEARTBEAT_S = 10
@@ -17,12 +18,22 @@ def free_port():
     return one.getsockname()[1]
 
 
-def start(num, *arguments, extra=lambda i: ()):
-  """`num` processes of one command."""
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+def start(num, *arguments, extra=lambda i: (), num_devices=1, **environment):
+  """`num` processes of one command, of `num_devices` devices each."""
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+         **environment}
   meet = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={num}", f"--heartbeat_timeout={HEARTBEAT_S}"] if num > 1 else []
   return [subprocess.Popen([sys.executable, *arguments, *meet, *([f"--process_id={i}"] if num > 1 else []), *extra(i)], cwd=ROOT, env=env,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(num)]
+
+
+def wait_for(happened, started, timeout=300):
+  """Returns when `happened()`; fails when a process ends before."""
+  limit = time.monotonic() + timeout
+  while not happened():
+    assert all(one.poll() is None for one in started), [one.communicate() for one in started if one.poll() is not None]
+    assert time.monotonic() < limit
+    time.sleep(0.005)
 
 
 def ends(started, timeout):
@@ -45,6 +56,11 @@ def together(num, *arguments, timeout=600, **options):
 
 def train(config, workdir, cache, *more):
   return ["-m", "launch.train", f"--config={config}", f"--workdir={workdir}", f"--compilation_cache={cache}", *more]
+
+
+def toy(workdir, *more):
+  """The arguments of the toy job, tests/jobs/toy.py."""
+  return ["-m", "tests.jobs.toy", f"--workdir={workdir}", *more]
 
 
 def error_lines(stderr):

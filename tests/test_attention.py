@@ -134,6 +134,7 @@ def test_few_key_heads_stay_whole_with_their_queries():
   close(both(functools.partial(attention.attention, backend="ring", shard=shard), mask, arguments), both(xla, mask, arguments))
 
 
+@pytest.mark.slow
 def test_long_sequences_in_bfloat16():
   """Several blocks per row and column, with blocks that are skipped: bfloat16 has 8 bits, and results are rounded to it."""
   length, longest = 700, 200

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -78,7 +79,7 @@ def loader_of(run, config):
 @pytest.fixture(scope="module")
 def params(run):
   """All weights; those of the generator that start at zero are drawn, so that every input reaches its output."""
-  drawn = run.random_weights("model")
+  drawn = run.random_weights(run.stages[STAGE], "model")
   leaves, tree = jax.tree.flatten(drawn)
   leaves = [x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
   return {**run.frozen_weights(run.stages[STAGE]), "model": jax.tree.unflatten(tree, leaves)}
@@ -87,7 +88,7 @@ def params(run):
 @pytest.fixture(scope="module")
 def loss(run):
   algorithm = run.algorithm(run.stages[STAGE])
-  return jax.jit(lambda params, batch, key: algorithm.losses["model"](params, run.nets, batch, key)[0])
+  return jax.jit(lambda params, batch, key: jnp.mean(algorithm.updates[0].loss(params, params, run.nets, batch, key)[0]))
 
 
 @pytest.fixture(scope="module")

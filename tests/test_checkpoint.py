@@ -15,11 +15,11 @@ import pytest
 
 from qimg2 import params as P
 from qimg2 import sharding
-from qimg2.algorithms import Algorithm
+from qimg2.algorithms import Algorithm, Average, Role, Update
 from qimg2.training import checkpoint, manifest, optim, state
 
 RULES = sharding.RULES["fsdp_tensor"]
-ALGORITHM = Algorithm(losses={"model": lambda *_: None}, track={"ema": ("model", 0.5)})
+ALGORITHM = Algorithm({"model": Role("linear")}, (Update(("model",), lambda *_: None),), {"ema": Average("model", 0.5)})
 
 
 def specs(width=8):
@@ -32,7 +32,7 @@ def make(sizes, declared):
   optimizers = state.make_optimizers(ALGORITHM, declared, optim.Config(), 10)
   abstract = state.abstract_state(ALGORITHM, optimizers, declared, mesh, RULES)
   real = state.init_state(ALGORITHM, optimizers, {"model": P.init(declared["model"], jax.random.key(0))}, {}, jax.random.key(3))
-  real = real.replace(step=jnp.int32(5), slow=jax.tree.map(lambda x: x + 1, real.slow))
+  real = real.replace(step=jnp.int32(5), averages=jax.tree.map(lambda x: x + 1, real.averages))
   return abstract, jax.device_put(real, jax.tree.map(lambda x: x.sharding, abstract))
 
 
@@ -53,7 +53,7 @@ def test_round_trip_onto_another_mesh(tmp_path):
   assert_equal(restored, saved)
   assert meta == {"loader_step": 5, "stage": {"name": "x"}}
   assert restored.params["model"]["w"].sharding == abstract.params["model"]["w"].sharding
-  assert_equal(again.restore_item("slow.ema", abstract.params["model"]), saved.slow["ema"])
+  assert_equal(again.restore_item("average.ema", abstract.params["model"]), saved.averages["ema"])
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     checkpoints.restore(wider, 5)
   with pytest.raises(ValueError, match="does not fit the config"):
     checkpoints.restore_item("params.model", {**abstract.params["model"], "c": abstract.step})
-  with pytest.raises(ValueError, match="holds no 'params.vae': it has params.model, slow.ema"):
+  with pytest.raises(ValueError, match="holds no 'params.vae': it has average.ema, params.model"):
     checkpoints.restore_item("params.vae", abstract.params["model"])
 
 
@@ -148,7 +148,7 @@ def test_no_flipped_bit_is_restored(two, caplog):
     (lambda step: (step / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     (lambda step: (step / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     (lambda step: (step / "optimizer" / "_METADATA").unlink(), "optimizer/_METADATA is missing"),
-    (lambda step: shutil.rmtree(step / "slow.ema"), "slow.ema/.* is missing"),
+    (lambda step: shutil.rmtree(step / "average.ema"), "average.ema/.* is missing"),
     (lambda step: os.truncate(max(files_of(step / "optimizer"), key=lambda path: path.stat().st_size), 100), "has 100 bytes and had"),
     (lambda step: [os.truncate(path, 0) for path in files_of(step)], "manifest.json cannot be read"),
 ])

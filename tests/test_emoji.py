@@ -4,19 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from marks import needs_emoji
 from PIL import Image
 
 from data_pipelines import embedded, records
 from data_pipelines.embedded import emoji, emoji_pairs
 from data_pipelines.mixture import DatasetSpec, usable_captions
 from data_pipelines.transforms import decode_image
-
-try:
-  emoji.find_files()
-  MISSING = ""
-except ValueError as error:
-  MISSING = str(error)
-needs_packages = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
@@ -25,7 +19,7 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     emoji.find_files()
 
 
-@needs_packages
+@needs_emoji
 def test_every_emoji_is_one_drawn_character():
   characters, facts = emoji.list_emoji(), emoji.describe()
   assert len(set(characters)) == len(characters) == facts["emoji"] > 1000 and facts["languages"] > 90
@@ -35,7 +29,7 @@ def test_every_emoji_is_one_drawn_character():
     emoji.render("\U0010ffff", "white")
 
 
-@needs_packages
+@needs_emoji
 def test_pictures_are_centred_on_their_paper():
   image = emoji.render("🦊", "light blue")
   assert image.shape == (96, 96, 3)
@@ -45,7 +39,7 @@ def test_pictures_are_centred_on_their_paper():
   assert abs(rows.min() + rows.max() - 95) <= 2 and abs(columns.min() + columns.max() - 95) <= 2
 
 
-@needs_packages
+@needs_emoji
 def test_captions_name_emoji_and_paper_in_every_language():
   texts, languages = emoji.captions("🦊", "pink")
   assert texts[0] == "fox, on pink paper" and languages[0] == "en" and texts[1].startswith("fox: ")
@@ -54,7 +48,7 @@ def test_captions_name_emoji_and_paper_in_every_language():
   assert len(texts) == len(languages) and all(text.endswith(", on pink paper") for text in texts)
 
 
-@needs_packages
+@needs_emoji
 def test_splits_share_emoji_but_no_picture():
   train, validation = emoji.combinations("train"), emoji.combinations("validation")
   assert not set(train) & set(validation)
@@ -63,7 +57,7 @@ def test_splits_share_emoji_but_no_picture():
   assert 0.08 < len(validation) / (len(train) + len(validation)) < 0.12
 
 
-@needs_packages
+@needs_emoji
 def test_the_check_finds_the_asked_emoji_at_another_size():
   candidates = emoji.list_emoji()[::40]
   for i, character in enumerate(candidates):
@@ -71,7 +65,7 @@ def test_the_check_finds_the_asked_emoji_at_another_size():
     assert emoji.nearest_emoji(np.array(small), candidates, "pink") == i
 
 
-@needs_packages
+@needs_emoji
 def test_a_small_set_is_prepared(tmp_path):
   facts = embedded.prepare("emoji", tmp_path, num_examples=18, vocab_size=600)
   assert (facts["train"], facts["train_edits"], facts["validation_edits"]) == (27, 9, 1)
@@ -86,7 +80,7 @@ def test_a_small_set_is_prepared(tmp_path):
   assert set(owner[english]) == set(range(27)) and 0 < english.sum() < len(english) and not none.any()
 
 
-@needs_packages
+@needs_emoji
 def test_a_part_has_whole_emoji_and_its_own_held_out_prompts():
   train, validation = (emoji.combinations(split, 500, seed=2) for split in records.SPLITS)
   kept = {character for character, _ in train}
@@ -97,13 +91,13 @@ def test_a_part_has_whole_emoji_and_its_own_held_out_prompts():
   assert {(character, list(emoji.PAPERS).index(paper)) for _, character, paper in prompts} <= set(validation)
 
 
-@needs_packages
+@needs_emoji
 def test_too_many_examples_are_refused(tmp_path):
   with pytest.raises(ValueError, match="fewer than num_examples=1000000"):
     embedded.prepare("emoji", tmp_path, num_examples=10**6)
 
 
-@needs_packages
+@needs_emoji
 def test_held_out_prompts_are_of_different_emoji():
   prompts = emoji.held_out_prompts(100, seed=1)
   assert prompts == emoji.held_out_prompts(120, seed=1)[:100] != emoji.held_out_prompts(100, seed=2)
@@ -117,7 +111,7 @@ def test_held_out_prompts_are_of_different_emoji():
 # Editing pairs.
 
 
-@needs_packages
+@needs_emoji
 def test_pairs_change_tone_gender_or_direction():
   pairs = {pair[:2]: pair[2:4] for split in records.SPLITS for pair in emoji_pairs.list_pairs(split)}
   assert pairs["👋", "👋🏿"] == ("skin tone", "dark") and pairs["👋🏿", "👋🏻"] == ("skin tone", "light")
@@ -126,7 +120,7 @@ def test_pairs_change_tone_gender_or_direction():
   assert {change for change, _ in pairs.values()} == {"skin tone", "gender", "direction"}
 
 
-@needs_packages
+@needs_emoji
 def test_sequences_are_drawn_as_one_picture_and_differ():
   pictures = [emoji.render(sequence, "white") for sequence in ("👋", "👋🏻", "👋🏿", "👩‍🚒", "👨‍🚒")]
   for i, one in enumerate(pictures):
@@ -138,7 +132,7 @@ def test_sequences_are_drawn_as_one_picture_and_differ():
   assert emoji.draw("\U0010ffff\u200d👋") is None
 
 
-@needs_packages
+@needs_emoji
 def test_no_pair_shows_a_held_out_paper_in_training():
   train, validation = (emoji_pairs.list_pairs(split) for split in records.SPLITS)
   assert len(train) > 4 * len(validation) > 400
@@ -149,7 +143,7 @@ def test_no_pair_shows_a_held_out_paper_in_training():
   assert len(set(ids)) == len(ids) and max(ids) < 2**31
 
 
-@needs_packages
+@needs_emoji
 def test_a_pair_lies_on_one_paper_and_says_what_changes():
   record = emoji_pairs.example("👋", "👋🏿", "skin tone", "dark", list(emoji.PAPERS).index("pink"))
   source, target = decode_image(record["sources"][0]), decode_image(record["image"])
@@ -157,7 +151,7 @@ def test_a_pair_lies_on_one_paper_and_says_what_changes():
   assert record["captions"][0] == "change the skin tone to dark" and record["source_height"] == [96]
 
 
-@needs_packages
+@needs_emoji
 def test_held_out_edits_bring_their_candidates():
   edits = emoji_pairs.held_out_edits(40, seed=1)
   assert edits == emoji_pairs.held_out_edits(50, seed=1)[:40]

@@ -6,25 +6,29 @@ import numpy as np
 import pytest
 
 from qimg2 import flow
-from qimg2.algorithms import Algorithm
+from qimg2.algorithms import Algorithm, Role, Update
 from qimg2.algorithms.flow_matching import NUM_TIME_BINS, flow_matching, time_bins
 from qimg2.algorithms.reconstruction import reconstruction
 from qimg2.training.validation import Evaluator
+
+
+def method(validation, num_bins):
+  return Algorithm({"model": Role("linear")}, (Update(("model",), lambda *_: None),), validation=validation, num_bins=num_bins)
 
 
 def test_mean_of_bin_means_without_filler(caplog):
   validation = lambda params, nets, batch, key: ({"loss": params["scale"] * batch["x"]}, batch["bin"])
   rows = lambda x, bins, weight: {"x": jnp.array(x, jnp.float32), "bin": jnp.array(bins), "weight": jnp.array(weight, jnp.float32)}
   batches = [rows([1, 2, 3], [0, 1, 1], [1, 1, 1]), rows([6, 100, 100], [0, 0, 1], [1, 0, 0])]
-  result = Evaluator(Algorithm(losses={}, validation=validation, num_bins=2), None, batches)({"scale": 2.0})
+  result = Evaluator(method(validation, 2), None, batches)({"scale": 2.0})
   assert result == {"val_loss": pytest.approx(6.0), "val_loss_bin0": pytest.approx(7.0), "val_loss_bin1": pytest.approx(5.0)}
-  with_empty = Evaluator(Algorithm(losses={}, validation=validation, num_bins=3), None, batches)
+  with_empty = Evaluator(method(validation, 3), None, batches)
   assert with_empty({"scale": 2.0}) == with_empty({"scale": 2.0}) == result
   assert [text for text in caplog.messages if "4 evaluation samples fall into 2 of 3 time bins" in text] == caplog.messages[-1:]
   with pytest.raises(ValueError, match="None of the evaluation samples can be used"):
-    Evaluator(Algorithm(losses={}, validation=validation, num_bins=2), None, [rows([1], [0], [0])])({"scale": 2.0})
+    Evaluator(method(validation, 2), None, [rows([1], [0], [0])])({"scale": 2.0})
   with pytest.raises(ValueError, match="no evaluation samples"):
-    Evaluator(Algorithm(losses={}), None, [])
+    Evaluator(method(None, 1), None, [])
 
 
 class Nets:
@@ -48,7 +52,7 @@ def batch(ids, seed=0):
   return {"target": jnp.asarray(x[ids]), "sample_id": jnp.asarray(ids), "weight": jnp.ones(len(ids))}
 
 
-PARAMS = {"model": jnp.float32(0.5), "vae": None}
+PARAMS = {"model": jnp.float32(0.5), "encoder": None, "vae": None}
 
 
 def test_flow_matching_validation_is_fixed_per_sample():
@@ -74,7 +78,7 @@ def test_time_bins_are_even_for_neighbours_and_spread_structured_ids(first):
 
 def test_flow_matching_loss_is_the_mean_over_its_times():
   algorithm = flow_matching(flow.Schedule(shift="none", density="uniform"))
-  loss = jax.jit(lambda key: algorithm.losses["model"](PARAMS, Nets(), batch(np.arange(64)), key)[0])
+  loss = jax.jit(lambda key: jnp.mean(algorithm.updates[0].loss(PARAMS, PARAMS, Nets(), batch(np.arange(64)), key)[0]))
   mean = np.mean([loss(key) for key in jax.random.split(jax.random.key(0), 200)])
   # v = x_t / 2: E over t of (t/2 - 1)² Var(noise) + ((1 - t)/2 + 1)² E[x_0²].
   power = float(np.mean(np.square(batch(np.arange(64))["target"])))
@@ -98,11 +102,11 @@ def test_reconstruction_metrics_and_statistics():
   zero = {"mean": jnp.zeros(3), "std": jnp.ones(3)}
   algorithm = reconstruction(l1_weight=0.5, l2_weight=2.0)
   params = {"vae": {"shift": jnp.float32(0.1), "statistics": zero}}
-  loss, _ = algorithm.losses["vae"](params, Identity(), rows, jax.random.key(0))
-  assert float(loss) == pytest.approx(0.5 * 0.1 + 2 * 0.01, rel=1e-3)
+  loss, _ = algorithm.updates[0].loss(params, params, Identity(), rows, jax.random.key(0))
+  np.testing.assert_allclose(loss, np.full(8, 0.5 * 0.1 + 2 * 0.01), rtol=1e-3)
   result = Evaluator(algorithm, Identity(), [rows])(params)
   assert result["val_psnr_db"] == pytest.approx(10 * np.log10(4 / 0.01), abs=0.01) and result["val_loss"] == pytest.approx(0.1, rel=1e-3)
-  measured = algorithm.finish(params, Identity(), [rows])["vae"]["statistics"]
+  measured = algorithm.finalize(params, Identity(), [rows])["vae"]["statistics"]
   latents = pixels / 127.5 - 1
   np.testing.assert_allclose(measured["mean"], latents.mean((0, 1, 2)), rtol=1e-4)
   np.testing.assert_allclose(measured["std"], latents.std((0, 1, 2)), rtol=1e-4)

@@ -3,11 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
-import pathlib
 import struct
-import subprocess
-import sys
 import unittest.mock
 
 import jax
@@ -18,6 +14,7 @@ import reference
 import safetensors
 import safetensors.numpy
 import torch
+from commands import launch
 from PIL import Image
 
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
@@ -33,9 +30,9 @@ from qimg2.published.names import qwen3_vl as qwen3_vl_names
 from qimg2.published.names import vae as vae_names
 from qimg2.runtime.exporting import export, model_card
 
-ROOT = pathlib.Path(__file__).parent.parent
-ROLES = {"model": "transformer", "encoder": "text_encoder", "vae": "vae"}
-TABLES = {"model": mmdit_names.table, "encoder": qwen3_vl_names.table, "vae": vae_names.table}
+PARTS = {"mmdit": "transformer", "qwen3_vl": "text_encoder", "vae": "vae"}  # network -> of the pipeline
+FIELDS = {"mmdit": "model", "qwen3_vl": "encoder", "vae": "vae"}  # network -> its config in what was opened
+TABLES = {"mmdit": mmdit_names.table, "qwen3_vl": qwen3_vl_names.table, "vae": vae_names.table}
 PROMPTS = ["", " ", "a red poster", 'the word "make it blue",\n in\ttwo  lines\n', "蓝色的海报，写着“你好”", "🦊🏔️ e\u0301 it's 1234", " spaces, "]
 SCHEDULE = flow.Schedule(base_shift=0.4, terminal=None)
 
@@ -61,7 +58,7 @@ def weights(nets):
   def draw(path, p):
     rng = np.random.default_rng(len(path) + p.size)
     return jnp.asarray((rng.normal(size=p.shape) / np.prod(p.shape[:-1]) ** 0.5 + (len(p.shape) == 1)).astype(np.float32))
-  drawn = {role: P.map_with_path(draw, specs) for role, specs in nets.specs().items()}
+  drawn = {network: P.map_with_path(draw, specs) for network, specs in nets.specs().items()}
   drawn["vae"]["statistics"]["std"] = jnp.abs(drawn["vae"]["statistics"]["std"]) + 1 / 3
   return drawn
 
@@ -83,17 +80,6 @@ def write(nets, weights, tokenizer, tmp_path_factory):
   return call
 
 
-@pytest.fixture
-def launch():
-  """`launch(*flags)` runs the launcher; what it prints on stderr when it must fail is returned."""
-  def call(*arguments, fails=False):
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
-    result = subprocess.run([sys.executable, "-m", "launch.export", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (result.returncode != 0) == fails, result.stderr
-    return result.stderr
-  return call
-
-
 @pytest.fixture(scope="module")
 def exported(write):
   return write()
@@ -106,10 +92,10 @@ def pipeline(exported):
   return QwenImage21Pipeline.from_pretrained(exported)
 
 
-def tensors_of(nets, weights, role, dtype=None):
+def tensors_of(nets, weights, network, dtype=None):
   """Our weights under their published names."""
-  specs = {name: p for name, p in nets.specs()[role].items() if name != "statistics"}
-  return dict(tensors.export_tensors({name: weights[role][name] for name in specs}, specs, TABLES[role](getattr(nets, role)), dtype))
+  specs = {name: p for name, p in nets.specs()[network].items() if name != "statistics"}
+  return dict(tensors.export_tensors({name: weights[network][name] for name in specs}, specs, TABLES[network](getattr(nets, FIELDS[network])), dtype))
 
 
 def assert_same(module, expected):
@@ -122,16 +108,16 @@ def assert_same(module, expected):
 def read_back(path, shardings=None):
   opened = open_folder(path)
   specs = networks.Networks(opened.model, opened.encoder, opened.vae, 1).specs()
-  return {role: load_weights(opened, role, specs[role], shardings and shardings[role]) for role in ROLES}
+  return {network: load_weights(opened, network, specs[network], shardings and shardings[network]) for network in PARTS}
 
 
 def assert_trees_equal(found, expected):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_diffusers_loads_the_same_tensors(pipeline, nets, weights, role):
-  assert_same(getattr(pipeline, ROLES[role]), tensors_of(nets, weights, role))
+@pytest.mark.parametrize("network", PARTS)
+def test_diffusers_loads_the_same_tensors(pipeline, nets, weights, network):
+  assert_same(getattr(pipeline, PARTS[network]), tensors_of(nets, weights, network))
 
 
 def test_we_read_back_the_same_bits_and_configs(exported, nets, weights):
@@ -154,9 +140,9 @@ def test_bfloat16_files(write, nets, weights):
   from diffusers import QwenImage21Pipeline
   out = write(dtype="bfloat16")
   pipeline = QwenImage21Pipeline.from_pretrained(out, dtype=torch.bfloat16)
-  for role, name in ROLES.items():
+  for network, name in PARTS.items():
     assert getattr(pipeline, name).dtype == torch.bfloat16
-    assert_same(getattr(pipeline, name), tensors_of(nets, weights, role, jnp.bfloat16))
+    assert_same(getattr(pipeline, name), tensors_of(nets, weights, network, jnp.bfloat16))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), weights)
   rounded["vae"]["statistics"] = weights["vae"]["statistics"]
   assert_trees_equal(read_back(out), rounded)
@@ -165,24 +151,24 @@ def test_bfloat16_files(write, nets, weights):
 def test_sharded_weights_to_several_files(write, nets, weights):
   from diffusers import QwenImage21Pipeline
   mesh, rules = sharding.make_mesh({"fsdp": 4, "tensor": 2}), sharding.RULES["fsdp_tensor"]
-  shardings = {role: sharding.param_shardings(specs, mesh, rules) for role, specs in nets.specs().items()}
+  shardings = {network: sharding.param_shardings(specs, mesh, rules) for network, specs in nets.specs().items()}
   out = write(weights=jax.device_put(weights, shardings), max_shard_bytes=200_000)
   assert_trees_equal(read_back(out, shardings), weights)
   pipeline = QwenImage21Pipeline.from_pretrained(out)
-  for role, name in ROLES.items():
-    assert_same(getattr(pipeline, name), tensors_of(nets, weights, role))
+  for network, name in PARTS.items():
+    assert_same(getattr(pipeline, name), tensors_of(nets, weights, network))
     index = json.loads(next((out / name).glob("*.index.json")).read_text())
-    assert index["metadata"]["total_size"] == 4 * sum(x.size for x in tensors_of(nets, weights, role).values())
+    assert index["metadata"]["total_size"] == 4 * sum(x.size for x in tensors_of(nets, weights, network).values())
     for file in set(index["weight_map"].values()):
       sizes = [x.nbytes for x in safetensors.numpy.load_file(out / name / file).values()]
       assert len(sizes) == 1 or sum(sizes) <= 200_000
 
 
 def test_transformer_alone(nets, weights, tmp_path):
-  out = export_transformer(tmp_path / "one.safetensors", nets.model, weights["model"], "float32")
+  out = export_transformer(tmp_path / "one.safetensors", nets.model, weights["mmdit"], "float32")
   with safetensors.safe_open(out, framework="np") as file:
     assert mmdit_names.config(json.loads(file.metadata()["config"])) == nets.model
-  expected = tensors_of(nets, weights, "model")
+  expected = tensors_of(nets, weights, "mmdit")
   found = safetensors.numpy.load_file(out)
   assert found.keys() == expected.keys()
   for name, x in expected.items():
@@ -205,7 +191,7 @@ def test_a_published_folder_goes_through_unchanged(tmp_path):
   export_pipeline(tmp_path / "out", opened.model, opened.encoder, opened.vae, read_back(tmp_path / "in"), opened.schedule,
                   opened.tokenizer.read_text(encoding="utf-8"), "float32")
   again = QwenImage21Pipeline.from_pretrained(tmp_path / "out")
-  for name in ROLES.values():
+  for name in PARTS.values():
     assert_same(getattr(again, name), reference.tensors(getattr(published, name)))
   for file in ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json"):
     ours, theirs = (json.loads((tmp_path / part / file).read_text()) for part in ("out", "in"))
@@ -255,7 +241,7 @@ def test_system_turn_is_dropped_whole(pipeline, tokenizer):
   assert pipeline._drop_idx == tokenizer.num_system_tokens
   assert pipeline._img_token_id == tokenizer.image_token_id
   assert pipeline.processor.tokenizer.pad_token_id == tokenizer.pad_id
-  messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]
+  messages = [{"network": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}, {"network": "assistant", "content": "b"}]
   assert pipeline.processor.apply_chat_template(messages, add_generation_prompt=True) == (
       "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>assistant\n")
 
@@ -272,7 +258,7 @@ def test_pipeline_draws_what_we_draw(pipeline, exported, tokenizer):
   cond = jax.jit(nets.condition)(ours, batch)
   velocity, x, sigmas = jax.jit(nets.velocity), jnp.asarray(noise), opened.schedule.sigmas(3, 24)
   for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-    x = x + (sigma_next - sigma) * velocity(ours["model"], x, jnp.full(1, sigma), cond)
+    x = x + (sigma_next - sigma) * velocity(ours["mmdit"], x, jnp.full(1, sigma), cond)
   assert reference.relative_error(noise.reshape(1, 24, 8), theirs) > 0.1
   assert reference.relative_error(x.reshape(1, 24, 8), theirs) < 1e-4
 
@@ -311,7 +297,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(write, nets, weights, t
   with pytest.raises(ValueError, match="there exists already"):
     write(out=tmp_path / "there")
   with pytest.raises(ValueError, match="must end in .safetensors"):
-    export_transformer(tmp_path / "one.bin", nets.model, weights["model"])
+    export_transformer(tmp_path / "one.bin", nets.model, weights["mmdit"])
   (tmp_path / ".out.part").mkdir()  # an earlier export that was killed
   monkeypatch.setattr("qimg2.published.export.published_schedule", lambda schedule: 1 / 0)
   with pytest.raises(ZeroDivisionError):
@@ -328,8 +314,8 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   pipeline = QwenImage21Pipeline.from_pretrained(out)
   assert pipeline("a large green K", num_inference_steps=2, output_resolution=64).images[0].size == (64, 64)
   last = smoke_run.cfg.stages[-1].name
-  slow = smoke_run.trained_weights(last, "model", "ema")
-  assert_same(pipeline.transformer, tensors_of(smoke_run.nets, {"model": slow}, "model"))
+  slow = smoke_run.stage_weights(last)["ema"]
+  assert_same(pipeline.transformer, tensors_of(smoke_run.nets, {"mmdit": slow}, "mmdit"))
   card = (out / "README.md").read_text()
   assert all(f"| {stage.name} | {stage.algorithm.name} |" in card for stage in smoke_run.cfg.stages)
   bucket = smoke_run.loader(smoke_run.stages[last]).buckets[0]
@@ -343,14 +329,16 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   assert found["weights"].keys() == smoke_run.nets.specs().keys()
 
 
-def test_command_line(smoke_run, tmp_path, launch):
+def test_command_line(smoke_run, tmp_path):
   out = tmp_path / "model.safetensors"
   first = next(stage.name for stage in smoke_run.cfg.stages if stage.algorithm.name == "flow_matching")
-  launch(f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--role=model", "--dtype=float32", "--transformer_only")
-  expected = tensors_of(smoke_run.nets, {"model": smoke_run.trained_weights(first, "model")}, "model")
+  result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--network=model", "--dtype=float32",
+                  "--transformer_only")
+  assert result.returncode == 0, result.stderr
+  expected = tensors_of(smoke_run.nets, {"mmdit": smoke_run.stage_weights(first)["model"]}, "mmdit")
   found = safetensors.numpy.load_file(out)
   assert found.keys() == expected.keys()
   for name, x in expected.items():
     np.testing.assert_array_equal(found[name], x)
-  error = launch(f"--workdir={smoke_run.workdir}", f"--out={out}", "--transformer_only", fails=True)
-  assert "exists already" in error and "Traceback" not in error
+  result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", "--transformer_only")
+  assert result.returncode == 1 and "exists already" in result.stderr and "Traceback" not in result.stderr

@@ -2,16 +2,15 @@
 
 import json
 import math
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
 import pytest
-from test_train import CONFIG, NUM_STEPS, ROOT, STAGES, command, environment, final_weights
+from commands import ROOT
 
 from qimg2.training import faults, metrics
 from qimg2.training.metrics import read_rows
@@ -33,16 +32,15 @@ with Notice() as stop:
 """
 
 
-def start(tmp_path, **parts):
+def start(**parts):
   parts = {"setup": "", "pause": 0.01, "after": "break"} | parts
-  process = subprocess.Popen([sys.executable, "-c", LOOP.format(**parts)], cwd=ROOT, env=environment(str(tmp_path)), stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
-  return process
+  env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+  return subprocess.Popen([sys.executable, "-c", LOOP.format(**parts)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_one_signal_is_asked_for_and_a_second_interrupt_ends_at_once(tmp_path, number):
-  process = start(tmp_path, after="pass" if number == signal.SIGINT else "break")
+def test_one_signal_is_asked_for_and_a_second_interrupt_ends_at_once(number):
+  process = start(after="pass" if number == signal.SIGINT else "break")
   assert process.stdout.readline() == "ready\n"
   process.send_signal(number)
   assert int(process.stdout.readline()) > 0
@@ -52,9 +50,9 @@ def test_one_signal_is_asked_for_and_a_second_interrupt_ends_at_once(tmp_path, n
   process.communicate()
 
 
-def test_a_second_interrupt_does_not_wait_for_compiled_code(tmp_path):
+def test_a_second_interrupt_does_not_wait_for_compiled_code():
   work = 'import hashlib; print("busy", flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'  # minutes, without Python's lock
-  process = start(tmp_path, after=work)
+  process = start(after=work)
   assert process.stdout.readline() == "ready\n"
   process.send_signal(signal.SIGTERM)
   assert [process.stdout.readline() for _ in range(2)][1] == "busy\n"
@@ -65,14 +63,14 @@ def test_a_second_interrupt_does_not_wait_for_compiled_code(tmp_path):
   process.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("number, to", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
-def test_two_processes_stop_after_the_same_step(tmp_path, number, to):
+def test_two_processes_stop_after_the_same_step(number, to):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   setup = "jax.distributed.initialize({!r}, 2, {}); assert jax.process_count() == 2"
-  processes = [start(tmp_path, setup=setup.format(address, index), pause=pause) for index, pause in enumerate((0.01, 0.03))]
+  processes = [start(setup=setup.format(address, index), pause=pause) for index, pause in enumerate((0.01, 0.03))]
   assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
   time.sleep(1)
   processes[to].send_signal(number)
@@ -89,36 +87,6 @@ def test_handlers_are_put_back():
     assert stop(2)
     signal.raise_signal(signal.SIGINT)
   assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-@pytest.mark.slow
-def test_runs_that_are_asked_to_stop_end_bit_identical(data_dir, compilation_cache, tmp_path):
-  """Asked in each stage, once before the first step, by both signals."""
-  config = tmp_path / "short.py"
-  config.write_text(CONFIG.format(data_dir=str(data_dir), num_steps=NUM_STEPS))
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  env = environment(compilation_cache)
-  subprocess.run(command(config, whole, "--compilation_cache="), cwd=ROOT, env=env, check=True)
-  plan = [("vae", 0, signal.SIGTERM), ("vae", 4, signal.SIGTERM), ("vae", 7, signal.SIGINT), ("high_resolution", 5, signal.SIGTERM),
-          ("high_resolution", 13, signal.SIGINT)]
-  for stage, num_rows, number in plan:
-    process = subprocess.Popen(command(config, cut, "--compilation_cache="), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    path = cut / stage / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= num_rows):
-      time.sleep(0.001)
-    process.send_signal(number)
-    asked = time.monotonic()
-    message = process.communicate(timeout=120)[1]
-    assert process.returncode == faults.EXIT_CODE == 75, message
-    assert f"Stage {stage} was asked to stop" in message and "the same command goes on" in message
-    print(f"{stage} {num_rows}: {message.strip().splitlines()[-1]} {time.monotonic() - asked:.1f} s after the signal")
-  subprocess.run(command(config, cut, "--compilation_cache="), cwd=ROOT, env=env, check=True)
-  for stage in STAGES:
-    assert (cut / stage / "metrics.jsonl").read_bytes() == (whole / stage / "metrics.jsonl").read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, final_weights(cut, stage), final_weights(whole, stage))
-    total = metrics.goodput(read_rows(cut / stage / "timing.jsonl"))
-    assert total["starts"] == 3 and total["lost_s"] == 0 and 0 < total["step_s"] < total["wall_s"]
-  assert "Goodput" in (cut / "report.html").read_text()
 
 
 # Losses.

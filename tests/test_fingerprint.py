@@ -4,9 +4,9 @@ import os
 import re
 
 import pytest
+from raw_sources import SOURCES, folder, png, write
 
 from data_pipelines.curation.sources import fingerprint, plan_units
-from tests.test_sources import SOURCES, folder, png, write
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -3,13 +3,11 @@
 import copy
 import dataclasses
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from commands import launch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_up import TOKENIZER, plain_index, world_of
@@ -22,7 +20,6 @@ from data_pipelines.loader import Loader
 from qimg2.runtime import inspection, sheets
 from qimg2.runtime.inspection import open_data
 
-ROOT = pathlib.Path(__file__).parent.parent
 STAGE = "high_resolution"  # draws and edits
 
 
@@ -187,21 +184,17 @@ def test_nothing_to_draw_is_named(data):
     inspection.sheet(data, 0, 0)
 
 
-def launch(config, *arguments):
-  command = [sys.executable, "-m", "launch.inspect_data", "--config=configs/quickstart.py:smoke", f"--config.data_dir={config.data_dir}",
-             "--config.prepare.num_examples=120", *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_the_command(config, data, tmp_path):
-  result = launch(config, "--stage=sft", "--num_batches=3", "--start=2", "--num_processes=4", "--process_id=1", "--summary",
-                  f"--out={tmp_path}/sheets/a.png")
+  inspect = lambda *arguments: launch("launch.inspect_data", "--config=configs/quickstart.py:smoke", f"--config.data_dir={config.data_dir}",
+                                      "--config.prepare.num_examples=120", *arguments)
+  result = inspect("--stage=sft", "--num_batches=3", "--start=2", "--num_processes=4", "--process_id=1", "--summary",
+                   f"--out={tmp_path}/sheets/a.png")
   assert result.returncode == 0, result.stderr
   rows = [json.loads(line) for line in result.stdout.splitlines()]
   assert [row["batch"] for row in rows] == [2, 3, 4] and all(row["stage"] == "sft" and len(row["sample_ids"]) == 2 for row in rows)
   assert "compiled steps" in result.stderr
   assert Image.open(tmp_path / "sheets" / "a.png").size[1] > 3 * 128
-  result = launch(config, "--stage=nope")
+  result = inspect("--stage=nope")
   assert result.returncode == 1 and result.stdout == "" and "There is no stage 'nope'" in result.stderr and "Traceback" not in result.stderr
 
 

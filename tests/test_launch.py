@@ -1,14 +1,11 @@
 """The launchers as a user meets them."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from commands import launch, process
 from PIL import Image
 
 from configs import pretrain, quickstart
@@ -19,16 +16,9 @@ from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import sampling_weights
 
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def launch(*arguments):
-  env = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
-  return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-
 
 def test_describe_prints_the_published_counts():
-  result = launch("launch.describe", "--config=configs/pretrain.py", "--json")
+  result = process("launch.describe", "--config=configs/pretrain.py", "--json")
   assert result.returncode == 0, result.stderr
   totals = json.loads(result.stdout)["totals"]
   parts = ("model", "encoder", "vae/encoder", "vae/decoder", "vae/temporal")
@@ -90,8 +80,8 @@ def test_an_edit_sees_its_own_image(smoke_run):
   _, weights = sampling_weights(smoke_run)
   # A fresh modulation of zero hides everything: use weights at which blocks act.
   shake = lambda path, p: 0.2 * jax.random.normal(jax.random.fold_in(jax.random.key(1), len(path)), p.shape) + ("norm_" in path)
-  weights = {**weights, "model": jax.device_put(P.map_with_path(shake, smoke_run.specs["model"]),
-                                                jax.tree.map(lambda x: x.sharding, weights["model"]))}
+  drawn = P.map_with_path(shake, smoke_run.nets.specs()["mmdit"])
+  weights = {**weights, "mmdit": jax.device_put(drawn, jax.tree.map(lambda x: x.sharding, weights["mmdit"]))}
   prompts, size = ["make it red", "make it red"], Size(64, 64, 41, ((64, 32),), 8)
   assert size.num_tokens >= 31 + smoke_run.tokenizer.num_image_tokens([(2, 1)])
   generator, rng = Generator(smoke_run, size, num_steps=2), np.random.default_rng(0)

@@ -47,6 +47,23 @@ def assert_same(first, second):
     np.testing.assert_array_equal(first[1][name], second[1][name])
 
 
+def test_the_unconditional_prompt_comes_where_it_is_asked_for(data, tokenizer):
+  """The empty prompt around each row's own condition images; everything else is as without it."""
+  for task in ("t2i", "ti2i"):
+    plain, guided = (make(data, tokenizer, task=task, unconditional=wanted) for wanted in (False, True))
+    (bucket, batch), (_, more) = plain.batch(3), guided.batch(3)
+    assert set(more) - set(batch) == {"null_tokens", "null_token_count"}
+    assert_same((bucket, batch), (bucket, {name: more[name] for name in batch}))
+    sources = source_grids(guided.buckets[bucket].source_sizes)
+    assert len(sources) == (task == "ti2i")
+    expected = tokenizer.encode("", sources)
+    assert more["null_tokens"].shape == batch["tokens"].shape and (more["null_token_count"] == len(expected)).all()
+    assert (more["null_tokens"][:, :len(expected)] == expected).all() and (more["null_tokens"][:, len(expected):] == tokenizer.pad_id).all()
+    example = guided.example(guided.buckets[bucket], unconditional=True)
+    assert {name: (x.shape, x.dtype) for name, x in example.items() if name.startswith("null")} == {
+        name: (x.shape, x.dtype) for name, x in more.items() if name.startswith("null")}
+
+
 def test_batch_contract(data, tokenizer):
   loader = make(data, tokenizer)
   assert sorted((b.height, b.width) for b in loader.buckets) == [(48, 96), (64, 64), (96, 48)]

@@ -1,6 +1,7 @@
 """The generator against the published class, and the properties that hold whatever the weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 def test_matches_the_published_class(case, seed):
   ids, grids, target = CASES[case]
   module = make_reference(CFG, seed)
@@ -80,12 +81,21 @@ def test_matches_the_published_class(case, seed):
   assert reference.relative_error(ours, theirs) < TOLERANCE
 
 
-@jax.jit
-def gradient(params, *arguments):
-  return jax.grad(lambda p: jnp.mean(jnp.square(mmdit.apply(CFG, p, *arguments))))(params)
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(cfg, params, *arguments):
+  return jax.grad(lambda p: jnp.mean(jnp.square(mmdit.apply(cfg, p, *arguments))))(params)
 
 
-@pytest.mark.parametrize("seed", range(10))
+def loop(body, carry, inputs):
+  """What `jax.lax.scan` stands for."""
+  outputs = []
+  for i in range(len(jax.tree.leaves(inputs)[0])):
+    carry, output = body(carry, jax.tree.map(lambda x: x[i], inputs))
+    outputs.append(output)
+  return carry, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_loss_gradient_matches_autograd(seed):
   ids, grids, target = list(CASES.values())[seed % len(CASES)]
   module = make_reference(CFG, seed)
@@ -95,7 +105,7 @@ def test_loss_gradient_matches_autograd(seed):
   shapes = [[(1, *grid) for grid in (*grids, target)]]
   out = module(states, torch.from_numpy(text), torch.from_numpy(np.array(t)), shapes, torch.tensor([slots])).sample
   out[:, -latents.shape[1]:].square().mean().backward()
-  ours = jax.device_get(gradient(load(CFG, module), latents, t, text, images, layout))
+  ours = jax.device_get(gradient(CFG, load(CFG, module), latents, t, text, images, layout))
   for name, x in tensors.export_tensors(ours, mmdit.specs(CFG), names.table(CFG)):
     theirs = module.get_parameter(name).grad.numpy()
     assert reference.relative_error(x, theirs) < 1e-4, name
@@ -137,26 +147,26 @@ def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(attention, condition
   padded = [inputs(cfg, ids, [], (2, 4), seed, length=9) for seed, ids in enumerate(prompts)]
   batch = jax.tree.map(lambda *rows: jnp.concatenate(rows), *padded)
   together = apply(cfg, params, *batch)
-  for row, one in enumerate(alone):
-    assert reference.relative_error(together[row], apply(cfg, params, *one)[0]) < 1e-5
+  for row in (0, 1):  # the shortest and the longest
+    assert reference.relative_error(together[row], apply(cfg, params, *alone[row])[0]) < 1e-5
 
 
-def test_prefix_never_sees_the_target():
+def test_prefix_never_sees_the_target(monkeypatch):
   """Block-causal: nothing that the target holds, nor its time, reaches a text token; so a prefix cache is exact."""
   ids, grids, target = CASES["one_image"]
   latents, t, text, images, layout = inputs(CFG, ids, grids, target)
   params = random_params(CFG)
-  # Read the first text token's state by making it the "target": run on the prefix alone and compare with the whole sequence.
-  def first_keys(latents, t):
+  monkeypatch.setattr(jax.lax, "scan", loop)  # so that what each layer says can be handed out
+
+  @jax.jit
+  def states(latents, t):
     seen = []
-    def spy(x, *axes):
-      seen.append(x)
-      return x
-    with jax.disable_jit():
-      mmdit.apply(CFG, params, latents, t, text, images, layout, shard=spy)
-    return [np.asarray(x[:, :11]) for x in seen]  # 3 text tokens and 8 latents
-  for a, b in zip(first_keys(latents, t), first_keys(latents + 1.0, t + 0.3), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+    mmdit.apply(CFG, params, latents, t, text, images, layout, shard=lambda x, *axes: seen.append(x) or x)
+    return seen
+  first, second = states(latents, t), states(latents + 1.0, t + 0.3)
+  assert len(first) > 3 * CFG.num_layers and any((np.asarray(a)[:, 11:] != np.asarray(b)[:, 11:]).any() for a, b in zip(first, second))
+  for a, b in zip(first, second, strict=True):
+    np.testing.assert_allclose(a[:, :11], b[:, :11], atol=1e-5)  # 3 text tokens and 8 latents
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,27 +190,28 @@ def test_a_prefix_that_sees_the_target_is_not_cached():
       mmdit.prefix_cache(dataclasses.replace(CFG, **change), {}, text, images, layout)
 
 
-def test_scan_equals_a_loop_and_remat_changes_nothing():
-  ids, grids, target = CASES["one_image"]
-  arguments = inputs(CFG, ids, grids, target)
+def test_scan_equals_a_loop_and_remat_changes_nothing(monkeypatch):
+  arguments = inputs(CFG, *CASES["one_image"])
   params = random_params(CFG)
   whole = apply(CFG, params, *arguments)
-  with jax.disable_jit():
-    np.testing.assert_allclose(mmdit.apply(CFG, params, *arguments), whole, rtol=1e-4, atol=1e-4)
-  remat_gradient = lambda remat: jax.grad(lambda p: jnp.sum(mmdit.apply(dataclasses.replace(CFG, remat=remat), p, *arguments) ** 2))(params)
-  plain = remat_gradient("none")
+  plain = gradient(CFG, params, *arguments)
   for remat in ("full", "dots"):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max())), remat_gradient(remat), plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max())),
+                 gradient(dataclasses.replace(CFG, remat=remat), params, *arguments), plain)
+  with monkeypatch.context() as patch:
+    patch.setattr(jax.lax, "scan", loop)
+    np.testing.assert_allclose(jax.jit(lambda p: mmdit.apply(CFG, p, *arguments))(params), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_fresh_network_predicts_zero_and_learns_in_the_output_first():
   arguments = inputs(CFG, *CASES["text"])
   params = P.init(mmdit.specs(CFG), jax.random.key(0))
   assert not apply(CFG, params, *arguments).any()
-  gradient = jax.grad(lambda p: jnp.sum((mmdit.apply(CFG, p, *arguments) - 1.0) ** 2))(params)
-  assert float(jnp.abs(gradient["proj_out"]).max()) > 0
+  learns = jax.jit(jax.grad(lambda p: jnp.sum((mmdit.apply(CFG, p, *arguments) - 1.0) ** 2)))(params)
+  assert float(jnp.abs(learns["proj_out"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
   cfg = dataclasses.replace(CFG, width=64, num_heads=4, head_dim=16, rope_dims=(4, 6, 6), latent_channels=8)
   mesh, rules = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2}), sharding.RULES["fsdp_tensor"]

@@ -29,8 +29,9 @@ from qimg2.published.names import qwen3_vl as qwen3_vl_names
 from qimg2.published.names import vae as vae_names
 
 ROOT = pathlib.Path(__file__).parent.parent
-ROLES = {"model": "transformer", "encoder": "text_encoder", "vae": "vae"}
-TABLES = {"model": mmdit_names.table, "encoder": qwen3_vl_names.table, "vae": vae_names.table}
+PARTS = {"mmdit": "transformer", "qwen3_vl": "text_encoder", "vae": "vae"}  # network -> of the pipeline
+FIELDS = {"mmdit": "model", "qwen3_vl": "encoder", "vae": "vae"}  # network -> its config in what was opened
+TABLES = {"mmdit": mmdit_names.table, "qwen3_vl": qwen3_vl_names.table, "vae": vae_names.table}
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +57,17 @@ def specs_of(opened):
   return networks.Networks(opened.model, opened.encoder, opened.vae, 14).specs()
 
 
-def load(path, role, shardings=None):
+def load(path, network, shardings=None):
   opened = open_folder(path)
-  return load_weights(opened, role, specs_of(opened)[role], shardings)
+  return load_weights(opened, network, specs_of(opened)[network], shardings)
 
 
-def published(path, role):
+def published(path, network):
   """Our weights under their published names."""
   opened = open_folder(path)
-  specs, params = specs_of(opened)[role], load(path, role)
+  specs, params = specs_of(opened)[network], load(path, network)
   specs.pop("statistics", None)
-  return dict(tensors.export_tensors(params, specs, TABLES[role](getattr(opened, role))))
+  return dict(tensors.export_tensors(params, specs, TABLES[network](getattr(opened, FIELDS[network]))))
 
 
 def assert_holds(found, module, dtype=torch.float32):
@@ -76,34 +77,34 @@ def assert_holds(found, module, dtype=torch.float32):
     np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_tensors_are_those_of_the_pipeline(pipeline, folder, role):
-  found = published(folder, role)
-  assert_holds(found, getattr(pipeline, ROLES[role]))
+@pytest.mark.parametrize("network", PARTS)
+def test_tensors_are_those_of_the_pipeline(pipeline, folder, network):
+  found = published(folder, network)
+  assert_holds(found, getattr(pipeline, PARTS[network]))
   assert all(x.dtype == np.float32 for x in found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_become_float32_weights(pipeline, broken, dtype):
-  for role, name in ROLES.items():
+  for network, name in PARTS.items():
     copy.deepcopy(getattr(pipeline, name)).to(dtype).save_pretrained(broken / name)
-    found = published(broken, role)
+    found = published(broken, network)
     assert all(x.dtype == np.float32 for x in found.values())
     assert_holds(found, getattr(pipeline, name), dtype)
 
 
 def test_shards_hold_the_same(pipeline, tmp_path):
   pipeline.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
-  for role, name in ROLES.items():
+  for network, name in PARTS.items():
     assert len(list((tmp_path / "sharded" / name).glob("*-of-*.safetensors"))) > 2
-    assert_holds(published(tmp_path / "sharded", role), getattr(pipeline, name))
+    assert_holds(published(tmp_path / "sharded", network), getattr(pipeline, name))
 
 
 def test_tied_embeddings_are_read_once(tmp_path):
   pipeline = reference.tiny_pipeline(1, tied=True)
   pipeline.save_pretrained(tmp_path / "tied")
   assert open_folder(tmp_path / "tied").encoder.tie_embeddings
-  found, expected = published(tmp_path / "tied", "encoder"), reference.tensors(pipeline.text_encoder)
+  found, expected = published(tmp_path / "tied", "qwen3_vl"), reference.tensors(pipeline.text_encoder)
   np.testing.assert_array_equal(found["model.language_model.embed_tokens.weight"], expected.pop("lm_head.weight"))
   assert found.keys() == expected.keys()
 
@@ -111,12 +112,12 @@ def test_tied_embeddings_are_read_once(tmp_path):
 def test_eight_devices_hold_parts_of_the_same(folder):
   mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
   specs = specs_of(open_folder(folder))
-  for role in ROLES:
-    shardings = sharding.param_shardings(specs[role], mesh, sharding.RULES["fsdp_tensor"])
-    parts, whole = load(folder, role, shardings), load(folder, role)
+  for network in PARTS:
+    shardings = sharding.param_shardings(specs[network], mesh, sharding.RULES["fsdp_tensor"])
+    parts, whole = load(folder, network, shardings), load(folder, network)
     assert jax.tree.map(lambda x: x.sharding, parts) == shardings
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(parts), jax.device_get(whole))
-  assert P.flatten(load(folder, "model", sharding.param_shardings(specs["model"], mesh, sharding.RULES["fsdp_tensor"])))[
+  assert P.flatten(load(folder, "mmdit", sharding.param_shardings(specs["mmdit"], mesh, sharding.RULES["fsdp_tensor"])))[
       "blocks/mlp/gate"].addressable_shards[0].data.shape == (2, 16, 96)
 
 
@@ -132,10 +133,10 @@ def test_weights_over_time_are_left_unread_where_they_are_not_declared(folder):
 
 def test_weights_take_the_declared_type(folder):
   opened = open_folder(folder, dtype="bfloat16")
-  for role, declared in specs_of(opened).items():
+  for network, declared in specs_of(opened).items():
     specs = jax.tree.map(lambda p: dataclasses.replace(p, dtype=jnp.bfloat16), declared, is_leaf=P.is_param)
-    rounded = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), load(folder, role))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(load_weights(opened, role, specs)), rounded)
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), load(folder, network))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(load_weights(opened, network, specs)), rounded)
 
 
 def test_statistics_come_from_the_config(pipeline, folder):
@@ -245,22 +246,22 @@ def test_folder_says_what_the_pipeline_is(folder, pipeline, broken):
   assert open_folder(broken).sample_sigmas == (1.0, 0.75, 0.5)
 
 
-@pytest.mark.parametrize("role, fields, message", [
-    ("model", {"num_layers": 3}, "config.model.num_layers is 3, but the pipeline in .* has 2: make them equal"),
-    ("model", {"attention": "full"}, "config.model.attention is 'full'"),
-    ("model", {"condition_time": "shared"}, "config.model.condition_time is 'shared'"),
-    ("encoder", {"eps": 1e-5}, "config.encoder.eps is 1e-05"),
-    ("encoder", {"vision": None}, "config.encoder.vision is None"),
+@pytest.mark.parametrize("network, fields, message", [
+    ("mmdit", {"num_layers": 3}, "config.model.num_layers is 3, but the pipeline in .* has 2: make them equal"),
+    ("mmdit", {"attention": "full"}, "config.model.attention is 'full'"),
+    ("mmdit", {"condition_time": "shared"}, "config.model.condition_time is 'shared'"),
+    ("qwen3_vl", {"eps": 1e-5}, "config.encoder.eps is 1e-05"),
+    ("qwen3_vl", {"vision": None}, "config.encoder.vision is None"),
     ("vae", {"num_res_blocks": 2}, "config.vae.num_res_blocks is 2"),
 ])
-def test_a_run_must_have_the_folders_architecture(folder, role, fields, message):
+def test_a_run_must_have_the_folders_architecture(folder, network, fields, message):
   opened = open_folder(folder)
-  configs = {name: dataclasses.replace(getattr(opened, name), dtype="bfloat16") for name in ROLES}
+  configs = {name: dataclasses.replace(getattr(opened, FIELDS[name]), dtype="bfloat16") for name in PARTS}
   configs["vae"] = dataclasses.replace(configs["vae"], temporal_weights=False, latents_mean=(0.0,) * 8, remat="full")
-  configs["model"] = dataclasses.replace(configs["model"], remat="full")
+  configs["mmdit"] = dataclasses.replace(configs["mmdit"], remat="full")
   check_configs(opened, *configs.values())
-  check_configs(opened, *[None if name == role else config for name, config in configs.items()])
-  configs[role] = dataclasses.replace(configs[role], **fields)
+  check_configs(opened, *[None if name == network else config for name, config in configs.items()])
+  configs[network] = dataclasses.replace(configs[network], **fields)
   with pytest.raises(ValueError, match=message):
     check_configs(opened, *configs.values())
 
@@ -316,7 +317,7 @@ def pickled(folder):
 def test_damaged_weights_are_named(broken, damage, message):
   damage(broken)
   with pytest.raises(ValueError, match=message) as error:
-    load(broken, "model")
+    load(broken, "mmdit")
   assert str(error.value).count(". ") == 0
 
 
@@ -330,14 +331,14 @@ def test_an_index_must_agree_with_its_files(pipeline, tmp_path, change, message)
   pipeline.save_pretrained(tmp_path / "tiny", max_shard_size="300KB")
   rename_in_index(tmp_path / "tiny", change)
   with pytest.raises(ValueError, match=message):
-    load(tmp_path / "tiny", "model")
+    load(tmp_path / "tiny", "mmdit")
 
 
 def test_names_and_shapes_are_checked_before_anything_is_read(broken, monkeypatch):
   rewrite(broken, lambda x: x.update({"proj_out.weight": np.ones((8, 8), np.float32)}))
   monkeypatch.setattr(tensors.TensorFiles, "read", lambda self, name: pytest.fail(f"{name} was read"))
   with pytest.raises(ValueError, match="proj_out.weight has shape"):
-    load(broken, "model")
+    load(broken, "mmdit")
 
 
 def test_a_config_of_another_network_is_named(folder):

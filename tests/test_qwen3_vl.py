@@ -64,7 +64,7 @@ def prompts(seed, counts, num_tokens, vocab_size=290):
   return tokens, np.asarray(counts, np.int32)
 
 
-@pytest.mark.parametrize("seed,tied", [(seed, seed % 2 == 1) for seed in range(10)])
+@pytest.mark.parametrize("seed,tied", [(seed, seed % 2 == 1) for seed in range(3)])
 def test_state_and_logits_equal_published_class(seed, tied):
   model, cfg, params = oracle(seed, tied)
   tokens, token_count = prompts(seed, [23, 9, 1, 16], 23)

@@ -92,7 +92,7 @@ def test_patches_equal_published_processor():
     np.testing.assert_allclose(ours[0].transpose(0, 3, 1, 2), theirs[:, :, frame], atol=1e-6)
 
 
-@pytest.mark.parametrize("seed,size_px", [(seed, ((64, 96), (32, 32), (160, 352))[seed % 3]) for seed in range(10)])
+@pytest.mark.parametrize("seed,size_px", [(seed, ((64, 96), (32, 32), (160, 352))[seed % 3]) for seed in range(3)])
 def test_tokens_and_deepstack_equal_published_class(seed, size_px):
   model, cfg, params = oracle(seed)
   image, = random_images(seed, 2, [size_px])
@@ -106,7 +106,7 @@ def test_tokens_and_deepstack_equal_published_class(seed, size_px):
     assert reference.relative_error(our.reshape(-1, cfg.width), their) <= TOLERANCE
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("num_images", [1, 2, 3])
 def test_state_and_logits_equal_published_class(num_images, seed):
   model, cfg, params = oracle(seed)

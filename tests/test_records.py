@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import launch, process
 
 from data_pipelines import embedded, records
 from data_pipelines.transforms import decode_image
@@ -112,12 +113,10 @@ def test_no_tensorflow_and_no_jax_of_ours():
 
 
 def test_launcher_prepares_and_explains(tmp_path):
-  def launch(*flags):
-    return subprocess.run([sys.executable, "-m", "launch.prepare_data", *flags], capture_output=True, text=True)
-  done = launch("--dataset=glyphs", f"--out={tmp_path}", "--num_examples=2")
+  done = process("launch.prepare_data", "--dataset=glyphs", f"--out={tmp_path}", "--num_examples=2")
   assert done.returncode == 0 and f"Wrote {tmp_path}/glyphs" in done.stdout, done.stderr
   with open(tmp_path / "glyphs" / "dataset.json", encoding="utf-8") as file:
     assert json.load(file)["facts"]["train"] == 3
-  again = launch("--dataset=glyphs", f"--out={tmp_path}", "--num_examples=3")
+  again = launch("launch.prepare_data", "--dataset=glyphs", f"--out={tmp_path}", "--num_examples=3")
   assert again.returncode != 0 and again.stdout == "" and "Traceback" not in again.stderr
   assert "num_examples=2, not num_examples=3" in again.stderr

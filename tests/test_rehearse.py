@@ -82,16 +82,19 @@ def test_the_vae_by_xla():
   assert counted(lambda *a: vae.decode(cfg, *a), weights, latents) == pytest.approx(flops.vae_decode(cfg, 256, 512), rel=0.1)
 
 
+TRAINED, FROZEN = {"model": "mmdit"}, {"encoder": "qwen3_vl", "vae": "vae"}  # role -> network
+
+
 def test_a_step_counts_training_three_times_and_caches_not_at_all():
   nets = networks.Networks(mmdit.Config(), qwen3_vl.Config(), vae.Config(), 12)
   pixels = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.uint8)
   batch = {"tokens": pixels(4, 76), "target": pixels(4, 256, 256, 3), "sources": (pixels(4, 64, 64, 3),)}
-  counts = flops.step_flops(nets, ("model",), ("encoder", "vae"), batch)
+  counts = flops.step_flops(nets, TRAINED, FROZEN, batch)
   assert counts["model"] == 3 * 4 * flops.generator_forward(nets.model, 64, 256, 16)
   assert counts["encoder"] == 4 * flops.encoder_forward(nets.encoder, 76, ((64, 64),))
   assert counts["vae"] == 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_encode(nets.vae, 64, 64))
   cached = {"tokens": pixels(4, 76), "latents": pixels(4, 16, 16, 64), "source_latents": (pixels(4, 4, 4, 64),), "features": pixels(4, 64, 4096)}
-  assert flops.step_flops(nets, ("model",), ("encoder", "vae"), cached) == {"model": counts["model"], "encoder": 0, "vae": 0}
+  assert flops.step_flops(nets, TRAINED, FROZEN, cached) == {"model": counts["model"], "encoder": 0, "vae": 0}
   assert flops.step_flops(nets, ("vae",), (), batch)["vae"] == 3 * 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_decode(nets.vae, 256, 256))
   with pytest.raises(ValueError, match="no FLOP count for role 'judge'"):
     flops.step_flops(nets, ("judge",), (), batch)
@@ -232,24 +235,36 @@ def test_simulated_devices(tmp_path):
   assert "no limit" in result.stdout and "all-reduce" in result.stdout
 
 
-TINY = ("--config=configs/quickstart.py:smoke", "--stage=sft", "--task=t2i", "--squares")
+SMALL_AND_LARGE = """
+import copy
+from configs import quickstart
+
+def get_config(arg=""):
+  cfg = quickstart.get_config("smoke")
+  large = copy.deepcopy(cfg.stages[3])
+  large.name, large.resolutions[0].batch_size, large.resolutions[0].base_px = "large", 4194304, 64
+  cfg.stages = *cfg.stages, large
+  return cfg
+"""
 
 
 @pytest.mark.slow
 def test_a_tpu(tmp_path):
-  file = tmp_path / "rows.json"
-  result = launch(*TINY, "--topology=v5e:2x2", f"--json={file}")
-  assert result.returncode == 0, result.stderr
-  row, = json.loads(file.read_text())["rows"]
-  result = launch(*TINY, "--topology=v5e:2x2", f"--json={file}", "--machine_code")
+  """A stage that fits, compiled up to its machine code and to the end, and one that does not."""
+  file, config = tmp_path / "rows.json", tmp_path / "two.py"
+  config.write_text(SMALL_AND_LARGE)
+  common = (f"--config={config}", "--topology=v5e:2x2", "--stage=sft", "--task=t2i", "--squares", f"--json={file}")
+  result = launch(*common, "--stage=large")
+  assert result.returncode == 1 and " over" in result.stdout and "Does not fit: large." in result.stderr, result.stderr
+  row, large = json.loads(file.read_text())["rows"]
+  assert large["stage"] == "large" and large["fits"] is False
+  result = launch(*common, "--machine_code")
   assert result.returncode == 0, result.stderr
   whole, = json.loads(file.read_text())["rows"]
   assert whole == row | {"compile_s": whole["compile_s"]}
   assert row["fits"] and 0 < row["peak_bytes"] < 2**30 and row["limit_bytes"] == 15.75 * 2**30
   assert 0 < row["bound"]["mfu"] < 1 and row["bound"]["ici_s"] > 0 and not row["traffic"]["unknown_loops"]
   assert any(one["axes"] == "fsdp" and one["calls"] >= 2 for one in row["collectives"])
-  result = launch(*TINY, "--topology=v5e:2x2", "--config.stages[3].resolutions[0].batch_size=4194304", "--config.stages[3].resolutions[0].base_px=64")
-  assert result.returncode == 1 and " over" in result.stdout and "Does not fit: sft" in result.stderr, result.stderr
 
 
 @pytest.mark.slow

@@ -148,7 +148,8 @@ def test_an_average_can_be_a_hard_copy_at_every_few_steps_or_have_a_decay_of_its
     source = after.params if (k + 1) % 3 == 0 else {"model": before.averages["old"]}
     np.testing.assert_array_equal(after.averages["old"]["w"], source["model"]["w"])
     d = 0.5 + 0.1 * k
-    np.testing.assert_allclose(after.averages["slow"]["w"], d * before.averages["slow"]["w"] + (1 - d) * after.params["model"]["w"], rtol=1e-4, atol=1e-6)
+    expected = d * before.averages["slow"]["w"] + (1 - d) * after.params["model"]["w"]
+    np.testing.assert_allclose(after.averages["slow"]["w"], expected, rtol=1e-4, atol=1e-6)
 
 
 # Several updates.
@@ -278,7 +279,8 @@ def test_frozen_roles_are_seen():
 
 
 def test_frozen_roles_can_be_stored_in_half_the_bytes():
-  roles = {"model": Role("linear", dtype=COMPUTE), "ref": Role("linear", dtype=COMPUTE), "judge": Role("linear", dtype="bfloat16"), "vae": Role("linear")}
+  kinds = {"model": COMPUTE, "ref": COMPUTE, "judge": "bfloat16", "vae": "float32"}
+  roles = {name: Role("linear", dtype=dtype) for name, dtype in kinds.items()}
   method = Algorithm(roles, (update("model"),), deploy=lambda weights: {})
   exact = {**LINEAR, "statistics": P.Param((3,), (None,), P.ones, exact=True)}
   specs = method.specs({"linear": exact}, {"linear": "bfloat16"})

@@ -2,42 +2,18 @@
 
 import copy
 import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from test_emoji import needs_packages
+from marks import needs_emoji
 
 from configs import emoji, folder, pretrain
-from qimg2.runtime.curriculum import train
+from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run
+from qimg2.training import faults
 from qimg2.training.metrics import read_rows
-
-ROOT = pathlib.Path(__file__).parent.parent
-STAGES = ("vae", "high_resolution")
-NUM_STEPS = 20
-CONFIG = """
-from configs import quickstart
-
-def get_config(arg=""):
-  cfg = quickstart.get_config("smoke")
-  cfg.data_dir = {data_dir!r}
-  cfg.check.name = "none"
-  cfg.stages = cfg.stages[0], cfg.stages[2]  # the second one mixes drawing and editing
-  cfg.stages[1].start_from = "scratch"
-  for stage in cfg.stages:
-    stage.num_steps, stage.save_every_steps, stage.eval_every_steps, stage.sample_every_steps = {num_steps}, 3, 7, 10
-    stage.optimizer.warmup_steps = 5
-  return cfg
-"""
 
 
 def files(run):
@@ -59,7 +35,7 @@ def test_smoke_writes_what_it_promises(smoke_run):
   assert result["num_prompts"] == 8 and {"glyph", "ink", "paper", "edit: everything", "edit: change"} <= set(result)
 
 
-def test_training_again_changes_nothing(smoke_run, smoke_config):
+def test_training_again_changes_nothing(smoke_run, smoke_config, one_device):
   before = {stage.name: (smoke_run.workdir / stage.name / "metrics.jsonl").read_bytes() for stage in smoke_config.stages}
   train(smoke_config, smoke_run.workdir)
   for name, content in before.items():
@@ -69,15 +45,15 @@ def test_training_again_changes_nothing(smoke_run, smoke_config):
 def test_each_stage_starts_from_the_one_it_names(smoke_run):
   stage = smoke_run.stages["sft"]
   started, slow = smoke_run.start_weights(stage)
-  previous = smoke_run.trained_weights("high_resolution", "model")
+  previous = smoke_run.stage_weights("high_resolution")["model"]
   jax.tree.map(np.testing.assert_array_equal, started["model"], previous)
-  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.trained_weights("high_resolution", "model", "ema"))
+  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.stage_weights("high_resolution")["ema"])
   frozen = smoke_run.frozen_weights(stage)
-  jax.tree.map(np.testing.assert_array_equal, frozen["vae"], smoke_run.trained_weights("vae", "vae"))
+  jax.tree.map(np.testing.assert_array_equal, frozen["vae"], smoke_run.stage_weights("vae")["vae"])
   assert np.std(frozen["vae"]["statistics"]["std"]) > 0  # measured, not the initial ones
 
 
-def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path):
+def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path, one_device):
   cfg = copy.deepcopy(smoke_config)
   stage = cfg.stages[1]
   stage.frozen.encoder, stage.frozen.vae = str(smoke_run.workdir / "frozen" / "encoder"), str(smoke_run.workdir / "vae")
@@ -87,10 +63,10 @@ def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path):
   frozen, (started, slow) = run.frozen_weights(stage), run.start_weights(stage)
   theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
   jax.tree.map(np.testing.assert_array_equal, frozen, theirs)
-  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.trained_weights("sft", "model"))
-  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.trained_weights("sft", "model", "ema"))
-  with pytest.raises(ValueError, match="There is no checkpoint of 'nowhere'"):
-    run.trained_weights("nowhere", "model")
+  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.stage_weights("sft")["model"])
+  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.stage_weights("sft")["ema"])
+  with pytest.raises(ValueError, match="There is no stage 'nowhere'"):
+    run.stage_weights("nowhere")
 
 
 def test_a_changed_config_is_refused(smoke_run, smoke_config):
@@ -106,7 +82,7 @@ def published(smoke_run, tmp_path_factory):
   return export(smoke_run, tmp_path_factory.mktemp("published") / "pipeline", dtype="float32")
 
 
-def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, published, tmp_path):
+def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, published, tmp_path, one_device):
   cfg = copy.deepcopy(smoke_config)
   cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[2:], "none", f"diffusers:{published}"
   cfg.stages[0].start_from = f"diffusers:{published}"
@@ -117,7 +93,7 @@ def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, publ
   for stage in run.cfg.stages:
     jax.tree.map(np.testing.assert_array_equal, run.frozen_weights(stage), theirs)
   started, slow = run.start_weights(run.cfg.stages[0])
-  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.trained_weights("sft", "model", "ema"))
+  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.stage_weights("sft")["ema"])
   assert not slow
   cfg.model.mlp_ratio = 2
   with pytest.raises(ValueError, match="config.model.mlp_ratio is 2, but the pipeline in .* has 3"):
@@ -126,7 +102,7 @@ def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, publ
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_a_published_folder(smoke_config, published, tmp_path):
+def test_training_goes_on_from_a_published_folder(smoke_config, published, tmp_path, one_device):
   cfg = copy.deepcopy(smoke_config)
   cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[3:], "none", f"diffusers:{published}"
   cfg.stages[0].start_from, cfg.stages[0].frozen.vae = f"diffusers:{published}", "default"
@@ -159,84 +135,23 @@ def test_mistakes_of_any_stage_are_named_before_the_first_one_trains(smoke_confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [pretrain, folder, pytest.param(emoji, marks=needs_packages)])
-def test_smoke_of_the_other_configs(module, data_dir, tmp_path):
+@pytest.mark.parametrize("module, num_trained", [(pretrain, 3), (folder, None), pytest.param(emoji, None, marks=needs_emoji)])
+def test_smoke_of_the_other_configs(module, num_trained, data_dir, tmp_path, one_device, monkeypatch):
+  """Stages after the first `num_trained` are like the last of these: all of them is built and traced, but neither compiled nor run."""
   cfg = module.get_config("smoke")
-  cfg.data_dir = str(data_dir)
+  cfg.data_dir, later = str(data_dir), ()
+  if num_trained:
+    cfg.stages, later = cfg.stages[:num_trained], cfg.stages[num_trained:]
   run = train(cfg, tmp_path)
   for stage in cfg.stages:
     assert [row["step"] for row in read_rows(tmp_path / stage.name / "metrics.jsonl") if "loss" in row] == [1, 2]
   assert (run.workdir / "report.html").is_file()
-
-
-# Real processes.
-
-
-def command(config, workdir, *more):
-  return [sys.executable, "-m", "launch.train", f"--config={config}", f"--workdir={workdir}", *more]
-
-
-def environment(cache, num_devices=1):
-  # Compiled as a user's run is, with all optimisations.
-  inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  return {**inherited, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_COMPILATION_CACHE_DIR": cache,
-          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
-@pytest.fixture(scope="module")
-def config_file(data_dir, tmp_path_factory):
-  path = tmp_path_factory.mktemp("config") / "short.py"
-  path.write_text(CONFIG.format(data_dir=str(data_dir), num_steps=NUM_STEPS))
-  return path
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(config_file, compilation_cache, tmp_path_factory):
-  """Folder of a run that nothing stopped, on one device."""
-  workdir = tmp_path_factory.mktemp("uninterrupted")
-  subprocess.run(command(config_file, workdir, "--compilation_cache="), cwd=ROOT, env=environment(compilation_cache), check=True)
-  return workdir
-
-
-def kill_at(process, path, num_rows, delay):
-  """Kills the process -9 when `path` holds `num_rows` rows, and `delay` seconds later."""
-  while process.poll() is None:
-    if path.exists() and path.read_bytes().count(b"\n") >= num_rows:
-      time.sleep(delay)
-      process.send_signal(signal.SIGKILL)
-      break
-    time.sleep(0.001)
-  return process.wait()
-
-
-def final_weights(workdir, stage):
-  folder = workdir / stage / "checkpoints" / str(NUM_STEPS)
-  items = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "meta")
-  assert len(items) >= 2
-  return {path.name: ocp.PyTreeCheckpointer().restore(path) for path in items}
-
-
-@pytest.mark.slow
-def test_killed_runs_end_bit_identical(config_file, uninterrupted, compilation_cache, tmp_path):
-  """Killed in each stage at steps before, at and after a save, and once while a save is being written."""
-  rng = np.random.default_rng(0)
-  plan = [("vae", 2), ("vae", 3), ("vae", 11), ("vae", NUM_STEPS), ("high_resolution", 1), ("high_resolution", 9), ("high_resolution", 16)]
-  for stage, rows in plan:
-    process = subprocess.Popen(command(config_file, tmp_path, "--compilation_cache="), cwd=ROOT, env=environment(compilation_cache),
-                               stderr=subprocess.DEVNULL)
-    code = kill_at(process, tmp_path / stage / "metrics.jsonl", rows, rng.uniform(0, 0.05))
-    assert code == -signal.SIGKILL, f"it ended with {code} before row {rows} of {stage}"
-  subprocess.run(command(config_file, tmp_path, "--compilation_cache="), cwd=ROOT, env=environment(compilation_cache), check=True)
-  for stage in STAGES:
-    assert (tmp_path / stage / "metrics.jsonl").read_bytes() == (uninterrupted / stage / "metrics.jsonl").read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, final_weights(tmp_path, stage), final_weights(uninterrupted, stage))
-
-
-@pytest.mark.slow
-def test_eight_devices_give_the_losses_of_one(config_file, uninterrupted, compilation_cache, tmp_path):
-  more = ("--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--compilation_cache=")
-  subprocess.run(command(config_file, tmp_path, *more), cwd=ROOT, env=environment(compilation_cache, 8), check=True)
-  for stage in STAGES:
-    one, eight = ([row["loss"] for row in read_rows(folder / stage / "metrics.jsonl") if "loss" in row] for folder in (uninterrupted, tmp_path))
-    assert len(one) == NUM_STEPS
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
+  traced = []
+  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, **_: traced.append(self))
+  for stage in later:
+    stage.start_from = f"stage:{cfg.stages[-1].name}"
+  run = Run({**cfg, "stages": (*cfg.stages, *later)}, tmp_path) if later else run
+  for number, stage in enumerate(later):
+    with pytest.raises(faults.Preempted, match=f"{stage.name} was asked to stop before its first step"):
+      train_one(run, run.stages[stage.name], stop=iter((False, True)).__next__)
+    assert len(traced) == (number + 1) * len(run.loader(run.stages[stage.name]).buckets)

@@ -101,7 +101,8 @@ def test_skipped_updates_are_counted_and_name_the_samples_of_their_own_step(capl
   loop.run()
   assert [(step, row["fault"], row["sample_ids"][0]) for step, row in loop.faults] == [(4, "skipped", 300), (6, "skipped", 500)]
   assert [loop.logged[step]["skipped"] for step in (2, 4, 6, 8)] == [0, 1, 2, 2]
-  assert "step 4: the update is skipped because the loss or a gradient is not finite: loss nan, grad_norm nan (samples 300, 301, 302, 303)" in caplog.text
+  assert ("step 4: the update is skipped because the loss or a gradient is not finite: loss nan, grad_norm nan (samples 300, 301, 302, 303)"
+          in caplog.text)
 
 
 def test_too_many_skipped_updates_in_a_row_stop_the_run():

@@ -68,7 +68,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case, seed", [*((case, seed) for case, (_, seed, _) in CASES.items()), *(("rgba", seed) for seed in range(1, 10))])
+@pytest.mark.parametrize("case, seed", [*((case, seed) for case, (_, seed, _) in CASES.items()), *(("rgba", seed) for seed in (1, 2))])
 def test_matches_the_published_class(case, seed):
   cfg, _, (height, width) = CASES[case]
   module = make_reference(cfg, seed)
@@ -211,8 +211,12 @@ def shallow(**fields):
   return small(**({"image_channels": 3, "dim_mult": (1, 2, 2), "temporal_downsample": (False, True)} | fields))
 
 
+def shallower():
+  return shallow(dim_mult=(2, 2), temporal_downsample=(True,), decoder_base_dim=4)
+
+
 def test_fresh_network_is_sane_and_every_weight_but_time_learns():
-  cfg = shallow(dim_mult=(2, 2), temporal_downsample=(True,), decoder_base_dim=4)
+  cfg = shallower()
   image = random_image(cfg, 8, 8)
   image[0] = 0.0  # a constant example is where a norm without eps gives NaN
   fresh = P.init(vae.specs(cfg), jax.random.key(0))
@@ -226,8 +230,9 @@ def test_fresh_network_is_sane_and_every_weight_but_time_learns():
   assert {path for path, g in gradient.items() if not np.any(g)} == {path for path in gradient if "/time/" in path}
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
-  cfg = shallow()
+  cfg = shallower()
   params, image = random_params(cfg), random_image(cfg, 8, 8)
   plain, remat = (loss_gradient(c, params, image) for c in (cfg, dataclasses.replace(cfg, remat="full")))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, remat)
@@ -251,6 +256,7 @@ def test_clamp_flag():
   np.testing.assert_array_equal(clamped, jnp.clip(wide, -1.0, 1.0))
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
   cfg = shallow(base_dim=128, decoder_base_dim=128)
   mesh, rules = sharding.make_mesh({"data": 2, "fsdp": 4}), sharding.RULES["fsdp_tensor"]

@@ -45,7 +45,7 @@ def save(args):
   params = put_whole({"w": jnp.arange(64.0 * jax.device_count())}, mesh, {"batch": ("fsdp",)})
   step, key = jax.jit(lambda: (jnp.int32(3), jax.random.key(0)), out_shardings=NamedSharding(mesh, PartitionSpec()))()
   writer = checkpoint.Checkpoints(folder / "checkpoints", keep=2)
-  writer.save(TrainState(step, {"model": params}, {}, {}, key), {})
+  writer.save(TrainState(step, {"model": params}, {}, {}, {}, key), {})
   writer.close()
   (folder / f"hashed{jax.process_index()}.json").write_text(json.dumps(hashed), encoding="utf-8")
 

@@ -91,10 +91,12 @@ class Rollout:
   Attributes:
     generate: jitted `generate(params, nets, batch, key) -> samples`, a dict of [B, ...]; B may be a multiple of the batch's rows.
     score: on the host `score(samples, batch) -> {reward: [B] float32}` over this process's rows, as numpy arrays; any exception ends the stage.
-      With `on_device`, when the judge is a frozen role, jitted `score(params, nets, samples, batch)`. A reward that is not finite leaves its sample out.
+      With `on_device`, when the judge is a frozen role, jitted `score(params, nets, samples, batch)`. A reward that is not finite leaves its
+      sample out.
     rewards: names of what `score` gives.
-    minibatches: jitted `minibatches(samples, key) -> dict of [K, B', ...]` with K = `num_minibatches`, where `samples` has got "rewards", {reward: [B]} with 0 for what is
-      not finite, and "weight" [B], 0 for what is left out. The compiled step scans over K, with every update that is due in each.
+    minibatches: jitted `minibatches(samples, key) -> dict of [K, B', ...]` with K = `num_minibatches`, where `samples` has got "rewards",
+      {reward: [B]} with 0 for what is not finite, and "weight" [B], 0 for what is left out. The compiled step scans over K,
+      with every update that is due in each.
     num_minibatches: K, optimizer steps per update and step.
     on_device: see `score`.
   """

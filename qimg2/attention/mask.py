@@ -47,7 +47,7 @@ def block_causal(block: jax.Array, valid: jax.Array, num_prefix: int, longest: i
 
 def dense(mask: Mask, num_keys: int) -> jax.Array | None:
   """`mask` as a bool array [B, S or 1, T], True where a query sees a key; None if everyone sees everything."""
-  seen = None if mask.last is None else jnp.arange(num_keys) <= mask.last[:, :, None]
+  seen = None if mask.last is None else jnp.arange(num_keys)[None, None] <= mask.last[:, :, None]
   if mask.valid is None:
     return seen
   return mask.valid[:, None] if seen is None else seen & mask.valid[:, None]

@@ -171,7 +171,8 @@ def embed_patches(cfg: VisionConfig, params: dict, image: jax.Array, dtype: str 
   """Patch vectors with learned positions, [B, N, D] in `dtype`; the merge² patches of one image token stand next to each other."""
   rows, cols = image_grid(cfg, image.shape)
   patches = split_patches(cfg, image).astype(dtype)  # B N p p C
-  x = layers.linear(patches, jnp.sum(params["patch"]["weight"], axis=0), num_dims=3) + _bias(params["patch"]["bias"], patches)
+  x = layers.linear(patches, jnp.sum(params["patch"]["weight"], axis=0), num_dims=3)
+  x = x + _bias(params["patch"]["bias"], x)
   row, col = _patch_index(cfg, rows, cols)
   positions = interpolate_positions(params["positions"], rows * cfg.merge, cols * cfg.merge)
   return x + positions[row, col][None].astype(dtype)
@@ -233,4 +234,4 @@ def _linear(x: jax.Array, params: dict, num_dims: int = 1) -> jax.Array:
 
 
 def _bias(bias: jax.Array, x: jax.Array) -> jax.Array:
-  return bias.astype(x.dtype)
+  return layers.align(bias.astype(x.dtype), x)

@@ -316,7 +316,7 @@ def _norm(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _conv(x: jax.Array, p: dict, stride: int = 1) -> jax.Array:
-  kernel, bias = p["kernel"].astype(x.dtype), p["bias"].astype(x.dtype)
+  kernel, bias = p["kernel"].astype(x.dtype), layers.align(p["bias"].astype(x.dtype), x)
   if kernel.shape[0] == 1:
     return layers.linear(x, kernel[0, 0]) + bias
   pad = (1, 1) if stride == 1 else (0, 1)
@@ -373,9 +373,11 @@ def float_to_pixels(x: jax.Array) -> jax.Array:
 
 def normalize_latents(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
   """(`x` - mean) / std per channel, float32: what the generator works on."""
-  return (x.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+  mean, std = (layers.align(jnp.asarray(values, jnp.float32), x) for values in (mean, std))
+  return (x.astype(jnp.float32) - mean) / std
 
 
 def denormalize_latents(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
   """`x`·std + mean per channel, float32: what `decode` takes."""
-  return x.astype(jnp.float32) * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32)
+  mean, std = (layers.align(jnp.asarray(values, jnp.float32), x) for values in (mean, std))
+  return x.astype(jnp.float32) * std + mean

@@ -33,10 +33,12 @@ from qimg2.training.validation import Evaluator
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
-def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = False) -> Run:
+def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = False,
+          profile: tuple[int, int] | None = None) -> Run:
   """Trains every stage that is not finished, writes the report, runs the config's check, and returns the run.
 
-  Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken.
+  Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken; first and last step of each
+  stage to trace.
 
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
@@ -47,7 +49,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
     run = Run(cfg, workdir)
     save_config(cfg, workdir, allow_config_change)
     for stage in cfg.stages:
-      train_one(run, stage, stop, began)
+      train_one(run, stage, stop, began, profile)
       if processes.is_first():
         report.write_report(run)
       began = time.monotonic()
@@ -59,8 +61,9 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
   return run
 
 
-def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> None:
-  """Trains one stage; `stop` and `began` as for `qimg2.training.trainer.train_stage`."""
+def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None,
+              profile: tuple[int, int] | None = None) -> None:
+  """Trains one stage; `stop` and `began` as for `qimg2.training.trainer.train_stage`, `profile` as for `train`."""
   algorithm = run.algorithm(config)
   loader, specs = run.loader(config), run.role_specs(config)
   frozen = run.frozen_weights(config)
@@ -71,7 +74,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambd
   stage = Stage(
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
-      config.faults, description(run.cfg, config))
+      config.faults, description(run.cfg, config), profile)
   if processes.is_first():
     report.save_counts(run, config, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,

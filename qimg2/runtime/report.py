@@ -75,7 +75,7 @@ def _overview(run: Run, stages: Sequence[StageConfig], record: dict) -> str:
   for stage in stages:
     losses = read_rows(run.workdir / stage.name / "metrics.jsonl")
     rates = _series(read_rows(run.workdir / stage.name / "timing.jsonl"), "samples_per_second")[1]
-    validation = [row["val_loss"] for row in losses if "val_loss" in row]
+    validation = _series(losses, "val_loss")[1]
     sizes = ", ".join(f"{r.base_px} px x {r.batch_size}" for r in stage.resolutions)
     rows.append((stage.name, stage.algorithm.name, stage.start_from, max((row["step"] for row in losses), default=0),
                  stage.num_steps, sizes, f"{stage.optimizer.learning_rate:g}", f"{validation[-1]:.4f}" if validation else "",
@@ -132,7 +132,8 @@ def _faults(folder: pathlib.Path) -> str:
   kinds = [row["fault"] for row in read_rows(folder / "faults.jsonl")]
   if not kinds:
     return ""
-  return (f"<h3>Faults</h3><p>{kinds.count('skipped')} updates were skipped because a gradient was no number, and {kinds.count('spike')} times the "
+  return (f"<h3>Faults</h3><p>{kinds.count('skipped')} updates were skipped because the loss or a gradient was not finite, and "
+          f"{kinds.count('spike')} times the "
           "loss was far above its median: steps and samples are in faults.jsonl.</p>")
 
 
@@ -142,7 +143,7 @@ def _counts(folder: pathlib.Path) -> str:
 
 
 def _series(rows: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
-  pairs = [(row["step"], row[name]) for row in rows if name in row]
+  pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
   return [step for step, _ in pairs], [value for _, value in pairs]
 
 

@@ -140,7 +140,7 @@ class Run(StageWeights):
     return Loader(datasets, resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=self.cfg.prompt_classes,
                   min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
-                  num_workers=self.cfg.num_workers)
+                  num_workers=self.cfg.num_workers, unconditional=self.algorithm(stage).unconditional)
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""
@@ -150,7 +150,7 @@ class Run(StageWeights):
     """The abstract global batch of each bucket."""
     rows = sharding.batch_sharding(self.mesh, self.rules)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
-    return tuple(jax.tree.map(shape, loader.example(bucket)) for bucket in loader.buckets)
+    return tuple(jax.tree.map(shape, loader.example(bucket, loader.unconditional)) for bucket in loader.buckets)
 
   # Methods.
 

@@ -67,6 +67,8 @@ class StageWeights:
     Raises:
       ValueError: there is no checkpoint of it.
     """
+    if name not in self.stages:
+      raise ValueError(f"There is no stage {name!r}: choose one of {', '.join(self.stages)}.")
     stage, source = self.stages[name], Source("stage", name)
     algorithm, specs, frozen = self.algorithm(stage), self.role_specs(stage), {}
 

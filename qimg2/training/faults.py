@@ -156,13 +156,14 @@ class Watch:
     self.skipped += 1
     self._row.append((step, ids))
     said = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    logging.warning("Stage %s, step %d: the update is skipped because the loss or a gradient is not finite: %s (%s).", self._name, step, said, _show(ids))
+    logging.warning("Stage %s, step %d: the update is skipped because the loss or a gradient is not finite: %s (%s).", self._name, step, said,
+                    _show(ids))
     self._record(step, {"fault": "skipped", **{name: str(value) for name, value in values.items()}, "sample_ids": ids})
     if len(self._row) > self._settings.max_skipped:
       batches = "; ".join(f"step {step}: {_show(ids)}" for step, ids in self._row)
       raise FloatingPointError(f"Stage {self._name} skipped {len(self._row)} updates in a row, steps {self._row[0][0]} to {step}, because losses or "
-                               f"gradients were not finite ({batches}): lower the learning rate, look at these samples, or raise faults.max_skipped; the last "
-                               "checkpoint is kept.")
+                               f"gradients were not finite ({batches}): lower the learning rate, look at these samples, or raise "
+                               "faults.max_skipped; the last checkpoint is kept.")
 
 
 def _show(ids: Sequence[int]) -> str:

@@ -278,7 +278,7 @@ def _loss(values: Mapping[str, float]) -> str:
 
 
 def _save(stage: Stage, state: TrainState, step: int, books: Books, hooks_due: bool = False, can_continue: bool = False) -> None:
-  """Starts to save the state. Where its settings say so, a failure of the save before this one is only logged, with `can_continue` one of this too."""
+  """Starts to save the state. Where the settings say so, a failure of the save before it is only logged, and with `can_continue` its own, too."""
   books.writer.sync()
   meta = {"loader_step": step, "stage": dict(stage.description), "watch": books.watch.saved(), "hooks_due": hooks_due}
   for part, may_fail in ((books.checkpoints.wait, True), (lambda: books.checkpoints.save(state, meta), can_continue)):

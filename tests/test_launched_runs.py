@@ -1,0 +1,128 @@
+"""Training as a user starts it, in processes of its own: what kills, stops and other processes leave as it was. That it holds at every moment is
+shown on the toy job, in tests/test_processes.py, by the same code in a hundredth of the time; here each happens once."""
+
+import json
+import shutil
+import signal
+
+import commands
+import numpy as np
+import pytest
+from kill_points import assert_same_bits
+from many import ends, error_lines, start, together, train, wait_for
+
+from qimg2.training import faults, metrics
+from qimg2.training.metrics import read_rows
+
+pytestmark = pytest.mark.processes
+STAGES, STEPS = ("vae", "high_resolution"), 6
+CONFIG = """
+from configs import quickstart
+
+def get_config(arg=""):
+  cfg = quickstart.get_config("smoke")
+  cfg.data_dir = {data_dir!r}
+  cfg.stages = cfg.stages[0], cfg.stages[2]  # the second one mixes drawing and editing
+  cfg.stages[1].start_from, cfg.check.name, cfg.sampling.guidance = "scratch", "none", 1.0
+  cfg.stages[0].resolutions = cfg.stages[0].resolutions[:1]
+  cfg.stages[1].num_steps, cfg.stages[1].save_every_steps, cfg.stages[1].eval_every_steps, cfg.stages[1].sample_every_steps = {steps}, 2, 3, 6
+  cfg.stages[1].optimizer.schedule, cfg.stages[1].optimizer.warmup_steps = "constant", 2
+  return cfg
+"""
+# Each device adds up its rows, and then the sums are added: another order than one device's, so the losses differ in the last bits. Measured
+# is at most 1e-6; a wrong row or a wrong noise moves them by more than 1e-3.
+RTOL = 1e-5
+
+
+@pytest.fixture(scope="module")
+def config_file(data_dir, tmp_path_factory):
+  path = tmp_path_factory.mktemp("config") / "short.py"
+  path.write_text(CONFIG.format(data_dir=str(data_dir), steps=STEPS))
+  return path
+
+
+@pytest.fixture(scope="module")
+def alone(config_file, compilation_cache, tmp_path_factory):
+  """Folder of the run of one process on one device, which nothing stopped."""
+  workdir = tmp_path_factory.mktemp("alone")
+  together(1, *train(config_file, workdir, compilation_cache))
+  return workdir
+
+
+def interrupt(command, path, num_rows, number):
+  """(exit code, stderr) of one process that gets a signal when `path` holds `num_rows` rows."""
+  process, = start(1, *command)
+  wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= num_rows, [process])
+  process.send_signal(number)
+  (code, _, stderr), = ends([process], 300)
+  return code, stderr
+
+
+def test_a_killed_run_ends_bit_identical(alone, config_file, compilation_cache, tmp_path):
+  command = train(config_file, tmp_path / "run", compilation_cache)
+  code, _ = interrupt(command, tmp_path / "run" / "high_resolution" / "metrics.jsonl", 3, signal.SIGKILL)
+  assert code == -signal.SIGKILL
+  together(1, *command)
+  assert_same_bits(alone, tmp_path / "run")
+
+
+def test_a_run_that_is_asked_to_stop_ends_bit_identical(alone, config_file, compilation_cache, tmp_path):
+  run = tmp_path / "run"
+  command = train(config_file, run, compilation_cache)
+  code, message = interrupt(command, run / "high_resolution" / "metrics.jsonl", 1, signal.SIGTERM)
+  assert code == faults.EXIT_CODE == 75, message
+  assert "Stage high_resolution was asked to stop" in message and "the same command goes on" in message and "Traceback" not in message
+  together(1, *command)
+  assert_same_bits(alone, run)
+  total = metrics.goodput(read_rows(run / "high_resolution" / "timing.jsonl"))
+  assert total["starts"] == 2 and total["lost_s"] == 0 and 0 < total["step_s"] < total["wall_s"]
+  assert "Goodput" in (run / "report.html").read_text()
+
+
+def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, compilation_cache, tmp_path):
+  """Of two devices each, over which rows and weights are divided."""
+  mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+  printed = together(2, *train(config_file, tmp_path, compilation_cache, *mesh), num_devices=2)
+  for stage in STAGES:
+    ours, theirs = (read_rows(workdir / stage / "metrics.jsonl") for workdir in (alone, tmp_path))
+    assert [sorted(row) for row in ours] == [sorted(row) for row in theirs] and any("loss" in row for row in ours)
+    for mine, its in zip(ours, theirs):
+      np.testing.assert_allclose([mine[key] for key in sorted(mine)], [its[key] for key in sorted(mine)], rtol=RTOL)
+  names = lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts
+                                and "frozen" not in path.parts and not path.name.startswith("events."))
+  assert names(tmp_path) == names(alone) and (tmp_path / "high_resolution" / "samples" / f"{STEPS:08d}.png").is_file()
+  assert len(list((tmp_path / "vae").glob("events.*"))) == 1
+  assert "Report:" in printed[0] and not any(printed[1:])
+
+
+def test_two_processes_draw_what_one_draws(alone, tmp_path):
+  arguments = lambda num: (f"--workdir={alone}", "--prompt=red star on white", "--prompt=blue A", "--prompt=a green K", "--num_steps=2",
+                           "--guidance=2", f"--out={tmp_path}/{num}.png", f"--save_latents={tmp_path}/{num}.npy", f"--pictures={tmp_path}/{num}")
+  printed = [commands.launch("launch.sample", *arguments(1)).stdout, *together(2, "-m", "launch.sample", *arguments(2))]
+  assert "3 pictures" in printed[0] and "3 pictures" in printed[1] and not printed[2]
+  one, two = (np.load(tmp_path / f"{num}.npy") for num in (1, 2))
+  np.testing.assert_allclose(two, one, atol=1e-4)
+  assert len(list((tmp_path / "2").iterdir())) == 3
+
+
+def test_two_processes_check_what_one_checks(alone, tmp_path):
+  results = []
+  for num in (1, 2):
+    workdir = shutil.copytree(alone, tmp_path / str(num))
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"]["check"].update(name="glyphs", num_prompts=8)
+    (workdir / "config.json").write_text(json.dumps(record))
+    if num == 1:
+      printed = [commands.launch("launch.check", f"--workdir={workdir}").stdout]
+    else:
+      printed = together(num, "-m", "launch.check", f"--workdir={workdir}")
+    assert printed[0].startswith("Check of stage high_resolution") and not any(printed[1:])
+    results.append(json.loads((workdir / "check.json").read_text()))
+  assert results[0] == results[1]
+
+
+def test_another_config_on_one_process_is_refused(config_file, compilation_cache, tmp_path):
+  results = ends(start(2, *train(config_file, tmp_path, compilation_cache), extra=lambda i: (f"--config.seed={i}",)), 300)
+  for code, _, stderr in results:
+    assert code == 1 and len(error_lines(stderr)) == 1 and "The config of process 1 is not that of process 0" in stderr, stderr
+  assert not (tmp_path / "config.json").exists()
