@@ -207,7 +207,7 @@ def _stage(section: Any, number: int, run: RunConfig) -> StageConfig:
   stage = from_section(StageConfig, rest, where, **given)
   if not stage.name or set(stage.name) & set(":/"):
     raise ValueError(f"{where}.name is {stage.name!r}: it is a folder's name and part of \"stage:NAME:ema\", so give one without : and /.")
-  _check_frozen(stage, where, run.schedule)
+  _check_roles(stage, where, run.schedule)
   return stage
 
 
@@ -233,11 +233,12 @@ def _optimizers(common: optim.Config, sections: Any, where: str) -> dict[str, op
   return found
 
 
-def _check_frozen(stage: StageConfig, where: str, schedule: flow.Schedule) -> None:
-  """Whether the stage says of each frozen role, and of no other, where its weights come from."""
+def _check_roles(stage: StageConfig, where: str, schedule: flow.Schedule) -> None:
+  """Whether the stage says of each frozen role, and of no other, where its weights come from, and names optimizers of its own updates alone."""
   algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, schedule)
   roles = algorithm.frozen
+  checked(dict.fromkeys(stage.optimizers, ""), {update.name: str for update in algorithm.updates}, (), f"{where}.optimizers")
   checked(stage.frozen, dict.fromkeys(roles, str), (), f"{where}.frozen")
   for role in roles:
-    if role not in stage.frozen:
+    if role not in stage.frozen and not algorithm.roles[role].start:  # that one starts where the stage does
       raise ValueError(f"{where}.frozen lacks {role!r}: say where these weights come from, \"default\" or as in start_from.")
