@@ -40,7 +40,7 @@ def base() -> ConfigDict:
   cfg.schedule = ConfigDict(dict(density="logit_normal", logit_mean=0.0, logit_std=1.0, mode_scale=1.29, shift="resolution", static_shift=1.0,
                                  base_tokens=256, base_shift=0.5, max_tokens=8192, max_shift=0.9, terminal=0.02))
   cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, sigmas=(), num_images=16))  # sigmas: own times before the shift, 1 first
-  cfg.check = ConfigDict(dict(name="none", num_prompts=0, num_candidates=0))  # of the last stage's samples: "glyphs", "emoji" or "none"
+  cfg.evals = ConfigDict()  # evaluation suite of qimg2/runtime/suites.py -> its settings, for the last stage: {"glyphs": dict(num_prompts=200)}
   cfg.stages = ()
   return cfg
 
@@ -114,8 +114,8 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
   cfg.prepare.num_examples = 4800
   cfg.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
   cfg.sampling.update(dict(num_steps=2, num_images=8))
-  if cfg.check.name != "none":
-    cfg.check.num_prompts, cfg.check.num_candidates = 8, min(8, cfg.check.num_candidates)
+  for settings in cfg.evals.values():
+    settings.update({key: min(8, value) for key, value in settings.items()})
   for one in cfg.stages:
     one.num_steps, one.log_every_steps, one.eval_every_steps, one.sample_every_steps, one.save_every_steps = 2, 1, 2, 2, 1
     one.evaluation.num_samples = 64

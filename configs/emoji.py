@@ -1,7 +1,7 @@
 """Emoji: real pictures with real captions, at 64 px, for two CPU cores and at most half an hour.
 
 Needs the Debian packages fonts-noto-color-emoji (pictures) and unicode-cldr-core (names and keywords in 100+ languages).
-What to expect. The network learns which picture belongs to which name: the check draws 100 emoji on a paper colour that training never
+What to expect. The network learns which picture belongs to which name: the evaluation draws 100 emoji on a paper colour that training never
 showed with that emoji, and counts how often the picture is nearest, by pixel correlation, to the right one of the 100 (chance 1 %). The last
 stage learns to edit, too: skin tone, gender, direction. Half an hour is enough for a part of the emoji; set config.prepare.num_examples=None,
 another config.data_dir and more steps for all of them.
@@ -18,7 +18,7 @@ from configs import base
 def get_config(arg: str = "") -> ConfigDict:
   """The emoji run; `arg` is "" or "smoke"."""
   cfg = base.base()
-  cfg.check = ConfigDict(dict(name="emoji", num_prompts=100, num_candidates=100))
+  cfg.evals = ConfigDict(dict(emoji=dict(num_prompts=100, num_candidates=100), emoji_edits=dict(num_prompts=100)))
   cfg.encoder.vocab_size = 16_384
   cfg.num_tokens = 54
   cfg.sampling.guidance = 4.0

@@ -1,7 +1,7 @@
 """Quickstart: a whole curriculum on the embedded glyphs, on two CPU cores in less than a quarter of an hour.
 
 What to expect. Prompts such as "a large green K on yellow paper, centered" and edits such as "make it red": the last stage draws the right
-glyph, ink and paper nearly always, for triples that training never saw, and gets most edits right. The run checks that itself (200 held-out
+glyph, ink and paper nearly always, for triples that training never saw, and gets most edits right. The run evaluates that itself (200 held-out
 prompts and 100 held-out edits, nearest clean render) and writes the figures into report.html.
 
 Command:
@@ -16,7 +16,7 @@ from configs import base
 def get_config(arg: str = "") -> ConfigDict:
   """The quickstart run; `arg` is "" or "smoke"."""
   cfg = base.base()
-  cfg.check = ConfigDict(dict(name="glyphs", num_prompts=200, num_candidates=0))
+  cfg.evals = ConfigDict(dict(glyphs=dict(num_prompts=200), glyph_edits=dict(num_prompts=100)))
   cfg.num_tokens = 31
   cfg.sampling.guidance = 3.0
   small = dict(base_px=32, batch_size=16, ratios=("1:1",), weight=1.0)

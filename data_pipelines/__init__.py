@@ -6,7 +6,7 @@ Reading order:
   buckets.py      the few sizes a batch can have
   tokenizer.py    prompt templates and byte-level BPE
   drawing.py      anti-aliased masks of letters, digits and shapes
-  glyphs.py       the embedded data set: exact pictures, exact captions, an automatic check
+  glyphs.py       the embedded data set: exact pictures, exact captions, an exact score
   glyph_edits.py  its editing pairs: a picture, an instruction, the picture after it
   emoji.py        an optional one: emoji with names in a hundred languages
   emoji_pairs.py  its editing pairs: skin tone, gender, direction

@@ -28,7 +28,7 @@ def test_the_page_runs(smoke_run, smoke_config, tmp_path, monkeypatch):
   found = {"__name__": "page"}
   for block in blocks:
     exec(block, found)
-  assert found["pictures"].shape == found["edited"].shape == (2, 64, 64, 3) and pathlib.Path("k.png").is_file()
+  assert found["pictures"].shape == found["edited"].shape == (2, 64, 64, 4) and pathlib.Path("k.png").is_file()
   assert found["scores"]["stage"] == found["stage"] == list(smoke_run.stages)[-1]
   # On another mesh float32 sums have another order: a level of 255 at most.
   assert np.abs(found["again"].astype(int) - found["pictures"]).max() <= 1

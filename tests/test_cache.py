@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import base, quickstart
 from data_pipelines import records
@@ -35,7 +36,7 @@ def cache_name(dtype, features):
 def config(tmp_path_factory):
   """A stage of drawing and editing on few glyphs, at two resolutions. States are cached at the first one alone, to compile less."""
   cfg = quickstart.get_config("smoke")
-  cfg.data_dir, cfg.check.name, cfg.num_tokens, cfg.prepare.num_examples = str(tmp_path_factory.mktemp("data")), "none", 40, 96
+  cfg.data_dir, cfg.evals, cfg.num_tokens, cfg.prepare.num_examples = str(tmp_path_factory.mktemp("data")), ConfigDict(), 40, 96
   cfg.stages = (base.stage(
       STAGE, "flow_matching", frozen=dict(encoder="default", vae="default"), num_steps=2, caption_dropout=0.3, sample_every_steps=2,
       eval_every_steps=2,

@@ -57,12 +57,14 @@ def test_every_key_can_be_given_on_the_command_line(monkeypatch):
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values)
   changes = {"stages[1].faults.max_skipped": 3, "stages[1].optimizer.eps": 1e-7, "stages[1].resolutions[0].multiple": 16,
-             "stages[0].algorithm.kl_weight": 0.1, "schedule.logit_mean": 0.5, "stages[2].start_from": "stage:low_resolution:ema"}
+             "stages[0].algorithm.kl_weight": 0.1, "schedule.logit_mean": 0.5, "evals.glyphs.num_prompts": 50,
+             "stages[2].start_from": "stage:low_resolution:ema"}
   monkeypatch.setattr("sys.argv", ["x", f"--config={ROOT}/configs/quickstart.py:smoke", *(f"--config.{k}={v}" for k, v in changes.items())])
   values(sys.argv)
   parsed = parse(values.config)
   assert parsed.stages[1].faults.max_skipped == 3 and parsed.stages[1].optimizer.eps == 1e-7 and parsed.stages[1].resolutions[0].multiple == 16
   assert parsed.stages[0].algorithm.settings["kl_weight"] == 0.1 and parsed.schedule.logit_mean == 0.5
+  assert parsed.evals == {"glyphs": {"num_prompts": 50}, "glyph_edits": {"num_prompts": 8}}
   assert parse_source(parsed.stages[2].start_from) == Source("stage", "low_resolution", "ema")
 
 
@@ -136,7 +138,11 @@ SFT = ("stages", 3)
     (put([*SFT, "name"], "vae"), "config.stages: two stages have the same name"),
     (put([*SFT, "name"], "s:ft"), "config.stages[s:ft].name is 's:ft': it is a folder's name"),
     (put(["stages", 3], "sft"), "config.stages[3] is 'sft': give a section."),
-    (put(["check", "name"], ""), "config.check.name is '': choose one of none, glyphs, emoji."),
+    (put(["evals", "glyps"], {"num_prompts": 8}), "config.evals has no key 'glyps': did you mean 'glyphs'?"),
+    (put(["evals", "glyphs"], {}), "config.evals.glyphs lacks 'num_prompts': give it a whole number"),
+    (put(["evals", "glyphs", "num_prompts"], 0), "config.evals.glyphs.num_prompts is 0: give at least 1."),
+    (put(["evals", "glyphs", "num_prompts"], 0.5), "config.evals.glyphs.num_prompts is 0.5: give a whole number."),
+    (put(["evals", "glyphs", "num_candidates"], 8), "config.evals.glyphs has no key 'num_candidates'"),
     (put(["tokenizer"], ""), "config.tokenizer is empty: say \"default\""),
     (put([*SFT, "keep"], 0), "config.stages[sft].keep is 0: give at least 1."),
     (put(["mesh", "tensor"], 0), "config.mesh.tensor is 0: give at least 1, or -1 for the devices that are left."),
@@ -213,13 +219,13 @@ def test_no_default_stands_twice():
              "faults": (stage.faults, faults.Settings), "optimizer": (stage.optimizer, optim.Config),
              "resolutions": (stage.resolutions[0], Resolution), "mixture": (stage.mixture[0], DatasetSpec), "mesh": (run.mesh, MeshConfig),
              "prepare": (run.prepare, config.PrepareConfig),
-             "sampling": (run.sampling, config.SamplingConfig), "check": (run.check, config.CheckConfig),
+             "sampling": (run.sampling, config.SamplingConfig),
              "evaluation": (stage.evaluation, config.EvaluationConfig)}
   for name, (section, cls) in classes.items():
     assert set(section) == {field.name for field in dataclasses.fields(cls)} - {"data_dir"} | ({"data_dir"} if name == "" else set()), name
     for key, default in defaults_of(cls).items():
       assert f"{name}.{key}" in CHOSEN or plain(section)[key] == default, f"{name}.{key}"
-  for cls in (RunConfig, MeshConfig, config.PrepareConfig, config.SamplingConfig, config.CheckConfig, config.EvaluationConfig):
+  for cls in (RunConfig, MeshConfig, config.PrepareConfig, config.SamplingConfig, config.EvaluationConfig):
     assert not defaults_of(cls), cls
   assert set(defaults_of(StageConfig)) == {"optimizers"}
 
@@ -285,8 +291,10 @@ def test_a_source_that_is_not_there_is_one_sentence(text, message, tmp_path, mon
 # What else reads a config.
 
 
-def test_every_check_can_be_named():
-  assert config.CHECKS == ("none", *suites.CHECKS)
+def test_every_suite_can_be_named_with_its_settings():
+  assert list(config.EVALS) == list(suites.SUITES)
+  for name, make in suites.SUITES.items():
+    assert {*config.EVALS[name]} == {"num_prompts", *inspect.signature(make).parameters} - {"prepare"}
 
 
 @pytest.mark.parametrize("sizes, num_devices, message", [

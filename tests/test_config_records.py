@@ -9,7 +9,7 @@ import pytest
 from configs import quickstart
 from data_pipelines.mixture import Resolution
 from qimg2.runtime import curriculum
-from qimg2.runtime.config import parse
+from qimg2.runtime.config import parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record
 from qimg2.runtime.run import load_run, save_config
 from qimg2.training.trainer import ORDER_KEYS
@@ -63,7 +63,7 @@ def written(folder, record):
 
 def test_a_record_of_the_first_format_is_translated(tmp_path):
   cfg = read_record(written(tmp_path, OLD))
-  assert (cfg.tokenizer, cfg.check.name, cfg.seed, cfg.num_tokens) == ("default", "none", 0, 31)
+  assert (cfg.tokenizer, cfg.evals, cfg.seed, cfg.num_tokens) == ("default", {}, 0, 31)
   assert [stage.start_from for stage in cfg.stages] == ["scratch", "scratch", "stage:low_resolution:ema", "diffusers:/published"]
   assert [stage.frozen for stage in cfg.stages] == [{}, {"encoder": "default", "vae": "stage:vae"},
                                                     {"encoder": "/else/frozen/encoder", "vae": "stage:vae"}, {"encoder": "default", "vae": "default"}]
@@ -71,11 +71,22 @@ def test_a_record_of_the_first_format_is_translated(tmp_path):
   assert cfg.stages[0].optimizer.eps == 1e-8 and cfg.stages[0].resolutions == (Resolution(32, 8, ("1:1",)),)
 
 
+@pytest.mark.parametrize("check, evals", [
+    ({"name": "none", "num_prompts": 0, "num_candidates": 0}, {}),
+    ({"name": "glyphs", "num_prompts": 200, "num_candidates": 0}, {"glyphs": {"num_prompts": 200}, "glyph_edits": {"num_prompts": 100}}),
+    ({"name": "emoji", "num_prompts": 90, "num_candidates": 100},
+     {"emoji": {"num_prompts": 90, "num_candidates": 100}, "emoji_edits": {"num_prompts": 90}})])
+def test_a_check_of_the_second_format_is_the_suites_that_it_drew(check, evals, tmp_path):
+  config = json.loads(json.dumps(plain(parse(quickstart.get_config("smoke")))))
+  del config["evals"]
+  assert read_record(written(tmp_path, {"config": config | {"check": check}, "format": 2})).evals == evals
+
+
 def test_an_old_run_goes_on_under_a_record_of_today(tmp_path):
   cfg = read_record(written(tmp_path, OLD))
   save_config(cfg, tmp_path)
   record = json.loads((tmp_path / "config.json").read_text())
-  assert record["format"] == FORMAT == 2 and record["config"]["stages"][2]["start_from"] == "stage:low_resolution:ema"
+  assert record["format"] == FORMAT == 3 and record["config"]["stages"][2]["start_from"] == "stage:low_resolution:ema"
   assert read_record(tmp_path / "config.json") == cfg
   with pytest.raises(ValueError, match=r"was started with another config: config.stages\[2\].start_from was 'stage:low_resolution:ema' and is 'scr"):
     stages = (*cfg.stages[:2], dataclasses.replace(cfg.stages[2], start_from="scratch"), cfg.stages[3])
@@ -120,8 +131,9 @@ def spoiled(*path, value):
 
 @pytest.mark.parametrize("record, message", [
     ("{", "is no JSON file"), ("[]", "lacks the key 'config'"), ({"config": 3}, "lacks the key 'config'"),
-    (OLD | {"format": 3}, "has the key 'format' at 3, but this program reads 1 and 2"),
-    (OLD | {"format": 2}, "cannot be understood: config.check.name is ''"),
+    (OLD | {"format": 4}, "has the key 'format' at 4, but this program reads 1 to 3"),
+    (OLD | {"format": 2}, "cannot be understood: config.check.name is '': it was one of none, glyphs, emoji."),
+    (spoiled("check", "num_prompts", value="8"), "cannot be understood: config.check is {"),
     (spoiled("stages", 1, "start_from", value=7), "cannot be understood: config.stages[low_resolution].start_from is 7: give a text."),
     (spoiled("stages", 1, "frozen", value="vae"), "cannot be understood: config.stages[1] is no stage"),
     (spoiled("sigma", value=7), "cannot be understood: config has no key 'sigma'"),

@@ -58,7 +58,7 @@ def test_splits_share_emoji_but_no_picture():
 
 
 @needs_emoji
-def test_the_check_finds_the_asked_emoji_at_another_size():
+def test_the_asked_emoji_is_the_nearest_at_another_size():
   candidates = emoji.list_emoji()[::40]
   for i, character in enumerate(candidates):
     small = Image.fromarray(emoji.render(character, "pink")).resize((64, 64), Image.Resampling.LANCZOS)

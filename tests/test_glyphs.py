@@ -1,4 +1,4 @@
-"""Captions fix the picture, the split is clean, and the check can tell right from wrong."""
+"""Captions fix the picture, the split is clean, and the score can tell right from wrong."""
 
 import collections
 import dataclasses

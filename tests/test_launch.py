@@ -55,7 +55,7 @@ def test_mistakes_end_in_one_sentence(arguments, code, message):
   assert result.returncode == code and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-@pytest.mark.parametrize("module", ["prepare_data", "train", "sample", "describe", "check", "export"])
+@pytest.mark.parametrize("module", ["prepare_data", "train", "sample", "describe", "evaluate", "export"])
 def test_help(module):
   result = launch(f"launch.{module}", "--help")
   assert "--workdir" in result.stdout or "--config" in result.stdout or "--dataset" in result.stdout

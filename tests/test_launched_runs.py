@@ -23,7 +23,8 @@ def get_config(arg=""):
   cfg = quickstart.get_config("smoke")
   cfg.data_dir = {data_dir!r}
   cfg.stages = cfg.stages[0], cfg.stages[2]  # the second one mixes drawing and editing
-  cfg.stages[1].start_from, cfg.check.name, cfg.sampling.guidance = "scratch", "none", 1.0
+  cfg.stages[1].start_from, cfg.sampling.guidance = "scratch", 1.0
+  del cfg.evals["glyphs"], cfg.evals["glyph_edits"]
   cfg.stages[0].resolutions = cfg.stages[0].resolutions[:1]
   cfg.stages[1].num_steps, cfg.stages[1].save_every_steps, cfg.stages[1].eval_every_steps, cfg.stages[1].sample_every_steps = {steps}, 2, 3, 6
   cfg.stages[1].optimizer.schedule, cfg.stages[1].optimizer.warmup_steps = "constant", 2
@@ -105,19 +106,19 @@ def test_two_processes_draw_what_one_draws(alone, tmp_path):
   assert len(list((tmp_path / "2").iterdir())) == 3
 
 
-def test_two_processes_check_what_one_checks(alone, tmp_path):
+def test_two_processes_evaluate_as_one(alone, tmp_path):
   results = []
   for num in (1, 2):
     workdir = shutil.copytree(alone, tmp_path / str(num))
     record = json.loads((workdir / "config.json").read_text())
-    record["config"]["check"].update(name="glyphs", num_prompts=8)
+    record["config"]["evals"] = {"glyphs": {"num_prompts": 8}, "glyph_edits": {"num_prompts": 4}}
     (workdir / "config.json").write_text(json.dumps(record))
     if num == 1:
-      printed = [commands.launch("launch.check", f"--workdir={workdir}").stdout]
+      printed = [commands.launch("launch.evaluate", f"--workdir={workdir}").stdout]
     else:
-      printed = together(num, "-m", "launch.check", f"--workdir={workdir}")
-    assert printed[0].startswith("Check of stage high_resolution") and not any(printed[1:])
-    results.append(json.loads((workdir / "check.json").read_text()))
+      printed = together(num, "-m", "launch.evaluate", f"--workdir={workdir}")
+    assert printed[0].startswith("Evaluation of stage high_resolution") and not any(printed[1:])
+    results.append(json.loads((workdir / "evaluation.json").read_text()))
   assert results[0] == results[1]
 
 

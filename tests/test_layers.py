@@ -15,7 +15,7 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize("rotate", [layers.rotate_pairs, layers.rotate_halves])
 def test_rotary_products_depend_on_distance_alone(rotate):
   q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
-  at = lambda position: jnp.full((1, 1), position, jnp.float32)[..., None] * layers.rope_frequencies(8, 100.0)
+  at = lambda position: layers.concat_angles([jnp.full((1, 1), position, jnp.float32)], [8], 100.0)
   product = lambda m, n: float(jnp.sum(rotate(q, at(m)) * rotate(k, at(n))))
   assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
   assert abs(product(7, 3) - product(7, 4)) > 1e-3

@@ -172,7 +172,7 @@ def command(workdir, method="grpo"):
   return [sys.executable, "-m", "tests.jobs.toy", f"--method={method}", f"--workdir={workdir}"]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_in_the_rollout_in_scoring_and_between_minibatches(tmp_path):
   subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment(), check=True)
   for number, place in enumerate(("rollout:96", "score:112", "minibatch1:160")):  # ids begin at 16 k: steps 7, 8 and 11
@@ -182,7 +182,7 @@ def test_killed_in_the_rollout_in_scoring_and_between_minibatches(tmp_path):
   assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["grpo", "adapter"])
 def test_two_processes_give_the_numbers_of_one(whole, method, tmp_path):
   results = ends(start(2, *command(tmp_path, method)[1:]), 300)

@@ -15,6 +15,7 @@ ALLOWED = {
     "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr_onnxruntime",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
     "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl"},
+    "qimg2/evaluation": {"qimg2", "numpy"},
     # Joins config, data and networks.
     "qimg2/runtime": {"qimg2", "data_pipelines", "numpy", "jax", "grain", "tqdm", "absl", "matplotlib", "PIL"},
     # The only place that knows what a config file returns.
@@ -23,7 +24,7 @@ ALLOWED = {
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
 ORDER = [["params"], ["sharding", "layers", "batch"], ["attention"], ["models"], ["layout", "flax_module"], ["networks", "flow"], ["sampler"],
-         ["algorithms"], ["training"], ["published", "analysis"], ["runtime"]]
+         ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.
 ABOVE_RUNTIME = {"launch", "notebooks", "benchmarks", "tests"}
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))

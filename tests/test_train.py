@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from marks import needs_emoji
+from ml_collections import ConfigDict
 
 from configs import emoji, folder, pretrain
 from qimg2.runtime.curriculum import train, train_one
@@ -22,7 +23,7 @@ def files(run):
 
 def test_smoke_writes_what_it_promises(smoke_run):
   names = files(smoke_run)
-  assert {"config.json", "report.html", "check.json", "check.png"} <= names
+  assert {"config.json", "report.html", "evaluation.json", "evaluation.png"} <= names
   for stage in smoke_run.cfg.stages:
     assert {f"{stage.name}/metrics.jsonl", f"{stage.name}/timing.jsonl", f"{stage.name}/samples/00000002.png"} <= names
     rows = read_rows(smoke_run.workdir / stage.name / "metrics.jsonl")
@@ -31,8 +32,10 @@ def test_smoke_writes_what_it_promises(smoke_run):
     assert any("val_loss" in row for row in rows)
     edits = "ti2i" in {part.task for part in stage.mixture}
     assert edits == any("ti2i/ema/val_loss" in row for row in rows) == (f"{stage.name}/samples/00000002_ti2i.png" in names)
-  result = json.loads((smoke_run.workdir / "check.json").read_text())
-  assert result["num_prompts"] == 8 and {"glyph", "ink", "paper", "edit: everything", "edit: change"} <= set(result)
+  result = json.loads((smoke_run.workdir / "evaluation.json").read_text())
+  shares = {name: suite["shares"] for name, suite in result["suites"].items()}
+  assert result["suites"]["glyphs"]["num_prompts"] == result["suites"]["glyph_edits"]["num_prompts"] == 8
+  assert {"glyph", "ink", "paper"} <= set(shares["glyphs"]) and {"edit: everything", "edit: change"} <= set(shares["glyph_edits"])
 
 
 def test_training_again_changes_nothing(smoke_run, smoke_config, one_device):
@@ -84,7 +87,7 @@ def published(smoke_run, tmp_path_factory):
 
 def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, published, tmp_path, one_device):
   cfg = copy.deepcopy(smoke_config)
-  cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[2:], "none", f"diffusers:{published}"
+  cfg.stages, cfg.evals, cfg.tokenizer = cfg.stages[2:], ConfigDict(), f"diffusers:{published}"
   cfg.stages[0].start_from = f"diffusers:{published}"
   for stage in cfg.stages:
     stage.frozen.vae = "default"  # with the encoder, from where the chain of start_from begins
@@ -104,7 +107,7 @@ def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, publ
 @pytest.mark.slow
 def test_training_goes_on_from_a_published_folder(smoke_config, published, tmp_path, one_device):
   cfg = copy.deepcopy(smoke_config)
-  cfg.stages, cfg.check.name, cfg.tokenizer = cfg.stages[3:], "none", f"diffusers:{published}"
+  cfg.stages, cfg.evals, cfg.tokenizer = cfg.stages[3:], ConfigDict(), f"diffusers:{published}"
   cfg.stages[0].start_from, cfg.stages[0].frozen.vae = f"diffusers:{published}", "default"
   train(cfg, tmp_path)
   assert [row["step"] for row in read_rows(tmp_path / "sft" / "metrics.jsonl") if "loss" in row] == [1, 2]

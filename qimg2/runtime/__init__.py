@@ -11,7 +11,7 @@ _PUBLIC = {
     "Run": ("run", "Run"), "load_run": ("run", "load_run"),
     "Generator": ("generator", "Generator"), "Size": ("generator", "Size"), "sampling_weights": ("sampling", "sampling_weights"),
     "Pretrained": ("pretrained", "Pretrained"),
-    "train": ("curriculum", "train"), "evaluate": ("suites", "check"), "export": ("exporting", "export"),
+    "train": ("curriculum", "train"), "evaluate": ("suites", "evaluate"), "export": ("exporting", "export"),
 }
 __all__ = sorted(_PUBLIC)
 

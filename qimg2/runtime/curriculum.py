@@ -22,7 +22,7 @@ from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import Run, save_config
 from qimg2.runtime.sheets import grid, save_png
-from qimg2.runtime.suites import check, describe
+from qimg2.runtime.suites import describe, evaluate
 from qimg2.sharding import to_host
 from qimg2.training import faults
 from qimg2.training.metrics import MetricsWriter
@@ -35,7 +35,7 @@ PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = False,
           profile: tuple[int, int] | None = None) -> Run:
-  """Trains every stage that is not finished, writes the report, runs the config's check, and returns the run.
+  """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites, and returns the run.
 
   Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken; first and last step of each
   stage to trace.
@@ -53,7 +53,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
       if processes.is_first():
         report.write_report(run)
       began = time.monotonic()
-  result = check(run) if cfg.check.name != "none" else None
+  result = evaluate(run) if cfg.evals else None
   if processes.is_first():
     if result:
       print(describe(result))

@@ -99,9 +99,9 @@ def _figures(run: Run, stage_name: str) -> str:
   step = last.pop("step", 0)
   table = _table(("metric", "value"), [(name, f"{value:.5g}") for name, value in sorted(last.items()) if "_bin" not in name])
   text = f"Last values of stage `{stage_name}`, step {step:g}:\n\n{table}"
-  path = run.workdir / "check.json"
-  check = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-  return text + (f"\n{describe(check)}\n" if check.get("stage") == stage_name else "")
+  path = run.workdir / "evaluation.json"
+  result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  return text + (f"\n{describe(result)}\n" if result.get("stage") == stage_name else "")
 
 
 def _loading(run: Run, stage_name: str, title: str) -> str:

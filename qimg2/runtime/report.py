@@ -47,7 +47,7 @@ def write_report(run: Run) -> pathlib.Path:
   """Writes report.html of a run and returns its path; what does not exist yet is left out."""
   record = json.loads((run.workdir / "config.json").read_text(encoding="utf-8"))
   started = [stage for stage in run.cfg.stages if (run.workdir / stage.name / "data.json").exists()]
-  body = [f"<h1>{html.escape(run.workdir.name)}</h1>", _check(run.workdir), _overview(run, started, record)]
+  body = [f"<h1>{html.escape(run.workdir.name)}</h1>", _evaluation(run.workdir), _overview(run, started, record)]
   body += [part for stage in started for part in _stage(run, stage)]
   body += ["<h2>Config</h2>", f"<pre>{html.escape(json.dumps(record, indent=1))}</pre>"]
   page = (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(run.workdir.name)}</title>"
@@ -59,15 +59,15 @@ def write_report(run: Run) -> pathlib.Path:
   return path
 
 
-def _check(workdir: pathlib.Path) -> str:
-  path = workdir / "check.json"
+def _evaluation(workdir: pathlib.Path) -> str:
+  path = workdir / "evaluation.json"
   if not path.exists():
     return ""
   result = json.loads(path.read_text(encoding="utf-8"))
   shares = [(name, f"{share:.1%}") for name, share in shares_of(result)]
-  return (f"<h2>Check: {html.escape(result['check'])}</h2><p>{counts_of(result)}, drawn by stage "
-          f"<b>{html.escape(result['stage'])}</b> and compared with clean renders.</p>" + _table(("question", "share"), shares)
-          + _image((workdir / "check.png").read_bytes()))
+  return (f"<h2>Evaluation</h2><p>{html.escape(counts_of(result))}, drawn by stage "
+          f"<b>{html.escape(result['stage'])}</b> and compared with clean renders.</p>" + _table(("metric", "share"), shares)
+          + _image((workdir / "evaluation.png").read_bytes()))
 
 
 def _overview(run: Run, stages: Sequence[StageConfig], record: dict) -> str:

@@ -1,23 +1,27 @@
-"""Automatic checks: prompts whose right answer is known are drawn, and the pictures are compared with clean renders.
+"""The evaluation suites of the embedded data sets, and what draws and scores them: held-out prompts, pictures, clean renders to compare with.
 
-  glyphs   200 held-out (glyph, ink, paper) triples: is the nearest of all clean renders the prompted one, in glyph, ink and paper? And the
-           same for 100 held-out edits, where the stage learns them, and whether the picture is nearer to what was asked than to its source.
-  emoji    is the picture nearest, by pixel correlation, to the prompted emoji among 100 candidates? And is an edited one nearest to what was
-           asked, among its source and everything that the source could be turned into?
+  glyphs        is the nearest of all clean renders the prompted one, in glyph, ink and paper?
+  glyph_edits   the same for edits; and is the picture nearer to what was asked than to its source?
+  emoji         is the picture nearest, by pixel correlation, to the prompted emoji among all candidates?
+  emoji_edits   is the edited picture nearest to what was asked, among its source and everything that the source could be turned into?
 
-  python -m launch.check --workdir=runs/quickstart
+A config names suites in `config.evals`, such as {"glyphs": {"num_prompts": 200}}; the run evaluates its last stage, and `python -m launch.evaluate`
+any other.
 """
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from data_pipelines.buckets import Bucket, nearest_bucket
 from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
 from data_pipelines.transforms import composite_on_white, resize_crop
+from qimg2.evaluation import Suite, Task, mean_scores
 from qimg2.runtime import processes
+from qimg2.runtime.config import PrepareConfig
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import Run
 from qimg2.runtime.sampling import sampling_weights
@@ -27,51 +31,54 @@ SEED = 7
 NUM_SHOWN = 48
 
 
-def check(run: Run, stage_name: str = "") -> dict:
-  """{"stage", "check", "num_prompts", a share in 0..1 per question}; also written to check.json and check.png in the run's folder.
+def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, int]] | None = None) -> dict[str, Any]:
+  """{"stage", "suites": {name: {"num_prompts", "shares": {metric: mean}}}}; also in evaluation.json and evaluation.png of the run's folder.
+
+  Suites whose number of condition images the stage did not learn are left out, with a line in the log. Each is drawn for itself, so its figures
+  do not depend on the others.
+
+  Args: run; stage, the last trained one when empty; {name: (suite, number of prompts)} in place of those of the config.
 
   Raises:
-    ValueError: the config names no check.
+    ValueError: no suite, none that the stage learned, or no such stage.
   """
-  if run.cfg.check.name not in CHECKS:
-    raise ValueError(f"config.check.name is {run.cfg.check.name!r}, so there is nothing to check: choose one of {', '.join(CHECKS)}.")
+  suites = configured(run) if suites is None else suites
+  if not suites:
+    raise ValueError(f"config.evals is empty, so there is nothing to evaluate: add a suite, one of {', '.join(SUITES)}.")
   name, weights = sampling_weights(run, stage_name)
-  shares, images, captions = CHECKS[run.cfg.check.name](run, name, weights)
-  result = {"stage": name, "check": run.cfg.check.name, "num_prompts": run.cfg.check.num_prompts, **shares}
+  buckets, results, shown = run.loader(run.stages[name]).buckets, {}, []
+  for suite_name, (suite, num) in suites.items():
+    tasks = suite.tasks(num, SEED)
+    if not any(len(bucket.source_sizes) == len(tasks[0].sources) for bucket in buckets):
+      logging.warning("Suite %s is left out: stage %s has no batches with %d condition images.", suite_name, name, len(tasks[0].sources))
+      continue
+    pictures = draw(run, buckets, weights, tasks)
+    scores = [suite.score(task, picture) for task, picture in zip(tasks, pictures)]
+    results[suite_name] = {"num_prompts": num, "shares": mean_scores(scores)}
+    shown.append([cell for parts in zip(tasks, pictures, scores) for cell in suite.show(*parts)])
+  if not results:
+    raise ValueError(f"Stage {name!r} learned no task of the suites {', '.join(suites)}: evaluate another stage or add a suite.")
+  result = {"stage": name, "suites": results}
   if processes.is_first():
-    (run.workdir / "check.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    save_png(grid(images[:NUM_SHOWN], 8, captions[:NUM_SHOWN]), run.workdir / "check.png")
+    (run.workdir / "evaluation.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    images, captions = zip(*[cell for cells in shown for cell in cells[:NUM_SHOWN // len(shown)]])
+    save_png(grid(images, 8, captions), run.workdir / "evaluation.png")
   return result
 
 
-def shares_of(result: dict) -> list[tuple[str, float]]:
-  """(what it is, share in 0..1) of each share of a result."""
-  return [(name if name.endswith("chance") else f"{name} right", share) for name, share in result.items() if isinstance(share, float)]
+def configured(run: Run) -> dict[str, tuple[Suite, int]]:
+  """Name -> (suite, number of prompts) of the run's config."""
+  made = {}
+  for name, make in SUITES.items():
+    if name in run.cfg.evals:
+      settings = dict(run.cfg.evals[name])
+      num = settings.pop("num_prompts")
+      made[name] = make(run.cfg.prepare, **settings), num
+  return made
 
 
-def describe(result: dict) -> str:
-  """One line that states a check's result."""
-  shares = ", ".join(f"{name} {share:.1%}" for name, share in shares_of(result))
-  return f"Check of stage {result['stage']} on {counts_of(result)} ({result['check']}): {shares}."
-
-
-def counts_of(result: dict) -> str:
-  """How much was checked, in words."""
-  return f"{result['num_prompts']} held-out prompts" + (f" and {result['num_edits']} held-out edits" if "num_edits" in result else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """One picture to draw: a prompt, the canvas in px, and the condition images [h, w, 3] uint8."""
-  prompt: str
-  height: int
-  width: int
-  sources: tuple[np.ndarray, ...] = ()
-
-
-def draw(run: Run, stage_name: str, weights: dict, tasks: Sequence[Task]) -> list[np.ndarray]:
-  """One picture [H, W, 3] uint8 per task; each shape is one compiled program. Sizes are those of the stage's nearest bucket of the same kind."""
-  buckets = run.loader(run.stages[stage_name]).buckets
+def draw(run: Run, buckets: Sequence[Bucket], weights: dict, tasks: Sequence[Task]) -> list[np.ndarray]:
+  """One picture [H, W, 3] uint8 per task, at the size of the nearest bucket of the same kind; each shape is one compiled program."""
   nearest = [_nearest(buckets, task) for task in tasks]
   images: list = [None] * len(tasks)
   for number, bucket in enumerate(buckets):
@@ -89,24 +96,49 @@ def draw(run: Run, stage_name: str, weights: dict, tasks: Sequence[Task]) -> lis
 def _nearest(buckets: Sequence[Bucket], task: Task) -> int:
   """Index of the bucket nearest in aspect ratio among those with as many condition images."""
   own = [i for i, bucket in enumerate(buckets) if len(bucket.source_sizes) == len(task.sources)]
-  return own[int(nearest_bucket(task.height, task.width, tuple(buckets[i] for i in own)))]
+  return own[int(nearest_bucket(*task.size, tuple(buckets[i] for i in own)))]
 
 
-def check_glyphs(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np.ndarray], list[str]]:
-  """(shares right of glyph, ink, paper and everything, and of edits where the stage learns them; pictures, captions)."""
-  num, tasks = run.cfg.check.num_prompts, {part.task for part in run.stages[stage_name].mixture}
-  prompts = glyphs.held_out_prompts(num, SEED) if "t2i" in tasks else []
-  images = draw(run, stage_name, weights, [Task(text, height, width) for text, _, height, width in prompts])
-  shares, captions = _score(images, [attributes for _, attributes, _, _ in prompts], [text for text, *_ in prompts], "")
-  if "ti2i" not in tasks:
-    return shares, images, captions
-  edits = glyph_edits.held_out_edits(num // 2, SEED)
-  edited = draw(run, stage_name, weights, [Task(text, h, w, (glyphs.render(source, h, w),)) for text, source, _, h, w in edits])
-  moved = [_is_nearer(image, target, source) for image, (_, source, target, _, _) in zip(edited, edits)]
-  more, texts = _score(edited, [target for _, _, target, _, _ in edits], [text for text, *_ in edits], "edit: ", {"change": moved})
-  pairs = [image for (_, source, _, h, w), image in zip(edits, edited) for image in (glyphs.render(source, h, w), image)]
-  texts = [caption for text in texts for caption in ("(source)", text)]
-  return {**shares, **more, "num_edits": len(edits)}, images[:NUM_SHOWN // 2] + pairs, captions[:NUM_SHOWN // 2] + texts
+# In words.
+
+
+def shares_of(result: dict) -> list[tuple[str, float]]:
+  """(what it is, share in 0..1) of each share of a result."""
+  shares = [share for suite in result["suites"].values() for share in suite["shares"].items()]
+  return [(name if name.endswith("chance") else f"{name} right", share) for name, share in shares]
+
+
+def counts_of(result: dict) -> str:
+  """How many prompts of which suites were drawn."""
+  return " and ".join(f"{suite['num_prompts']} held-out prompts of {name}" for name, suite in result["suites"].items())
+
+
+def describe(result: dict) -> str:
+  """One line that states the result of `evaluate`."""
+  shares = ", ".join(f"{name} {share:.1%}" for name, share in shares_of(result))
+  return f"Evaluation of stage {result['stage']} on {counts_of(result)}: {shares}."
+
+
+# Glyphs.
+
+
+def glyph_suite(prepare: PrepareConfig) -> Suite:
+  """Pictures of glyphs for held-out (glyph, ink, paper) triples."""
+  tasks = lambda num, seed: [Task(text, (height, width), truth=asked) for text, asked, height, width in glyphs.held_out_prompts(num, seed)]
+  return Suite(tasks, lambda task, picture: _with_everything(glyphs.score(picture, task.truth)), _show_glyphs(""))
+
+
+def glyph_edit_suite(prepare: PrepareConfig) -> Suite:
+  """Edits of glyphs whose result is a held-out triple; the truth is (attributes asked for, attributes of the source)."""
+  def tasks(num: int, seed: int) -> list[Task]:
+    return [Task(text, (height, width), (glyphs.render(source, height, width),), (target, source))
+            for text, source, target, height, width in glyph_edits.held_out_edits(num, seed)]
+
+  def score(task: Task, picture: np.ndarray) -> dict[str, float]:
+    target, source = task.truth
+    scores = _with_everything({**glyphs.score(picture, target), "change": _is_nearer(picture, target, source)})
+    return {f"edit: {name}": value for name, value in scores.items()}
+  return Suite(tasks, score, _show_glyphs("edit: "))
 
 
 def _is_nearer(image: np.ndarray, target: glyphs.Attributes, source: glyphs.Attributes) -> bool:
@@ -115,49 +147,64 @@ def _is_nearer(image: np.ndarray, target: glyphs.Attributes, source: glyphs.Attr
   return bool(far[0] < far[1])
 
 
-def _score(images: list[np.ndarray], asked: list[glyphs.Attributes], texts: list[str], prefix: str,
-           more: Mapping[str, Sequence[bool]] = {}) -> tuple[dict, list[str]]:
-  """(share right of each attribute, of the questions in `more`, and of everything; captions that name what is wrong)."""
-  if not images:
-    return {}, []
-  scores = [glyphs.score(image, attributes) | {name: right[i] for name, right in more.items()}
-            for i, (image, attributes) in enumerate(zip(images, asked))]
-  shares = {prefix + name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-  shares[f"{prefix}everything"] = float(np.mean([all(score.values()) for score in scores]))
-  marks = ["" if all(score.values()) else " [wrong: " + ", ".join(k for k, right in score.items() if not right) + "]" for score in scores]
-  return shares, [prefix + text + mark for text, mark in zip(texts, marks)]
+def _with_everything(right: Mapping[str, bool]) -> dict[str, float]:
+  return {name: float(value) for name, value in {**right, "everything": all(right.values())}.items()}
 
 
-def check_emoji(run: Run, stage_name: str, weights: dict) -> tuple[dict, list[np.ndarray], list[str]]:
-  """(share of pictures nearest to the prompted emoji among `num_candidates`, pictures, captions).
-
-  Raises:
-    ValueError: more prompts than candidates.
-  """
-  num, num_candidates = run.cfg.check.num_prompts, run.cfg.check.num_candidates
-  if num > num_candidates:
-    raise ValueError(f"config.check asks {num} prompts among {num_candidates} candidates: every prompt needs its own candidate.")
-  prompts = emoji.held_out_prompts(num_candidates, SEED, run.cfg.prepare.num_examples, run.cfg.prepare.seed)
-  candidates = tuple(character for _, character, _ in prompts)
-  images = draw(run, stage_name, weights, [Task(caption, emoji.SIDE_PX, emoji.SIDE_PX) for caption, _, _ in prompts[:num]])
-  found = [emoji.nearest_emoji(image, candidates, paper) for image, (_, _, paper) in zip(images, prompts)]
-  marks = ["" if place == right else f" [nearest: {prompts[place][0].rpartition(', on ')[0]}]" for right, place in enumerate(found)]
-  shares, captions = {"emoji": float(np.mean(np.equal(found, np.arange(num))))}, [prompt[0] + mark for prompt, mark in zip(prompts, marks)]
-  if "ti2i" not in {part.task for part in run.stages[stage_name].mixture}:
-    return shares, images, captions
-  more, pairs, texts = _check_emoji_edits(run, stage_name, weights, num)
-  return {**shares, **more}, images[:NUM_SHOWN // 2] + pairs, captions[:NUM_SHOWN // 2] + texts
+def _show_glyphs(prefix: str) -> Callable[[Task, np.ndarray, Mapping[str, float]], list[tuple[np.ndarray, str]]]:
+  """As `qimg2.evaluation.show`, with a prefix before captions that the names of metrics have too."""
+  def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
+    wrong = [name.removeprefix(prefix) for name, value in scores.items() if not value and name != f"{prefix}everything"]
+    caption = prefix + task.prompt + (f" [wrong: {', '.join(wrong)}]" if wrong else "")
+    return [(source, "(source)") for source in task.sources] + [(picture, caption)]
+  return show
 
 
-def _check_emoji_edits(run: Run, stage_name: str, weights: dict, num: int) -> tuple[dict, list[np.ndarray], list[str]]:
-  """(share of edits nearest to the target among the source and all its variants, and chance; sources and edits, captions)."""
-  edits = emoji_pairs.held_out_edits(num, SEED)
-  side = emoji.SIDE_PX
-  edited = draw(run, stage_name, weights, [Task(text, side, side, (emoji.render(source, paper),)) for text, source, _, paper, _ in edits])
-  right = [others[emoji.nearest_emoji(image, others, paper)] == target for image, (_, _, target, paper, others) in zip(edited, edits)]
-  shares = {"edit": float(np.mean(right)), "edit by chance": float(np.mean([1 / len(others) for *_, others in edits])), "num_edits": num}
-  pairs = [image for (_, source, _, paper, _), image in zip(edits, edited) for image in (emoji.render(source, paper, image.shape[0]), image)]
-  return shares, pairs, [caption for (text, *_), good in zip(edits, right) for caption in ("(source)", text if good else f"{text} [wrong]")]
+# Emoji.
 
 
-CHECKS = {"glyphs": check_glyphs, "emoji": check_emoji}
+class EmojiTruth(NamedTuple):
+  """What a picture of an emoji is compared with: clean renders of `candidates` on `paper`."""
+  asked: str
+  paper: str
+  candidates: tuple[str, ...]
+  source: str = ""
+
+  def nearest(self, picture: np.ndarray) -> str:
+    """The candidate nearest to a picture."""
+    return self.candidates[emoji.nearest_emoji(picture, self.candidates, self.paper)]
+
+
+def emoji_suite(prepare: PrepareConfig, num_candidates: int) -> Suite:
+  """Emoji of the prepared data set on papers that training never showed with them, among `num_candidates` of them."""
+  def tasks(num: int, seed: int) -> list[Task]:
+    if num > num_candidates:
+      raise ValueError(f"config.evals.emoji asks {num} prompts among {num_candidates} candidates: every prompt needs its own candidate.")
+    prompts = emoji.held_out_prompts(num_candidates, seed, prepare.num_examples, prepare.seed)
+    candidates = tuple(character for _, character, _ in prompts)
+    return [Task(text, (emoji.SIDE_PX, emoji.SIDE_PX), truth=EmojiTruth(character, paper, candidates)) for text, character, paper in prompts[:num]]
+
+  def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
+    found = task.truth.nearest(picture)
+    return [(picture, task.prompt if found == task.truth.asked else f"{task.prompt} [nearest: {emoji.annotations()['en'][found][0]}]")]
+  return Suite(tasks, lambda task, picture: {"emoji": float(task.truth.nearest(picture) == task.truth.asked)}, show)
+
+
+def emoji_edit_suite(prepare: PrepareConfig) -> Suite:
+  """Held-out edits of skin tone, gender and direction, and the share that chance would get right."""
+  def tasks(num: int, seed: int) -> list[Task]:
+    return [Task(text, (emoji.SIDE_PX, emoji.SIDE_PX), (emoji.render(source, paper),), EmojiTruth(target, paper, candidates, source))
+            for text, source, target, paper, candidates in emoji_pairs.held_out_edits(num, seed)]
+
+  def score(task: Task, picture: np.ndarray) -> dict[str, float]:
+    return {"edit": float(task.truth.nearest(picture) == task.truth.asked), "edit by chance": 1 / len(task.truth.candidates)}
+
+  def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
+    return [(emoji.render(task.truth.source, task.truth.paper, picture.shape[0]), "(source)"),
+            (picture, task.prompt if scores["edit"] else f"{task.prompt} [wrong]")]
+  return Suite(tasks, score, show)
+
+
+# Name in config.evals -> the suite of (how data sets are prepared, its other settings).
+SUITES: dict[str, Callable[..., Suite]] = {
+    "glyphs": glyph_suite, "glyph_edits": glyph_edit_suite, "emoji": emoji_suite, "emoji_edits": emoji_edit_suite}

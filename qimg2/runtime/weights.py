@@ -50,7 +50,7 @@ class StageWeights:
     """
     algorithm, weights = self.algorithm(stage), {}
     for role in algorithm.frozen:
-      source = parse_source(stage.frozen[role])
+      source = parse_source(stage.frozen.get(role, "default"))
       if source.kind == "default":
         source = parse_source(stage.start_from) if algorithm.roles[role].start else self._published_root(stage)
       if source.kind == "scratch" and not algorithm.roles[role].start:

@@ -21,7 +21,10 @@ from qimg2.training import faults, optim
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
 
-CHECKS = ("none", "glyphs", "emoji")
+EVALS = {  # evaluation suite -> its settings, whole numbers of at least 1
+    "glyphs": ("num_prompts",), "glyph_edits": ("num_prompts",),
+    "emoji": ("num_prompts", "num_candidates"), "emoji_edits": ("num_prompts",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +58,6 @@ class SamplingConfig:
   guidance: float
   sigmas: tuple[float, ...]
   num_images: int
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckConfig:
-  """The automatic check of the last stage's samples, one of `CHECKS`: prompts, and candidates that a picture is compared with."""
-  name: str
-  num_prompts: int
-  num_candidates: int
-
-  def __post_init__(self):
-    if self.name not in CHECKS:
-      raise ValueError(f"check.name is {self.name!r}: choose one of {', '.join(CHECKS)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +144,7 @@ class RunConfig:
   vae: vae.Config
   schedule: flow.Schedule
   sampling: SamplingConfig
-  check: CheckConfig
+  evals: Mapping[str, Mapping[str, int]]
   stages: tuple[StageConfig, ...]
 
   def __post_init__(self):
@@ -185,7 +176,18 @@ def parse(cfg: Any) -> RunConfig:
   if not isinstance(sections, tuple):
     raise ValueError(f"config.stages is {sections!r}: give a tuple of sections.")
   run = from_section(RunConfig, values, "config", stages=())
+  _check_evals(run.evals)
   return dataclasses.replace(run, stages=tuple(_stage(section, number, run) for number, section in enumerate(sections)))
+
+
+def _check_evals(evals: Mapping[str, Mapping[str, int]]) -> None:
+  """Whether every suite is known and has its settings, and no others."""
+  checked(evals, dict.fromkeys(EVALS, Mapping[str, int]), (), "config.evals")
+  for name, settings in evals.items():
+    where = f"config.evals.{name}"
+    for key, value in checked(settings, dict.fromkeys(EVALS[name], int), EVALS[name], where).items():
+      if value < 1:
+        raise ValueError(f"{where}.{key} is {value}: give at least 1.")
 
 
 def _stage(section: Any, number: int, run: RunConfig) -> StageConfig:
@@ -205,7 +207,7 @@ def _stage(section: Any, number: int, run: RunConfig) -> StageConfig:
   stage = from_section(StageConfig, rest, where, **given)
   if not stage.name or set(stage.name) & set(":/"):
     raise ValueError(f"{where}.name is {stage.name!r}: it is a folder's name and part of \"stage:NAME:ema\", so give one without : and /.")
-  _check_frozen(stage, where, run.schedule)
+  _check_roles(stage, where, run.schedule)
   return stage
 
 
@@ -231,11 +233,12 @@ def _optimizers(common: optim.Config, sections: Any, where: str) -> dict[str, op
   return found
 
 
-def _check_frozen(stage: StageConfig, where: str, schedule: flow.Schedule) -> None:
-  """Whether the stage says of each frozen role, and of no other, where its weights come from."""
+def _check_roles(stage: StageConfig, where: str, schedule: flow.Schedule) -> None:
+  """Whether the stage says of each frozen role, and of no other, where its weights come from, and names optimizers of its own updates alone."""
   algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, schedule)
   roles = algorithm.frozen
+  checked(dict.fromkeys(stage.optimizers, ""), {update.name: str for update in algorithm.updates}, (), f"{where}.optimizers")
   checked(stage.frozen, dict.fromkeys(roles, str), (), f"{where}.frozen")
   for role in roles:
-    if role not in stage.frozen:
+    if role not in stage.frozen and not algorithm.roles[role].start:  # that one starts where the stage does
       raise ValueError(f"{where}.frozen lacks {role!r}: say where these weights come from, \"default\" or as in start_from.")

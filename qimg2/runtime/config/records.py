@@ -7,11 +7,11 @@ from typing import Any
 from qimg2.runtime.config import RunConfig, parse
 from qimg2.runtime.config.sources import DIFFUSERS, STAGE
 
-FORMAT = 2
+FORMAT = 3
 
 
 def read_record(path: pathlib.Path) -> RunConfig:
-  """The config in a config.json; in files of the first format words are put where "" and bare names of stages stood.
+  """The config in a config.json; those of earlier formats are translated.
 
   Raises:
     ValueError: it cannot be read or understood, with the file and the key.
@@ -22,20 +22,31 @@ def read_record(path: pathlib.Path) -> RunConfig:
     raise ValueError(f"{path} is no JSON file ({error}): it was changed or cut off; a copy of the run may still have it.") from error
   if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
     raise ValueError(f"{path} lacks the key 'config': it is no record of a run.")
-  if record.get("format", 1) not in (1, FORMAT):
-    raise ValueError(f"{path} has the key 'format' at {record['format']!r}, but this program reads 1 and {FORMAT}: use the version that wrote it.")
+  if record.get("format", 1) not in range(1, FORMAT + 1):
+    raise ValueError(f"{path} has the key 'format' at {record['format']!r}, but this program reads 1 to {FORMAT}: use the version that wrote it.")
   try:
-    return parse(record["config"] if "format" in record else translate(record["config"]))
+    return parse(translate(record["config"], record.get("format", 1)))
   except ValueError as error:
     raise ValueError(f"{path} cannot be understood: {error}") from error
 
 
-def translate(config: dict[str, Any]) -> dict[str, Any]:
-  """A config of the first format in today's words: "" becomes "scratch", "default" or "none", and the bare name of a stage "stage:NAME".
+def translate(config: dict[str, Any], version: int) -> dict[str, Any]:
+  """A config of an earlier format as today's.
+
+  Format 1 had "" and the bare names of stages where "scratch", "default", "none" and "stage:NAME" are now; formats 1 and 2 had a section `check`
+  of one name where `evals` names suites.
 
   Raises:
-    ValueError: a section that is none.
+    ValueError: a section that is none, or a check that there was not.
   """
+  if version < 2:
+    config = _with_words(config)
+  if version < 3 and "check" in config:
+    config = {key: value for key, value in config.items() if key != "check"} | {"evals": _evals(config["check"])}
+  return config
+
+
+def _with_words(config: dict[str, Any]) -> dict[str, Any]:
   stages = config.get("stages", ())
   for number, stage in enumerate(stages):
     if not isinstance(stage, dict) or not isinstance(stage.get("frozen", {}), dict):
@@ -57,3 +68,17 @@ def translate(config: dict[str, Any]) -> dict[str, Any]:
   check = config.get("check")
   check = check | {"name": word(check.get("name"), "none")} if isinstance(check, dict) else check
   return config | {"stages": changed, "tokenizer": word(config.get("tokenizer", ""), "default")} | ({"check": check} if check is not None else {})
+
+
+def _evals(check: Any) -> dict[str, Any]:
+  """The suites of a check, which drew edits too: half as many as prompts of glyphs, as many as of emoji."""
+  if not isinstance(check, dict) or not all(isinstance(check.get(key, 0), int) for key in ("num_prompts", "num_candidates")):
+    raise ValueError(f"config.check is {check!r}: it must be a section with a name and whole numbers.")
+  name, num = check.get("name"), check.get("num_prompts", 0)
+  if name == "none":
+    return {}
+  if name == "glyphs":
+    return {"glyphs": {"num_prompts": num}} | ({"glyph_edits": {"num_prompts": num // 2}} if num > 1 else {})
+  if name == "emoji":
+    return {"emoji": {"num_prompts": num, "num_candidates": check.get("num_candidates", 0)}, "emoji_edits": {"num_prompts": num}}
+  raise ValueError(f"config.check.name is {name!r}: it was one of none, glyphs, emoji.")
