@@ -241,7 +241,7 @@ def test_system_turn_is_dropped_whole(pipeline, tokenizer):
   assert pipeline._drop_idx == tokenizer.num_system_tokens
   assert pipeline._img_token_id == tokenizer.image_token_id
   assert pipeline.processor.tokenizer.pad_token_id == tokenizer.pad_id
-  messages = [{"network": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}, {"network": "assistant", "content": "b"}]
+  messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]
   assert pipeline.processor.apply_chat_template(messages, add_generation_prompt=True) == (
       "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>assistant\n")
 

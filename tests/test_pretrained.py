@@ -148,8 +148,9 @@ def test_statistics_come_from_the_config(pipeline, folder):
 MEMORY = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp
-from qimg2 import export, params, pretrained
+from qimg2 import params
 from qimg2.models import mmdit
+from qimg2.published import export, tensors
 from qimg2.published.names import mmdit as names
 
 def status(key):
@@ -164,7 +165,7 @@ folder = pathlib.Path(sys.argv[1])
 cfg = names.config(json.loads((folder / "config.json").read_text()))
 specs, table = mmdit.specs(cfg), names.table(cfg)
 jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(8)))  # the compiler is loaded before anything is measured
-load = lambda: pretrained.load_tensors(pretrained.open_tensors(folder, "diffusion_pytorch_model"), specs, table)
+load = lambda: tensors.load_tensors(tensors.open_tensors(folder, "diffusion_pytorch_model"), specs, table)
 weights, loading = peak(load)
 _, writing = peak(lambda: export.export_transformer(folder / "out.safetensors", cfg, weights))
 print(json.dumps({"weights": 4 * params.count(specs), "loading": loading, "writing": writing}))
