@@ -133,7 +133,7 @@ def vae_specs(cfg: vae.Config) -> dict:
 
 
 def fingerprint(params: dict) -> str:
-  """Names weights by all of their values: equal for equal ones, however they lie on the mesh and whatever floating type holds them."""
+  """Names weights by all of their values: equal for equal ones, however they are sharded and whatever floating type holds them."""
   digest = hashlib.sha256()
   for (path, leaf), sums in zip(jax.tree.leaves_with_path(params), to_host(_all_checksums(jax.tree.leaves(params)))):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {[int(one) for one in sums]}\n".encode())

@@ -1,6 +1,6 @@
 """Who sees whom, in memory that grows with the sequence and not with its square: the last key that each query sees, and which keys are real.
 
-Block-causal attention has this form, because text is causal and an image lies in one run of places: a text token sees up to itself, an image
+Block-causal attention has this form, because text is causal and an image is one run of positions: a text token sees up to itself, an image
 token up to the end of its image, the target everything.
 """
 
@@ -34,7 +34,7 @@ def block_causal(block: jax.Array, valid: jax.Array, num_prefix: int, longest: i
   """A token sees what comes before it and all of its own block; padding is seen by nobody.
 
   Args:
-    block: [B, S] int32, number of the block, 0 for text; a block lies in one run, and all after `num_prefix` is one.
+    block: [B, S] int32, number of the block, 0 for text; a block is one run, and all after `num_prefix` is one.
     valid: [B, S] bool.
     num_prefix: tokens before the target.
     longest: bound on the length of a block in the prefix, at most which is skipped; 0 or 1 for text alone.

@@ -81,7 +81,7 @@ class Config:
 
 @flax.struct.dataclass
 class Layout:
-  """Where everything lies in the joint sequence of S = P prefix tokens and N target tokens. Made by `qimg2.layout.make_layout`.
+  """Where everything is in the joint sequence of S = P prefix tokens and N target tokens. Made by `qimg2.layout.make_layout`.
 
   Attributes:
     index: [B, P] int32, which token of concat(text [M], condition latents) stands at each prefix place.
