@@ -29,7 +29,7 @@ __all__ = ["BACKENDS", "Mask", "attention", "block_causal", "causal", "check_bac
 
 BACKENDS = ("auto", "xla", "splash", "cudnn", "ring")
 GPUS = ("gpu", "cuda")
-ANYWHERE = 2**29  # beyond every place
+ANYWHERE = 2**29  # beyond every index
 
 
 def check_backend(name: str) -> str:

@@ -200,7 +200,7 @@ def _fail_all(sentence: str) -> None:
 
 def _watch(heartbeat_timeout: int) -> None:
   """Until this process ends: says that it lives, and looks whether another one failed. Process 0 also looks whether all live."""
-  client, me, beats = distributed.global_state.client, distributed.global_state.process_id, _Beats(distributed.global_state.num_processes)
+  client, me, beats = distributed.global_state.client, distributed.global_state.process_id, _Heartbeats(distributed.global_state.num_processes)
   while not _ended.wait(_POLL_S):
     try:
       client.key_value_set(f"{_BEATS}{me}", str(time.monotonic()), allow_overwrite=True)
@@ -215,7 +215,7 @@ def _watch(heartbeat_timeout: int) -> None:
     _end(sentence, EXIT_CODE if sentence.endswith(_AGAIN) else 1)
 
 
-class _Beats:
+class _Heartbeats:
   """When each process last said that it lives, by this process's clock."""
 
   def __init__(self, num: int):

@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong: a machine that is taken away, losses and gradients that are not finite, a loss that jumps.
+"""What a run does when something goes wrong: a machine that is taken away, non-finite losses and gradients, a loss that jumps.
 
 Nothing here reads a step's results before the loop says that the step is done, so nothing here makes the device wait.
 """
@@ -32,7 +32,7 @@ class Settings:
   """Fault-tolerance settings of a stage.
 
   Attributes:
-    max_skipped: updates in a row that may be skipped because the loss or a gradient was not finite; one more ends the run.
+    max_skipped: updates in a row that may be skipped because of a non-finite loss or gradient; one more ends the run.
     spike_factor: a loss above this many times the median of the last 100 is logged with its samples; 0 for never.
     on_save_error: "stop" when a checkpoint cannot be written, or "continue" with a warning. The last one of a stage must be written, and with
       several processes every failure stops.

@@ -60,7 +60,7 @@ class Config:
 
 @flax.struct.dataclass
 class Rate:
-  """A schedule as numbers: `peak`, `warmup` and `rest` (W and R above), `final_ratio`, all float32, and `schedule`, its place in SCHEDULES, int32."""
+  """A schedule as numbers: `peak`, `warmup` and `rest` (W and R above), `final_ratio`, all float32, and `schedule`, its index in SCHEDULES, int32."""
   peak: jax.Array
   warmup: jax.Array
   rest: jax.Array
