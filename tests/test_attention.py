@@ -92,11 +92,12 @@ def test_the_definition_equals_numpy(num_kv_heads):
 def test_block_causal_is_before_or_same_image():
   block, valid = rows(*MIXED)
   place = np.arange(block.shape[1])
+  block, valid = np.asarray(block), np.asarray(valid)
   same = (block[:, :, None] == block[:, None, :]) & (block > 0)[:, None, :]
   expected = valid[:, None] & ((place[:, None] >= place) | same)
   found = mask_of(MIXED, 9)
   np.testing.assert_array_equal(attention.dense(found, len(place)), expected)
-  assert (found.last[:, :PREFIX] <= np.minimum(place[:PREFIX] + found.reach, PREFIX - 1)).all()
+  assert (np.asarray(found.last)[:, :PREFIX] <= np.minimum(place[:PREFIX] + found.reach, PREFIX - 1)).all()
 
 
 @pytest.mark.parametrize("backend", ["splash", "ring", "cudnn"])

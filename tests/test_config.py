@@ -177,11 +177,13 @@ def test_a_config_of_something_else_is_refused():
 
 def test_an_update_may_have_an_optimizer_of_its_own():
   cfg = smoke()
-  cfg.stages[3].optimizers = ConfigDict({"fake": {"learning_rate": 0.5, "schedule": "constant"}})
+  cfg.stages[3].optimizers = ConfigDict({"model": {"learning_rate": 0.5, "schedule": "constant"}})
   stage = parse(cfg).stages[3]
-  assert stage.optimizer_of("fake") == dataclasses.replace(stage.optimizer, learning_rate=0.5, schedule="constant") != stage.optimizer
-  assert stage.optimizer_of("model") == stage.optimizer and stage.optimizer.schedule == "cosine"
-  assert parse(plain(parse(cfg))).stages[3] == stage
+  assert stage.optimizers == {"model": dataclasses.replace(stage.optimizer, learning_rate=0.5, schedule="constant")}
+  assert stage.optimizer.schedule == "cosine" and parse(plain(parse(cfg))).stages[3] == stage
+  cfg.stages[3].optimizers = ConfigDict({"modle": {}})
+  with pytest.raises(ValueError, match=r"config.stages\[sft\].optimizers has no key 'modle': did you mean 'model'"):
+    parse(cfg)
 
 
 def test_the_kind_of_a_stage_is_that_of_its_method():

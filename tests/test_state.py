@@ -85,7 +85,7 @@ def test_metrics_say_rate_and_norms():
   np.testing.assert_allclose(metrics["param_norm"], norm(after.params), rtol=1e-6)
   np.testing.assert_allclose(metrics["update_norm"], norm(jax.tree.map(jnp.subtract, after.params, before.params)), rtol=1e-3)
   first = batch()
-  error = first["x"] @ before.params["model"]["w"] + before.params["model"]["b"] - first["y"]
+  error = first["x"] @ before.params["model"]["w"] + before.params["model"]["b"][None] - first["y"]
   np.testing.assert_allclose(metrics["loss"], np.square(error).mean(), rtol=1e-5)
   np.testing.assert_allclose(metrics["largest"], np.abs(error).max(axis=1).mean(), rtol=1e-5)  # [B] metrics are averaged, too
 

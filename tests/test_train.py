@@ -155,6 +155,7 @@ def test_smoke_of_the_other_configs(module, num_trained, data_dir, tmp_path, one
     stage.start_from = f"stage:{cfg.stages[-1].name}"
   run = Run({**cfg, "stages": (*cfg.stages, *later)}, tmp_path) if later else run
   for number, stage in enumerate(later):
+    answers = iter((False, True))  # asked before the programs are compiled, and after
     with pytest.raises(faults.Preempted, match=f"{stage.name} was asked to stop before its first step"):
-      train_one(run, run.stages[stage.name], stop=iter((False, True)).__next__)
+      train_one(run, run.stages[stage.name], stop=lambda step, answers=answers: next(answers))
     assert len(traced) == (number + 1) * len(run.loader(run.stages[stage.name]).buckets)

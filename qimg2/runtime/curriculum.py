@@ -68,7 +68,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambd
   loader, specs = run.loader(config), run.role_specs(config)
   frozen = run.frozen_weights(config)
   batches = run.evaluation_batches(config)
-  hooks = [(config.eval_every_steps, evaluation_hook(run, config, batches))]
+  hooks = [(config.eval_every_steps, evaluation_hook(run, config, batches))] if algorithm.validation else []
   if config.kind in DRAWERS:
     hooks += [(config.sample_every_steps, picture_hook(run, config, task, some)) for task, some in batches.items()]
   stage = Stage(

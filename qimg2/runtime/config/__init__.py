@@ -118,10 +118,6 @@ class StageConfig:
     """What the stage trains, one of `qimg2.runtime.methods.KINDS`."""
     return METHODS[self.algorithm.name].kind
 
-  def optimizer_of(self, update: str) -> optim.Config:
-    """The settings of the optimizer of an update."""
-    return self.optimizers.get(update, self.optimizer)
-
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
