@@ -32,7 +32,7 @@ RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "1:3", "3:1")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How a pod is used: mesh sizes, and what the backward pass finds (`layers.checkpoint_layer`)."""
+  """How a pod is used: mesh sizes, and which activations are saved for the backward pass (`layers.checkpoint_layer`)."""
   fsdp: int
   tensor: int
   data: int = 1

@@ -245,7 +245,7 @@ def check_record(record: dict | Exception, sample_id: int, bucket: Bucket, name:
   if isinstance(record, Exception):
     raise ValueError(f"Cannot read {name} ({type(record).__name__}: {record}): check the files with launch.prepare_data --verify.")
   if record["sample_id"] != sample_id or len(record["source_height"]) != len(bucket.source_sizes):
-    raise ValueError(f"In the place of {name} lies another record: check the files with launch.prepare_data --verify.")
+    raise ValueError(f"In the place of {name} is another record: check the files with launch.prepare_data --verify.")
 
 
 def _arrays(num: int, bucket: Bucket) -> dict:

@@ -1,6 +1,6 @@
-"""Which records batch k holds: a pure function of (seed, mixture, k), told without opening a record.
+"""Which records batch k holds: a pure function of (seed, mixture, k), known without opening a record.
 
-A *cell* is one data set in one bucket. Cells take turns by a `Schedule`: a data set has its weight's share of the
+A *cell* is one data set in one bucket. Cells take turns by a `Schedule` (weighted round-robin): a data set has its weight's share of the
 batches, its resolutions divide that by their weights times their record counts, and so do the buckets of a resolution.
 Inside a cell the v-th visit takes positions v B to v B + B - 1 of an endless stream; position p is place p mod n of
 epoch p div n, and each epoch is a permutation of the n records of its own. So every record is seen exactly once per

@@ -65,7 +65,7 @@ def apportion(weights: tuple[fractions.Fraction, ...], max_cycle: int = _MAX_CYC
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """A repeating deal of `turns[i]` turns to each stream i, shuffled per cycle by the seed."""
+  """Weighted round-robin: each cycle gives `turns[i]` turns to stream i, in an order that the seed shuffles per cycle."""
 
   turns: tuple[int, ...]
   seed: int

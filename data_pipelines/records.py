@@ -63,7 +63,7 @@ def _features() -> tfds.features.FeaturesDict:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A written file of records: where it lies, how many records, how many bytes of them, and the file's SHA-256."""
+  """A written file of records: where it is, how many records, how many bytes of them, and the file's SHA-256."""
   path: str
   num_records: int
   num_bytes: int
@@ -193,7 +193,7 @@ def join_indices(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray
   return {name: np.concatenate([part[name] for part in joined]) for name in parts[0] if name not in fixed} | fixed
 
 
-# ---- a whole data set ------------------------------------------------------------------------------
+# ---- a data set ------------------------------------------------------------------------------------
 
 
 def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shard]], index: dict[str, dict[str, np.ndarray]],

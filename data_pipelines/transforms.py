@@ -165,7 +165,7 @@ def _plain(image: Image.Image, keep_alpha: bool = False) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> Image.Image:
   """Returns grey levels of 16 bits or floats in mode L; LA if one of them stands for transparency."""
   values, white = np.asarray(image), 1.0 if image.mode == "F" else 65535
-  if not (values.min() >= 0 and values.max() <= white):  # no number fails, too
+  if not (values.min() >= 0 and values.max() <= white):  # NaN fails, too
     raise ValueError(f"its grey levels do not lie between 0 and {white}")
   levels = Image.fromarray((values * np.float32(255 / white) + np.float32(0.5)).astype(np.uint8))
   clear = image.info.get("transparency")

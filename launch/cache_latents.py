@@ -2,7 +2,7 @@
 
   python -m launch.cache_latents --config=configs/quickstart.py --stage=high_resolution --workdir=runs/quickstart [--features]
 
-Next to every data set NAME of the stage's mixture lies then NAME_latents, with the splits train and validation, for the stage's resolutions and
+Next to every data set NAME of the stage's mixture is then NAME_latents, with the splits train and validation, for the stage's resolutions and
 the tasks that the mixture names. Put that name in the mixture, and training reads latents in place of pixels: the same batches in the same
 order, and the same losses up to rounding. See data_pipelines.cache for what is stored. The weights are those that the stage trains with.
 
@@ -29,7 +29,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "File of the config, such as configs/quickstart.py.")
   flags.mark_flag_as_required("config")
   flags.DEFINE_string("stage", None, "Stage whose resolutions, data sets and frozen weights to take.", required=True)
-  flags.DEFINE_string("workdir", None, "Folder of the run, where the weights of earlier stages and of frozen networks lie.", required=True)
+  flags.DEFINE_string("workdir", None, "Folder of the run, where the weights of earlier stages and of frozen networks are.", required=True)
   flags.DEFINE_string("name", "", "Name of the cache; empty for that of the data set with _latents.")
   flags.DEFINE_bool("features", False, "Store the condition encoder's states, too.")
   flags.DEFINE_enum("dtype", "float16", DTYPES, "Type of what is stored.")

@@ -12,7 +12,7 @@ FLAG_ERRORS = (AttributeError, KeyError, OSError, ValueError, TypeError, IndexEr
 def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:
   """Runs `main(argv)` under absl and exits.
 
-  A `ValueError`, a file that cannot be read or written, or a loss that is no number prints its message on stderr and exits with 1; a wrong
+  A `ValueError`, a file that cannot be read or written, or a non-finite loss prints its message on stderr and exits with 1; a wrong
   flag, a config file that is missing or a key that the config does not have, with 2; an interruption (Ctrl-C) with 130. Anything else is a
   defect of the program and keeps its traceback.
   """
@@ -78,7 +78,7 @@ def together(main: Callable[[Sequence[str]], None], stops_when_asked: bool = Fal
     from qimg2.runtime import processes  # jax is not needed to say --help
 
     args = flags.FLAGS
-    meeting = processes.Meeting(args.coordinator, args.num_processes, args.process_id, args.distributed, args.heartbeat_timeout,
-                                args.connect_timeout, quiet=not args["verbosity"].present)
-    processes.together(lambda: main(argv), meeting, USER_ERRORS, stops_when_asked)
+    rendezvous = processes.Rendezvous(args.coordinator, args.num_processes, args.process_id, args.distributed, args.heartbeat_timeout,
+                                      args.connect_timeout, quiet=not args["verbosity"].present)
+    processes.together(lambda: main(argv), rendezvous, USER_ERRORS, stops_when_asked)
   return wrapped

@@ -24,8 +24,8 @@ from ml_collections import config_flags
 from launch import cli
 from qimg2.runtime.config import parse, plain
 from qimg2.runtime.rehearsal import table
-from qimg2.runtime.rehearsal.search import chosen_stages, rehearse, say, search
-from qimg2.runtime.rehearsal.steps import Apart, Choice
+from qimg2.runtime.rehearsal.search import chosen_stages, print_row, rehearse, search
+from qimg2.runtime.rehearsal.steps import ChildProcess, Choice
 from qimg2.runtime.rehearsal.table import Row
 from qimg2.runtime.rehearsal.topology import find_devices, prepare_environment
 
@@ -58,21 +58,21 @@ def main(_) -> None:
   if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=cfg.mesh.data * args.num_slices))
   choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares)
-  apart = Apart(args.topology, args.num_slices) if chip and not args.machine_code else None
+  child = ChildProcess(args.topology, args.num_slices) if chip and not args.machine_code else None
   so_far = []
 
   def done(row: Row) -> None:
-    say(row)
+    print_row(row)
     so_far.append(table.as_json(row))
     if args.json:  # after every row: a compilation takes minutes, and may be the last that one waits for
       record = {"topology": args.topology, "num_slices": args.num_slices, "rows": so_far}
       pathlib.Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
   if args.search:
-    rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done, apart)
+    rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done, child)
     missing = [stage.name for stage in chosen_stages(cfg, choice) if stage.name not in best]
   else:
-    rows, best = rehearse(cfg, devices, chip, choice, done, apart), {}
+    rows, best = rehearse(cfg, devices, chip, choice, done, child), {}
     missing = [row.stage for row in rows if row.fits is False]
   print(table.table(rows))
   for number, stage in enumerate(cfg.stages):

@@ -50,7 +50,7 @@ def request_from_flags(args: flags.FlagValues) -> Request:
   """The request that the flags state.
 
   Raises:
-    ValueError: a sampling time that is no number.
+    ValueError: a sampling time that is not a number.
   """
   try:
     sigmas = tuple(float(text) for text in args.sigmas)

@@ -96,9 +96,9 @@ def checkpoint_layer(layer, policy: str):
 
   Args:
     layer: the function that `jax.lax.scan` runs per layer.
-    policy: what the backward pass finds: "none" every activation; "full" the layer's input; "dots" the results of matrix products with weights and
-      what attention gave; "attention" the layer's input and what attention gave (with splash and ring none runs twice); "offload" the layer's
-      input, in the host's memory.
+    policy: which activations are saved for the backward pass: "none" saves all (no rematerialisation); "full" the layer's input; "dots" the
+      results of matrix products with weights, and of attention; "attention" the layer's input and the result of attention (with splash and ring
+      none runs twice); "offload" the layer's input, in the host's memory.
 
   Raises:
     ValueError: an unknown policy.

@@ -60,7 +60,7 @@ def centred_grid(grid: Grid) -> tuple[jax.Array, jax.Array]:
 
 
 def _prefix(tokens: jax.Array, token_count: jax.Array, image_token_id: int, grids: Sequence[Grid], length: int):
-  """(index, positions, block, valid) of the `length` prefix places, rows first."""
+  """(index, positions, block, valid) of the `length` prefix tokens, rows first."""
   sizes = jnp.array([h * w for h, w in grids], jnp.int32)
   starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes)])  # first latent of each image, and one past the last
   advance = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.array([max(g) for g in grids], jnp.int32))])
@@ -70,10 +70,10 @@ def _prefix(tokens: jax.Array, token_count: jax.Array, image_token_id: int, grid
   def one(tokens, count):
     is_slot = (tokens == image_token_id) & (jnp.arange(tokens.shape[0]) < count)
     ends = jnp.cumsum(jnp.where(is_slot, LATENTS_PER_SLOT, 1))
-    token = jnp.minimum(jnp.searchsorted(ends, jnp.arange(length), side="right"), tokens.shape[0] - 1)  # which prompt token a place belongs to
+    token = jnp.minimum(jnp.searchsorted(ends, jnp.arange(length), side="right"), tokens.shape[0] - 1)  # which prompt token an index belongs to
     is_latent = is_slot[token]
-    latent = jnp.cumsum(is_latent) - is_latent  # latents before this place
-    image = jnp.searchsorted(starts[1:], latent, side="right")  # images wholly before this place
+    latent = jnp.cumsum(is_latent) - is_latent  # latents before this index
+    image = jnp.searchsorted(starts[1:], latent, side="right")  # images entirely before this index
     text = jnp.cumsum(~is_latent) - ~is_latent
     p = text + advance[image]
     inside = jnp.minimum(latent, rows.shape[0] - 1)

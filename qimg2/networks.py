@@ -67,7 +67,7 @@ class Networks:
     """The condition of a batch: text states, source latents and layout. No gradient flows into it.
 
     What a latent cache holds is taken as it is: `source_latents` in place of what the VAE makes of `sources`, `features` in place of the text
-    states. Its states are zero at padding, as the encoder's are, and no valid place of the joint sequence sees one of those.
+    states. Its states are zero at padding, as the encoder's are, and no valid token of the joint sequence sees one of those.
     """
     frozen = {role: jax.lax.stop_gradient(params[role]) for role in ("qwen3_vl", "vae")}
     n = self.num_system_tokens
@@ -133,7 +133,7 @@ def vae_specs(cfg: vae.Config) -> dict:
 
 
 def fingerprint(params: dict) -> str:
-  """Names weights by all of their values: equal for equal ones, however they lie on the mesh and whatever floating type holds them."""
+  """Names weights by all of their values: equal for equal ones, however they are sharded and whatever floating type holds them."""
   digest = hashlib.sha256()
   for (path, leaf), sums in zip(jax.tree.leaves_with_path(params), to_host(_all_checksums(jax.tree.leaves(params)))):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {[int(one) for one in sums]}\n".encode())
@@ -146,7 +146,7 @@ def _all_checksums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]
 
 
 def _checksums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The sum of a leaf's float32 bits, and the sum weighted by place, both modulo 2^32: whole numbers, so that no order of adding changes them."""
+  """The sum of a leaf's float32 bits, and the sum weighted by index, both modulo 2^32: integers, so that no order of adding changes them."""
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
   strides = [int(np.prod(x.shape[dim + 1:], dtype=np.int64)) % 2**32 for dim in range(x.ndim)]
   place = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * np.uint32(stride) for dim, stride in enumerate(strides)), np.uint32(0))

@@ -1,6 +1,6 @@
-"""The device mesh, and which mesh axis each logical axis of an array lies on.
+"""The device mesh, and over which mesh axis each logical axis of an array is sharded.
 
-Mesh axes, outermost first: `data` (whole copies; slices of a multi-slice job), `fsdp` (weights gathered at use), `context` (the token axis)
+Mesh axes, outermost first: `data` (replicas; slices of a multi-slice job), `fsdp` (weights gathered at use), `context` (the token axis)
 and `tensor` (heads and MLP width). All four always exist, most of size one, so that one program runs on one device and on a pod. Axes are
 `AxisType.Auto`: the compiler propagates, and `shard` states what the model means.
 """
@@ -20,28 +20,28 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qimg2 import params as P
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-WHOLE_BYTES = 2**30  # per device: more in weights that the mesh does not divide is worth a warning
+REPLICATED_WARN_BYTES = 2**30  # per device: more in weights that the mesh does not divide is worth a warning
 
 Rules = Mapping[str, tuple[str, ...]]
 Shard = Callable[..., jax.Array]
 
-_WHOLE: Rules = dict.fromkeys(("token", "embed", "heads", "kv_heads", "mlp", "vocab", "channel", "layer"), ())
+_REPLICATED: Rules = dict.fromkeys(("token", "embed", "heads", "kv_heads", "mlp", "vocab", "channel", "layer"), ())
 
-# What a rule set does not name lies whole on every device. Optimizer state, slow copies and frozen networks lie as the weights do.
+# What a rule set does not name is replicated. Optimizer state, averaged weights and frozen networks are sharded as the weights are.
 RULES: dict[str, Rules] = {
     # Weights over fsdp alone, gathered layer by layer: for models and sequences of which one row fits a device.
-    "fsdp": {**_WHOLE, "batch": ("data", "fsdp"), "embed": ("fsdp",), "channel": ("fsdp",)},
+    "fsdp": {**_REPLICATED, "batch": ("data", "fsdp"), "embed": ("fsdp",), "channel": ("fsdp",)},
     # Heads and MLP width over tensor too; a context axis splits the tokens.
     "fsdp_tensor": {
-        **_WHOLE, "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp",), "channel": ("fsdp",),
+        **_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp",), "channel": ("fsdp",),
         "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",),
     },
-    # For pictures of 2048 px, 16K tokens and more: tokens over context, over which the weights lie too, because all of it would hold the same.
+    # For pictures of 2048 px, 16K tokens and more: tokens over context, over which the weights are sharded too, because it would hold replicas.
     "fsdp_context": {
-        **_WHOLE, "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp", "context"), "channel": ("fsdp", "context"),
+        **_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp", "context"), "channel": ("fsdp", "context"),
     },
-    # Whole copies: for small networks.
-    "replicated": {**_WHOLE, "batch": ("data", "fsdp"), "token": ("context",)},
+    # Weights on every device: for small networks.
+    "replicated": {**_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",)},
 }
 
 
@@ -125,7 +125,7 @@ def partition_spec(axes: Sequence[str | None], rules: Rules, name: str = "array"
 
 
 def array_sharding(mesh: Mesh, axes: Sequence[str | None], rules: Rules, shape: Sequence[int] | None = None, name: str = "array") -> NamedSharding:
-  """The NamedSharding of an array with logical `axes`; given its `shape`, dimensions that their mesh axes do not divide stay whole.
+  """The NamedSharding of an array with logical `axes`; given its `shape`, dimensions that their mesh axes do not divide are not sharded.
 
   Raises:
     ValueError: as `partition_spec`.
@@ -141,19 +141,19 @@ def _num_parts(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:
 
 
 def param_shardings(specs: dict, mesh: Mesh, rules: Rules) -> dict:
-  """A tree of NamedSharding for the weights in `specs`. Those that the mesh does not divide lie whole along such a dimension, with a warning if
-  they are many: on 128 devices and more the odd widths of a VAE or a vision tower do not divide."""
-  whole = []
+  """A tree of NamedSharding for the weights in `specs`. Dimensions that the mesh does not divide are not sharded, with a warning if
+  such weights are many: on 128 devices and more the odd widths of a VAE or a vision tower do not divide."""
+  unsharded = []
 
   def place(path, p):
     sharding = array_sharding(mesh, p.axes, rules, p.shape, path)
     if sharding.spec != partition_spec(p.axes, rules, path):
-      whole.append((math.prod(sharding.shard_shape(p.shape)) * jnp.dtype(p.dtype).itemsize, path))
+      unsharded.append((math.prod(sharding.shard_shape(p.shape)) * jnp.dtype(p.dtype).itemsize, path))
     return sharding
   placed = P.map_with_path(place, specs)
-  if (size := sum(size for size, _ in whole)) > WHOLE_BYTES:
-    _warn_once(f"{len(whole)} weights have sizes that mesh {dict(mesh.shape)} does not divide and take {size / 2**30:.1f} GiB on every device, "
-               f"{max(whole)[1]} most.")
+  if (size := sum(size for size, _ in unsharded)) > REPLICATED_WARN_BYTES:
+    _warn_once(f"{len(unsharded)} weights have sizes that mesh {dict(mesh.shape)} does not divide and take {size / 2**30:.1f} GiB on every device, "
+               f"{max(unsharded)[1]} most.")
   return placed
 
 
@@ -177,7 +177,7 @@ class Placement:
     return math.prod(self.mesh.shape[name] for name in self.rules[axis])
 
   def spec(self, shape: Sequence[int], *axes: str | None) -> PartitionSpec:
-    """The PartitionSpec of an activation of `shape`; dimensions that their mesh axes do not divide stay whole."""
+    """The PartitionSpec of an activation of `shape`; dimensions that their mesh axes do not divide are not sharded."""
     return array_sharding(self.mesh, axes, self.rules, shape).spec
 
 
@@ -187,7 +187,7 @@ def make_shard(mesh: Mesh, rules: Rules) -> Placement:
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
-  """The sharding of every array of a batch: rows over `data` and `fsdp`, the rest whole."""
+  """The sharding of every array of a batch: rows over `data` and `fsdp`, other dimensions not sharded."""
   return NamedSharding(mesh, partition_spec(("batch",), rules))
 
 
@@ -197,14 +197,14 @@ def stacked_batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of an array that every device holds whole."""
+  """The sharding of a replicated array."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def local_parts(mesh: Mesh, rules: Rules) -> tuple[tuple[int, ...], int]:
-  """(which parts of every batch lie on this process's devices, ascending; into how many equal parts rows are divided).
+  """This process's share of every batch: (the parts that its devices hold, ascending; into how many equal parts rows are divided).
 
-  Processes whose devices differ along `context` or `tensor` alone hold the same rows. One process holds the whole as one part.
+  Processes whose devices differ along `context` or `tensor` alone hold the same rows. One process holds all rows as one part.
   """
   if jax.process_count() == 1:
     return (0,), 1
@@ -224,7 +224,7 @@ def put_batch(batch: dict, mesh: Mesh, rules: Rules) -> dict:
 
 
 def local_rows(tree: Any) -> Any:
-  """The rows of global arrays that lie on this process's devices, as numpy arrays, in the order in which `put_batch` takes them."""
+  """This process's share of the rows of global arrays, as numpy arrays, in the order in which `put_batch` takes them."""
   def own(x):
     if jax.process_count() == 1:
       return jax.device_get(x)
@@ -233,26 +233,26 @@ def local_rows(tree: Any) -> Any:
   return jax.tree.map(own, tree)
 
 
-def put_whole(batch: dict, mesh: Mesh, rules: Rules) -> dict:
-  """A batch of numpy arrays that every process holds whole as global arrays, rows sharded over the batch axes."""
+def put_global_batch(batch: dict, mesh: Mesh, rules: Rules) -> dict:
+  """A batch of numpy arrays with the rows of all processes, the same on each, as global arrays, rows sharded over the batch axes."""
   sharding = batch_sharding(mesh, rules)
   return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
 
 
 def to_host(tree: Any) -> Any:
-  """`tree` as whole numpy arrays on every process. All processes must call it alike: what lies on several of them is gathered."""
+  """`tree` as numpy arrays of global shape on every process. All processes must call it alike: what is sharded over several is gathered."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
-  whole = lambda x: np.asarray(x) if x.is_fully_addressable or x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True)
-  return jax.tree.map(lambda x: whole(x) if isinstance(x, jax.Array) else np.asarray(x), tree)
+  gather = lambda x: np.asarray(x) if x.is_fully_addressable or x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True)
+  return jax.tree.map(lambda x: gather(x) if isinstance(x, jax.Array) else np.asarray(x), tree)
 
 
-def from_first(x: np.ndarray) -> np.ndarray:
+def broadcast_from_first(x: np.ndarray) -> np.ndarray:
   """What process 0 holds, on every process. All must call it alike, with one shape and at most 32 bits."""
   return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
-def all_ids(ids: Sequence) -> np.ndarray:
+def gather_ids(ids: Sequence) -> np.ndarray:
   """The sample ids of all processes' rows, each once, from those of this one's. All must call it alike."""
   ids = np.asarray(ids, np.int64)
   if jax.process_count() == 1:
@@ -266,7 +266,7 @@ def all_ids(ids: Sequence) -> np.ndarray:
 # Names and values as in the XLA of jax 0.10; unknown ones are an error when a program is compiled.
 COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
     # Weights are gathered and gradients scattered while something else computes. Async collective fusion is left to the compiler, which
-    # refuses it on TPU v5p. A product is never cut into one per device of an axis, each of which would read and write the whole sum again.
+    # refuses it on TPU v5p. A product is never cut into one per device of an axis, each of which would read and write all of the sum again.
     "tpu": {"xla_tpu_enable_latency_hiding_scheduler": True, "xla_enable_async_all_gather": True, "xla_tpu_overlap_compute_collective_tc": True,
             "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},

@@ -92,7 +92,7 @@ def explicit_transfers():
 
 
 def use_one_device(patch):
-  """Runs lie on one device from here on: programs for eight take several times as long to compile and to run."""
+  """Runs use one device from here on: programs for eight take several times as long to compile and to run."""
   devices = jax.devices()[:1]
   patch.setattr(jax, "devices", lambda *_: devices)
 
@@ -105,7 +105,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-  """Where prepared data sets lie."""
+  """Where prepared data sets are."""
   return tmp_path_factory.mktemp("data")
 
 

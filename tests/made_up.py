@@ -16,7 +16,7 @@ TOKENIZER = train_tokenizer(["a red ball", "make it blue"], 300)
 
 
 def make_index(rng, num, edits=0.0, known_tokenizer=True):
-  """An index as `open_split` gives it, of records that lie nowhere."""
+  """An index as `open_split` gives it, of records that are nowhere."""
   num_captions = np.where(rng.random(num) < 0.1, 0, rng.integers(1, 5, num))
   num_sources = np.where(rng.random(num) < edits, rng.choice([1, 1, 1, 2], num), 0)
   sides = np.rint(100 * np.exp(rng.uniform(-0.7, 0.7, (num, 3, 2)))).astype(np.int32)  # ratios from 1:4 to 4:1, most of them tame

@@ -186,9 +186,9 @@ def test_where_none_is_whole_nothing_is_read_and_nothing_begun(two):
   for step in "56":
     (folder / step / "manifest.json").unlink()
   for keep in (None, 2, 2):  # again: the first time must not hide it from the second
-    with pytest.raises(ValueError, match="6 is damaged.*5 is damaged.*No other in .* is whole: put back a copy"):
+    with pytest.raises(ValueError, match="6 is damaged.*5 is damaged.*No other in .* is intact: put back a copy"):
       checkpoint.Checkpoints(folder, keep).restore_item("params.model", abstract.params["model"])
-  manifest.seal(folder / "5")
+  manifest.write_manifest(folder / "5")
   assert checkpoint.Checkpoints(folder).latest_step() == 5
 
 
@@ -201,7 +201,7 @@ def test_a_file_that_changed_after_its_process_measured_it(tmp_path):
   manifest.write_part(tmp_path, 1)
   (folder / "a").write_bytes(b"123456789")
   (folder / "b").write_bytes(b"12345679")
-  manifest.seal(tmp_path)
+  manifest.write_manifest(tmp_path)
   assert "b was changed" in manifest.find_fault(tmp_path)
   (folder / "b").write_bytes(b"12345678")
   assert not manifest.find_fault(tmp_path)
@@ -259,7 +259,7 @@ def no_room(where):
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   else:
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(*((manifest, "seal") if where == "manifest" else (ocp.CheckpointManager, "save")), full)
+      patch.setattr(*((manifest, "write_manifest") if where == "manifest" else (ocp.CheckpointManager, "save")), full)
       yield
 
 

@@ -274,7 +274,7 @@ def test_later_stages_limit_and_do_not_drop():
 
 
 def test_a_remote_place_ends_with_the_same_bytes(small):
-  """Work files and the data set may lie in a bucket; fsspec's memory file system stands for one."""
+  """Work files and the data set may be in a bucket; fsspec's memory file system stands for one."""
   root, _, facts = small
   pipeline.curate(str(root / "raw"), "mine", "memory://bucket/out", settings(), num_workers=1)
   for path in pathlib.Path(facts["path"]).rglob("*"):

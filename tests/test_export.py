@@ -314,8 +314,8 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   pipeline = QwenImage21Pipeline.from_pretrained(out)
   assert pipeline("a large green K", num_inference_steps=2, output_resolution=64).images[0].size == (64, 64)
   last = smoke_run.cfg.stages[-1].name
-  slow = smoke_run.stage_weights(last)["ema"]
-  assert_same(pipeline.transformer, tensors_of(smoke_run.nets, {"mmdit": slow}, "mmdit"))
+  averaged = smoke_run.stage_weights(last)["ema"]
+  assert_same(pipeline.transformer, tensors_of(smoke_run.nets, {"mmdit": averaged}, "mmdit"))
   card = (out / "README.md").read_text()
   assert all(f"| {stage.name} | {stage.algorithm.name} |" in card for stage in smoke_run.cfg.stages)
   bucket = smoke_run.loader(smoke_run.stages[last]).buckets[0]

@@ -21,8 +21,8 @@ LOOP = """
 import sys, time
 import jax
 {setup}
-from qimg2.training.faults import Notice
-with Notice() as stop:
+from qimg2.training.faults import PreemptionNotice
+with PreemptionNotice() as stop:
   print("ready", flush=True)
   for step in range(1, 10**6):
     time.sleep({pause})
@@ -81,7 +81,7 @@ def test_two_processes_stop_after_the_same_step(number, to):
 
 def test_handlers_are_put_back():
   before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-  with faults.Notice() as stop:
+  with faults.PreemptionNotice() as stop:
     assert not stop(1)
     signal.raise_signal(signal.SIGTERM)
     assert stop(2)
@@ -94,9 +94,9 @@ def test_handlers_are_put_back():
 
 def watch_all(losses, settings=faults.Settings(), saved=None):
   rows = []
-  watch = faults.Watch("s", settings, lambda step, row: rows.append((step, row)), saved)
+  watch = faults.StepMonitor("s", settings, lambda step, row: rows.append((step, row)), saved)
   for step, loss in losses:
-    watch.look(step, [step * 10, step * 10 + 1], {"loss": loss, "grad_norm": 1.0, "skipped": float(not math.isfinite(loss))})
+    watch.observe(step, [step * 10, step * 10 + 1], {"loss": loss, "grad_norm": 1.0, "skipped": float(not math.isfinite(loss))})
   return watch, rows
 
 
@@ -141,15 +141,15 @@ def test_settings_errors(fields, message):
 def test_accounts_divide_the_wall_time(monkeypatch):
   now = [10.0]
   monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-  accounts = metrics.Accounts(began=7.0)
-  with accounts.spend("compile"):
+  recorder = metrics.GoodputRecorder(began=7.0)
+  with recorder.measure("compile"):
     now[0] += 5
-  row = accounts.row()
+  row = recorder.row()
   assert row["wall_s"] == 8 and row["start_s"] == 3 and row["compile_s"] == 5 and row["step_s"] == row["goodput"] == 0
-  with accounts.spend("save"):
+  with recorder.measure("save"):
     now[0] += 1
   now[0] += 3
-  row = accounts.row()
+  row = recorder.row()
   assert (row["wall_s"], row["save_s"], row["step_s"], row["goodput"]) == (4, 1, 3, 0.75)
 
 

@@ -271,7 +271,7 @@ def test_flags_that_do_not_go_together(given, message):
 def test_a_process_is_lost_when_it_says_nothing_new(monkeypatch):
   clock = [0.0]
   monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
-  beats, found = processes._Beats(12), lambda second: [(f"qimg2/beat/{i}", f"{second}") for i in range(12) if i != 11 or second < 3]
+  beats, found = processes._Heartbeats(12), lambda second: [(f"qimg2/beat/{i}", f"{second}") for i in range(12) if i != 11 or second < 3]
   for clock[0] in range(1, 6):
     assert beats.lost(found(clock[0]), 2.5) == ([11] if clock[0] == 5 else [])
 

@@ -95,9 +95,10 @@ def test_a_step_counts_training_three_times_and_caches_not_at_all():
   assert counts["vae"] == 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_encode(nets.vae, 64, 64))
   cached = {"tokens": pixels(4, 76), "latents": pixels(4, 16, 16, 64), "source_latents": (pixels(4, 4, 4, 64),), "features": pixels(4, 64, 4096)}
   assert flops.step_flops(nets, TRAINED, FROZEN, cached) == {"model": counts["model"], "encoder": 0, "vae": 0}
-  assert flops.step_flops(nets, ("vae",), (), batch)["vae"] == 3 * 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_decode(nets.vae, 256, 256))
-  with pytest.raises(ValueError, match="no FLOP count for role 'judge'"):
-    flops.step_flops(nets, ("judge",), (), batch)
+  counts = flops.step_flops(nets, {"vae": "vae"}, {}, batch)
+  assert counts["vae"] == 3 * 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_decode(nets.vae, 256, 256))
+  with pytest.raises(ValueError, match="no FLOP count for network 'judge' of role 'reward'"):
+    flops.step_flops(nets, {"reward": "judge"}, {}, batch)
 
 
 def test_buckets_of_the_published_curriculum():
@@ -215,7 +216,7 @@ def test_what_the_compiler_wrote_down(tmp_path, monkeypatch):
 
 def test_a_compiler_that_ends_is_named():
   with pytest.raises(ChildProcessError, match="compiles stage 'none' ended with code 1: "):
-    steps._told_apart(steps.Apart("cpu:1"), quickstart.get_config("smoke"), "none", None)
+    steps._measure_in_child(steps.ChildProcess("cpu:1"), quickstart.get_config("smoke"), "none", None)
 
 
 def launch(*arguments):

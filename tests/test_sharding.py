@@ -46,7 +46,7 @@ def test_what_does_not_divide_lies_whole_and_is_named_if_it_is_large(monkeypatch
   specs = {"blocks": {"w": P.Param((6, 8), ("embed", "mlp")), "v": P.Param((8, 8), ("embed", "mlp"))}}
   placed = sharding.param_shardings(specs, mesh, RULES)["blocks"]
   assert placed["w"].spec == PartitionSpec(None, "tensor") and placed["v"].spec == PartitionSpec("fsdp", "tensor") and not caplog.records
-  monkeypatch.setattr(sharding, "WHOLE_BYTES", 4 * 6 * 4 - 1)
+  monkeypatch.setattr(sharding, "REPLICATED_WARN_BYTES", 4 * 6 * 4 - 1)
   sharding.param_shardings(specs, mesh, RULES)
   assert "1 weights have sizes that mesh" in caplog.text and "blocks/w most" in caplog.text
 

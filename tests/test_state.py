@@ -139,7 +139,7 @@ def test_the_average_of_a_role_that_rests_rests_too():
   for k, (before, after, _) in enumerate(run(method, 7)):
     changed = lambda name: bool((after.averages[name]["w"] != before.averages[name]["w"]).any())
     assert changed("c") and changed("m") == (k % 3 == 2), k
-  assert int(after.paces["m"].num_updates) == 2
+  assert int(after.average_states["m"].num_updates) == 2
 
 
 def test_an_average_can_be_a_hard_copy_at_every_few_steps_or_have_a_decay_of_its_own():
@@ -222,7 +222,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(accumulate, v
   after, metrics = step(now, {}, bad)
   assert metrics["skipped"] == 1 and int(after.step) == 2
   raw = lambda x: np.asarray(x).tobytes()
-  for part in ("params", "opt", "averages", "paces"):
+  for part in ("params", "opt", "averages", "average_states"):
     assert jax.tree.map(raw, getattr(after, part)) == jax.tree.map(raw, getattr(now, part))
   again, metrics = step(after, {}, batch(seed=2))
   assert metrics["skipped"] == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(again.params))
@@ -344,7 +344,7 @@ def test_a_restored_state_takes_the_rates_of_its_config():
   optimizers = state.make_optimizers(MEAN, {"model": LINEAR}, settings, 100)
   slower = algorithm(update("model"), averages={"ema": Average("model", 0.5)})
   now = state.as_configured(old, slower, optimizers)
-  assert now.opt["model"].rate.peak == 0.125 and now.paces["ema"].decay == 0.5 and int(now.paces["ema"].num_updates) == 0
+  assert now.opt["model"].rate.peak == 0.125 and now.average_states["ema"].decay == 0.5 and int(now.average_states["ema"].num_updates) == 0
 
 
 def test_weight_decay_leaves_vectors_alone_stacked_or_not():

@@ -47,10 +47,10 @@ def test_training_again_changes_nothing(smoke_run, smoke_config, one_device):
 
 def test_each_stage_starts_from_the_one_it_names(smoke_run):
   stage = smoke_run.stages["sft"]
-  started, slow = smoke_run.start_weights(stage)
+  started, averages = smoke_run.start_weights(stage)
   previous = smoke_run.stage_weights("high_resolution")["model"]
   jax.tree.map(np.testing.assert_array_equal, started["model"], previous)
-  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.stage_weights("high_resolution")["ema"])
+  jax.tree.map(np.testing.assert_array_equal, averages["ema"], smoke_run.stage_weights("high_resolution")["ema"])
   frozen = smoke_run.frozen_weights(stage)
   jax.tree.map(np.testing.assert_array_equal, frozen["vae"], smoke_run.stage_weights("vae")["vae"])
   assert np.std(frozen["vae"]["statistics"]["std"]) > 0  # measured, not the initial ones
@@ -63,11 +63,11 @@ def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path, on
   stage.start_from = str(smoke_run.workdir / "sft")
   run = Run(cfg, tmp_path)
   stage = run.stages[stage.name]
-  frozen, (started, slow) = run.frozen_weights(stage), run.start_weights(stage)
+  frozen, (started, averages) = run.frozen_weights(stage), run.start_weights(stage)
   theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
   jax.tree.map(np.testing.assert_array_equal, frozen, theirs)
   jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.stage_weights("sft")["model"])
-  jax.tree.map(np.testing.assert_array_equal, slow["ema"], smoke_run.stage_weights("sft")["ema"])
+  jax.tree.map(np.testing.assert_array_equal, averages["ema"], smoke_run.stage_weights("sft")["ema"])
   with pytest.raises(ValueError, match="There is no stage 'nowhere'"):
     run.stage_weights("nowhere")
 
@@ -95,9 +95,9 @@ def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, publ
   theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
   for stage in run.cfg.stages:
     jax.tree.map(np.testing.assert_array_equal, run.frozen_weights(stage), theirs)
-  started, slow = run.start_weights(run.cfg.stages[0])
+  started, averages = run.start_weights(run.cfg.stages[0])
   jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.stage_weights("sft")["ema"])
-  assert not slow
+  assert not averages
   cfg.model.mlp_ratio = 2
   with pytest.raises(ValueError, match="config.model.mlp_ratio is 2, but the pipeline in .* has 3"):
     run = Run(cfg, tmp_path)

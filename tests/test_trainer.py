@@ -1,4 +1,4 @@
-"""What lies between the loader and the steps: which batch a step gets, what is held, what is said."""
+"""The loop between the loader and the steps: which batch a step gets, what is held, what is said."""
 
 import contextlib
 import dataclasses
@@ -55,10 +55,10 @@ class Loop:
     writer = types.SimpleNamespace(write=self.log, write_timing=self.log, sync=lambda: None, close=lambda: None)
     save = lambda state, meta: self.saved.append(meta)
     checkpoints = types.SimpleNamespace(folder=pathlib.Path(), save=save, wait=lambda: None, close=lambda: None)
-    watch = faults.Watch("s", stage.faults, lambda step, row: self.faults.append((step, row)))
-    self.books = trainer.Books(writer, checkpoints, watch, metrics.Accounts())
+    watch = faults.StepMonitor("s", stage.faults, lambda step, row: self.faults.append((step, row)))
+    self.output = trainer.StageOutput(writer, checkpoints, watch, metrics.GoodputRecorder())
     self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, [self.step] * 2, None,
-                                     trainer.Feed(self.iterate(start), self.put), self.books, stop)
+                                     trainer.Feed(self.iterate(start), self.put), self.output, stop)
 
   def iterate(self, start):
     for k in range(start, 10**6):
@@ -91,7 +91,7 @@ def test_looking_ahead_changes_no_step_and_holds_few_batches():
     assert loop.seen == loop.put_ids == list(range(start, 7))  # nothing after the last step's is read
     # At a `put` two steps may be under way: with the batch that is put, the device holds two beside that of the running step.
     assert loop.most_unready == trainer.MAX_DISPATCHED == 2
-  accounts = set(loop.books.accounts.row())
+  accounts = set(loop.output.recorder.row())
   assert set(loop.logged[7]) == {"loss", "grad_norm", "skipped", "samples_per_second", "data_wait_share", "loader_batches_per_second"} | accounts
   assert 0 <= loop.logged[7]["data_wait_share"] <= 1
 
@@ -129,7 +129,7 @@ def test_a_save_that_fails_stops_the_run_or_is_said(caplog):
       raise checkpoint.SaveError("no space")
   for on_save_error in ("stop", "continue"):
     loop = Loop(settings=faults.Settings(on_save_error=on_save_error))
-    loop.books.checkpoints.save = refuse
+    loop.output.checkpoints.save = refuse
     with pytest.raises(checkpoint.SaveError) if on_save_error == "stop" else contextlib.nullcontext():
       loop.run()
     assert len(loop.seen) == (3 if on_save_error == "stop" else 7)
@@ -155,7 +155,7 @@ def test_waiting_counts_only_while_no_step_runs(monkeypatch):
   for running, share in ((None, 1.0), (Result(ready=True), 1.0), (Result(ready=False), 0.0)):
     start = clock[0]
     for _ in range(3):
-      batches.look_ahead(running)
+      batches.prefetch(running)
       batches.get()
     timing = batches.timing(clock[0] - start)
     assert timing["data_wait_share"] == pytest.approx(share) and timing["loader_batches_per_second"] == pytest.approx(50)

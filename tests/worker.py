@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from launch import cli
 from qimg2.runtime import processes
 from qimg2.runtime.run import Run
-from qimg2.sharding import all_ids, put_whole, to_host
+from qimg2.sharding import gather_ids, put_global_batch, to_host
 from qimg2.training import checkpoint, faults, manifest
 from qimg2.training.state import TrainState
 
@@ -42,7 +42,7 @@ def save(args):
   folder, hashed, digest = pathlib.Path(args.workdir), [], manifest._digest
   manifest._digest = lambda path: hashed.append(path.as_posix()) or digest(path)
   mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
-  params = put_whole({"w": jnp.arange(64.0 * jax.device_count())}, mesh, {"batch": ("fsdp",)})
+  params = put_global_batch({"w": jnp.arange(64.0 * jax.device_count())}, mesh, {"batch": ("fsdp",)})
   step, key = jax.jit(lambda: (jnp.int32(3), jax.random.key(0)), out_shardings=NamedSharding(mesh, PartitionSpec()))()
   writer = checkpoint.Checkpoints(folder / "checkpoints", keep=2)
   writer.save(TrainState(step, {"model": params}, {}, {}, {}, key), {})
@@ -55,7 +55,7 @@ def wait(args):
   total = jax.jit(lambda x: jnp.sum(x["x"]))
   start = time.monotonic()
   while time.monotonic() - start < 120:
-    to_host(total(put_whole({"x": jnp.ones(jax.device_count())}, mesh, rules)))
+    to_host(total(put_global_batch({"x": jnp.ones(jax.device_count())}, mesh, rules)))
     pathlib.Path(args.workdir, f"started{jax.process_index()}").touch()
     if args.mistake and jax.process_index() == args.victim:
       raise ValueError("This process alone\nmade a mistake.")
@@ -65,12 +65,12 @@ def wait(args):
 def stop(args):
   """Goes on from step 500 of a stage, once the file `go` is there; a second stage begins at 0."""
   folder = pathlib.Path(args.workdir)
-  with faults.Notice() as asked:
+  with faults.PreemptionNotice() as asked:
     (folder / f"started{jax.process_index()}").touch()
     while not (folder / "go").exists():
       time.sleep(0.02)
     stopped = next((f"{stage} {step}" for stage, first in (("one", 500), ("two", 0)) for step in range(first, first + 20) if asked(step)), "never")
-  print(json.dumps([stopped, all_ids([2**40 + jax.process_index(), 7]).tolist()]), flush=True)
+  print(json.dumps([stopped, gather_ids([2**40 + jax.process_index(), 7]).tolist()]), flush=True)
 
 
 def define_flags():

@@ -40,7 +40,7 @@ def record(sample: Sample, settings: dict, stage: int) -> dict:
 def shrink(data: bytes, pixels: np.ndarray, max_px: int, file_format: str, quality: int) -> tuple[bytes, tuple[int, int]]:
   """(encoded picture, (height, width) in px): as large as its bucket at `max_px` needs, and no larger.
 
-  A picture that is not too large and lies in a format of ours the right way up is kept to the byte: encoding it again could only lose.
+  A picture that is not too large and has a format of ours the right way up is kept to the byte: encoding it again could only lose.
   """
   height, width = pixels.shape[:2]
   scale = _wanted_scale(height, width, max_px)

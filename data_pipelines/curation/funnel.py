@@ -44,7 +44,7 @@ class Job:
     config: JSON of the curation config.
     num_units: how many units the source has.
     tokenizer: a tokenizer.json, or "" in the survey of a job that trains its own.
-    validation_below: samples whose number, see `split_number`, lies below are held out.
+    validation_below: samples whose number, see `split_number`, is below are held out.
   """
   work: str
   config: str
@@ -116,7 +116,7 @@ def _group(sample: Sample) -> str:
 
 
 def _split_key(sample: Sample) -> str:
-  """A picture and all edits of it lie in one split: an edit goes with its first condition image."""
+  """A picture and all edits of it are in one split: an edit goes with its first condition image."""
   return hashlib.sha256(sample.sources[0] if sample.sources else sample.image).hexdigest()
 
 

@@ -147,7 +147,7 @@ def _table_sums() -> np.ndarray:
 def exif_orientation(data: bytes) -> int:
   """Returns the EXIF orientation of an encoded picture: 1 upright, 2 to 8 turned or mirrored, 0 unknown; 1 if the file has none.
 
-  Other numbers are invalid, and decoders leave such pictures as they lie.
+  Other numbers are invalid, and decoders leave such pictures as they are.
   """
   # Pillow decodes all of a PNG to look for a chunk behind the pixels, so look whether there can be one.
   if data.startswith(b"\x89PNG") and not any(chunk in data for chunk in _PNG_EXIF):

@@ -107,7 +107,7 @@ class Nsfw(scorers.ImageScorer):
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-  """Drops pictures whose EXIF orientation is no number from 0 (unknown) to 8: which side is up cannot be told.
+  """Drops pictures whose EXIF orientation is not a number from 0 (unknown) to 8: which side is up cannot be told.
 
   Turned pictures (2 to 8) are set upright by decoding and tagged exif_orientation; drop_rotated drops them, as Qwen-Image 1.x did.
   """
@@ -116,7 +116,7 @@ class Rotation:
   def __call__(self, sample: Sample) -> Drop | None:
     orientation = measures.exif_orientation(sample.image)
     if not 0 <= orientation <= 8:
-      return Drop("bad_orientation", "The EXIF orientation is no number from 0 to 8.")
+      return Drop("bad_orientation", "The EXIF orientation is not a number from 0 to 8.")
     if orientation > 1:
       sample.tags["exif_orientation"] = orientation
       if self.drop_rotated:

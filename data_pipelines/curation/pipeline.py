@@ -2,7 +2,7 @@
 
   plan_units -> survey of each unit -> duplicates -> tokenizer -> curation of each unit -> one data set, funnel.json, report.html
 
-Intermediate files lie in <out>/.<name>.work. A run that is interrupted goes on with the units that are done; what comes out is the same to the
+Intermediate files are in <out>/.<name>.work. A run that is interrupted goes on with the units that are done; what comes out is the same to the
 byte, whatever the number of workers. The data set appears in its place when it is complete, and the work folder goes.
 """
 

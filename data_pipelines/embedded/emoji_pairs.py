@@ -2,7 +2,7 @@
 
 CLDR's English names say which emoji belong together: names that become each other by changing the tone ("waving hand: dark skin tone"), the
 gender ("man detective", "woman detective") or the direction ("backhand index pointing left") are a pair, and the instruction names the new
-value. Both pictures of a pair lie on the same paper, and a paper that is held out for either emoji in the
+value. Both pictures of a pair are on the same paper, and a paper that is held out for either emoji in the
 text-to-image records is held out here too.
 
 Left out: instructions in other languages, for which CLDR has no words, and pairs that the font does not draw; `describe` counts these.

@@ -62,7 +62,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A message pattern: `kind`; `groups` [G, n] of places in the device order; bytes that a device sends per call (1); calls per step."""
+  """A message pattern: `kind`; `groups` [G, n] of indices in the device order; bytes that a device sends per call (1); calls per step."""
   kind: str
   groups: np.ndarray
   num_bytes: float
@@ -97,7 +97,7 @@ def analyze(text: str, num_devices: int) -> Traffic:
 
 
 def mesh_axes(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-  """Names of the mesh axes along which the devices of a group differ, in mesh order; groups are places in the mesh's row-major order."""
+  """Names of the mesh axes along which the devices of a group differ, in mesh order; groups are indices in the mesh's row-major order."""
   places = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())), axis=-1)  # G n axes
   return tuple(name for number, name in enumerate(mesh_shape) if np.ptp(places[..., number], axis=1).any())
 
@@ -318,7 +318,7 @@ def _all(arrays: Any) -> int:
 
 
 def _groups(attributes: str, num_devices: int) -> np.ndarray:
-  """[G, n] of device places, from any of the ways in which groups are written."""
+  """[G, n] of device indices, from any of the ways in which groups are written."""
   if found := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?\s*)*)\}", attributes):
     pairs = np.array([int(n) for n in re.findall(r"\d+", found[1])], np.int64).reshape(-1, 2)
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
@@ -370,7 +370,7 @@ def _flops(one: Instruction, named: dict) -> float:
 
 
 def _convolution(one: Instruction, sides: list[tuple[int, ...]]) -> float:
-  """Multiply-adds of a convolution: batch x features in x features out x (output place, tap) pairs that meet a true input."""
+  """Multiply-adds of a convolution: batch x features in x features out x (output position, tap) pairs that meet a true input."""
   lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()
   window = dict(re.findall(r"(\w+)=([\dx_\-]+)", found[1])) if (found := re.search(r"window=\{([^}]*)\}", one.attributes)) else {}
   total = one.arrays[0].shape[out.index("b")] * one.arrays[0].shape[out.index("f")] * sides[1][rhs.index("i")]

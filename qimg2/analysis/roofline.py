@@ -70,7 +70,7 @@ NETWORK = Route((), 0.0, num_slices=2)  # of a message that leaves its slice
 
 
 def route(chip: Chip, devices: Sequence[Any], groups: np.ndarray) -> Route:
-  """The route of a collective over `groups` [G, n] of places in `devices`, the mesh in row-major order.
+  """The route of a collective over `groups` [G, n] of indices into `devices`, the mesh in row-major order.
 
   `devices` have `coords` and, with several slices, `slice_index`. Only the first group is looked at: the others are its translates.
   """

@@ -29,7 +29,7 @@ __all__ = ["BACKENDS", "Mask", "attention", "block_causal", "causal", "check_bac
 
 BACKENDS = ("auto", "xla", "splash", "cudnn", "ring")
 GPUS = ("gpu", "cuda")
-ANYWHERE = 2**29  # beyond every place
+ANYWHERE = 2**29  # beyond every index
 
 
 def check_backend(name: str) -> str:
@@ -81,7 +81,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask = M
     key, value: [B, T, G, K]; G divides H, and each of them serves H/G query heads.
     mask: who sees whom.
     backend: one of `BACKENDS`.
-    shard: constrains activations to the mesh; says where the arrays lie.
+    shard: constrains activations to the mesh; knows how the arrays are sharded.
 
   Raises:
     ValueError: as `resolve`.
@@ -99,7 +99,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask = M
 
 
 def _on_each_device(local, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, shard: Shard, split_keys: bool) -> jax.Array:
-  """`local` on the rows, heads and tokens of each device; keys are whole there, or split as the queries are if `split_keys`."""
+  """`local` on the rows, heads and tokens of each device; keys are replicated there, or split as the queries are if `split_keys`."""
   parts, S = shard.parts("token"), query.shape[1]
   if parts > 1:
     last = jnp.full(query.shape[:2], key.shape[1] - 1, jnp.int32) if mask.last is None else mask.last

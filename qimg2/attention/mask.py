@@ -1,6 +1,6 @@
 """Who sees whom, in memory that grows with the sequence and not with its square: the last key that each query sees, and which keys are real.
 
-Block-causal attention has this form, because text is causal and an image lies in one run of places: a text token sees up to itself, an image
+Block-causal attention has this form, because text is causal and an image is one run of tokens: a text token sees up to itself, an image
 token up to the end of its image, the target everything.
 """
 
@@ -14,10 +14,10 @@ class Mask:
   """Who sees whom: query s sees key t if t <= last[s] and valid[t]. Without arguments everyone sees everything.
 
   Attributes:
-    last: [B, S] int32, place of the last key that a query sees; None: all keys.
+    last: [B, S] int32, index of the last key that a query sees; None: all keys.
     valid: [B, T] bool, False for padding; None: no padding.
     num_prefix: so many queries at the start see keys before `num_prefix` only; those after them see all. 0 without `last`.
-    reach: `last` of a query in the prefix is at most its own place plus this; 0 for causal attention.
+    reach: `last` of a query in the prefix is at most its own index plus this; 0 for causal attention.
   """
   last: jax.Array | None = None
   valid: jax.Array | None = None
@@ -34,7 +34,7 @@ def block_causal(block: jax.Array, valid: jax.Array, num_prefix: int, longest: i
   """A token sees what comes before it and all of its own block; padding is seen by nobody.
 
   Args:
-    block: [B, S] int32, number of the block, 0 for text; a block lies in one run, and all after `num_prefix` is one.
+    block: [B, S] int32, number of the block, 0 for text; a block is one run, and all after `num_prefix` is one.
     valid: [B, S] bool.
     num_prefix: tokens before the target.
     longest: bound on the length of a block in the prefix, at most which is skipped; 0 or 1 for text alone.

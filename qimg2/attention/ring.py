@@ -77,7 +77,7 @@ _rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _logits(query, key, last, valid, first) -> jax.Array:
-  # B G R S T; `first` is the place of the first of these keys in the whole sequence.
+  # B G R S T; `first` is the index of the first of these keys in the full sequence.
   seen = (first + jnp.arange(key.shape[1])[None, None] <= last[:, :, None]) & valid[:, None]
   logits = jnp.einsum("bsgrk,btgk->bgrst", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
   return jnp.where(seen[:, None, None], logits, HIDDEN)

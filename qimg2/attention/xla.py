@@ -14,8 +14,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, shard
   """Attention [B, S, H, K]; over a split sequence each device gets all keys. Arguments as in `qimg2.attention.attention`."""
   mesh = getattr(shard, "mesh", None)
   if mesh is not None and shard.parts("token") > 1:
-    whole = NamedSharding(mesh, shard.spec(key.shape, "batch", None, "kv_heads", None))
-    key, value = (jax.lax.with_sharding_constraint(x, whole) for x in (key, value))
+    gathered = NamedSharding(mesh, shard.spec(key.shape, "batch", None, "kv_heads", None))
+    key, value = (jax.lax.with_sharding_constraint(x, gathered) for x in (key, value))
   return dot_product(query, key, value, dense(mask, key.shape[1]))
 
 

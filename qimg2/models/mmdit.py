@@ -81,10 +81,10 @@ class Config:
 
 @flax.struct.dataclass
 class Layout:
-  """Where everything lies in the joint sequence of S = P prefix tokens and N target tokens. Made by `qimg2.layout.make_layout`.
+  """Where everything is in the joint sequence of S = P prefix tokens and N target tokens. Made by `qimg2.layout.make_layout`.
 
   Attributes:
-    index: [B, P] int32, which token of concat(text [M], condition latents) stands at each prefix place.
+    index: [B, P] int32, which token of concat(text [M], condition latents) is at each index of the prefix.
     positions: [B, S, 3] int32, (frame, height, width).
     block: [B, S] int32, number of the image block, 0 for text.
     valid: [B, S] bool, False for padding.

@@ -231,7 +231,7 @@ def _look(cfg: Config, params: dict, images: Sequence[jax.Array], shard: Shard) 
 
 
 def _place(features: jax.Array, ordinal: jax.Array, visual: jax.Array) -> jax.Array:
-  # 1+J B n D -> 1+J B M D, zero where there is no image token. A gather: rows of one batch have their images at different places.
+  # 1+J B n D -> 1+J B M D, zero where there is no image token. A gather: rows of one batch have their images at different indices.
   index = jnp.minimum(ordinal, features.shape[2] - 1)[None, :, :, None]
   return jnp.where(visual[None, :, :, None], jnp.take_along_axis(features, index, axis=2), 0)
 

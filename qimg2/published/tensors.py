@@ -4,7 +4,7 @@ A name table maps each path of a model's specs to the published tensor(s) that h
 convolution as [out, in, h, w]; we store [in..., out...] and [h, w, in, out], and stack the layers that `jax.lax.scan` runs over. Both
 directions are strict: a tensor that is missing, left over or of another shape is an error that names it.
 
-Both directions also stream. Reading holds one published tensor at a time in host memory and writes it into weights that already lie on the
+Both directions also stream. Reading holds one published tensor at a time in host memory and writes it into weights that are already on the
 devices; writing takes one layer at a time from them. Pickled weights (.bin, .pt) are never opened: reading one can run any code.
 """
 
@@ -241,12 +241,12 @@ def _read_one(name: str, ours: tuple[int, ...], entry: Entry, read: Callable[[st
 
 
 def place(x: np.ndarray, sharding: Sharding) -> jax.Array:
-  """`x`, which every process holds whole, as an array with `sharding`."""
+  """`x`, of which every process holds all, as an array with `sharding`."""
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def one_device() -> Sharding:
-  """The sharding of arrays that lie whole on this process's first device."""
+  """The sharding of arrays on this process's first device."""
   return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 

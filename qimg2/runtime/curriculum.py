@@ -45,7 +45,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
   """
   cfg, workdir, began = parse(cfg), pathlib.Path(workdir), time.monotonic()
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
-  with faults.Notice() as stop:
+  with faults.PreemptionNotice() as stop:
     run = Run(cfg, workdir)
     save_config(cfg, workdir, allow_config_change)
     for stage in cfg.stages:

@@ -59,11 +59,11 @@ def _tokenizer_json(run: Run) -> str:
 
 def model_card(run: Run, stage_name: str, role: str, dtype: str, title: str) -> str:
   """The README.md of an exported folder, in Markdown: what it is, how it was trained and measured, how to load it."""
-  copy = "the averaged weights" if role in run.algorithm(run.stages[stage_name]).averages else "the weights"
+  which = "the averaged weights" if role in run.algorithm(run.stages[stage_name]).averages else "the weights"
   start = "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"
   return "\n".join([
       start, f"# {title}\n",
-      f"An image model of the Qwen-Image-2.0 kind, trained with qimg2: {copy} of stage `{stage_name}`, as {dtype}.\n",
+      f"An image model of the Qwen-Image-2.0 kind, trained with qimg2: {which} of stage `{stage_name}`, as {dtype}.\n",
       "## Training\n",
       _table(("stage", "algorithm", "starts from", "step", "resolutions", "data"), [_stage_row(run, stage) for stage in _lineage(run, stage_name)]),
       "## Figures\n", _figures(run, stage_name),

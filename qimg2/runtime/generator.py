@@ -119,7 +119,7 @@ class Generator:
     return sharding.to_host(self._generate(weights, batch, self._put({"noise": np.asarray(noise)})["noise"]))
 
   def _put(self, batch: dict) -> dict:
-    return sharding.put_whole(batch, self._source.mesh, self._source.rules)
+    return sharding.put_global_batch(batch, self._source.mesh, self._source.rules)
 
 
 def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_channels: int) -> np.ndarray:

@@ -107,9 +107,9 @@ def sheet(data: Data, start: int, num_batches: int, num_tiles: int = 8) -> np.nd
 
 def first_rows(loader: Loader, num: int) -> Loader:
   """The same loader, reading only the first `num` of this process's rows of each batch; what is in them depends on no other row."""
-  some, whole = copy.copy(loader), loader.own_rows
+  some, own_rows = copy.copy(loader), loader.own_rows
   some.faults = []
-  some.own_rows = lambda batch_size: whole(batch_size)[:num]
+  some.own_rows = lambda batch_size: own_rows(batch_size)[:num]
   return some
 
 

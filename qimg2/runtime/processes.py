@@ -47,7 +47,7 @@ _connect_timeout_s: list[int] = []  # read where JAX aborts this process
 
 
 @dataclasses.dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
   """Where and how the processes of one run meet.
 
   Attributes:
@@ -67,11 +67,11 @@ class Meeting:
   quiet: bool = True
 
 
-def together(act: Callable[[], None], meeting: Meeting, user_errors: tuple[type[Exception], ...], stops_when_asked: bool = False) -> None:
-  """Calls `act` as one of the processes of `meeting`; alone if there are no others. SIGTERM ends it, unless it `stops_when_asked` by itself
-  (`qimg2.training.faults.Notice`). An exception of `user_errors` is told to all as its sentence, any other with its traceback."""
+def together(act: Callable[[], None], rendezvous: Rendezvous, user_errors: tuple[type[Exception], ...], stops_when_asked: bool = False) -> None:
+  """Calls `act` as one of the processes of `rendezvous`; alone if there are no others. SIGTERM ends it, unless it `stops_when_asked` by itself
+  (`qimg2.training.faults.PreemptionNotice`). An exception of `user_errors` is told to all as its sentence, any other with its traceback."""
   jax.config.update("jax_enable_preemption_service", stops_when_asked)
-  if not start(meeting):
+  if not start(rendezvous):
     act()
     return
   try:
@@ -87,7 +87,7 @@ def together(act: Callable[[], None], meeting: Meeting, user_errors: tuple[type[
   except Exception as error:  # whatever it is, the others must hear of it
     sentence = " ".join(str(error).split())
     if _BROKEN.search(sentence):  # JAX raises it as JaxRuntimeError or ValueError, depending on where the connection broke
-      _wait_for_the_cause(sentence, meeting)
+      _wait_for_the_cause(sentence, rendezvous)
     if not isinstance(error, user_errors):
       traceback.print_exc()
       sentence = f"{type(error).__name__}: {sentence[:300]}"
@@ -96,31 +96,31 @@ def together(act: Callable[[], None], meeting: Meeting, user_errors: tuple[type[
     _ended.set()
 
 
-def start(meeting: Meeting) -> bool:
+def start(rendezvous: Rendezvous) -> bool:
   """Connects this process with the others if there are any; returns whether there are.
 
   Raises:
     ValueError: fields that do not go together, or processes that did not start.
   """
-  if not meeting.coordinator and meeting.distributed == "off":
-    if meeting.num_processes is not None or meeting.process_id is not None:
+  if not rendezvous.coordinator and rendezvous.distributed == "off":
+    if rendezvous.num_processes is not None or rendezvous.process_id is not None:
       raise ValueError("--num_processes and --process_id need --coordinator, the HOST:PORT where the processes meet.")
     return False
-  where = _place(meeting)
+  where = _place(rendezvous)
   if where:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  _connect_timeout_s.append(meeting.connect_timeout_s)
+  _connect_timeout_s.append(rendezvous.connect_timeout_s)
   ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)  # Python's own handlers never run in a process that aborts
   try:
     # JAX's own heartbeats are the last resort: it ends processes with pages of text.
-    jax.distributed.initialize(initialization_timeout=meeting.connect_timeout_s,
-                               heartbeat_timeout_seconds=2 * meeting.heartbeat_timeout_s + 30, **where)
+    jax.distributed.initialize(initialization_timeout=rendezvous.connect_timeout_s,
+                               heartbeat_timeout_seconds=2 * rendezvous.heartbeat_timeout_s + 30, **where)
   except (RuntimeError, ValueError) as error:  # those who do not come make it abort
     raise ValueError(f"JAX cannot connect the processes ({' '.join(str(error).split())[:200]}): give --coordinator, --num_processes and "
                      "--process_id where it does not find the others by itself.") from error
-  threading.Thread(target=_watch, args=(meeting.heartbeat_timeout_s,), daemon=True).start()
+  threading.Thread(target=_watch, args=(rendezvous.heartbeat_timeout_s,), daemon=True).start()
   _met.set()
-  if jax.process_index() and meeting.quiet:
+  if jax.process_index() and rendezvous.quiet:
     logging.set_verbosity(logging.ERROR)  # process 0 says it
   return True
 
@@ -160,19 +160,19 @@ def agree(what: str, text: str) -> None:
     raise ValueError(f"The {what} of process {jax.process_index()} is not that of process 0: start all processes with the same flags and files.")
 
 
-def _place(meeting: Meeting) -> dict[str, Any]:
+def _place(rendezvous: Rendezvous) -> dict[str, Any]:
   """The arguments of `jax.distributed.initialize` that say who meets where; none where JAX finds out by itself."""
-  if meeting.distributed == "auto":
-    if meeting.coordinator:
+  if rendezvous.distributed == "auto":
+    if rendezvous.coordinator:
       raise ValueError("--distributed=auto finds the coordinator by itself: leave out --coordinator, or give --num_processes and --process_id.")
     return {}
-  if meeting.num_processes is None or meeting.process_id is None:
-    raise ValueError(f"--coordinator={meeting.coordinator} needs --num_processes and --process_id.")
-  if meeting.process_id >= meeting.num_processes:
-    raise ValueError(f"--process_id={meeting.process_id} must be below --num_processes={meeting.num_processes}: processes are counted from 0.")
-  if not re.fullmatch(r".+:\d+", meeting.coordinator):
-    raise ValueError(f"--coordinator={meeting.coordinator} names no port: give HOST:PORT, such as 10.0.0.2:8476.")
-  return {"coordinator_address": meeting.coordinator, "num_processes": meeting.num_processes, "process_id": meeting.process_id}
+  if rendezvous.num_processes is None or rendezvous.process_id is None:
+    raise ValueError(f"--coordinator={rendezvous.coordinator} needs --num_processes and --process_id.")
+  if rendezvous.process_id >= rendezvous.num_processes:
+    raise ValueError(f"--process_id={rendezvous.process_id} must be below --num_processes={rendezvous.num_processes}: processes are counted from 0.")
+  if not re.fullmatch(r".+:\d+", rendezvous.coordinator):
+    raise ValueError(f"--coordinator={rendezvous.coordinator} names no port: give HOST:PORT, such as 10.0.0.2:8476.")
+  return {"coordinator_address": rendezvous.coordinator, "num_processes": rendezvous.num_processes, "process_id": rendezvous.process_id}
 
 
 # How it ends.
@@ -200,7 +200,7 @@ def _fail_all(sentence: str) -> None:
 
 def _watch(heartbeat_timeout: int) -> None:
   """Until this process ends: says that it lives, and looks whether another one failed. Process 0 also looks whether all live."""
-  client, me, beats = distributed.global_state.client, distributed.global_state.process_id, _Beats(distributed.global_state.num_processes)
+  client, me, beats = distributed.global_state.client, distributed.global_state.process_id, _Heartbeats(distributed.global_state.num_processes)
   while not _ended.wait(_POLL_S):
     try:
       client.key_value_set(f"{_BEATS}{me}", str(time.monotonic()), allow_overwrite=True)
@@ -215,7 +215,7 @@ def _watch(heartbeat_timeout: int) -> None:
     _end(sentence, EXIT_CODE if sentence.endswith(_AGAIN) else 1)
 
 
-class _Beats:
+class _Heartbeats:
   """When each process last said that it lives, by this process's clock."""
 
   def __init__(self, num: int):
@@ -250,7 +250,7 @@ def _on_abort(number: int) -> None:
   _end("JAX aborted this process, for the reason above.", 128 + number)
 
 
-def _wait_for_the_cause(sentence: str, meeting: Meeting) -> None:
+def _wait_for_the_cause(sentence: str, rendezvous: Rendezvous) -> None:
   """A broken connection says that somebody is gone, but not who and why: waits until `_watch` or `_on_abort` knows and ends this process."""
-  time.sleep(meeting.heartbeat_timeout_s + 10)
+  time.sleep(rendezvous.heartbeat_timeout_s + 10)
   _end(f"The connection to another process broke ({sentence[:200]}): {_AGAIN}", EXIT_CODE)

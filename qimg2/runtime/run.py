@@ -126,7 +126,7 @@ class Run(StageWeights):
     return batches
 
   def _held_out(self, name: str, stage: StageConfig) -> str:
-    """The split that a stage is validated on: its own training pictures, with a word in the log, where nothing was held out."""
+    """The held-out split that a stage is validated on; its training split, with a warning in the log, where nothing was held out."""
     if stage.evaluation.split in list_splits(self.cfg.data_dir, name):
       return stage.evaluation.split
     logging.warning("Data set %r has no split %r: stage %s is validated on the pictures that it trains on, which says nothing of others.", name,

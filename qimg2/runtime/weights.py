@@ -158,7 +158,7 @@ class StageWeights:
 
   def _saved_random_weights(self, stage: StageConfig, role: str) -> dict:
     folder = self.workdir / "frozen" / role
-    if sharding.from_first(np.int32(not folder.is_dir())):  # all have looked before the first one writes
+    if sharding.broadcast_from_first(np.int32(not folder.is_dir())):  # all have looked before the first one writes
       save_weights(folder, self.random_weights(stage, role))
     return restore_weights(folder, self._abstract(self.role_specs(stage)[role]))
 

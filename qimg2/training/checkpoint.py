@@ -2,13 +2,13 @@
 
   <stage>/checkpoints/<step>/params.<role>   weights of a trained role
                              average.<name>  averaged weights
-                             optimizer       optimizer states, step, key, paces of the averages
+                             optimizer       optimizer states, step, key, states of the averages
                              meta            JSON: the loader's position, the stage's description, what the loop remembers
                              manifest.json   the checksum of every file, see qimg2.training.manifest
 
 A later stage, sampling or export reads the one item it needs. Saving is asynchronous and atomic: a folder without a finished save does not
 count as a checkpoint. Reading is strict: another shape or a missing weight is an error. Before anything is read from a step, all of the step is
-compared with its manifest: a damaged one is named in the log and the one before it is read instead; where none is whole, that is an error.
+compared with its manifest: a damaged one is named in the log and the one before it is read instead; where none is intact, that is an error.
 """
 
 import pathlib
@@ -24,13 +24,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from qimg2.sharding import from_first
+from qimg2.sharding import broadcast_from_first
 from qimg2.training import manifest
 from qimg2.training.state import TrainState
 
 _ALL_WRITTEN = "async_write_complete"  # Orbax's barrier between the writing of all processes and what the first one does with it
 _RENAMED = re.compile(r"^slow\.")  # items of older checkpoints
-ACCEPT = "qimg2.training.manifest.seal(FOLDER) accepts it as it is"
+ACCEPT = "qimg2.training.manifest.write_manifest(FOLDER) accepts it as it is"
 
 
 class SaveError(OSError):
@@ -43,10 +43,10 @@ class Checkpoints:
   def __init__(self, folder: pathlib.Path, keep: int | None = None):
     """Args: folder; keep, how many of the newest to keep, which makes the folder if it is missing; None only to read.
 
-    With `keep`, damaged steps that are newer than the newest whole one are renamed to <step>.damaged, so that they can be saved again.
+    With `keep`, damaged steps that are newer than the newest intact one are renamed to <step>.damaged, so that they can be saved again.
 
     Raises:
-      ValueError: with `keep`, there are checkpoints but none is whole.
+      ValueError: with `keep`, there are checkpoints but none is intact.
     """
     self.folder, self._keep = pathlib.Path(folder).absolute(), keep
     self._saving = 0  # the step of the save that was started last
@@ -55,10 +55,10 @@ class Checkpoints:
     self._manager = self._open()
 
   def latest_step(self) -> int | None:
-    """Step of the newest whole checkpoint, None when there are no checkpoints at all.
+    """Step of the newest intact checkpoint, None when there are no checkpoints at all.
 
     Raises:
-      ValueError: there are checkpoints but none is whole.
+      ValueError: there are checkpoints but none is intact.
     """
     faults = []
     for step in _agreed_steps(self.folder):
@@ -70,7 +70,7 @@ class Checkpoints:
       if (self.folder / str(step)).is_dir():  # not one that a run has just replaced by a newer one
         faults.append(f"The checkpoint {self.folder / str(step)} is damaged: {fault}.")
     if faults:
-      raise ValueError(f"{' '.join(faults)} No other in {self.folder} is whole: put back a copy of one, or move the folder away to begin the stage "
+      raise ValueError(f"{' '.join(faults)} No other in {self.folder} is intact: put back a copy of one, or move the folder away to begin the stage "
                        f"again; if a checkpoint is known to be good, {ACCEPT}.")
     return None
 
@@ -103,11 +103,11 @@ class Checkpoints:
     return sorted(_RENAMED.sub("average.", path.name) for path in (self.folder / str(step)).iterdir() if path.is_dir() and "." in path.name)
 
   def restore_item(self, name: str, abstract: Any, step: int | None = None) -> Any:
-    """One item, such as "params.model" or "average.ema", of a step (default: the newest whole one).
+    """One item, such as "params.model" or "average.ema", of a step (default: the newest intact one).
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: no such item, one that does not fit `abstract`, a damaged step, or no whole one.
+      ValueError: no such item, one that does not fit `abstract`, a damaged step, or no intact one.
     """
     step = self.latest_step() if step is None else step
     if step is None:
@@ -138,8 +138,8 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     if self._keep is None:
       return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=False))
-    seal = _sealing(lambda: self.folder / str(self._saving))
-    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True, async_options=seal)
+    asynchronous = _with_manifest(lambda: self.folder / str(self._saving))
+    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True, async_options=asynchronous)
     return ocp.CheckpointManager(self.folder, options=options)
 
   def _guard(self, save: Callable[[], Any]) -> None:
@@ -169,7 +169,7 @@ class Checkpoints:
 def save_weights(folder: pathlib.Path, params: dict) -> None:
   """Writes weights that no stage trains (a frozen role) to a folder of their own; waits until they are there."""
   folder = pathlib.Path(folder).absolute()
-  with ocp.StandardCheckpointer(async_options=_sealing(lambda: folder)) as checkpointer:
+  with ocp.StandardCheckpointer(async_options=_with_manifest(lambda: folder)) as checkpointer:
     checkpointer.save(folder, params)
 
 
@@ -198,11 +198,11 @@ def _items(state: TrainState) -> dict[str, Any]:
   return {
       **{f"params.{role}": tree for role, tree in state.params.items()},
       **{f"average.{name}": tree for name, tree in state.averages.items()},
-      "optimizer": {"opt": state.opt, "step": state.step, "key": key, "paces": state.paces},
+      "optimizer": {"opt": state.opt, "step": state.step, "key": key, "paces": state.average_states},
   }
 
 
-# Whole and damaged.
+# Intact and damaged.
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
@@ -232,9 +232,9 @@ def _agreed_steps(folder: pathlib.Path) -> list[int]:
   steps = _steps(folder)
   if jax.process_count() == 1:
     return steps
-  found = np.zeros(int(from_first(np.int32(len(steps)))), np.int32)
+  found = np.zeros(int(broadcast_from_first(np.int32(len(steps)))), np.int32)
   found[:len(steps)] = steps[:len(found)]
-  steps = from_first(found).tolist() if len(found) else []
+  steps = broadcast_from_first(found).tolist() if len(found) else []
   for step in steps:
     if not (folder / str(step)).is_dir():
       raise ValueError(f"Process {jax.process_index()} does not see the checkpoint {folder / str(step)}, which process 0 does: all processes need "
@@ -242,9 +242,9 @@ def _agreed_steps(folder: pathlib.Path) -> list[int]:
   return steps
 
 
-def _sealing(find_folder: Callable[[], pathlib.Path]) -> ocp.AsyncOptions:
-  """Lets Orbax call `manifest.seal` on the first process when a save is complete but for the renaming of its folder, which `find_folder` tells; and
-  `manifest.write_part` on each of several processes when it has written its own files and is about to wait for the others."""
+def _with_manifest(find_folder: Callable[[], pathlib.Path]) -> ocp.AsyncOptions:
+  """Lets Orbax call `manifest.write_manifest` on the first process when a save is complete but for the renaming of its folder, which `find_folder`
+  gives; and `manifest.write_part` on each of several processes when it has written its own files and is about to wait for the others."""
   wait = ocp.multihost.get_barrier_sync_fn()
 
   def temporary() -> pathlib.Path:
@@ -257,11 +257,11 @@ def _sealing(find_folder: Callable[[], pathlib.Path]) -> ocp.AsyncOptions:
       manifest.write_part(temporary(), jax.process_index())
     wait(key=key, timeout_ms=timeout_ms)
 
-  return ocp.AsyncOptions(post_finalization_callback=lambda: manifest.seal(temporary()), barrier_sync_fn=barrier)
+  return ocp.AsyncOptions(post_finalization_callback=lambda: manifest.write_manifest(temporary()), barrier_sync_fn=barrier)
 
 
 def _agreed_fault(folder: pathlib.Path) -> str:
-  """What keeps a folder from being whole, "" for nothing. Several processes read a part of it each and come to the same end."""
+  """What is damaged in a folder, "" for nothing. Several processes read a part of it each and come to the same end."""
   index, count = jax.process_index(), jax.process_count()
   fault = manifest.find_fault(folder, (index, count))
   if count > 1 and multihost_utils.process_allgather(np.array(bool(fault))).any():
@@ -269,10 +269,10 @@ def _agreed_fault(folder: pathlib.Path) -> str:
   return fault
 
 
-def _set_aside(folder: pathlib.Path, whole: int | None) -> None:
-  """Renames the steps after the newest whole one, all of them damaged."""
-  for step in _steps(folder) if jax.process_index() == 0 and whole is not None else ():
-    if step <= whole:
+def _set_aside(folder: pathlib.Path, intact: int | None) -> None:
+  """Renames the steps after the newest intact one, all of them damaged."""
+  for step in _steps(folder) if jax.process_index() == 0 and intact is not None else ():
+    if step <= intact:
       break
     names = [f"{step}.damaged", *(f"{step}.damaged{number}" for number in range(2, 1000))]
     (folder / str(step)).rename(next(folder / name for name in names if not (folder / name).exists()))

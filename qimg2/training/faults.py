@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong: a machine that is taken away, losses and gradients that are not finite, a loss that jumps.
+"""What a run does when something goes wrong: a machine that is taken away, non-finite losses and gradients, a loss that jumps.
 
 Nothing here reads a step's results before the loop says that the step is done, so nothing here makes the device wait.
 """
@@ -32,7 +32,7 @@ class Settings:
   """Fault-tolerance settings of a stage.
 
   Attributes:
-    max_skipped: updates in a row that may be skipped because the loss or a gradient was not finite; one more ends the run.
+    max_skipped: updates in a row that may be skipped because of a non-finite loss or gradient; one more ends the run.
     spike_factor: a loss above this many times the median of the last 100 is logged with its samples; 0 for never.
     on_save_error: "stop" when a checkpoint cannot be written, or "continue" with a warning. The last one of a stage must be written, and with
       several processes every failure stops.
@@ -51,8 +51,8 @@ class Settings:
       raise ValueError(f"faults.on_save_error is {self.on_save_error!r}: choose one of {', '.join(ON_SAVE_ERROR)}.")
 
 
-class Notice:
-  """Whether the run is asked to stop: `with Notice() as stop: ... stop(step)`.
+class PreemptionNotice:
+  """Whether the run is asked to stop: `with PreemptionNotice() as stop: ... stop(step)`.
 
   SIGTERM, which comes before a machine is taken away, and the first SIGINT ask for it; a second SIGINT ends the process at once, with 130. One
   process stops after the step that it is running. Several stop after the same step: whichever of them is asked, the coordination service of
@@ -110,7 +110,7 @@ def _end_at_second_interrupt(pipe: int) -> None:
         os._exit(130)
 
 
-class Watch:
+class StepMonitor:
   """Looks at the results of the steps of a stage, in order and each after it is done, and says what is wrong with them.
 
   What it remembers is saved with a checkpoint, so that an interrupted run says the same as one that nothing stopped.
@@ -132,7 +132,7 @@ class Watch:
     return {"skipped": self.skipped, "row": [[step, ids] for step, ids in self._row],
             "losses": {key: list(losses) for key, losses in self._losses.items()}}
 
-  def look(self, step: int, sample_ids: Sequence, metrics: Mapping[str, Any]) -> None:
+  def observe(self, step: int, sample_ids: Sequence, metrics: Mapping[str, Any]) -> None:
     """Looks at the metrics of a step that is done; `sample_ids` are those of this process's rows.
 
     Raises:

@@ -9,7 +9,7 @@ import jax
 class Feed:
   """A loader's batches, in its order, each on the device before its step is due, and how long the steps had to wait for them.
 
-  `look_ahead`, called when a step has just been dispatched, reads the batch of the next one and sends it to the device while the step runs.
+  `prefetch`, called when a step has just been dispatched, reads the batch of the next one and sends it to the device while the step runs.
   What the loader raises there is raised by the `get` that asks for this batch, after the step before it was logged and saved.
   """
 
@@ -21,7 +21,7 @@ class Feed:
     self._num = 0
     self._blocked_s = self._waited_s = 0.0
 
-  def look_ahead(self, running: jax.Array | None = None) -> None:
+  def prefetch(self, running: jax.Array | None = None) -> None:
     """Reads the next batch and starts to send it. `running` is a result of the step that was dispatched last, None when there is none."""
     start = time.monotonic()
     try:
@@ -35,7 +35,7 @@ class Feed:
       self._waited_s += time.monotonic() - start
 
   def get(self) -> tuple[int, dict, dict]:
-    """(bucket number, this process's rows, global arrays) of the batch that was looked ahead to, which is then forgotten here.
+    """(bucket number, this process's rows, global arrays) of the batch that was prefetched, which is then forgotten here.
 
     Raises:
       Exception: what the loader raised for this batch.
@@ -52,7 +52,7 @@ class Feed:
     bound of the time that the device stood idle for want of data, because a wait counts from its beginning even if the step ended within it; a
     wait that ends while a step is still running costs nothing and does not count.
     `loader_batches_per_second`: batches per second of waiting for the loader. Its throughput where it is what limits; far more than the steps
-    need where batches lie ready when they are asked for.
+    need where batches are ready when they are asked for.
     """
     timing = {"data_wait_share": min(1.0, self._waited_s / elapsed_s), "loader_batches_per_second": self._num / max(self._blocked_s, 1e-9)}
     self._num, self._blocked_s, self._waited_s = 0, 0.0, 0.0

@@ -1,11 +1,11 @@
-"""What makes saved weights whole: a manifest with the checksum of every file, written when all of them are there.
+"""How damaged checkpoints are found: a manifest with the checksum of every file, written when all of them are there.
 
 Orbax commits a checkpoint by renaming its folder. The manifest is written into the folder before that, so a process that is killed at any moment
-leaves either no checkpoint or one with its manifest. A folder without one therefore lost files, or was written by another program: it is not
-whole. `seal` accepts such a folder as it is.
+leaves either no checkpoint or one with its manifest. A folder without one therefore lost files, or was written by another program: it counts as
+damaged. `write_manifest` accepts such a folder as it is.
 
-Where several processes write one checkpoint, each computes the checksums of its own files before the first one seals (`write_part`): a machine that
-is about to be taken away has seconds, and the whole may be 100 GB.
+Where several processes write one checkpoint, each computes the checksums of its own files before the first one writes the manifest (`write_part`):
+a machine that is about to be taken away has seconds, and all of it may be 100 GB.
 """
 
 import concurrent.futures
@@ -26,7 +26,7 @@ _known: dict[tuple, tuple[list, str]] = {}  # (folder, share) -> (sizes and time
 
 
 def write_part(folder: pathlib.Path, index: int) -> None:
-  """Writes down the checksums of the files that process `index` wrote into a folder which is not sealed yet.
+  """Writes down the checksums of the files that process `index` wrote into a folder that has no manifest yet.
 
   Raises:
     OSError: the folder cannot be read or written.
@@ -36,7 +36,7 @@ def write_part(folder: pathlib.Path, index: int) -> None:
   _write(folder / f"{_PART}{index}", {name.replace(TEMPORARY, ""): found for name, found in measured.items()})
 
 
-def seal(folder: pathlib.Path) -> None:
+def write_manifest(folder: pathlib.Path) -> None:
   """Writes the manifest of a folder with what it holds now. The checksums that `write_part` left are taken over, the others computed.
 
   Raises:
@@ -44,9 +44,9 @@ def seal(folder: pathlib.Path) -> None:
   """
   folder = pathlib.Path(folder)
   parts = sorted(folder.glob(f"{_PART}*"))
-  told = {name: found for part in parts for name, found in json.loads(part.read_text(encoding="utf-8")).items()}
+  recorded = {name: found for part in parts for name, found in json.loads(part.read_text(encoding="utf-8")).items()}
   paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_late(path, folder)}
-  files = {name: told[name] for name, path in paths.items() if name in told and told[name][0] == path.stat().st_size}
+  files = {name: recorded[name] for name, path in paths.items() if name in recorded and recorded[name][0] == path.stat().st_size}
   files |= _measure(folder, [path for name, path in paths.items() if name not in files])
   content = {"files": files, "metadata": _metadata(folder)}
   _write(folder / NAME, {"content": content, "sha256": _digest_of(content)})
@@ -55,7 +55,7 @@ def seal(folder: pathlib.Path) -> None:
 
 
 def find_fault(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str:
-  """What keeps a sealed folder from being whole, in words that name the file; "" when nothing does.
+  """What is damaged in a folder with a manifest, in words that name the file; "" when nothing does.
 
   Reads every file, once for as long as none of them changes.
 

@@ -2,7 +2,7 @@
 
 `metrics.jsonl` holds what training computes and nothing that depends on the clock: an interrupted and resumed run writes the same bytes as
 an uninterrupted one. `faults.jsonl`, if there is one, holds what `faults` found, with all sample ids of the batch, and nothing of the clock
-either. `timing.jsonl` holds samples per second and the like, and where the time went: rows of `Accounts`, which stay when a run goes on
+either. `timing.jsonl` holds samples per second and the like, and where the time went: rows of `GoodputRecorder`, which stay when a run goes on
 from an earlier step. TensorBoard gets metrics and timing.
 """
 
@@ -119,7 +119,7 @@ def _truncate(path: pathlib.Path, step: int, hooks_due: bool) -> None:
 # Where the time goes.
 
 
-class Accounts:
+class GoodputRecorder:
   """Where the wall time of a stage goes. What is spent on nothing else is spent on steps."""
 
   def __init__(self, began: float | None = None):
@@ -129,7 +129,7 @@ class Accounts:
     self._spent["start"] = time.monotonic() - self._mark
 
   @contextlib.contextmanager
-  def spend(self, kind: str) -> Iterator[None]:
+  def measure(self, kind: str) -> Iterator[None]:
     """Counts the time inside as spent on `kind`, one of NEXT_TO_STEPS."""
     start = time.monotonic()
     try:
@@ -152,7 +152,7 @@ class Accounts:
 
 
 def goodput(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  """Sums of the rows of `Accounts` among the rows of timing.jsonl, over all starts of a stage; {} when there are none.
+  """Sums of the rows of `GoodputRecorder` among the rows of timing.jsonl, over all starts of a stage; {} when there are none.
 
   `wall_s`, `step_s` and one for each of NEXT_TO_STEPS in seconds; `lost_s`, steps that a later start computed again, which are not in `step_s`;
   `starts`, how often the stage was started. What a killed process did after its last row is in none of them, and neither is the time between two.

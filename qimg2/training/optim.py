@@ -1,6 +1,6 @@
 """Optimizers: AdamW on float32 weights with moments in float32, the first in bfloat16 if wanted; clipped by the global norm, under a schedule.
 
-What sets the learning rate lies in the optimizer's state, not in the program: runs and stages that differ in rates alone share one compiled
+What sets the learning rate is in the optimizer's state, not in the program: runs and stages that differ in rates alone share one compiled
 step. The rate of the n-th update, n from 0, with a peak p, W steps of warm-up, R = max(1, N - W) steps after it and a final share f:
 
   n < W       p (n + 1) / W                                               the first update already moves
@@ -60,7 +60,7 @@ class Config:
 
 @flax.struct.dataclass
 class Rate:
-  """A schedule as numbers: `peak`, `warmup` and `rest` (W and R above), `final_ratio`, all float32, and `schedule`, its place in SCHEDULES, int32."""
+  """A schedule as numbers: `peak`, `warmup` and `rest` (W and R above), `final_ratio`, all float32, and `schedule`, its index in SCHEDULES, int32."""
   peak: jax.Array
   warmup: jax.Array
   rest: jax.Array

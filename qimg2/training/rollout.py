@@ -1,7 +1,7 @@
 """What happens between two steps of a method that learns from its own samples: generate on the device, score, cut into minibatches.
 
 All of it is a function of (state, batch, step): the key of step k is fold_in(fold_in(key, k), 2^31 - 1), so that a run that is killed anywhere
-between two saves, in the rollout or while it scores, computes the same again. Every process scores the rows that lie on its own devices.
+between two saves, in the rollout or while it scores, computes the same again. Every process scores the rows of its own devices.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
     ValueError: `minibatches` does not give as many as the method declares.
   """
   rollout, options = algorithm.rollout, compile_options(mesh)
-  rows, whole = batch_sharding(mesh, rules), replicated(mesh)
+  rows, everywhere = batch_sharding(mesh, rules), replicated(mesh)
   key = lambda state: jax.random.fold_in(jax.random.fold_in(state.key, state.step), _FOLD)
   weights = lambda state, frozen: {**frozen, **state.averages, **state.params}
 
@@ -96,7 +96,7 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
   if (found := {x.shape[0] for x in jax.tree.leaves(data)}) != {rollout.num_minibatches}:
     raise ValueError(f"The rollout gives arrays of {', '.join(map(str, sorted(found)))} minibatches, but declares {rollout.num_minibatches}.")
   return Programs(build(generate, rows, abstract, frozen, batch), score,
-                  build(minibatches, (stacked_batch_sharding(mesh, rules), whole), abstract, samples, given), data, rollout.rewards,
+                  build(minibatches, (stacked_batch_sharding(mesh, rules), everywhere), abstract, samples, given), data, rollout.rewards,
                   rollout.on_device, mesh, rules)
 
 

@@ -19,8 +19,8 @@ RESTORED = 2**30  # `num_updates` of an average that a stage took over from an e
 
 
 @flax.struct.dataclass
-class Pace:
-  """How an average moves: `num_updates` that it made, int32, and its `decay`, float32, which is no constant of the program."""
+class AverageState:
+  """State of an average: the `num_updates` that it made, int32, and its `decay`, float32, a value and no constant of the program."""
   num_updates: jax.Array
   decay: jax.Array
 
@@ -34,14 +34,14 @@ class TrainState:
     params: trained role -> weights.
     opt: name of an update -> `optim.OptState`.
     averages: name -> averaged weights of a role.
-    paces: name of an average -> `Pace`.
+    average_states: name of an average -> `AverageState`.
     key: the stage's PRNG key; step k, counted from 0, uses fold_in(key, k).
   """
   step: jax.Array
   params: dict[str, Any]
   opt: dict[str, Any]
   averages: dict[str, Any]
-  paces: dict[str, Pace]
+  average_states: dict[str, AverageState]
   key: jax.Array
 
 
@@ -65,23 +65,24 @@ def init_state(algorithm: Algorithm, optimizers: Optimizers, params: dict[str, A
   """The state before the first step. Averages that `averages` brings, restored from an earlier stage, go on without a ramp; the others start as
   copies of their role."""
   opt = {update.name: optimizers[update.name].init({role: params[role] for role in update.roles}) for update in algorithm.updates}
-  paces = {name: make_pace(average, name in averages) for name, average in algorithm.averages.items()}
+  average_states = {name: make_average_state(average, name in averages) for name, average in algorithm.averages.items()}
   averages = {name: averages.get(name, params[average.role]) for name, average in algorithm.averages.items()}
-  return TrainState(jnp.zeros((), jnp.int32), params, opt, jax.tree.map(jnp.copy, averages), paces, key)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt, jax.tree.map(jnp.copy, averages), average_states, key)
 
 
-def make_pace(average: Average, restored: bool) -> Pace:
-  """The pace of an average at the start of a stage."""
+def make_average_state(average: Average, restored: bool) -> AverageState:
+  """The state of an average at the start of a stage."""
   over = restored or not average.ramp
   decay = 0.0 if callable(average.decay) else average.decay
-  return Pace(jnp.asarray(RESTORED if over else 0, jnp.int32), jnp.asarray(decay, jnp.float32))
+  return AverageState(jnp.asarray(RESTORED if over else 0, jnp.int32), jnp.asarray(decay, jnp.float32))
 
 
 def as_configured(state: TrainState, algorithm: Algorithm, optimizers: Optimizers) -> TrainState:
   """A restored state with the rates and decays of the config that goes on with it."""
   same = lambda new, old: jax.device_put(new, old.sharding)
-  paces = {name: pace.replace(decay=same(make_pace(algorithm.averages[name], False).decay, pace.decay)) for name, pace in state.paces.items()}
-  return state.replace(opt={name: optimizers[name].as_configured(opt) for name, opt in state.opt.items()}, paces=paces)
+  decay = lambda name: make_average_state(algorithm.averages[name], False).decay
+  average_states = {name: own.replace(decay=same(decay(name), own.decay)) for name, own in state.average_states.items()}
+  return state.replace(opt={name: optimizers[name].as_configured(opt) for name, opt in state.opt.items()}, average_states=average_states)
 
 
 def abstract_state(algorithm: Algorithm, optimizers: Optimizers, specs: dict[str, dict], mesh: jax.sharding.Mesh, rules: Rules) -> TrainState:
@@ -91,17 +92,17 @@ def abstract_state(algorithm: Algorithm, optimizers: Optimizers, specs: dict[str
   params = {role: P.abstract(specs[role], shardings[role]) for role in algorithm.trained}
   shapes = jax.eval_shape(lambda p: init_state(algorithm, optimizers, p, {}, jax.random.key(0)), params)
   place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-  whole = lambda tree: jax.tree.map(lambda leaf: place(leaf, everywhere), tree)
+  replicate = lambda tree: jax.tree.map(lambda leaf: place(leaf, everywhere), tree)
 
   def place_opt(update: Update) -> optim.OptState:
     state, own = shapes.opt[update.name], {role: shardings[role] for role in update.roles}
     adam = optax.tree_utils.tree_map_params(optimizers[update.name].direction, place, state.adam, own,
                                             transform_non_params=lambda leaf: place(leaf, everywhere))
-    return optim.OptState(whole(state.count), whole(state.rate), adam)
+    return optim.OptState(replicate(state.count), replicate(state.rate), adam)
 
   opt = {update.name: place_opt(update) for update in algorithm.updates}
   averages = {name: params[average.role] for name, average in algorithm.averages.items()}
-  return TrainState(whole(shapes.step), params, opt, averages, whole(shapes.paces), whole(shapes.key))
+  return TrainState(replicate(shapes.step), params, opt, averages, replicate(shapes.average_states), replicate(shapes.key))
 
 
 def make_step(algorithm: Algorithm, optimizers: Optimizers, nets: Any, accumulate: int = 1):
@@ -121,8 +122,8 @@ def make_step(algorithm: Algorithm, optimizers: Optimizers, nets: Any, accumulat
       keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(jax.tree.leaves(batch)[0].shape[0]))
       (params, opt, moved), each = jax.lax.scan(run, carry, (batch, keys))
       metrics = {name: jnp.sum(x) if name == "skipped" else jnp.mean(x) for name, x in each.items()}
-    averages, paces = _average(algorithm, state, params, moved)
-    return TrainState(state.step + 1, params, opt, averages, paces, state.key), metrics
+    averages, average_states = _average(algorithm, state, params, moved)
+    return TrainState(state.step + 1, params, opt, averages, average_states, state.key), metrics
   return step
 
 
@@ -205,15 +206,15 @@ def _choose(good: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _average(algorithm: Algorithm, state: TrainState, params: dict, moved: dict[str, jax.Array]) -> tuple[dict, dict]:
-  """(averages, paces) after a step that gave `params` and moved the roles in `moved`."""
-  averages, paces = {}, {}
+  """(averages, average_states) after a step that gave `params` and moved the roles in `moved`."""
+  averages, average_states = {}, {}
   for name, average in algorithm.averages.items():
-    pace, old = state.paces[name], state.averages[name]
-    decay = average.decay(state.step) if callable(average.decay) else pace.decay
-    d = jnp.minimum(decay, (1.0 + pace.num_updates) / (10.0 + pace.num_updates))
+    own, old = state.average_states[name], state.averages[name]
+    decay = average.decay(state.step) if callable(average.decay) else own.decay
+    d = jnp.minimum(decay, (1.0 + own.num_updates) / (10.0 + own.num_updates))
     follow = moved[average.role] if average.every == 1 else (state.step + 1) % average.every == 0
     # A hard copy is a copy to the bit, which a + (w - a) need not be.
     mixed = jax.tree.map(lambda a, w: jnp.where(d > 0, a + (1 - d) * (w - a), w), old, params[average.role])
     averages[name] = _choose(follow, mixed, old)
-    paces[name] = pace.replace(num_updates=pace.num_updates + jnp.where(follow & (pace.num_updates < RESTORED), 1, 0))
-  return averages, paces
+    average_states[name] = own.replace(num_updates=own.num_updates + jnp.where(follow & (own.num_updates < RESTORED), 1, 0))
+  return averages, average_states

@@ -26,11 +26,11 @@ from absl import logging
 from tqdm import tqdm
 
 from qimg2.algorithms import Algorithm
-from qimg2.sharding import Rules, all_ids, compile_options, put_batch
+from qimg2.sharding import Rules, compile_options, gather_ids, put_batch
 from qimg2.training.checkpoint import Checkpoints, SaveError
-from qimg2.training.faults import Preempted, Settings, Watch
+from qimg2.training.faults import Preempted, Settings, StepMonitor
 from qimg2.training.feed import Feed
-from qimg2.training.metrics import Accounts, MetricsWriter
+from qimg2.training.metrics import GoodputRecorder, MetricsWriter
 from qimg2.training.profiler import Profiler
 from qimg2.training.rollout import Programs, compile_rollout
 from qimg2.training.state import Optimizers, TrainState, abstract_state, as_configured, due_metrics, init_state, make_step
@@ -80,18 +80,18 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Books:
-  """What a stage writes."""
+class StageOutput:
+  """Where the output of a stage goes, and what measures it."""
   writer: MetricsWriter
   checkpoints: Checkpoints
-  watch: Watch
-  accounts: Accounts
+  monitor: StepMonitor
+  recorder: GoodputRecorder
 
 
 def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
                 start: Callable[[], tuple[dict, dict]], frozen: dict[str, Any], finish_batches: Callable[[], list[dict]],
                 stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> TrainState:
-  """The state after the stage's last step. Everything it writes lies in `workdir / stage.name`.
+  """The state after the stage's last step. Everything it writes is in `workdir / stage.name`.
 
   Args:
     stage: what to train.
@@ -103,17 +103,17 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     start: gives (weights of each trained role, averages restored from elsewhere) of step 0; called only when the stage has no checkpoint.
     frozen: weights of the frozen roles.
     finish_batches: gives the batches for the algorithm's `finalize`.
-    stop: asked at every step, by every process, whether to stop after it; see `qimg2.training.faults.Notice`.
+    stop: asked at every step, by every process, whether to stop after it; see `qimg2.training.faults.PreemptionNotice`.
     began: `time.monotonic()` of when the time that goes to this stage began; None for now.
 
   Raises:
     Preempted: `stop` said so. The stage is saved, and the same call goes on with it.
     FloatingPointError: too many updates in a row were skipped.
     SaveError: a checkpoint could not be written.
-    ValueError: there are checkpoints but none is whole, or they do not fit.
+    ValueError: there are checkpoints but none is intact, or they do not fit.
   """
-  folder, accounts = workdir / stage.name, Accounts(began)
-  with accounts.spend("start"):
+  folder, recorder = workdir / stage.name, GoodputRecorder(began)
+  with recorder.measure("start"):
     checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
     abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
     state, meta = _first_state(stage, checkpoints, abstract, start, key)
@@ -122,23 +122,23 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     checkpoints.close()
     return state
   writer = MetricsWriter(folder, step, _is_first(), meta.get("hooks_due", False))
-  books = Books(writer, checkpoints, Watch(stage.name, stage.faults, writer.write_fault, meta.get("watch"), all_ids), accounts)
+  output = StageOutput(writer, checkpoints, StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids), recorder)
   _leave_before_start(stage, step, stop)
-  with accounts.spend("compile"):
+  with recorder.measure("compile"):
     rollouts = compile_rollouts(stage, nets, abstract, frozen, mesh, rules)
     steps = compile_steps(stage, nets, abstract, frozen, mesh, rollouts)
   _leave_before_start(stage, step, stop)
   if meta.get("hooks_due"):
-    _run_hooks(stage, state, frozen, step, books)
-  writer.write_timing(step, accounts.row())
+    _run_hooks(stage, state, frozen, step, output)
+  writer.write_timing(step, recorder.row())
   feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
-  state = _loop(stage, state, frozen, steps, rollouts, feed, books, stop)
-  return _end(stage, state, frozen, nets, finish_batches, books, stop)
+  state = _loop(stage, state, frozen, steps, rollouts, feed, output, stop)
+  return _end(stage, state, frozen, nets, finish_batches, output, stop)
 
 
 def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, start: Callable[[], tuple[dict, dict]],
                  key: jax.Array) -> tuple[TrainState, dict]:
-  """(state, meta) of the newest whole checkpoint; without any checkpoint the state of step 0 and nothing."""
+  """(state, meta) of the newest intact checkpoint; without any checkpoint the state of step 0 and nothing."""
   latest = checkpoints.latest_step()
   if latest is None:
     begin = lambda params, averages: init_state(stage.algorithm, stage.optimizers, params, averages, key)  # jitted, for arrays that span processes
@@ -149,7 +149,7 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, s
   return as_configured(state, stage.algorithm, stage.optimizers), meta
 
 
-def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], list[dict]], books: Books,
+def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], list[dict]], output: StageOutput,
          stop: Callable[[int], bool]) -> TrainState:
   """What follows the last step: the algorithm's `finalize`, the hooks, the save.
 
@@ -159,14 +159,14 @@ def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batche
   """
   stopping = stop(stage.num_steps)
   if stage.algorithm.finalize is not None:
-    with books.accounts.spend("evaluation"):
+    with output.recorder.measure("evaluation"):
       state = _finalize(stage.algorithm, state, frozen, nets, finish_batches())
-  _run_hooks(stage, state, frozen, stage.num_steps, books)
-  with books.accounts.spend("save"):
-    _save(stage, state, stage.num_steps, books)
-    books.checkpoints.close()
-  books.writer.write_timing(stage.num_steps, books.accounts.row())
-  books.writer.close()
+  _run_hooks(stage, state, frozen, stage.num_steps, output)
+  with output.recorder.measure("save"):
+    _save(stage, state, stage.num_steps, output)
+    output.checkpoints.close()
+  output.writer.write_timing(stage.num_steps, output.recorder.row())
+  output.writer.close()
   if stop(stage.num_steps + 1) or stopping:
     raise Preempted(f"Stage {stage.name} was asked to stop when it was done and saved: the same command goes on.")
   return state
@@ -195,36 +195,36 @@ def _shapes(frozen: dict) -> dict:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
 
 
-def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollouts: list[Programs] | None, feed: Feed, books: Books,
+def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollouts: list[Programs] | None, feed: Feed, output: StageOutput,
           stop: Callable[[int], bool]) -> TrainState:
   """Runs the steps that are left; saves, but not after the last one, which `finalize` still follows."""
   first = int(state.step)
   progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
   clock, num_samples, dispatched = time.monotonic(), 0, collections.deque()
-  profiler = Profiler(books.checkpoints.folder.parent / "profile", stage.profile)
-  feed.look_ahead()
+  profiler = Profiler(output.checkpoints.folder.parent / "profile", stage.profile)
+  feed.prefetch()
   for step in range(first + 1, stage.num_steps + 1):
     bucket, rows, batch = feed.get()
     num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
     profiler.before(step)
     extra = {}
     if rollouts is not None:
-      with books.accounts.spend("rollout"):
+      with output.recorder.measure("rollout"):
         batch, extra = rollouts[bucket](state, frozen, batch, rows)
     state, metrics = steps[bucket](state, frozen, batch)
     del batch  # so that the device is free of it as soon as the step is done
     dispatched.append((step, rows["sample_id"], extra | due_metrics(stage.algorithm, step, metrics)))
     if len(dispatched) > MAX_DISPATCHED:
-      _look(dispatched, 1, books.watch)
+      _observe(dispatched, 1, output.monitor)
     profiler.after(step, metrics)
     last = step == stage.num_steps
     if not last:
-      feed.look_ahead(next(iter(metrics.values())))
+      feed.prefetch(next(iter(metrics.values())))
     if step % stage.log_every_steps == 0 or last:
       metrics = dispatched[-1][2]
-      _look(dispatched, len(dispatched), books.watch)
+      _observe(dispatched, len(dispatched), output.monitor)
       now = time.monotonic()
-      values, timing = _log(stage, step, metrics, num_samples, now - clock, feed, books)
+      values, timing = _log(stage, step, metrics, num_samples, now - clock, feed, output)
       progress.set_postfix(loss=_loss(values), samples_per_s=f"{timing['samples_per_second']:.0f}",
                            data_wait=f"{timing['data_wait_share']:.0%}", refresh=False)
       clock, num_samples = now, 0
@@ -233,38 +233,38 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollo
       break
     stopping = stop(step)
     if stopping or _is_due(stage, step) or step % stage.save_every_steps == 0:
-      _look(dispatched, len(dispatched), books.watch)  # the device is done with the steps: what follows is no time of theirs
+      _observe(dispatched, len(dispatched), output.monitor)  # the device is done with the steps: what follows is no time of theirs
       pause = time.monotonic()
       if stopping:
         progress.close()
-        _leave(stage, state, step, books)
-      _run_hooks(stage, state, frozen, step, books)
+        _leave(stage, state, step, output)
+      _run_hooks(stage, state, frozen, step, output)
       if step % stage.save_every_steps == 0:
-        with books.accounts.spend("save"):
-          _save(stage, state, step, books, can_continue=True)
+        with output.recorder.measure("save"):
+          _save(stage, state, step, output, can_continue=True)
       clock += time.monotonic() - pause
   profiler.close()
   progress.close()
   return state
 
 
-def _look(dispatched: collections.deque, num: int, watch: Watch) -> None:
-  """Waits for the `num` oldest of the dispatched steps and looks at what they computed."""
+def _observe(dispatched: collections.deque, num: int, monitor: StepMonitor) -> None:
+  """Waits for the `num` oldest of the dispatched steps and hands what they computed to the monitor."""
   for _ in range(num):
     step, sample_ids, metrics = dispatched.popleft()
     jax.block_until_ready(metrics)
-    watch.look(step, sample_ids, metrics)
+    monitor.observe(step, sample_ids, metrics)
 
 
 def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: Feed,
-         books: Books) -> tuple[dict[str, float], dict[str, float]]:
+         output: StageOutput) -> tuple[dict[str, float], dict[str, float]]:
   """Writes the rows of a step that is done, and returns (its metrics, its timing)."""
-  values = {name: float(value) for name, value in metrics.items()} | {"skipped": float(books.watch.skipped)}
-  books.writer.write(step, values)
+  values = {name: float(value) for name, value in metrics.items()} | {"skipped": float(output.monitor.skipped)}
+  output.writer.write(step, values)
   timing = {"samples_per_second": num_samples / elapsed_s, **feed.timing(elapsed_s)}
-  books.writer.write_timing(step, timing)
-  books.accounts.add("data", timing["data_wait_share"] * elapsed_s)
-  books.writer.write_timing(step, books.accounts.row())
+  output.writer.write_timing(step, timing)
+  output.recorder.add("data", timing["data_wait_share"] * elapsed_s)
+  output.writer.write_timing(step, output.recorder.row())
   return values, timing
 
 
@@ -277,11 +277,11 @@ def _loss(values: Mapping[str, float]) -> str:
 # Saving and stopping.
 
 
-def _save(stage: Stage, state: TrainState, step: int, books: Books, hooks_due: bool = False, can_continue: bool = False) -> None:
+def _save(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool = False, can_continue: bool = False) -> None:
   """Starts to save the state. Where the settings say so, a failure of the save before it is only logged, and with `can_continue` its own, too."""
-  books.writer.sync()
-  meta = {"loader_step": step, "stage": dict(stage.description), "watch": books.watch.saved(), "hooks_due": hooks_due}
-  for part, may_fail in ((books.checkpoints.wait, True), (lambda: books.checkpoints.save(state, meta), can_continue)):
+  output.writer.sync()
+  meta = {"loader_step": step, "stage": dict(stage.description), "watch": output.monitor.saved(), "hooks_due": hooks_due}
+  for part, may_fail in ((output.checkpoints.wait, True), (lambda: output.checkpoints.save(state, meta), can_continue)):
     try:
       part()
     except SaveError as error:
@@ -290,18 +290,18 @@ def _save(stage: Stage, state: TrainState, step: int, books: Books, hooks_due: b
       logging.warning("Stage %s goes on without a save: %s", stage.name, error)
 
 
-def _leave(stage: Stage, state: TrainState, step: int, books: Books) -> None:
+def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput) -> None:
   """Saves the state after `step`, before the evaluation that may be due there.
 
   Raises:
     Preempted: always, once it is saved.
     SaveError: it could not be saved.
   """
-  with books.accounts.spend("save"):
-    _save(stage, state, step, books, hooks_due=_is_due(stage, step))
-    books.checkpoints.close()
-  books.writer.write_timing(step, books.accounts.row())
-  books.writer.close()
+  with output.recorder.measure("save"):
+    _save(stage, state, step, output, hooks_due=_is_due(stage, step))
+    output.checkpoints.close()
+  output.writer.write_timing(step, output.recorder.row())
+  output.writer.close()
   raise Preempted(f"Stage {stage.name} was asked to stop and is saved at step {step} of {stage.num_steps}: the same command goes on.")
 
 
@@ -319,13 +319,13 @@ def _is_due(stage: Stage, step: int) -> bool:
   return any(step % every == 0 for every, _ in stage.hooks)
 
 
-def _run_hooks(stage: Stage, state: TrainState, frozen: dict, step: int, books: Books) -> None:
-  with books.accounts.spend("evaluation"):
+def _run_hooks(stage: Stage, state: TrainState, frozen: dict, step: int, output: StageOutput) -> None:
+  with output.recorder.measure("evaluation"):
     for every, hook in stage.hooks:
       if step % every == 0 or step == stage.num_steps:
-        scalars = hook({**frozen, **state.params, **state.averages}, step, books.writer)
+        scalars = hook({**frozen, **state.params, **state.averages}, step, output.writer)
         if scalars:
-          books.writer.write(step, scalars)
+          output.writer.write(step, scalars)
 
 
 def _finalize(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, batches: list[dict]) -> TrainState:

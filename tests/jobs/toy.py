@@ -120,7 +120,7 @@ def main(_):
   args = flags.FLAGS
   job = Job(args.method, args.num_steps, json.loads(args.mesh), save_every=args.save_every, slow_s=args.slow_s)
   try:
-    with faults.Notice() as stop:
+    with faults.PreemptionNotice() as stop:
       state = run(job, args.workdir, stop)
   except faults.Preempted as stopped:
     print(stopped, file=sys.stderr)

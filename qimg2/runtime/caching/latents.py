@@ -2,7 +2,7 @@
 
   python -m launch.cache_latents --config=configs/quickstart.py --stage=high_resolution --workdir=runs/quickstart [--features]
 
-Next to every data set NAME of the stage's mixture lies then NAME_latents, with the splits train and validation, for the stage's resolutions and
+Next to every data set NAME of the stage's mixture is then NAME_latents, with the splits train and validation, for the stage's resolutions and
 the tasks that the mixture names. Put that name in the mixture, and training reads latents in place of pixels: the same batches in the same
 order, and the same losses up to rounding. See data_pipelines.cache for what is stored. The weights are those that the stage trains with.
 
@@ -73,7 +73,7 @@ def cache_latents(cfg: Any, stage_name: str, workdir: str | pathlib.Path, out_na
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-  """A split of the original: its number of records, and which of them lie in which cell of which mixture."""
+  """A split of the original: its number of records, and which of them are in which cell of which mixture."""
   num_records: int
   cells: tuple[tuple[Mixture, Cell], ...]
 
@@ -88,7 +88,7 @@ class _Batch:
 
 
 class _Job:
-  """The cache of one data set, shard by shard. Shards lie in a folder of their own until the data set is whole:
+  """The cache of one data set, shard by shard. Shards stay in a folder of their own until the data set is complete:
 
     <data_dir>/.<name>.incomplete/request.json, <split>-00000, and <split>-00000.npz, its index, written when the shard is
   """
@@ -155,7 +155,7 @@ class _Job:
             "feature_width": run.nets.encoder.width if features else 0, "num_system_tokens": run.nets.num_system_tokens, "made_with": made_with}
 
   def _begin(self) -> None:
-    """Checks that what lies in the work folder was begun for the same request."""
+    """Checks that what is in the work folder was begun for the same request."""
     file = self._work / "request.json"
     if not file.exists():
       part = self._work / f"request.{os.getpid()}.part"
@@ -269,7 +269,7 @@ class _Job:
              "source_height": [height for height, _ in sizes], "source_width": [width for _, width in sizes],
              "latents": latents[row], "source_latents": [source[row] for source in sources], "features": states[row]}
 
-  # ---- the whole ---------------------------------------------------------------------------------
+  # ---- all of it --------------------------------------------------------------------------------
 
   def _finish(self, shards: list[tuple[str, int]]) -> dict:
     """Makes a data set of the shards, inside the work folder, and returns its facts."""

@@ -23,7 +23,7 @@ from qimg2 import sharding
 from qimg2.analysis import roofline
 from qimg2.runtime.config import MeshConfig, RunConfig, StageConfig, parse, plain
 from qimg2.runtime.rehearsal import table
-from qimg2.runtime.rehearsal.steps import Apart, Choice, Rehearsal
+from qimg2.runtime.rehearsal.steps import ChildProcess, Choice, Rehearsal
 from qimg2.runtime.rehearsal.table import Row
 
 REMAT = ("none", "dots", "attention", "full", "offload")  # least work first
@@ -32,20 +32,20 @@ REMAT = ("none", "dots", "attention", "full", "offload")  # least work first
 # What to rehearse.
 
 
-def say(row: Row) -> None:
+def print_row(row: Row) -> None:
   """One line to read while the others compile."""
   print(table.progress(row), file=sys.stderr, flush=True)
 
 
 def rehearse(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
-             done: Callable[[Row], None] = say, apart: Apart | None = None) -> list[Row]:
+             done: Callable[[Row], None] = print_row, child: ChildProcess | None = None) -> list[Row]:
   """A row for every chosen stage and bucket; `done` is called with each when it is there.
 
   Raises:
     ValueError: a stage that the config does not have, or a choice that leaves nothing.
   """
   cfg = parse(cfg)
-  rehearsal = Rehearsal(cfg, devices, chip, apart)
+  rehearsal = Rehearsal(cfg, devices, chip, child)
   rows = []
   for stage in chosen_stages(cfg, choice):
     for bucket in rehearsal.buckets(stage, choice):
@@ -57,7 +57,7 @@ def rehearse(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choic
 
 
 def search(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
-           rules: Sequence[str] = (), done: Callable[[Row], None] = say, apart: Apart | None = None) -> tuple[list[Row], dict[str, Row]]:
+           rules: Sequence[str] = (), done: Callable[[Row], None] = print_row, child: ChildProcess | None = None) -> tuple[list[Row], dict[str, Row]]:
   """(all rows tried, stage -> the best): the rule set, remat policy and number of micro-batches with the highest bound on MFU, of those rows that
   fill at most nine tenths of the memory.
 
@@ -71,12 +71,12 @@ def search(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choice:
     tried = []
     for name in rules or sharding.RULES:
       try:
-        tried += _climb(cfg, name, stage, devices, chip, choice, done, apart)
+        tried += _climb(cfg, name, stage, devices, chip, choice, done, child)
       except ValueError as error:  # another rule set may do
         print(f"Stage {stage.name}, rules {name}: {error}", file=sys.stderr, flush=True)
     rows += tried
-    if roomy := [row for row in tried if row.roomy]:
-      best[stage.name] = max(roomy, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
+    if fitting := [row for row in tried if row.has_headroom]:
+      best[stage.name] = max(fitting, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
   return rows, best
 
 
@@ -90,7 +90,7 @@ def fitting_mesh(rules: str, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _climb(cfg: RunConfig, rules: str, stage: StageConfig, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice,
-           done: Callable[[Row], None], apart: Apart | None) -> list[Row]:
+           done: Callable[[Row], None], child: ChildProcess | None) -> list[Row]:
   rows, accumulate = [], None
   sizes = dict(sharding.make_mesh(plain(cfg.mesh), devices).shape)
 
@@ -103,7 +103,7 @@ def _climb(cfg: RunConfig, rules: str, stage: StageConfig, devices: Sequence[Any
   for remat in REMAT if stage.kind == "generator" else (cfg.model.remat,):
     mesh = MeshConfig(**(dict.fromkeys(sharding.MESH_AXES, 1) | fitting_mesh(rules, sizes)))
     changed = dataclasses.replace(cfg, rules=rules, model=dataclasses.replace(cfg.model, remat=remat), mesh=mesh)
-    rehearsal = Rehearsal(changed, devices, chip, apart)
+    rehearsal = Rehearsal(changed, devices, chip, child)
     buckets = rehearsal.buckets(stage, choice)
     if not buckets:
       raise ValueError("there is no bucket of this --task and --base_px: leave one of the flags out.")
@@ -114,12 +114,12 @@ def _climb(cfg: RunConfig, rules: str, stage: StageConfig, devices: Sequence[Any
       if not accumulate:
         raise ValueError(f"a batch of {smallest} has no row for each of the {shards} parts of mesh {dict(rehearsal.mesh.shape)}.")
     previous = None
-    while accumulate >= 1 and (row := attempt()).roomy:
+    while accumulate >= 1 and (row := attempt()).has_headroom:
       accumulate = max(1, accumulate // (_step(previous, row) if previous else 2)) if accumulate > 1 else 0
       previous = row
-    while previous and accumulate >= 1 and not row.roomy and 2 * accumulate < previous.accumulate:  # it went too far: back, to the last that fits
+    while previous and accumulate >= 1 and not row.has_headroom and 2 * accumulate < previous.accumulate:  # too far: back, to the last that fits
       accumulate *= 2
-      if (row := attempt()).roomy:
+      if (row := attempt()).has_headroom:
         accumulate //= 2
         break
     if accumulate < 1:

@@ -1,7 +1,7 @@
 """The train step of a stage and bucket compiled for a mesh of devices that need not exist, and what is read from it. See `launch.rehearse`.
 
 The compiler for TPUs first optimises the program, schedules it and gives every array its place in memory, and then writes machine code, which takes
-most of the time and changes none of what is read here. `Apart` lets it work in a process of its own, which is ended between the two.
+most of the time and changes none of what is read here. `ChildProcess` lets it work in a process of its own, which is ended between the two.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Apart:
+class ChildProcess:
   """Name of a TPU topology and number of slices: steps for it are compiled in a process of their own, up to their machine code."""
   topology: str
   num_slices: int = 1
@@ -56,14 +56,14 @@ class Apart:
 class Rehearsal:
   """A config on a mesh of devices that need not exist."""
 
-  def __init__(self, cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None = None, apart: Apart | None = None):
+  def __init__(self, cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None = None, child: ChildProcess | None = None):
     """Args: a `RunConfig`, or what a config file returns; the devices of a topology; their published rates, None for devices without; where to
     compile, None for in this process and to the end.
 
     Raises:
       ValueError: a config that does not fit together, or does not fit the devices.
     """
-    self.cfg, self.chip, self.apart = parse(cfg), chip, apart
+    self.cfg, self.chip, self.child = parse(cfg), chip, child
     cfg = self.cfg
     self.mesh = sharding.make_mesh(plain(cfg.mesh), devices)
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
@@ -136,11 +136,11 @@ class Rehearsal:
     for file in topology.dumped():
       file.unlink()  # of an earlier row
     start, peak = time.monotonic(), None
-    if self.apart:
+    if self.child:
       stages = tuple(config if one.name == config.name else one for one in self.cfg.stages)
-      told = _told_apart(self.apart, dataclasses.replace(self.cfg, stages=stages), config.name, bucket)
-      if told is not None:
-        return told
+      answer = _measure_in_child(self.child, dataclasses.replace(self.cfg, stages=stages), config.name, bucket)
+      if answer is not None:
+        return answer
     else:
       try:
         compiled, = compile_steps(stage, self.nets, state, frozen, self.mesh)
@@ -155,7 +155,7 @@ class Rehearsal:
     return {"peak_bytes": float(topology.reserved_bytes() or peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
 
 
-def _told_apart(apart: Apart, cfg: RunConfig, name: str, bucket: Bucket) -> dict | None:
+def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket) -> dict | None:
   """Lets another process compile the step of a stage and bucket. None when the compiler has assigned the memory; what the other process measured
   if it came to its end before that, which it does when the program does not fit.
 
@@ -165,33 +165,33 @@ def _told_apart(apart: Apart, cfg: RunConfig, name: str, bucket: Bucket) -> dict
   """
   context = multiprocessing.get_context("spawn")
   receive, send = context.Pipe(duplex=False)
-  process = context.Process(target=_tell, args=(send, apart, cfg, name, bucket), daemon=True)
+  process = context.Process(target=_child_main, args=(send, child, cfg, name, bucket), daemon=True)
   process.start()
   send.close()
   try:
     while not topology.is_assigned():
       if receive.poll(0.2):
         try:
-          told = receive.recv()
+          answer = receive.recv()
         except EOFError as error:
           process.join()
           raise ChildProcessError(f"The process that compiles stage {name!r} ended with code {process.exitcode}: what it said stands above; "
                                   "-9 is a machine without memory left.") from error
-        if isinstance(told, Exception):
-          raise told
-        return told
+        if isinstance(answer, Exception):
+          raise answer
+        return answer
     return None
   finally:
     process.kill()
     process.join()
 
 
-def _tell(send: Any, apart: Apart, cfg: RunConfig, name: str, bucket: Bucket) -> None:
+def _child_main(send: Any, child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket) -> None:
   """What the other process does."""
   tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
   threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # nobody is left to tell
-  topology.prepare_environment(apart.topology)
-  rehearsal = Rehearsal(cfg, *topology.find_devices(apart.topology, apart.num_slices))
+  topology.prepare_environment(child.topology)
+  rehearsal = Rehearsal(cfg, *topology.find_devices(child.topology, child.num_slices))
   try:
     row = rehearsal.row(next(stage for stage in rehearsal.cfg.stages if stage.name == name), bucket)
     send.send({"peak_bytes": row.peak_bytes, "limit_bytes": row.limit_bytes, "compile_s": row.compile_s, "traffic": row.traffic})

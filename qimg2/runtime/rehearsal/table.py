@@ -54,7 +54,7 @@ class Row:
     return None if self.limit_bytes is None else self.peak_bytes <= self.limit_bytes
 
   @property
-  def roomy(self) -> bool:
+  def has_headroom(self) -> bool:
     """Whether it fills at most `HEADROOM` of the memory."""
     return self.limit_bytes is None or self.peak_bytes <= HEADROOM * self.limit_bytes
 
