@@ -47,6 +47,7 @@ def test_quickstart_fits_eight_devices():
     (("launch.train", "--config=configs/nothing.py", "--workdir=/tmp/x"), 2, "configs/nothing.py"),
     (("launch.train", "--config=configs/quickstart.py"), 2, "workdir"),
     (("launch.train", "--config=configs/pretrain.py:v9", "--workdir=/tmp/x"), 2, "knows no 'v9': choose one of smoke"),
+    (("launch.train", "--config=configs/quickstart.py", "--workdir=/tmp/x", "--profile=9:3"), 1, "--profile=9:3 is not understood"),
     (("launch.sample", "--workdir=/nowhere", "--prompt=x"), 1, "There is no run in /nowhere"),
     (("launch.prepare_data", "--out=/tmp/x", "extra"), 2, "'extra'"),
 ])

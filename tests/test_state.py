@@ -117,6 +117,21 @@ def test_an_example_of_weight_zero_is_as_if_it_were_not_there():
   assert metrics["skipped"] == 1  # nothing to learn from
 
 
+def test_a_loss_mask_over_tokens_is_a_weight():
+  """As a language stage has it: no pictures, the mean over the tokens that count, however they divide over examples and micro-batches."""
+  tokens, mask = np.arange(24, dtype=np.float32).reshape(8, 3) / 10, np.tri(8, 3, -2, dtype=np.float32)
+  mask[0, 0] = 1
+  def loss(trained, params, nets, batch, key):
+    error = jnp.square(batch["tokens"] - trained["model"]["b"][None])
+    return jnp.sum(error * batch["mask"], axis=1) / jnp.maximum(jnp.sum(batch["mask"], axis=1), 1), {}
+  method = algorithm(Update(("model",), loss))
+  for accumulate in (1, 4):
+    now, step = make(method, dataclasses.replace(SETTINGS, accumulate=accumulate))
+    _, metrics = step(now, {}, {"tokens": tokens, "mask": mask, "weight": mask.sum(axis=1)})
+    expected = (np.square(tokens - np.asarray(now.params["model"]["b"])) * mask).sum() / mask.sum()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
 # Averages.
 
 
