@@ -140,7 +140,7 @@ def test_long_sequences_in_bfloat16():
   """Several blocks per row and column, with blocks that are skipped: bfloat16 has 8 bits, and results are rounded to it."""
   length, longest = 700, 200
   block = jnp.zeros((4, length), jnp.int32).at[:, 100:300].set(1).at[:, 400:].set(2)
-  valid = jnp.arange(length) < jnp.array([390, 400, 310, 350])[:, None]
+  valid = jnp.arange(length)[None] < jnp.array([390, 400, 310, 350])[:, None]
   mask = attention.block_causal(block, valid | (block == 2), 400, longest)
   arguments = arrays(mask, length, dtype=jnp.bfloat16)
   wide = tuple(x.astype(jnp.float32) for x in arguments)
