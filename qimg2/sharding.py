@@ -233,6 +233,22 @@ def local_rows(tree: Any) -> Any:
   return jax.tree.map(own, tree)
 
 
+def first_of_equal_rows(x: np.ndarray, mesh: Mesh, rules: Rules) -> np.ndarray:
+  """`x` [rows of this process], in which every part of a batch that several processes hold is what the first of them has. All must call it alike.
+
+  Processes whose devices differ along `context` or `tensor` hold the same rows, and what they computed on their hosts need not be equal.
+  """
+  if jax.process_count() == 1:
+    return x
+  parts, _ = local_parts(mesh, rules)
+  everybody = multihost_utils.process_allgather((np.asarray(parts, np.int32), x.reshape(len(parts), -1)))
+  first = {}
+  for owned, rows in zip(*map(np.asarray, everybody)):
+    for part, some in zip(owned.tolist(), rows):
+      first.setdefault(part, some)
+  return np.concatenate([first[part] for part in parts]).astype(x.dtype)
+
+
 def put_global_batch(batch: dict, mesh: Mesh, rules: Rules) -> dict:
   """A batch of numpy arrays with the rows of all processes, the same on each, as global arrays, rows sharded over the batch axes."""
   sharding = batch_sharding(mesh, rules)

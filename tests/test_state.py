@@ -111,7 +111,8 @@ def test_an_example_of_weight_zero_is_as_if_it_were_not_there():
   data["x"][2] = np.nan  # whatever it holds
   data["y"][4] = 1e6
   expected, _ = step(make(ONE)[0], {}, few)
-  found, metrics = step(make(ONE)[0], {}, {**data, "x": np.nan_to_num(data["x"]), "weight": weight})
+  found, metrics = step(make(ONE)[0], {}, {**data, "weight": weight})
+  assert metrics["skipped"] == 0
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found.params, expected.params)
   after, metrics = step(make(ONE)[0], {}, {**batch(), "weight": np.zeros(8, np.float32)})
   assert metrics["skipped"] == 1  # nothing to learn from
@@ -324,6 +325,13 @@ def test_methods_that_do_not_fit_together_are_refused():
     algorithm(update("model"), update("model"))
   with pytest.raises(ValueError, match="Average 'ema' of 'critic'"):
     algorithm(update("model"), averages={"ema": Average("critic", 0.9)})
+  for name in ("a/b", "reward"):
+    with pytest.raises(ValueError, match="cannot be named"):
+      update("model", name=name)
+  with pytest.raises(ValueError, match="Update 'model' is due at every 9 steps, but the stage has 8: it would never run"):
+    make(algorithm(update("critic"), update("model", every=9)), num_steps=8)
+  with pytest.raises(ValueError, match="metric 'learning_rate', which is the step's own"):
+    run(algorithm(Update(("model",), lambda *_: (jnp.zeros(8), {"learning_rate": 0.0}))), 1)
   with pytest.raises(ValueError, match="needs a `deploy`"):
     Algorithm({"model": Role("linear"), "ref": Role("linear")}, (update("model"),))
 

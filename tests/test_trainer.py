@@ -13,6 +13,7 @@ import pytest
 
 from qimg2.algorithms import Algorithm, Role, Update
 from qimg2.training import checkpoint, faults, feed, metrics, trainer
+from qimg2.training.profiler import Profiler
 
 ALGORITHM = Algorithm({"model": Role("mlp")}, (Update(("model",), None),))
 STAGE = trainer.Stage("s", ALGORITHM, None, {}, num_steps=7, batch_shapes=({"sample_id": np.zeros(4)},) * 2, save_every_steps=3)
@@ -58,7 +59,7 @@ class Loop:
     watch = faults.StepMonitor("s", stage.faults, lambda step, row: self.faults.append((step, row)))
     self.output = trainer.StageOutput(writer, checkpoints, watch, metrics.GoodputRecorder())
     self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, [self.step] * 2, None,
-                                     trainer.Feed(self.iterate(start), self.put), self.output, stop)
+                                     trainer.Feed(self.iterate(start), self.put), self.output, stop, Profiler(pathlib.Path(), None))
 
   def iterate(self, start):
     for k in range(start, 10**6):
@@ -110,6 +111,18 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run():
   with pytest.raises(FloatingPointError, match=r"skipped 3 updates in a row, steps 3 to 5, .*step 3: samples 200, .*step 5: samples 400, 401, 402"):
     loop.run()
   assert 5 < len(loop.seen) <= 5 + trainer.MAX_DISPATCHED  # looked at when it is done, while later ones run
+
+
+def test_an_update_that_rests_between_is_still_failing():
+  """Every second step is not due, and nothing is skipped there."""
+  monitor = faults.StepMonitor("s", faults.Settings(max_skipped=2), lambda step, row: None)
+  fine = {"fake/loss": 1.0, "fake/grad_norm": 1.0}
+  for step in (1, 2, 3, 4, 5):
+    bad = {"model/loss": math.nan, "model/grad_norm": 1.0, "skipped": 1.0} if step % 2 == 0 else {"skipped": 0.0}
+    monitor.observe(step, [step], fine | bad)
+    monitor = faults.StepMonitor("s", faults.Settings(max_skipped=2), lambda step, row: None, json.loads(json.dumps(monitor.saved())))
+  with pytest.raises(FloatingPointError, match="skipped 3 updates in a row, steps 2 to 6"):
+    monitor.observe(6, [6], fine | bad | {"model/loss": math.nan, "model/grad_norm": 1.0, "skipped": 1.0})
 
 
 def test_a_stop_saves_the_step_and_leaves_the_evaluation_that_is_due():

@@ -64,6 +64,8 @@ class Update:
     if not self.roles or self.every < 1:
       raise ValueError(f"Update of roles {self.roles}: it needs a role, and every={self.every} must be at least 1.")
     object.__setattr__(self, "name", self.name or "+".join(self.roles))
+    if "/" in self.name or self.name == "reward":
+      raise ValueError(f"An update cannot be named {self.name!r}: its name and a / stand before its metrics, and reward/ before those of rewards.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Rollout:
   """What happens between two steps of a method that learns from its own samples: device, host, device.
 
   Attributes:
-    generate: jitted `generate(params, nets, batch, key) -> samples`, a dict of [B, ...]; B may be a multiple of the batch's rows.
+    generate: jitted `generate(params, nets, batch, key) -> samples`, a dict of [B, ...]; B may be a multiple of the batch's rows, those of one row
+      then side by side (`jnp.repeat`, not `jnp.tile`), because each process scores the samples of its own rows.
     score: on the host `score(samples, batch) -> {reward: [B] float32}` over this process's rows, as numpy arrays; any exception ends the stage.
       With `on_device`, when the judge is a frozen role, jitted `score(params, nets, samples, batch)`. A reward that is not finite leaves its
       sample out.

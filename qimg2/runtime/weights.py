@@ -48,18 +48,18 @@ class StageWeights:
     Raises:
       ValueError: weights that are not there, or a latent cache in the stage's mixture that other weights made.
     """
-    algorithm, weights = self.algorithm(stage), {}
-    for role in algorithm.frozen:
-      source = parse_source(stage.frozen.get(role, "default"))
-      if source.kind == "default":
-        source = parse_source(stage.start_from) if algorithm.roles[role].start else self._published_root(stage)
-      if source.kind == "scratch" and not algorithm.roles[role].start:
-        weights[role] = self._saved_random_weights(stage, role)
-      else:
-        weights[role] = self._read(stage, role, source)
+    weights = {role: self._frozen_role(stage, role) for role in self.algorithm(stage).frozen}
     if not self._trained:
       self._check_caches(stage, weights)
     return weights
+
+  def _frozen_role(self, stage: StageConfig, role: str) -> dict:
+    algorithm, source = self.algorithm(stage), parse_source(stage.frozen.get(role, "default"))
+    if source.kind == "default":
+      source = parse_source(stage.start_from) if algorithm.roles[role].start else self._published_root(stage, role)
+    if source.kind == "scratch" and not algorithm.roles[role].start:
+      return self._saved_random_weights(stage, role)
+    return self._read(stage, role, source)
 
   def stage_weights(self, name: str) -> "LazyWeights":
     """All roles and averages of a stage of this run by name, each read when it is asked for: from the newest checkpoint, or where frozen ones are.
@@ -70,15 +70,10 @@ class StageWeights:
     if name not in self.stages:
       raise ValueError(f"There is no stage {name!r}: choose one of {', '.join(self.stages)}.")
     stage, source = self.stages[name], Source("stage", name)
-    algorithm, specs, frozen = self.algorithm(stage), self.role_specs(stage), {}
-
-    def read_frozen(role):
-      frozen.update(frozen or self.frozen_weights(stage))
-      return frozen[role]
-
+    algorithm, specs = self.algorithm(stage), self.role_specs(stage)
     self._items(source)
     loaders = {role: lambda role=role: self._item(source, f"params.{role}", specs[role]) for role in algorithm.trained}
-    loaders |= {role: lambda role=role: read_frozen(role) for role in algorithm.frozen}
+    loaders |= {role: lambda role=role: self._frozen_role(stage, role) for role in algorithm.frozen}
     loaders |= {average: lambda average=average: self._item(source, f"average.{average}", specs[algorithm.averages[average].role])
                 for average in algorithm.averages}
     return LazyWeights(loaders)
@@ -149,11 +144,18 @@ class StageWeights:
       check_sampling(published, self.schedule, self.cfg.sampling.sigmas)
     return load_weights(published, network, specs, self._shardings(specs))
 
-  def _published_root(self, stage: StageConfig) -> Source:
-    """The diffusers folder at which the chain of `start_from` ends, or "scratch"."""
+  def _published_root(self, stage: StageConfig, role: str) -> Source:
+    """The diffusers folder at which the chain of `start_from` ends, or "scratch".
+
+    Raises:
+      ValueError: it ends in the folder of another run, which has weights of its own for the role.
+    """
     source = parse_source(stage.start_from)
     while source.kind == "stage" and source.name in self.stages:
       source = parse_source(self.stages[source.name].start_from)
+    if source.kind == "folder":
+      raise ValueError(f"config.stages[{stage.name}].frozen.{role} is \"default\", but the stage's weights come from {source.name} and were trained "
+                       f"with others than this run's seed gives: name their source, such as {pathlib.Path(source.name).parent / 'frozen' / role}.")
     return source if source.kind == "diffusers" else Source("scratch")
 
   def _saved_random_weights(self, stage: StageConfig, role: str) -> dict:

@@ -91,15 +91,21 @@ class Checkpoints:
     Raises:
       ValueError: the checkpoint does not hold what `abstract` asks for, or is damaged.
     """
+    if any((self.folder / str(step)).glob("slow.*")):
+      raise ValueError(f"The checkpoint {self.folder / str(step)} is of a version that kept other optimizer states, so its stage cannot go on: move "
+                       "it away to train the stage anew; finished stages can be started from, sampled and exported.")
     args = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
     restored = self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
     train = restored["optimizer"]
     params = {role: restored[f"params.{role}"] for role in abstract.params}
     averages = {name: restored[f"average.{name}"] for name in abstract.averages}
-    return TrainState(train["step"], params, train["opt"], averages, train["paces"], jax.random.wrap_key_data(train["key"])), restored["meta"]
+    key = jax.random.wrap_key_data(train["key"])
+    return TrainState(train["step"], params, train["opt"], averages, train["average_states"], key), restored["meta"]
 
-  def items(self, step: int) -> list[str]:
-    """Names of the weights and averages in the checkpoint of a step, such as "params.model"."""
+  def items(self, step: int | None) -> list[str]:
+    """Names of the weights and averages in the checkpoint of a step, such as "params.model"; `FileNotFoundError` for None."""
+    if step is None:
+      raise FileNotFoundError(f"There is no checkpoint in {self.folder}: train that stage first.")
     return sorted(_RENAMED.sub("average.", path.name) for path in (self.folder / str(step)).iterdir() if path.is_dir() and "." in path.name)
 
   def restore_item(self, name: str, abstract: Any, step: int | None = None) -> Any:
@@ -110,8 +116,6 @@ class Checkpoints:
       ValueError: no such item, one that does not fit `abstract`, a damaged step, or no intact one.
     """
     step = self.latest_step() if step is None else step
-    if step is None:
-      raise FileNotFoundError(f"There is no checkpoint in {self.folder}: train that stage first.")
     if name not in self.items(step):
       raise ValueError(f"The checkpoint {self.folder / str(step)} holds no {name!r}: it has {', '.join(self.items(step))}.")
     if not (self.folder / str(step) / name).is_dir():
@@ -198,7 +202,7 @@ def _items(state: TrainState) -> dict[str, Any]:
   return {
       **{f"params.{role}": tree for role, tree in state.params.items()},
       **{f"average.{name}": tree for name, tree in state.averages.items()},
-      "optimizer": {"opt": state.opt, "step": state.step, "key": key, "paces": state.average_states},
+      "optimizer": {"opt": state.opt, "step": state.step, "key": key, "average_states": state.average_states},
   }
 
 

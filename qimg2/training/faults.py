@@ -5,6 +5,7 @@ Nothing here reads a step's results before the loop says that the step is done, 
 
 import collections
 import dataclasses
+import math
 import os
 import signal
 import statistics
@@ -125,11 +126,12 @@ class StepMonitor:
     self._gather = lambda ids: [int(i) for i in gather(ids)]
     self.skipped = int(saved.get("skipped", 0))
     self._row = [(step, list(ids)) for step, ids in saved.get("row", ())]
+    self._failing = set(saved.get("failing", ()))  # updates that were skipped when they were last due
     self._losses = {key: collections.deque(losses, WINDOW) for key, losses in saved.get("losses", {}).items()}
 
   def saved(self) -> dict:
     """All that it remembers, JSON-serialisable."""
-    return {"skipped": self.skipped, "row": [[step, ids] for step, ids in self._row],
+    return {"skipped": self.skipped, "row": [[step, ids] for step, ids in self._row], "failing": sorted(self._failing),
             "losses": {key: list(losses) for key, losses in self._losses.items()}}
 
   def observe(self, step: int, sample_ids: Sequence, metrics: Mapping[str, Any]) -> None:
@@ -139,10 +141,14 @@ class StepMonitor:
       FloatingPointError: more than `max_skipped` updates in a row were skipped.
     """
     losses = {name: float(value) for name, value in metrics.items() if name.split("/")[-1] == "loss"}
+    for name, loss in losses.items():
+      update = name.removesuffix("loss")
+      (self._failing.discard if math.isfinite(loss + float(metrics.get(f"{update}grad_norm", 0.0))) else self._failing.add)(update)
     if float(metrics["skipped"]):
       self._skip(step, self._gather(sample_ids), losses | {name: float(metrics[name]) for name in metrics if "grad_norm" in name})
       return
-    self._row.clear()
+    if not self._failing:  # an update that rests in this step is no better for it
+      self._row.clear()
     for name, loss in losses.items():
       earlier = self._losses.setdefault(name, collections.deque(maxlen=WINDOW))
       median = statistics.median(earlier) if len(earlier) >= MIN_LOSSES else 0.0

@@ -28,7 +28,7 @@ class Config:
   Attributes:
     learning_rate: peak rate.
     warmup_steps: updates of linear rise from 0.
-    schedule: "constant" after warm-up, or "cosine" or "linear" down to `final_ratio` of the peak at the last update.
+    schedule: "constant" after warm-up, or "cosine" or "linear" down towards `final_ratio` of the peak, where the update after the last would be.
     b1, b2, eps, weight_decay: AdamW (arXiv 1711.05101); weight decay is decoupled and leaves vectors (norm weights, biases) alone.
     mu_dtype: type in which the first moment is kept, "float32" or "bfloat16"; the second stays in float32.
     clip_norm: largest global norm of the gradient.

@@ -8,7 +8,8 @@ from absl import logging
 
 
 class Profiler:
-  """Traces steps `window[0]` to `window[1]` of a stage, counted from 1, once, into a folder. A step before which training resumed is not traced."""
+  """Traces steps `window[0]` to `window[1]` of a stage, counted from 1, once, into a folder, on the first process. A step before which training
+  resumed is not traced."""
 
   def __init__(self, folder: pathlib.Path, window: tuple[int, int] | None):
     """Args: folder to write; first and last step, None for no trace."""
@@ -16,7 +17,7 @@ class Profiler:
 
   def before(self, step: int) -> None:
     """Begins where `step` is the first to trace."""
-    if self._window and step == self._window[0]:
+    if self._window and step == self._window[0] and jax.process_index() == 0:  # several would write into one folder
       jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
       self._running = True
 

@@ -5,6 +5,7 @@ between two saves, in the rollout or while it scores, computes the same again. E
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qimg2.algorithms import Algorithm
-from qimg2.sharding import Rules, batch_sharding, compile_options, local_rows, put_batch, replicated, stacked_batch_sharding
+from qimg2.sharding import (
+  Rules,
+  batch_sharding,
+  compile_options,
+  first_of_equal_rows,
+  local_rows,
+  put_batch,
+  replicated,
+  stacked_batch_sharding,
+)
 from qimg2.training.state import TrainState
 
 _FOLD = 2**31 - 1  # no step, so that the rollout draws other numbers than the updates
@@ -49,7 +59,8 @@ class Programs:
       rewards = self.score(state, frozen, samples, batch)
     else:
       own = local_rows(samples)
-      rewards = put_batch(_checked(self.score(own, rows), self.rewards, own), self.mesh, self.rules)
+      rewards = _checked(self.score(own, rows), self.rewards, own)
+      rewards = put_batch({name: first_of_equal_rows(x, self.mesh, self.rules) for name, x in rewards.items()}, self.mesh, self.rules)
     return self.minibatches(state, samples, rewards)
 
 
@@ -58,7 +69,7 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
   """The programs of one bucket, compiled from abstract arguments.
 
   Raises:
-    ValueError: `minibatches` does not give as many as the method declares.
+    ValueError: rewards, or minibatches, that are not those that the method declares, or rows that the mesh does not divide.
   """
   rollout, options = algorithm.rollout, compile_options(mesh)
   rows, everywhere = batch_sharding(mesh, rules), replicated(mesh)
@@ -85,16 +96,28 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
   def shapes(fn, sharding, *arguments):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(fn, *arguments))
 
+  num_parts = math.prod(mesh.shape[axis] for axis in rules["batch"])
+
+  def check_rows(what, tree, dim):
+    odd = [x.shape[dim] for x in jax.tree.leaves(tree) if x.shape[dim] % num_parts]
+    if odd:
+      raise ValueError(f"The rollout's {what} have {odd[0]} rows, which the {num_parts} parts of the mesh's batch axes do not divide: change the "
+                       "batch size, the samples per prompt or the mesh.")
+
   samples = shapes(generate, rows, abstract, frozen, batch)
+  check_rows("samples", samples, 0)
   num = jax.tree.leaves(samples)[0].shape[0]
   if rollout.on_device:
     given = shapes(judge, rows, abstract, frozen, samples, batch)
+    if set(given) != set(rollout.rewards):
+      raise ValueError(f"The score gives the rewards {', '.join(sorted(given))}, but the method declares {', '.join(rollout.rewards)}.")
     score = build(judge, rows, abstract, frozen, samples, batch)
   else:
     given, score = {name: jax.ShapeDtypeStruct((num,), jnp.float32, sharding=rows) for name in rollout.rewards}, rollout.score
   data = shapes(lambda *args: minibatches(*args)[0], stacked_batch_sharding(mesh, rules), abstract, samples, given)
   if (found := {x.shape[0] for x in jax.tree.leaves(data)}) != {rollout.num_minibatches}:
     raise ValueError(f"The rollout gives arrays of {', '.join(map(str, sorted(found)))} minibatches, but declares {rollout.num_minibatches}.")
+  check_rows("minibatches", data, 1)
   return Programs(build(generate, rows, abstract, frozen, batch), score,
                   build(minibatches, (stacked_batch_sharding(mesh, rules), everywhere), abstract, samples, given), data, rollout.rewards,
                   rollout.on_device, mesh, rules)

@@ -15,6 +15,7 @@ from qimg2.sharding import Rules, param_shardings, replicated
 from qimg2.training import optim
 
 Optimizers = Mapping[str, optim.Optimizer]
+RESERVED = {"loss", "grad_norm", "update_norm", "param_norm", "learning_rate", "skipped"}  # metrics of every update
 RESTORED = 2**30  # `num_updates` of an average that a stage took over from an earlier one: (1 + n)/(10 + n) is 1 in float32, no ramp
 
 
@@ -50,12 +51,14 @@ def make_optimizers(algorithm: Algorithm, specs: dict[str, dict], cfg: optim.Con
   """One optimizer per update of a stage of `num_steps`: with the settings that `own` has under the update's name, else the update's own, else `cfg`.
 
   Raises:
-    ValueError: `own` names an update that the algorithm does not have.
+    ValueError: `own` names an update that the algorithm does not have, or one would never be due.
   """
   own = own or {}
   names = [update.name for update in algorithm.updates]
   if odd := sorted(set(own) - set(names)):
     raise ValueError(f"optimizers names the update {odd[0]!r}, which the algorithm does not have: it has {', '.join(names)}.")
+  if rare := [update for update in algorithm.updates if update.every > num_steps]:
+    raise ValueError(f"Update {rare[0].name!r} is due at every {rare[0].every} steps, but the stage has {num_steps}: it would never run.")
   each = algorithm.rollout.num_minibatches if algorithm.rollout else 1
   return {update.name: optim.make_optimizer(own.get(update.name, update.optimizer or cfg), num_steps // update.every * each,
                                             {role: specs[role] for role in update.roles}) for update in algorithm.updates}
@@ -173,12 +176,17 @@ def _update(update: Update, optimizer: optim.Optimizer, nets: Any, params: dict,
 
 def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key: jax.Array, accumulate: int) -> tuple[dict, dict]:
   """(metrics, gradient) of the mean loss over the batch, in micro-batches."""
+  if "weight" in batch:
+    batch = _without_left_out(batch)
+
   def one(micro, micro_key, total):
     def objective(weights):
       per_example, metrics = loss_fn(weights, params, nets, micro, micro_key)
       mean = lambda x: x if jnp.ndim(x) == 0 else _mean(x, micro.get("weight"), total)
       value = mean(per_example)
-      return value, {"loss": value, **jax.tree.map(mean, metrics)}
+      if odd := sorted(RESERVED & set(metrics)):
+        raise ValueError(f"The loss gives a metric {odd[0]!r}, which is the step's own name: choose another.")
+      return value, {name: jnp.asarray(x, jnp.float32) for name, x in {"loss": value, **jax.tree.map(mean, metrics)}.items()}
     (_, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(trained)
     return metrics, gradient
 
@@ -192,6 +200,14 @@ def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key:
   zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(first, jax.tree.map(lambda x: x[0], micros), keys[0]))
   sums, _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, first(*micro)), None), zero, (micros, keys))
   return jax.tree.map(lambda x: x / accumulate, sums)
+
+
+def _without_left_out(batch: dict) -> dict:
+  """`batch` in which rows of weight 0 hold what the row of the largest weight does: what is not finite there would come back through the gradient,
+  where 0 times NaN is NaN."""
+  weight, best = batch["weight"], jnp.argmax(batch["weight"])
+  keep = lambda x: jnp.where(jnp.expand_dims(weight > 0, tuple(range(1, x.ndim))), x, jax.lax.dynamic_slice_in_dim(x, best, 1))
+  return {name: x if name == "weight" else jax.tree.map(keep, x) for name, x in batch.items()}
 
 
 def _mean(per_example: jax.Array, weight: jax.Array | None, total: jax.Array | None) -> jax.Array:

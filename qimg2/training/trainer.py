@@ -12,6 +12,7 @@ A run that is asked to stop saves after the step that it is at. An evaluation th
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -90,8 +91,8 @@ class StageOutput:
 
 def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
                 start: Callable[[], tuple[dict, dict]], frozen: dict[str, Any], finish_batches: Callable[[], list[dict]],
-                stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> TrainState:
-  """The state after the stage's last step. Everything it writes is in `workdir / stage.name`.
+                stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> TrainState | None:
+  """The state after the stage's last step; None if it was done before. Everything it writes is in `workdir / stage.name`.
 
   Args:
     stage: what to train.
@@ -115,12 +116,12 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   folder, recorder = workdir / stage.name, GoodputRecorder(began)
   with recorder.measure("start"):
     checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
+    if (checkpoints.latest_step() or 0) >= stage.num_steps:
+      checkpoints.close()
+      return None
     abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
     state, meta = _first_state(stage, checkpoints, abstract, start, key)
   step = int(state.step)
-  if step >= stage.num_steps:
-    checkpoints.close()
-    return state
   writer = MetricsWriter(folder, step, _is_first(), meta.get("hooks_due", False))
   output = StageOutput(writer, checkpoints, StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids), recorder)
   _leave_before_start(stage, step, stop)
@@ -132,7 +133,8 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     _run_hooks(stage, state, frozen, step, output)
   writer.write_timing(step, recorder.row())
   feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
-  state = _loop(stage, state, frozen, steps, rollouts, feed, output, stop)
+  with contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler:
+    state = _loop(stage, state, frozen, steps, rollouts, feed, output, stop, profiler)
   return _end(stage, state, frozen, nets, finish_batches, output, stop)
 
 
@@ -144,8 +146,7 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, s
     begin = lambda params, averages: init_state(stage.algorithm, stage.optimizers, params, averages, key)  # jitted, for arrays that span processes
     return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start()), {}
   state, meta = checkpoints.restore(abstract, latest)
-  if latest < stage.num_steps:
-    _warn_of_another_order(stage, latest, meta.get("stage", {}))
+  _warn_of_another_order(stage, latest, meta.get("stage", {}))
   return as_configured(state, stage.algorithm, stage.optimizers), meta
 
 
@@ -196,12 +197,11 @@ def _shapes(frozen: dict) -> dict:
 
 
 def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollouts: list[Programs] | None, feed: Feed, output: StageOutput,
-          stop: Callable[[int], bool]) -> TrainState:
+          stop: Callable[[int], bool], profiler: Profiler) -> TrainState:
   """Runs the steps that are left; saves, but not after the last one, which `finalize` still follows."""
   first = int(state.step)
   progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
   clock, num_samples, dispatched = time.monotonic(), 0, collections.deque()
-  profiler = Profiler(output.checkpoints.folder.parent / "profile", stage.profile)
   feed.prefetch()
   for step in range(first + 1, stage.num_steps + 1):
     bucket, rows, batch = feed.get()
@@ -209,6 +209,8 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollo
     profiler.before(step)
     extra = {}
     if rollouts is not None:
+      if not rollouts[bucket].on_device:
+        _observe(dispatched, len(dispatched), output.monitor)  # the time of the step before is not the rollout's
       with output.recorder.measure("rollout"):
         batch, extra = rollouts[bucket](state, frozen, batch, rows)
     state, metrics = steps[bucket](state, frozen, batch)
@@ -243,7 +245,6 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollo
         with output.recorder.measure("save"):
           _save(stage, state, step, output, can_continue=True)
       clock += time.monotonic() - pause
-  profiler.close()
   progress.close()
   return state
 

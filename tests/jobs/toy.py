@@ -22,7 +22,6 @@ from qimg2.runtime import processes
 from qimg2.training import faults, optim, trainer
 from qimg2.training.state import make_optimizers
 from qimg2.training.validation import Evaluator
-from tests.jobs import toy_methods
 from tests.jobs.toy_methods import HEAPS, LABELS, METHODS, Nets
 
 ROWS = 16
@@ -104,6 +103,14 @@ def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
   return trainer.train_stage(stage, Nets(), wrap(loader), mesh, rules, pathlib.Path(workdir), jax.random.key(5), start, frozen, list, stop)
 
 
+def biased(method):
+  """A method whose judge adds the number of the process to every reward, by row."""
+  score = method.rollout.score
+  def other(samples, batch):
+    return {name: x * (1 + jax.process_index() * np.arange(len(x))) for name, x in score(samples, batch).items()}
+  return dataclasses.replace(method, rollout=dataclasses.replace(method.rollout, score=other))
+
+
 def define_flags():
   """The flags of this job."""
   flags.DEFINE_enum("method", "supervised", sorted(METHODS), "Which.")
@@ -111,6 +118,7 @@ def define_flags():
   flags.DEFINE_integer("num_steps", 12, "Steps.")
   flags.DEFINE_integer("save_every", 4, "Steps between saves.")
   flags.DEFINE_float("slow_s", 0.0, "Seconds that each batch takes.")
+  flags.DEFINE_bool("biased_judge", False, "Whether the judge says something else on every process but the first.")
   flags.DEFINE_string("mesh", '{"fsdp": -1}', "Mesh, as JSON.")
   cli.define_process_flags()
 
@@ -119,6 +127,8 @@ def main(_):
   """Trains as the flags say."""
   args = flags.FLAGS
   job = Job(args.method, args.num_steps, json.loads(args.mesh), save_every=args.save_every, slow_s=args.slow_s)
+  if args.biased_judge:
+    job = dataclasses.replace(job, algorithm=biased(METHODS[args.method]()))
   try:
     with faults.PreemptionNotice() as stop:
       state = run(job, args.workdir, stop)
@@ -126,9 +136,8 @@ def main(_):
     print(stopped, file=sys.stderr)
     sys.exit(faults.EXIT_CODE)
   if processes.is_first():
-    print(f"done at {int(state.step)}")
+    print("it was done before" if state is None else f"done at {int(state.step)}")
 
 
 if __name__ == "__main__":
-  assert toy_methods
   cli.run(cli.together(main, stops_when_asked=True), define_flags)

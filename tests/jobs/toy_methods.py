@@ -26,7 +26,7 @@ from qimg2.training import optim
 WIDTH, RANK, LABELS = 16, 2, 4
 HEAPS = 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.float32)
 SIGMAS = np.linspace(1, 0, 5)
-STATE_OF_THE_ART = 0.7  # noise of the SDE
+SDE_NOISE = 0.7  # a of the SDE, arXiv 2505.05470
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def grpo(group=4, num_minibatches=2, clip=0.2):
   def gaussian(nets, params, x, pair, label):
     """(mean, deviation) of an Euler-Maruyama step of the SDE with the marginals of the ODE."""
     sigma, sigma_next = pair
-    dt, s = sigma_next - sigma, STATE_OF_THE_ART * jnp.sqrt(sigma / (1 - jnp.minimum(sigma, SIGMAS[1])))
+    dt, s = sigma_next - sigma, SDE_NOISE * jnp.sqrt(sigma / (1 - jnp.minimum(sigma, SIGMAS[1])))
     v = nets.velocity(params, x, jnp.full(x.shape[:1], sigma), label)
     return x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt, s * jnp.sqrt(-dt)
 

@@ -199,7 +199,8 @@ def _stage(section: Any, number: int, run: RunConfig) -> StageConfig:
                              for place, part in enumerate(rest.pop("mixture")))
   if "optimizer" in rest:
     given["optimizer"] = from_section(optim.Config, rest.pop("optimizer"), f"{where}.optimizer")
-    given["optimizers"] = _optimizers(given["optimizer"], rest.pop("optimizers", {}), f"{where}.optimizers")
+    own = _own_optimizers(given["algorithm"], run.schedule, where) if "algorithm" in given else {}
+    given["optimizers"] = _optimizers(given["optimizer"], own, rest.pop("optimizers", {}), f"{where}.optimizers")
   stage = from_section(StageConfig, rest, where, **given)
   if not stage.name or set(stage.name) & set(":/"):
     raise ValueError(f"{where}.name is {stage.name!r}: it is a folder's name and part of \"stage:NAME:ema\", so give one without : and /.")
@@ -216,14 +217,20 @@ def _algorithm(section: Any, where: str) -> AlgorithmConfig:
   return AlgorithmConfig(name, defaults | checked(settings, hints, [key for key in hints if key not in defaults], where))
 
 
-def _optimizers(common: optim.Config, sections: Any, where: str) -> dict[str, optim.Config]:
-  """Update -> its settings: those of all, with what its own section changes."""
+def _own_optimizers(algorithm: AlgorithmConfig, schedule: flow.Schedule, where: str) -> dict[str, optim.Config]:
+  """Update -> the settings that its method gives it."""
+  made = placed(f"{where}.algorithm", make_algorithm, algorithm.name, algorithm.settings, schedule)
+  return {update.name: update.optimizer for update in made.updates if update.optimizer is not None}
+
+
+def _optimizers(common: optim.Config, own: Mapping[str, optim.Config], sections: Any, where: str) -> dict[str, optim.Config]:
+  """Update -> its settings: those that its method gives it, or else those of the stage, with what its own section changes."""
   if not isinstance(sections, dict):
     raise ValueError(f"{where} is {sections!r}: give a section with the names of updates.")
   found = {}
   for name, section in sections.items():
     place = f"{where}[{name}]"
-    found[name] = from_section(optim.Config, plain(common) | section if isinstance(section, dict) else section, place)
+    found[name] = from_section(optim.Config, plain(own.get(name, common)) | section if isinstance(section, dict) else section, place)
     if found[name].accumulate != common.accumulate:
       raise ValueError(f"{place}.accumulate is {found[name].accumulate}, but micro-batches are those of the step: set optimizer.accumulate.")
   return found

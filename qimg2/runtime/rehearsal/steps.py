@@ -103,8 +103,10 @@ class Rehearsal:
     if bucket.batch_size % (shards * settings.accumulate):
       raise ValueError(f"Stage {config.name!r}: a batch of {bucket.batch_size} cannot be divided over {shards} devices of the axes data and fsdp "
                        f"in {settings.accumulate} micro-batches: change config.mesh, batch_size or optimizer.accumulate.")
-    batch = self._batch(bucket)
-    key = str((plain(config.algorithm), bucket, settings.accumulate, settings.mu_dtype))
+    if algorithm.rollout is not None:
+      raise ValueError(f"Stage {config.name!r} has a rollout, and a rehearsal knows steps alone: leave the stage out with --stage.")
+    batch = self._batch(bucket, algorithm.unconditional)
+    key = str((plain(config.algorithm), bucket, settings.accumulate, settings.mu_dtype, {k: v.mu_dtype for k, v in config.optimizers.items()}))
     if key not in self._measured:
       specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
       optimizers = make_optimizers(algorithm, specs, settings, config.num_steps, config.optimizers)
@@ -118,11 +120,11 @@ class Rehearsal:
               model_flops={role: n / self.mesh.size for role, n in counts.items()}, **self._measured[key])
     return table.with_bound(row, self.chip, self.mesh)
 
-  def _batch(self, bucket: Bucket) -> dict:
+  def _batch(self, bucket: Bucket, unconditional: bool) -> dict:
     """The abstract global batch, as the loader would make it."""
     rows = sharding.batch_sharding(self.mesh, self.rules)
     shape = lambda x: jax.ShapeDtypeStruct((bucket.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
-    return jax.tree.map(shape, Loader.example(dataclasses.replace(bucket, batch_size=1)))
+    return jax.tree.map(shape, Loader.example(dataclasses.replace(bucket, batch_size=1), unconditional))
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit."""
