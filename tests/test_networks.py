@@ -42,6 +42,17 @@ def test_a_cache_changes_no_shape(cached):
   assert cond.layout.valid.shape == (3, 10 - 5 + 20 + 8)  # five slots of the prompt give way to 20 latents; the target comes last
 
 
+def test_no_gradient_flows_into_latents_and_conditions():
+  """Not even into networks that a method trains beside the generator."""
+  batch = jax.tree.map(lambda field: jnp.ones((1, *field[0]), field[1]), PIXELS, is_leaf=is_field)
+  def total(params):
+    found = NETS.target_latents(params, batch), NETS.condition(params, batch)
+    return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(found) if jnp.issubdtype(x.dtype, jnp.floating))
+  specs = {name: tree for name, tree in NETS.specs().items() if name != "mmdit"}
+  params = jax.tree.map(lambda p: np.full(p.shape, 0.1, np.float32), specs, is_leaf=P.is_param)
+  assert not any(np.any(x) for x in jax.tree.leaves(jax.jit(jax.grad(total))(params)))
+
+
 def test_a_fingerprint_knows_values_and_not_their_type():
   params = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones(3)}}
   name = networks.fingerprint(params)

@@ -32,6 +32,9 @@ def test_mesh_errors(sizes, message):
 def test_partition_spec():
   assert sharding.partition_spec(("layer", "embed", "heads", None), RULES) == PartitionSpec(None, "fsdp", "tensor", None)
   assert sharding.partition_spec(("batch", "token", None), RULES) == PartitionSpec(("data", "fsdp"), "context", None)
+  for axis in ("mlp", "vocab", "kv_heads"):
+    assert sharding.partition_spec((axis, "embed"), RULES) == PartitionSpec("tensor", "fsdp"), axis
+  assert sharding.partition_spec((None, None, "channel", None), RULES) == PartitionSpec(None, None, "fsdp", None)
 
 
 @pytest.mark.parametrize("axes, message", [(("embed", "speed"), "w: logical axis 'speed' has no sharding rule"),

@@ -1,6 +1,7 @@
 """Where a run's weights come from, and what they take."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from qimg2 import params as P
 from qimg2.algorithms import Algorithm, Average, Role, Update
 from qimg2.runtime.config import parse
 from qimg2.runtime.methods import make_algorithm
-from qimg2.runtime.weights import LazyWeights, choose_average
+from qimg2.runtime.weights import LazyWeights, StageWeights, choose_average
 from qimg2.training import checkpoint, manifest, optim, state
+from tests.jobs import toy
+from tests.jobs.toy_methods import METHODS, Nets
 
 METHOD = Algorithm({"model": Role("mlp"), "fake": Role("mlp", start="model"), "ref": Role("mlp", start="model")},
                    (Update(("model",), None), Update(("fake",), None)), {"ema": Average("model", 0.9), "slow": Average("model", 0.99)},
@@ -77,3 +80,69 @@ def test_the_average_that_draws_is_chosen_and_nothing_else_is_read():
   assert chosen("slow") == ("slow", "slow", "fake", ["slow", "fake"])
   with pytest.raises(ValueError, match="Stage sft keeps no averaged weights 'fast': choose one of ema, slow"):
     chosen("fast")
+
+
+# What a stage starts from, on the toy job.
+
+
+class Run(StageWeights):
+  """What `StageWeights` needs of a run, for the toy networks. Stage "toy" is trained; `method` follows it."""
+  rules, cfg, _trained = sharding.RULES["fsdp_tensor"], None, True
+  nets = types.SimpleNamespace(specs=Nets().specs, compute_dtypes=dict, configs=dict)
+
+  def __init__(self, workdir, method):
+    self.workdir, self.mesh = workdir, sharding.make_mesh({"fsdp": -1}, jax.devices()[:1])
+    stage = lambda name, method, start_from: types.SimpleNamespace(name=name, method=method, start_from=start_from, frozen={})
+    self.stages = {"toy": stage("toy", "supervised", "scratch"), "next": stage("next", method, "stage:toy")}
+
+  def algorithm(self, stage):
+    return METHODS[stage.method]()
+
+  def key(self, name):
+    return jax.random.key(len(name))
+
+
+def equal(one, other):
+  return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), one, other)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """(folder of a toy run with a model and its average, its last state)."""
+  folder = tmp_path_factory.mktemp("toy")
+  return folder, toy.run(toy.Job("supervised", num_devices=1), folder)
+
+
+def test_a_stage_takes_over_the_weights_and_the_average_of_the_one_before(trained):
+  folder, state = trained
+  run = Run(folder, "supervised")
+  started, averages = run.start_weights(run.stages["next"])
+  assert equal(started["model"], state.params["model"]) and equal(averages["ema"], state.averages["ema"])
+  assert not equal(started["model"], averages["ema"])
+  run.stages["next"].start_from = "stage:toy:ema"  # the averaged weights begin, and their average begins anew
+  started, averages = run.start_weights(run.stages["next"])
+  assert equal(started["model"], state.averages["ema"]) and not averages
+
+
+def test_a_role_that_starts_as_another_reads_the_other_s_weights(trained):
+  folder, state = trained
+  run = Run(folder, "dmd")
+  stage = run.stages["next"]
+  started, _ = run.start_weights(stage)
+  frozen = run.frozen_weights(stage)
+  assert set(frozen) == {"teacher"} and set(started) == {"fake", "model"}
+  assert all(equal(tree, state.params["model"]) for tree in (frozen["teacher"], started["fake"], started["model"]))
+  stage.frozen["teacher"] = "stage:toy:ema"  # a source of its own
+  assert equal(run.frozen_weights(stage)["teacher"], state.averages["ema"])
+  stage.start_from, stage.frozen = "scratch", {}
+  assert equal(run.frozen_weights(stage)["teacher"], run.random_weights(stage, "model"))
+
+
+def test_what_draws_is_what_the_method_deploys(trained):
+  folder, state = trained
+  run = Run(folder, "supervised")
+  assert equal(run.deployed_weights("toy")["mlp"], state.averages["ema"])
+  assert equal(run.deployed_weights("toy", "")["mlp"], state.params["model"])
+  with pytest.raises(ValueError, match="There is no stage 'nowhere': choose one of toy, next"):
+    run.stage_weights("nowhere")
+  np.testing.assert_array_equal(run.stage_weights("toy")["model"]["hidden"], state.params["model"]["hidden"])
