@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import base, quickstart
 from data_pipelines import records
+from launch import cache_latents as launch_cache_latents
 from qimg2 import networks
 from qimg2.runtime.caching import latents as launcher
 from qimg2.runtime.caching.latents import cache_latents
@@ -305,7 +306,7 @@ def test_options_are_checked(change, message):
   with pytest.raises(ValueError, match=message):
     Options(**change)
   with pytest.raises(ValueError, match="--part=1of2 is not understood"):
-    launcher._parse_part("1of2")
+    launch_cache_latents._parse_part("1of2")
 
 
 def test_numbers_beyond_float16_are_refused(run):

@@ -194,7 +194,7 @@ def test_the_jobset_is_whole(manifest):
 def test_its_command_has_only_flags_that_exist(manifest):
   module, *arguments = pods(manifest)["template"]["spec"]["containers"][0]["args"]
   assert module == "launch.train"
-  text = "".join((ROOT / "launch" / name).read_text() for name in ("train.py", "processes.py"))
+  text = "".join((ROOT / "launch" / name).read_text() for name in ("train.py", "cli.py"))
   for argument in arguments:
     name = argument.removeprefix("--").partition("=")[0].partition(".")[0]
     assert f'"{name}"' in text, argument

@@ -321,8 +321,8 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   bucket = smoke_run.loader(smoke_run.stages[last]).buckets[0]
   assert f"height={bucket.height}, width={bucket.width}" in card
   early = model_card(smoke_run, "low_resolution", "ema", "float32", "x")
-  assert "| low_resolution |" in early and "| sft |" not in early and "Check of stage" not in early
-  assert "ema/val_loss |" in card and "Check of stage" in card and "from_pretrained" in card and "jax " in card
+  assert "| low_resolution |" in early and "| sft |" not in early and "Evaluation of stage" not in early
+  assert "ema/val_loss |" in card and "Evaluation of stage" in card and "from_pretrained" in card and "jax " in card
   assert pipeline._drop_idx == smoke_run.nets.num_system_tokens
   found = {"__name__": "card"}
   exec(card.split("With qimg2")[1].split("```python\n")[1].split("```")[0].replace(f'"{out.name}"', repr(str(out))), found)
@@ -332,7 +332,7 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
 def test_command_line(smoke_run, tmp_path):
   out = tmp_path / "model.safetensors"
   first = next(stage.name for stage in smoke_run.cfg.stages if stage.algorithm.name == "flow_matching")
-  result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--network=model", "--dtype=float32",
+  result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--role=model", "--dtype=float32",
                   "--transformer_only")
   assert result.returncode == 0, result.stderr
   expected = tensors_of(smoke_run.nets, {"mmdit": smoke_run.stage_weights(first)["model"]}, "mmdit")
