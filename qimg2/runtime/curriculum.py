@@ -1,9 +1,4 @@
-"""Trains the stages of a config, one after the other, and goes on where an earlier call was stopped.
-
-SIGTERM or Ctrl-C saves after the running step and exits with 75; the same command goes on. A second Ctrl-C ends at once.
-
-  python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.stages[1].num_steps=10]
-"""
+"""Trains the stages of a config, one after the other, and goes on where an earlier call was stopped. See `launch.train`."""
 
 import dataclasses
 import json

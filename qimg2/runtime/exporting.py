@@ -1,8 +1,4 @@
-"""Writes the networks of a trained run as a folder that diffusers loads as it is, or the generator alone as one file.
-
-  python -m launch.export --workdir=runs/quickstart --out=runs/quickstart_pipeline
-  python -m launch.export --workdir=runs/quickstart --transformer_only --dtype=float32 --out=runs/transformer.safetensors
-"""
+"""The networks of a trained run as a folder that diffusers loads, or the generator alone as one file. See `launch.export`."""
 
 import importlib.metadata
 import json

@@ -1,13 +1,4 @@
-"""Shows what a stage's training will see, batch by batch, without building a network.
-
-  python -m launch.inspect_data --config=configs/quickstart.py --stage=sft --num_batches=20 [--start=1000] [--out=sheet.png] [--summary]
-  python -m launch.inspect_data --config=configs/pretrain.py --num_processes=4 --process_id=1
-
-Each line on stdout is one batch as JSON: its number, stage, data set, task, bucket, and the ids of the samples that this process loads. That is
-the plan, and no picture is read for it. --out reads the batches and draws them: for each sample the condition images, then the target, and below
-them the prompt that the batch's tokens say. --summary prints to stderr what became of the records, how the batches divide over data sets, tasks
-and buckets, and how much of the prompts is padding.
-"""
+"""What a stage's training will see, batch by batch, without building a network: the plan, sheets of samples, counts. See `launch.inspect_data`."""
 
 import copy
 import dataclasses

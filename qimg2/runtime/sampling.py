@@ -1,9 +1,4 @@
-"""Draws pictures for prompts, and edits pictures, with a trained run or a published folder.
-
-  python -m launch.sample --workdir=runs/quickstart --prompt="a large green K on yellow paper, centered" --out=grid.png
-  python -m launch.sample --workdir=runs/quickstart --image=k.png --prompt="make it red" --out=edited.png
-  python -m launch.sample --pretrained=DIR --prompt="a poster" --output_resolution=1024 --dtype=bfloat16 --out=poster.png
-"""
+"""Draws and edits pictures with a trained run or a published folder. See `launch.sample`."""
 
 import dataclasses
 import math

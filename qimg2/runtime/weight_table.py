@@ -1,7 +1,4 @@
-"""Lists every weight of a config's networks without allocating one.
-
-  python -m launch.describe --config=configs/pretrain.py [--num_devices=128] [--json]
-"""
+"""Every weight of a config's networks, listed without allocating one. See `launch.describe`."""
 
 import dataclasses
 import math

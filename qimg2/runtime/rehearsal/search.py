@@ -1,15 +1,5 @@
-"""Compiles the train step of every stage and bucket of a config for a TPU pod, on any x86 Linux machine, and prints what it would need and how
-fast it could be. Nothing is allocated, no data is read.
-
-  python -m launch.rehearse --config=configs/pretrain.py --topology=v5p:4x4x8 [--stage=pretrain_512] [--task=t2i] [--base_px=512] [--search]
-
-The topology is a chip (v5e, v5p, v6e, tpu7x) and the shape of its slice, and needs `pip install libtpu`; `cpu:8` stands for eight simulated CPU
-devices, which have no memory limit and no published rates. How to read the table: docs/pods.md.
-
-Buckets come from the config alone: each task of the stage's mixture at each resolution, with prompts of `num_tokens`, the longest class. One
-condition image, of the target's own size, goes into an edit. Where the config's tokenizer cannot be read, the system turn has 12 tokens (one
-per word and mark of the published template; a real vocabulary may split a word, which drops one more token and makes the sequence shorter) and
-a condition image adds 6 tokens of words beside its slots.
+"""Rehearsals of the stages and buckets of a config, and the search for the sharding rules, remat policy and micro-batches with the highest bound.
+Where buckets and prompts come from: `launch.rehearse`.
 """
 
 import dataclasses
