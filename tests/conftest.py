@@ -119,7 +119,11 @@ def smoke_config(data_dir):
 
 @pytest.fixture(scope="session")
 def smoke_run(smoke_config, tmp_path_factory):
-  """The quickstart's smoke run, trained on one device. Commands that read it have eight."""
+  """The quickstart's smoke run, trained on one device. Commands that read it have eight; none may change what it says."""
   with pytest.MonkeyPatch.context() as patch:
     use_one_device(patch)
-    return train(smoke_config, tmp_path_factory.mktemp("smoke"))
+    run = train(smoke_config, tmp_path_factory.mktemp("smoke"))
+  results = {path: path.read_bytes() for path in run.workdir.rglob("*.json*") if "checkpoints" not in path.parts}
+  yield run
+  changed = [str(path) for path, content in results.items() if path.read_bytes() != content]
+  assert not changed, f"A test wrote into the run that all share: {changed}."

@@ -1,5 +1,7 @@
 """Evaluation suites: a clean render is right in every metric, a wrong picture is not, and a suite can be written in a few lines."""
 
+import shutil
+
 import numpy as np
 import pytest
 from marks import needs_emoji
@@ -9,6 +11,7 @@ from data_pipelines.embedded import emoji, glyphs
 from qimg2.evaluation import Suite, Task, mean_scores
 from qimg2.runtime import suites
 from qimg2.runtime.config import parse
+from qimg2.runtime.run import load_run
 
 
 def made(name, **settings):
@@ -68,14 +71,15 @@ def test_emoji_edits_know_right_from_wrong():
     assert suite.score(task, emoji.render(task.truth.source, task.truth.paper, 64))["edit"] == 0.0
 
 
-def test_a_stage_is_evaluated_on_a_suite_of_ones_own(smoke_run):
+def test_a_stage_is_evaluated_on_a_suite_of_ones_own(smoke_run, tmp_path):
+  run = load_run(shutil.copytree(smoke_run.workdir, tmp_path / "run"))
   suite = Suite(lambda num, seed: [Task(f"{number + seed}", (64, 64)) for number in range(num)],
                 lambda task, picture: {"seven": float(task.prompt == "7"), "seven by chance": 0.25})
-  result = suites.evaluate(smoke_run, suites={"own": (suite, 4)})
+  result = suites.evaluate(run, suites={"own": (suite, 4)})
   assert result == {"stage": "sft", "suites": {"own": {"num_prompts": 4, "shares": {"seven": 0.25, "seven by chance": 0.25}}}}
   assert suites.describe(result) == "Evaluation of stage sft on 4 held-out prompts of own: seven right 25.0%, seven by chance 25.0%."
   with pytest.raises(ValueError, match="config.evals is empty, so there is nothing to evaluate: add a suite, one of glyphs, "):
-    suites.evaluate(smoke_run, suites={})
+    suites.evaluate(run, suites={})
   edits = Suite(lambda num, seed: [Task("x", (64, 64), (np.zeros((64, 64, 3), np.uint8),))], suite.score)
   with pytest.raises(ValueError, match="Stage 'low_resolution' learned no task of the suites own"):
-    suites.evaluate(smoke_run, "low_resolution", {"own": (edits, 1)})
+    suites.evaluate(run, "low_resolution", {"own": (edits, 1)})
