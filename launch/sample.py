@@ -17,6 +17,7 @@ from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import Request, pretrained_defaults, run_defaults, sample, sampling_weights
 from qimg2.runtime.sheets import grid, save_png
+from qimg2.runtime.weights import DEPLOYED
 
 
 def define_flags() -> None:
@@ -24,7 +25,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
-  flags.DEFINE_string("average", None, "Averaged weights to use, such as ema; empty for the weights themselves. Default: what the method deploys.")
+  flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
   flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for more.", required=True)
   flags.DEFINE_multi_string("image", [], "A condition image (PNG, JPEG, WebP) that every prompt sees; repeat the flag for more, in prompt order.")
   flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
@@ -71,7 +72,7 @@ def main(_) -> None:
   if pathlib.Path(args.out).is_dir():
     raise ValueError(f"--out={args.out} is a folder: name a PNG file; --pictures takes a folder.")
   if args.pretrained:
-    if args.stage or args.average:
+    if args.stage or args.average != DEPLOYED:
       raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
     source, where = Pretrained(args.pretrained, args.dtype or "float32"), args.pretrained
     weights, defaults = source.load(), pretrained_defaults(source)

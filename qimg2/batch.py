@@ -9,6 +9,9 @@
 | `sample_id` | B int64 | stable id: validation noise and time are functions of it |
 | `weight` | B float32 | only in evaluation batches: 1, or 0 for a row that fills the last batch or stands for a broken record |
 
+The loaders here give these. A method may learn from other arrays: the trainer asks for `sample_id` alone, takes `weight` where there is one, and
+`loss_mask` B M bool is the name for the tokens that a language model learns to say.
+
 A method that needs guidance inside its step asks for the unconditional prompt (`qimg2.algorithms.Algorithm.unconditional`): `null_tokens`,
 `null_token_count` and, where there are `features`, `null_features` are the empty prompt around the same condition images, shaped as without
 "null_". `unconditional` puts them in the prompt's place.

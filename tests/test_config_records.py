@@ -11,7 +11,7 @@ from data_pipelines.mixture import Resolution
 from qimg2.runtime import curriculum
 from qimg2.runtime.config import parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record
-from qimg2.runtime.run import load_run, save_config
+from qimg2.runtime.run import FREE, load_run, save_config
 from qimg2.training.trainer import ORDER_KEYS
 
 
@@ -107,6 +107,17 @@ def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
   assert capsys.readouterr().err == "config.stages[0].mixture[0].weight was 0.65 and is 0.8\n"
   save_config(config(0.8, 2), tmp_path, allow_change=True)
   assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place, free", [
+    ("num_workers", True), ("sampling.num_steps", True), ("mesh.fsdp", True), ("stages[1].num_steps", True), ("stages[1].keep", True),
+    ("stages[1].faults.max_skipped", True), ("evals.glyphs.num", True), ("stages[1].algorithm.num_steps", False),
+    ("stages[1].optimizer.faults", False), ("model.num_layers", False), ("stages[1].resolutions[0].keep", False), ("seed", False),
+])
+def test_what_may_change_is_a_place_and_not_a_name(place, free):
+  """A setting of a method that is called as a free key is not free."""
+  parts = f"config.{place}".split(".")
+  assert any(FREE(".".join(parts[:end])) for end in range(1, len(parts) + 1)) == free
 
 
 def test_a_checkpoint_of_an_old_run_is_not_told_that_its_data_changed(tmp_path):

@@ -332,7 +332,7 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
 def test_command_line(smoke_run, tmp_path):
   out = tmp_path / "model.safetensors"
   first = next(stage.name for stage in smoke_run.cfg.stages if stage.algorithm.name == "flow_matching")
-  result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--role=model", "--dtype=float32",
+  result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--average=none", "--dtype=float32",
                   "--transformer_only")
   assert result.returncode == 0, result.stderr
   expected = tensors_of(smoke_run.nets, {"mmdit": smoke_run.stage_weights(first)["model"]}, "mmdit")

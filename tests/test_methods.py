@@ -1,4 +1,4 @@
-"""The contract of methods carries: six toy methods through the real `train_stage`, killed wherever it hurts, on several devices and processes."""
+"""The contract of methods carries: seven toy methods through the real `train_stage`, killed wherever it hurts, on several devices and processes."""
 
 import dataclasses
 import itertools
@@ -113,6 +113,22 @@ def test_methods_learn(tmp_path):
   toy.run(toy.Job("grpo", 150, **quick), tmp_path / "grpo")
   reward = [row["reward/near"] for row in rows(tmp_path / "grpo") if "reward/near" in row]
   assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.5
+  toy.run(toy.Job("language", 150, **quick), tmp_path / "language")
+  right = [row["val_accuracy"] for row in rows(tmp_path / "language") if "val_accuracy" in row]
+  assert right[-1] > 0.5  # 1/7 by chance
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_language_model_learns_each_token_alike(whole, accumulate, tmp_path):
+  """The loss is the mean over all tokens that are not prompt or padding, however they lie in rows and micro-batches."""
+  job = toy.Job("language", 1, settings=dataclasses.replace(toy.SETTINGS, accumulate=accumulate), eval_every=100, **ONE)
+  toy.run(job, tmp_path)
+  stage, mesh, rules = toy.stage_of(job)
+  weights, batch = toy.weights(job, "model", stage.algorithm, mesh, rules), job.loader(mesh, rules).batch(0)
+  log_p = np.asarray(jax.nn.log_softmax(toy.Nets().logits(weights, batch["tokens"])))
+  costs = [-log_p[row, place - 1, batch["tokens"][row, place]] for row, place in zip(*np.nonzero(batch["loss_mask"]))]
+  assert len(set(batch["weight"])) > 3 and len(costs) == batch["weight"].sum()
+  np.testing.assert_allclose(rows(tmp_path)[0]["loss"], np.mean(costs), rtol=1e-6)
 
 
 def test_an_adapter_is_merged_where_it_is_used():
@@ -122,7 +138,7 @@ def test_an_adapter_is_merged_where_it_is_used():
   assert method.trained == ("lora",) and method.frozen == ("model", "judge")
 
 
-@pytest.mark.parametrize("method", ["grpo", "adapter", "dmd"])
+@pytest.mark.parametrize("method", ["grpo", "adapter", "dmd", "language"])
 def test_eight_devices_give_the_numbers_of_one(whole, method, tmp_path):
   toy.run(toy.Job(method, mesh={"fsdp": 4, "tensor": 2}), tmp_path)
   for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):

@@ -75,10 +75,10 @@ def chosen(average):
 
 
 def test_the_average_that_draws_is_chosen_and_nothing_else_is_read():
-  assert chosen(None) == ("ema", "model", "fake", ["ema", "model", "fake"])  # what the method deploys
-  assert chosen("") == ("model", "model", "fake", ["model", "fake"])
+  assert chosen("deployed") == ("ema", "model", "fake", ["ema", "model", "fake"])  # what the method deploys
+  assert chosen("none") == ("model", "model", "fake", ["model", "fake"])
   assert chosen("slow") == ("slow", "slow", "fake", ["slow", "fake"])
-  with pytest.raises(ValueError, match="Stage sft keeps no averaged weights 'fast': choose one of ema, slow"):
+  with pytest.raises(ValueError, match="Stage sft keeps no averaged weights 'fast': choose ema, slow, none \\(the weights themselves\\) or deployed"):
     chosen("fast")
 
 
@@ -142,7 +142,7 @@ def test_what_draws_is_what_the_method_deploys(trained):
   folder, state = trained
   run = Run(folder, "supervised")
   assert equal(run.deployed_weights("toy")["mlp"], state.averages["ema"])
-  assert equal(run.deployed_weights("toy", "")["mlp"], state.params["model"])
+  assert equal(run.deployed_weights("toy", "none")["mlp"], state.params["model"])
   with pytest.raises(ValueError, match="There is no stage 'nowhere': choose one of toy, next"):
     run.stage_weights("nowhere")
   np.testing.assert_array_equal(run.stage_weights("toy")["model"]["hidden"], state.params["model"]["hidden"])

@@ -13,13 +13,13 @@ from qimg2.runtime.config.sources import parse_source
 from qimg2.runtime.run import Run
 from qimg2.runtime.sampling import sampling_weights
 from qimg2.runtime.suites import describe
+from qimg2.runtime.weights import DEPLOYED, NONE
 from qimg2.training.metrics import read_rows
 
-ROLES = ("ema", "model")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def export(run: Run, out: str | pathlib.Path, stage_name: str = "", role: str = "ema", dtype: str = "bfloat16", max_shard_bytes: float = 5e9,
+def export(run: Run, out: str | pathlib.Path, stage_name: str = "", average: str = DEPLOYED, dtype: str = "bfloat16", max_shard_bytes: float = 5e9,
            transformer_only: bool = False) -> pathlib.Path:
   """Writes `out` and returns its path.
 
@@ -27,7 +27,7 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", role: str = 
     run: the run.
     out: folder to write, or with `transformer_only` a .safetensors file; must not exist.
     stage_name: stage whose generator is written; empty for the last trained one.
-    role: "ema" for what the method deploys, the averaged weights where it keeps some; "model" for the weights themselves.
+    average: name of the averaged weights to write, "none" for the weights themselves, "deployed" for what the method would draw with.
     dtype: of the files, "float32" or "bfloat16".
     max_shard_bytes: largest size of one file's tensors.
     transformer_only: leaves out encoder, VAE and tokenizer.
@@ -35,13 +35,11 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", role: str = 
   Raises:
     ValueError: no such stage, `out` exists, or networks that the published pipeline cannot express.
   """
-  if role not in ROLES:
-    raise ValueError(f"The role to export is {role!r}: choose one of {', '.join(ROLES)}.")
-  name, weights = sampling_weights(run, stage_name, "" if role == "model" else None)
+  name, weights = sampling_weights(run, stage_name, average)
   nets = run.nets
   if transformer_only:
     return export_transformer(out, nets.model, weights["mmdit"], dtype)
-  card = model_card(run, name, role, dtype, pathlib.Path(out).name)
+  card = model_card(run, name, average, dtype, pathlib.Path(out).name)
   return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, _tokenizer_json(run), dtype, max_shard_bytes, card,
                          run.cfg.sampling.sigmas or None)
 
@@ -53,9 +51,9 @@ def _tokenizer_json(run: Run) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def model_card(run: Run, stage_name: str, role: str, dtype: str, title: str) -> str:
+def model_card(run: Run, stage_name: str, average: str, dtype: str, title: str) -> str:
   """The README.md of an exported folder, in Markdown: what it is, how it was trained and measured, how to load it."""
-  which = "the averaged weights" if role in run.algorithm(run.stages[stage_name]).averages else "the weights"
+  which = {DEPLOYED: "what its method deploys", NONE: "the weights"}.get(average, f"the averaged weights `{average}`")
   start = "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"
   return "\n".join([
       start, f"# {title}\n",

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
+import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -39,8 +40,9 @@ from qimg2.training.trainer import differences
 
 EMBEDDED = ("glyphs", "emoji")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
-FREE_KEYS = ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep", "num_workers", "sampling", "evals",
-             "num_steps", "data_dir", "mesh", "faults")
+# What may change while a run goes on: it does not change what a step computes, or is a wish for longer training.
+FREE = re.compile(r"config\.(mesh|data_dir|num_workers|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|keep|num_steps|faults|"
+                  r"mixture\[\d+\]\.data_dir))").fullmatch
 
 
 class Run(StageWeights):
@@ -189,7 +191,7 @@ def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = Fals
     ValueError: the config changed in a way that matters and `allow_change` is False.
   """
   path, config = workdir / "config.json", _as_json(cfg)
-  changes = list(differences(_as_json(read_record(path)), config, "config", FREE_KEYS)) if path.exists() else []
+  changes = list(differences(_as_json(read_record(path)), config, "config", FREE)) if path.exists() else []
   if changes and not allow_change:
     raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
                      "--allow_config_change to go on with the new one.")

@@ -10,6 +10,7 @@ from data_pipelines.mixture import source_grids
 from qimg2.runtime.generator import Generator, Size, Source, load_condition_image
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.run import Run
+from qimg2.runtime.weights import DEPLOYED
 
 MAX_BATCH = 16
 TOKEN_STEP = 16  # prompt lengths are rounded up to multiples of it, so that few programs are compiled
@@ -107,10 +108,10 @@ def _load_noise(path: str, num: int) -> np.ndarray | None:
   return noise if noise.ndim == 4 else np.stack([noise] * num)
 
 
-def sampling_weights(run: Run, stage_name: str = "", average: str | None = None) -> tuple[str, dict]:
+def sampling_weights(run: Run, stage_name: str = "", average: str = DEPLOYED) -> tuple[str, dict]:
   """(stage name, {network: weights}) to sample from: the named stage, or the last one that has a checkpoint and trains the generator.
 
-  Args: run; stage, "" for the last; averaged weights to take, "" for the weights themselves, None for what the method deploys.
+  Args: run; stage, "" for the last; averaged weights to take, "none" for the weights themselves, "deployed" for the method's choice.
 
   Raises:
     ValueError: no such stage, or no such average.

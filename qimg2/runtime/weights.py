@@ -19,6 +19,8 @@ from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
 from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights
 
+DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
+
 
 class StageWeights:
   """What a `qimg2.runtime.run.Run` knows of weights; see there for its attributes."""
@@ -78,12 +80,12 @@ class StageWeights:
                 for average in algorithm.averages}
     return LazyWeights(loaders)
 
-  def deployed_weights(self, name: str, average: str | None = None) -> dict[str, dict]:
+  def deployed_weights(self, name: str, average: str = DEPLOYED) -> dict[str, dict]:
     """{network: weights} of a stage that draw, are judged and are exported.
 
     Args:
       name: of the stage.
-      average: averaged weights to take in place of those that the method would; "" for the weights themselves, None for the method's choice.
+      average: name of the averaged weights to take, `NONE` for the weights themselves, `DEPLOYED` for the method's choice.
 
     Raises:
       ValueError: no such average, or no checkpoint.
@@ -193,19 +195,20 @@ class LazyWeights(Mapping):
     return len(self._loaders)
 
 
-def choose_average(algorithm: Algorithm, weights: Mapping[str, Any], stage: str, average: str | None) -> Mapping[str, Any]:
+def choose_average(algorithm: Algorithm, weights: Mapping[str, Any], stage: str, average: str) -> Mapping[str, Any]:
   """`weights` in which every role and average that follows it is what `average` says, see `StageWeights.deployed_weights`.
 
   Raises:
     ValueError: the method keeps no such average.
   """
-  if average is None:
+  if average == DEPLOYED:
     return weights
-  if average and average not in algorithm.averages:
-    known = ", ".join(algorithm.averages) or "none"
-    raise ValueError(f"Stage {stage} keeps no averaged weights {average!r}: choose one of {known}, or \"\" for the weights themselves.")
-  role = algorithm.averages[average].role if average else None
-  chosen = lambda name: average if average and name == role else name
-  names = {name: chosen(algorithm.averages[name].role if name in algorithm.averages and (not average or algorithm.averages[name].role == role)
-                        else name) for name in weights}
+  if average != NONE and average not in algorithm.averages:
+    raise ValueError(f"Stage {stage} keeps no averaged weights {average!r}: choose {', '.join((*algorithm.averages, NONE))} (the weights themselves) "
+                     f"or {DEPLOYED} (what the method chooses).")
+  role_of = lambda name: algorithm.averages[name].role if name in algorithm.averages else name
+  if average == NONE:
+    names = {name: role_of(name) for name in weights}
+  else:
+    names = {name: average if role_of(name) == role_of(average) else name for name in weights}
   return LazyWeights({name: lambda source=source: weights[source] for name, source in names.items()})

@@ -1,5 +1,5 @@
-"""The toy job: the real `train_stage`, checkpoints, processes and stops, with one of the methods of `toy_methods` on points in the plane. It compiles
-in a second.
+"""The toy job: the real `train_stage`, checkpoints, processes and stops, with one of the methods of `toy_methods` on points in the plane or on a
+few tokens. It compiles in a second.
 
   python -m tests.jobs.toy --method=grpo --workdir=DIR [--num_steps=12] [--coordinator=... as every launcher]
 """
@@ -22,25 +22,38 @@ from qimg2.runtime import processes
 from qimg2.training import faults, optim, trainer
 from qimg2.training.state import make_optimizers
 from qimg2.training.validation import Evaluator
-from tests.jobs.toy_methods import HEAPS, LABELS, METHODS, Nets
+from tests.jobs.toy_methods import HEAPS, LABELS, METHODS, VOCABULARY, Nets
 
 ROWS = 16
 SETTINGS = optim.Config(learning_rate=3e-3, warmup_steps=3, schedule="cosine", weight_decay=0.01)
 
 
-class Loader:
-  """Points around four heaps: batch k is a function of k, and its ids begin at ROWS k."""
+def points(rng):
+  """A batch of points around four heaps."""
+  label = rng.integers(0, LABELS, ROWS).astype(np.int32)
+  return {"x": (HEAPS[label] + 0.3 * rng.normal(size=(ROWS, 2))).astype(np.float32), "label": label}
 
-  def __init__(self, mesh, rules, slow_s=0.0):
+
+def sentences(rng):
+  """A batch of tokens, each the sum of the two before it; the first two are the prompt, and a row has 1 to 6 tokens more, then padding of 0."""
+  tokens, length = rng.integers(0, VOCABULARY, (ROWS, 8)).astype(np.int32), rng.integers(3, 9, ROWS)
+  for place in range(2, 8):
+    tokens[:, place] = (tokens[:, place - 1] + tokens[:, place - 2]) % VOCABULARY
+  place = np.arange(8)[None]
+  mask = (place >= 2) & (place < length[:, None])
+  return {"tokens": np.where(place < length[:, None], tokens, 0), "loss_mask": mask, "weight": mask.sum(axis=1).astype(np.float32)}
+
+
+class Loader:
+  """Points, or sentences for a language model: batch k is a function of k, and its ids begin at ROWS k."""
+
+  def __init__(self, mesh, rules, slow_s=0.0, make=points):
     self._parts, self._num = sharding.local_parts(mesh, rules)
-    self._slow_s = slow_s
+    self._slow_s, self._make = slow_s, make
 
   def batch(self, k):
     """This process's rows of batch k."""
-    rng = np.random.default_rng(k)
-    label = rng.integers(0, LABELS, ROWS).astype(np.int32)
-    whole = {"x": (HEAPS[label] + 0.3 * rng.normal(size=(ROWS, 2))).astype(np.float32), "label": label,
-             "sample_id": ROWS * k + np.arange(ROWS, dtype=np.int64)}
+    whole = self._make(np.random.default_rng(k)) | {"sample_id": ROWS * k + np.arange(ROWS, dtype=np.int64)}
     size = ROWS // self._num
     return {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
 
@@ -69,6 +82,10 @@ class Job:
   restored: dict = dataclasses.field(default_factory=dict)
   profile: tuple | None = None
 
+  def loader(self, mesh, rules):
+    """The loader of the method's data."""
+    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points)
+
 
 def weights(job, role, algorithm, mesh, rules):
   """Random weights of a role: those of the role that it starts as."""
@@ -83,7 +100,7 @@ def stage_of(job):
   mesh, rules = sharding.make_mesh(job.mesh, devices), sharding.RULES["fsdp_tensor"]
   algorithm = job.algorithm or METHODS[job.method]()
   specs = algorithm.specs(Nets().specs(), {})
-  example = Loader(mesh, rules).batch(0)
+  example = job.loader(mesh, rules).batch(0)
   rows = sharding.batch_sharding(mesh, rules)
   shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
@@ -94,9 +111,9 @@ def stage_of(job):
 def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
   """Trains a job in a folder, or goes on with it; returns the last state."""
   stage, mesh, rules = stage_of(job)
-  algorithm, loader = stage.algorithm, Loader(mesh, rules, job.slow_s)
+  algorithm, loader = stage.algorithm, job.loader(mesh, rules)
   frozen = {role: weights(job, role, algorithm, mesh, rules) for role in algorithm.frozen}
-  held_out = {**loader.batch(2**20), "weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32)}
+  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **loader.batch(2**20)}
   evaluator = Evaluator(algorithm, Nets(), [sharding.put_batch(held_out, mesh, rules)])
   stage = dataclasses.replace(stage, hooks=((job.eval_every, lambda params, step, writer: evaluator(params)),))
   start = lambda: ({role: weights(job, role, algorithm, mesh, rules) for role in algorithm.trained}, job.restored)

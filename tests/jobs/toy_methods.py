@@ -1,4 +1,4 @@
-"""Six training methods on points in the plane, for tests of the contract in `qimg2.algorithms`: each uses another part of it.
+"""Seven training methods on toy data, for tests of the contract in `qimg2.algorithms`: each uses another part of it.
 
   supervised   one role and an average
   dpo          a frozen reference that starts as the model; pairs                                                    (arXiv 2311.12908)
@@ -6,8 +6,10 @@
   nft          rollouts by an average of the model, whose decay is a function of the step                            (arXiv 2509.16117)
   dmd          three roles, two updates with optimizers of their own, one of them at every second step               (arXiv 2405.14867)
   adapter      a low-rank adapter on a frozen base, merged for use; the judge of its rollout is a frozen role on the device
+  language     next tokens after a prompt; the mean over tokens, not over rows
 
-The network is an MLP from (point, time, label) to a velocity. A batch has points `x` [B, 2] in four heaps, `label` [B], and no pictures.
+The network of the first six is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B], and no
+pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from qimg2 import sampler
 from qimg2.algorithms import Algorithm, Average, Role, Rollout, Update
 from qimg2.training import optim
 
-WIDTH, RANK, LABELS = 16, 2, 4
+WIDTH, RANK, LABELS, VOCABULARY = 16, 2, 4, 7
 HEAPS = 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.float32)
 SIGMAS = np.linspace(1, 0, 5)
 SDE_NOISE = 0.7  # a of the SDE, arXiv 2505.05470
@@ -31,13 +33,15 @@ SDE_NOISE = 0.7  # a of the SDE, arXiv 2505.05470
 
 @dataclasses.dataclass(frozen=True)
 class Nets:
-  """The toy networks: a velocity, an adapter's merge, a judge."""
+  """The toy networks: a velocity, an adapter's merge, a judge, a language model."""
 
   def specs(self):
     dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), P.fan_in(n))
     mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), P.normal(0.1))}
     low_rank = {"down": P.Param((WIDTH, RANK), (None, None), P.normal(0.3)), "up": P.Param((RANK, WIDTH), (None, None), P.zeros)}
-    return {"mlp": mlp, "lora/mlp": low_rank, "judge": {"centre": P.Param((2,), (None,), P.ones)}}
+    language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), P.normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
+                "out": P.Param((WIDTH, VOCABULARY), (None, None), P.normal(0.1))}
+    return {"mlp": mlp, "lora/mlp": low_rank, "judge": {"centre": P.Param((2,), (None,), P.ones)}, "language": language}
 
   def velocity(self, params, x, t, label):
     inputs = jnp.concatenate([x, t[:, None], jax.nn.one_hot(label, LABELS)], axis=1)
@@ -45,6 +49,12 @@ class Nets:
 
   def merged(self, params, adapter):
     return {**params, "hidden": params["hidden"] + adapter["down"] @ adapter["up"]}
+
+  def logits(self, params, tokens):
+    """[B, M, vocabulary]: what follows each token, of which only that token and the one before are seen."""
+    embedded = params["embed"][tokens]
+    before = jnp.pad(embedded, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return jnp.tanh(jnp.concatenate([embedded, before], axis=2) @ params["mix"]) @ params["out"]
 
 
 def die_at(place, number):
@@ -237,4 +247,28 @@ def adapter():
                    num_bins=2, deploy=lambda weights: {"mlp": Nets().merged(weights["model"], weights["lora"])})
 
 
-METHODS = {"supervised": supervised, "dpo": dpo, "grpo": grpo, "nft": nft, "dmd": dmd, "adapter": adapter}
+def language():
+  def per_row(params, nets, batch):
+    """(mean over a row's tokens of what it costs to say them [B], share of them that are the likeliest [B])."""
+    logits, following = nets.logits(params["model"], batch["tokens"])[:, :-1], batch["tokens"][:, 1:]
+    mask = batch["loss_mask"][:, 1:].astype(jnp.float32)
+    cost = -jnp.take_along_axis(jax.nn.log_softmax(logits), following[:, :, None], axis=2)[:, :, 0]
+    mean = lambda x: jnp.sum(x * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+    return mean(cost), mean((jnp.argmax(logits, axis=2) == following).astype(jnp.float32))
+
+  def loss(trained, params, nets, batch, key):
+    del params, key
+    cost, right = per_row(trained, nets, batch)
+    return cost, {"accuracy": right}
+
+  def held_out(params, nets, batch, key):
+    del key
+    cost, right = per_row(params, nets, batch)
+    return {"loss": cost, "accuracy": right}, jnp.zeros(cost.shape, jnp.int32)
+
+  return Algorithm({"model": Role("language")}, (Update(("model",), loss),), {"ema": Average("model", 0.9)}, validation=held_out,
+                   deploy=lambda weights: {"language": weights["ema"]})
+
+
+METHODS = {"supervised": supervised, "dpo": dpo, "grpo": grpo, "nft": nft, "dmd": dmd, "adapter": adapter,
+           "language": language}
