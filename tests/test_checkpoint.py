@@ -79,6 +79,10 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     checkpoints.restore_item("params.model", {**abstract.params["model"], "c": abstract.step})
   with pytest.raises(ValueError, match="holds no 'params.vae': it has average.ema, params.model"):
     checkpoints.restore_item("params.vae", abstract.params["model"])
+  checkpoints.save(saved.replace(step=jnp.int32(6), average_states={}, averages={}), {})  # as before these were kept
+  checkpoints.wait()
+  with pytest.raises(ValueError, match="If an older version of this program left the stage unfinished, it cannot go on"):
+    checkpoints.restore(abstract, 6)
 
 
 def test_frozen_weights_round_trip(tmp_path):

@@ -30,6 +30,8 @@ from qimg2.training.state import TrainState
 
 _ALL_WRITTEN = "async_write_complete"  # Orbax's barrier between the writing of all processes and what the first one does with it
 _RENAMED = re.compile(r"^slow\.")  # items of older checkpoints
+OLDER = (". If an older version of this program left the stage unfinished, it cannot go on, because that kept other optimizer states: move the "
+         "checkpoint away to train the stage anew; finished stages can be started from, sampled and exported")
 ACCEPT = "qimg2.training.manifest.write_manifest(FOLDER) accepts it as it is"
 
 
@@ -91,11 +93,8 @@ class Checkpoints:
     Raises:
       ValueError: the checkpoint does not hold what `abstract` asks for, or is damaged.
     """
-    if any((self.folder / str(step)).glob("slow.*")):
-      raise ValueError(f"The checkpoint {self.folder / str(step)} is of a version that kept other optimizer states, so its stage cannot go on: move "
-                       "it away to train the stage anew; finished stages can be started from, sampled and exported.")
     args = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-    restored = self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args))
+    restored = self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args), OLDER)
     train = restored["optimizer"]
     params = {role: restored[f"params.{role}"] for role in abstract.params}
     averages = {name: restored[f"average.{name}"] for name in abstract.averages}
@@ -159,7 +158,7 @@ class Checkpoints:
     if done is False:
       raise SaveError(f"The checkpoint {self.folder / str(self._saving)} was not written because there is a newer one: use another folder.")
 
-  def _read(self, step: int, args: ocp.args.Composite) -> Any:
+  def _read(self, step: int, args: ocp.args.Composite, hint: str = "") -> Any:
     path = self.folder / str(step)
     fault = _agreed_fault(path)
     if fault:
@@ -167,7 +166,7 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=args)
     except (ValueError, KeyError, FileNotFoundError) as error:
-      raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}") from error
+      raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}{hint}") from error
 
 
 def save_weights(folder: pathlib.Path, params: dict) -> None:
