@@ -15,6 +15,12 @@ for _name in ("nms", "qnms"):
     _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def qwen_image_transformer():
+  """The published class of the generator."""
+  from diffusers import QwenImage21Transformer2DModel
+  return QwenImage21Transformer2DModel
+
+
 def randomize(module, seed, scale=0.1):
   """`module` in eval mode with every vector and gain moved off its initial value, so that a swapped name shows."""
   generator = torch.Generator().manual_seed(seed)
