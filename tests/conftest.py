@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path(os.environ.get("QIMG2_TEST_CACHE") or ROOT / ".cache" / "tests")
 MAX_CACHE_BYTES = 2 * 2**30
 EXPENSIVE = {"smoke_run", "caches"}  # fixtures
+LONG = {"smoke_run", "emoji", "pretrain", "test_rehearse", "test_cache", "test_curation"}  # groups
 LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -46,10 +47,19 @@ def pytest_configure(config):
         path.unlink()
 
 
+def group_of(item):
+  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run."""
+  return "smoke_run" if "smoke_run" in item.fixturenames else next((mark.args[0] for mark in item.iter_markers("apart")), item.path.stem)
+
+
+def pytest_collection_modifyitems(items):
+  """The longest groups come first, so that no worker is left with one of them at the end."""
+  items.sort(key=lambda item: group_of(item) not in LONG)
+
+
 def pytest_itemcollected(item):
-  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run. What takes a fixture that trains
-  for minutes, or starts several processes, is slow."""
-  item.add_marker(pytest.mark.xdist_group("smoke_run" if "smoke_run" in item.fixturenames else item.path.stem))
+  """Gives each test its group. What takes a fixture that trains for minutes, or starts several processes, is slow."""
+  item.add_marker(pytest.mark.xdist_group(group_of(item)))
   if item.get_closest_marker("processes") or EXPENSIVE.intersection(item.fixturenames):
     item.add_marker("slow")
 

@@ -138,7 +138,9 @@ def test_mistakes_of_any_stage_are_named_before_the_first_one_trains(smoke_confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module, num_trained", [(pretrain, 3), (folder, None), pytest.param(emoji, None, marks=needs_emoji)])
+@pytest.mark.parametrize("module, num_trained", [
+    pytest.param(pretrain, 3, marks=pytest.mark.apart("pretrain")), (folder, None),
+    pytest.param(emoji, None, marks=[needs_emoji, pytest.mark.apart("emoji")])])
 def test_smoke_of_the_other_configs(module, num_trained, data_dir, tmp_path, one_device, monkeypatch):
   """Stages after the first `num_trained` are like the last of these: all of them is built and traced, but neither compiled nor run."""
   cfg = module.get_config("smoke")
