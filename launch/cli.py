@@ -72,7 +72,7 @@ def define_process_flags() -> None:
   flags.DEFINE_integer("connect_timeout", 300, "Seconds in which all processes must have started.", lower_bound=1)
 
 
-def together(main: Callable[[Sequence[str]], None], stops_when_asked: bool = False) -> Callable[[Sequence[str]], None]:
+def together(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
   """`main` as one of the processes that the flags speak of; without such flags `main` as it is. See `qimg2.runtime.processes.together`."""
   def wrapped(argv: Sequence[str]) -> None:
     from qimg2.runtime import processes  # jax is not needed to say --help
@@ -80,5 +80,5 @@ def together(main: Callable[[Sequence[str]], None], stops_when_asked: bool = Fal
     args = flags.FLAGS
     rendezvous = processes.Rendezvous(args.coordinator, args.num_processes, args.process_id, args.distributed, args.heartbeat_timeout,
                                       args.connect_timeout, quiet=not args["verbosity"].present)
-    processes.together(lambda: main(argv), rendezvous, USER_ERRORS, stops_when_asked)
+    processes.together(lambda: main(argv), rendezvous, USER_ERRORS)
   return wrapped

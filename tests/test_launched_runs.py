@@ -14,7 +14,6 @@ from many import ends, error_lines, start, together, train, wait_for
 from qimg2.training import faults, metrics
 from qimg2.training.metrics import read_rows
 
-pytestmark = pytest.mark.processes
 STAGES, STEPS = ("vae", "high_resolution"), 6
 CONFIG = """
 from configs import quickstart
@@ -59,6 +58,7 @@ def interrupt(command, path, num_rows, number):
   return code, stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_identical(alone, config_file, compilation_cache, tmp_path):
   command = train(config_file, tmp_path / "run", compilation_cache)
   code, _ = interrupt(command, tmp_path / "run" / "high_resolution" / "metrics.jsonl", 3, signal.SIGKILL)
@@ -67,6 +67,7 @@ def test_a_killed_run_ends_bit_identical(alone, config_file, compilation_cache, 
   assert_same_bits(alone, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_ends_bit_identical(alone, config_file, compilation_cache, tmp_path):
   run = tmp_path / "run"
   command = train(config_file, run, compilation_cache)
@@ -80,10 +81,10 @@ def test_a_run_that_is_asked_to_stop_ends_bit_identical(alone, config_file, comp
   assert "Goodput" in (run / "report.html").read_text()
 
 
+@pytest.mark.processes
 def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, compilation_cache, tmp_path):
-  """Of two devices each, over which rows and weights are divided."""
-  mesh = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-  printed = together(2, *train(config_file, tmp_path, compilation_cache, *mesh), num_devices=2)
+  """Rows and weights are divided over them; several devices of each, and other divisions, are the toy job's (tests/test_processes.py)."""
+  printed = together(2, *train(config_file, tmp_path, compilation_cache))
   for stage in STAGES:
     ours, theirs = (read_rows(workdir / stage / "metrics.jsonl") for workdir in (alone, tmp_path))
     assert [sorted(row) for row in ours] == [sorted(row) for row in theirs] and any("loss" in row for row in ours)
@@ -96,6 +97,7 @@ def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, c
   assert "Report:" in printed[0] and not any(printed[1:])
 
 
+@pytest.mark.processes
 def test_two_processes_draw_what_one_draws(alone, tmp_path):
   arguments = lambda num: (f"--workdir={alone}", "--prompt=red star on white", "--prompt=blue A", "--prompt=a green K", "--num_steps=2",
                            "--guidance=2", f"--out={tmp_path}/{num}.png", f"--save_latents={tmp_path}/{num}.npy", f"--pictures={tmp_path}/{num}")
@@ -106,6 +108,7 @@ def test_two_processes_draw_what_one_draws(alone, tmp_path):
   assert len(list((tmp_path / "2").iterdir())) == 3
 
 
+@pytest.mark.processes
 def test_two_processes_evaluate_as_one(alone, tmp_path):
   results = []
   for num in (1, 2):
@@ -122,6 +125,7 @@ def test_two_processes_evaluate_as_one(alone, tmp_path):
   assert results[0] == results[1]
 
 
+@pytest.mark.processes
 def test_another_config_on_one_process_is_refused(config_file, compilation_cache, tmp_path):
   results = ends(start(2, *train(config_file, tmp_path, compilation_cache), extra=lambda i: (f"--config.seed={i}",)), 300)
   for code, _, stderr in results:

@@ -233,7 +233,7 @@ def command(workdir, method="grpo"):
   return [sys.executable, "-m", "tests.jobs.toy", f"--method={method}", f"--workdir={workdir}"]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_in_the_rollout_in_scoring_and_between_minibatches(tmp_path):
   subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment(), check=True)
   for number, place in enumerate(("rollout:96", "score:112", "minibatch1:160")):  # ids begin at 16 k: steps 7, 8 and 11
@@ -254,9 +254,9 @@ def test_processes_that_hold_the_same_rows_take_the_same_rewards(whole, tmp_path
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("method", ["grpo", "adapter"])
-def test_two_processes_give_the_numbers_of_one(whole, method, tmp_path):
-  results = ends(start(2, *command(tmp_path, method)[1:]), 300)
+@pytest.mark.parametrize("method, mesh, num_devices", [("grpo", '{"fsdp": -1}', 1), ("adapter", '{"fsdp": 2, "tensor": 2}', 2)])
+def test_two_processes_give_the_numbers_of_one(whole, method, mesh, num_devices, tmp_path):
+  results = ends(start(2, *command(tmp_path, method)[1:], f"--mesh={mesh}", num_devices=num_devices), 300)
   for code, _, stderr in results:
     assert code == 0, stderr[-3000:]
   for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):

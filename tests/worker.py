@@ -87,4 +87,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  cli.run(cli.together(main, stops_when_asked="--do=stop" in sys.argv), define_flags)
+  cli.run(cli.together(main), define_flags)

@@ -67,10 +67,10 @@ class Rendezvous:
   quiet: bool = True
 
 
-def together(act: Callable[[], None], rendezvous: Rendezvous, user_errors: tuple[type[Exception], ...], stops_when_asked: bool = False) -> None:
-  """Calls `act` as one of the processes of `rendezvous`; alone if there are no others. SIGTERM ends it, unless it `stops_when_asked` by itself
-  (`qimg2.training.faults.PreemptionNotice`). An exception of `user_errors` is told to all as its sentence, any other with its traceback."""
-  jax.config.update("jax_enable_preemption_service", stops_when_asked)
+def together(act: Callable[[], None], rendezvous: Rendezvous, user_errors: tuple[type[Exception], ...]) -> None:
+  """Calls `act` as one of the processes of `rendezvous`; alone if there are no others. SIGTERM ends it, unless `act` is inside
+  `qimg2.training.faults.PreemptionNotice`. An exception of `user_errors` is told to all as its sentence, any other with its traceback."""
+  jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM; see PreemptionNotice
   if not start(rendezvous):
     act()
     return

@@ -5,6 +5,7 @@ Nothing here reads a step's results before the loop says that the step is done, 
 
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -15,13 +16,15 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
+from jax._src import distributed
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped as asked; the same command goes on
 ON_SAVE_ERROR = ("stop", "continue")
 WINDOW = 100  # losses that the median of a spike is taken over
 MIN_LOSSES = 20  # fewer say nothing about a spike
 NUM_SHOWN = 8  # sample ids in a message; faults.jsonl has all
+HOUR_MS = 3_600_000
+_notices = itertools.count()  # every process makes them in the same order
 
 
 class Preempted(Exception):
@@ -56,59 +59,100 @@ class PreemptionNotice:
   """Whether the run is asked to stop: `with PreemptionNotice() as stop: ... stop(step)`.
 
   SIGTERM, which comes before a machine is taken away, and the first SIGINT ask for it; a second SIGINT ends the process at once, with 130. One
-  process stops after the step that it is running. Several stop after the same step: whichever of them is asked, the coordination service of
-  `jax.distributed` tells the others, and they agree on a step that none of them has passed. That costs a look at a local number per step.
+  process stops after the step that it is running. Several stop after the same step: whichever of them is asked tells the others through the
+  coordination service of `jax.distributed`, and they agree on a step that none of them has passed. That costs a look at a local number per step.
+
+  JAX has such an agreement of its own (`reached_preemption_sync_point`). It is not used: it has one counter of steps, and Orbax sets it, too, so
+  that the step agreed on may be one that some or all processes have passed.
   """
 
   def __init__(self):
-    self._asked, self._reached, self._num_calls = False, False, 0
-    self._before: dict[int, Any] = {}
+    self._asked, self._before = False, {}
+    self._num_calls, self._last_call = 0, math.inf  # of __call__ on this process, and the one where all stop
+    self._lock = threading.Lock()
+    self._name = f"qimg2/stop/{next(_notices)}"
+    self._agreement: threading.Thread | None = None
 
   def __enter__(self):
+    if self._shared():
+      self._agreement = threading.Thread(target=self._agree, daemon=True)
+      self._agreement.start()
     if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
-      for number in (signal.SIGINT,) if self._shared() else (signal.SIGINT, signal.SIGTERM):
+      for number in (signal.SIGINT, signal.SIGTERM):
         self._before[number] = signal.signal(number, self._handle)
       pipe, self._pipe = os.pipe()
       os.set_blocking(self._pipe, False)
       self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-      threading.Thread(target=_end_at_second_interrupt, args=(pipe,), daemon=True).start()
+      threading.Thread(target=self._hear, args=(pipe,), daemon=True).start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, failure: type[BaseException] | None, *_):
     for number, handler in self._before.items():
       signal.signal(number, handler)
-    if self._shared() and self._before:
-      signal.signal(signal.SIGTERM, signal.SIG_DFL)  # jax's own handler only notes it, and nobody looks any more
     if self._before:
       signal.set_wakeup_fd(self._pipe_before)
       os.close(self._pipe)
+    if self._agreement is not None:
+      if jax.process_index() == 0:
+        self._tell("done")
+      if failure is None or issubclass(failure, Preempted):  # else the others do not come to this point
+        self._agreement.join()
 
   def __call__(self, step: int) -> bool:
     """Whether all processes stop after `step`. Every process asks equally often."""
-    if self._shared():
-      # The point where all stop is a number of calls, not of steps: those begin anew with each stage, and a point behind them is never reached.
+    if not self._shared():
+      return self._asked
+    with self._lock:
+      # The point where all stop is a number of calls, not of steps: those begin anew with each stage.
       self._num_calls += 1
-      self._reached |= multihost_utils.reached_preemption_sync_point(self._num_calls)
-      return self._reached
-    return self._asked
+      return self._num_calls >= self._last_call
 
   def _shared(self) -> bool:
     return jax.process_count() > 1
 
-  def _handle(self, number: int, _) -> None:
+  def _handle(self, *_) -> None:
     self._asked = True
-    if number == signal.SIGINT and self._shared():
-      os.kill(os.getpid(), signal.SIGTERM)  # jax's own handler tells the other processes
+
+  def _hear(self, pipe: int) -> None:
+    """Reads the numbers of signals as they come, which Python's handlers, in the main thread, cannot while that compiles or waits for a device."""
+    num_interrupts = 0
+    with open(pipe, "rb", buffering=0) as numbers:
+      while some := numbers.read(64):
+        num_interrupts += some.count(signal.SIGINT)
+        if num_interrupts > 1:
+          os._exit(130)
+        if self._shared() and (signal.SIGINT in some or signal.SIGTERM in some):
+          self._tell("asked")
+
+  def _tell(self, word: str) -> None:
+    """Says a word to all processes, unless one was said."""
+    try:
+      distributed.global_state.client.key_value_set(self._name, word)
+    except jax.errors.JaxRuntimeError:
+      pass  # another one was faster, or the coordinator is gone: the others know
+
+  def _agree(self) -> None:
+    """Waits until a process is asked to stop. Then each says how often it has called, and may not call again before it knows the largest number
+    of all: they stop at the call after that. The main thread of each may wait for another's step meanwhile; this one does not."""
+    client, calls = distributed.global_state.client, f"{self._name}/calls/"
+    try:
+      if _said(client, self._name) == "asked":
+        with self._lock:
+          client.key_value_set(f"{calls}{jax.process_index()}", str(self._num_calls))
+          client.wait_at_barrier(calls, HOUR_MS)
+          self._last_call = 1 + max(int(number) for _, number in client.key_value_dir_get(calls))
+    except jax.errors.JaxRuntimeError as error:  # `qimg2.runtime.processes` finds the lost process and ends this one
+      logging.warning("The processes cannot agree where to stop: %s", str(error).partition("\n")[0])
 
 
-def _end_at_second_interrupt(pipe: int) -> None:
-  """Reads the numbers of signals as they come, which Python's handlers, in the main thread, cannot while that compiles or waits for a device."""
-  num = 0
-  with open(pipe, "rb", buffering=0) as numbers:
-    while some := numbers.read(64):
-      num += some.count(signal.SIGINT)
-      if num > 1:
-        os._exit(130)
+def _said(client: Any, key: str) -> str:
+  """What a process says under a key of the coordination service, as soon as it does."""
+  while True:
+    try:
+      return client.blocking_key_value_get(key, HOUR_MS)
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
 
 
 class StepMonitor:

@@ -157,4 +157,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  cli.run(cli.together(main, stops_when_asked=True), define_flags)
+  cli.run(cli.together(main), define_flags)
