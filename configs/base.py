@@ -101,6 +101,17 @@ def part(name: str, weight: float = 1.0, task: str = "t2i", split: str = "train"
               caption_weights=caption_weights)
 
 
+def chosen(cfg: ConfigDict, arg: str) -> ConfigDict:
+  """The run that FILE:ARG names: the whole one for "", two steps of each stage for "smoke".
+
+  Raises:
+    ValueError: another word.
+  """
+  if arg not in ("", "smoke"):
+    raise ValueError(f"--config=...:{arg} is unknown: leave :{arg} out, or say :smoke for two steps of every stage.")
+  return smoke(cfg) if arg else cfg
+
+
 def smoke(cfg: ConfigDict) -> ConfigDict:
   """The same run at two steps per stage, with tiny networks and batches: for tests, on a CPU."""
   cfg.model.update(dict(width=32, num_layers=2, num_heads=4, head_dim=8, rope_dims=(4, 2, 2), context_width=32, latent_channels=8,

@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
                  mixture=(dict(pictures, weight=0.5), edits),
                  optimizer=dict(learning_rate=5e-4, schedule="cosine", final_ratio=0.05), eval_every_steps=100, sample_every_steps=300),
   )
-  if arg == "smoke":
-    base.smoke(cfg).prepare.num_examples = 200
+  base.chosen(cfg, arg)
+  if arg:
+    cfg.prepare.num_examples = 200
   return cfg

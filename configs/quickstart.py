@@ -35,4 +35,4 @@ def get_config(arg: str = "") -> ConfigDict:
       base.stage("sft", "flow_matching", algorithm=dict(ema_decay=0.98), start_from="stage:high_resolution", num_steps=400,
                  resolutions=(several,), mixture=clean, optimizer=dict(learning_rate=4e-4, schedule="cosine", final_ratio=0.05)),
   )
-  return base.smoke(cfg) if arg == "smoke" else cfg
+  return base.chosen(cfg, arg)

@@ -1,10 +1,9 @@
 """Which records batch k holds: a pure function of (seed, mixture, k), known without opening a record.
 
 A *cell* is one data set in one bucket. Cells take turns by a `Schedule` (weighted round-robin): a data set has its weight's share of the
-batches, its resolutions divide that by their weights times their record counts, and so do the buckets of a resolution.
-Inside a cell the v-th visit takes positions v B to v B + B - 1 of an endless stream; position p is place p mod n of
-epoch p div n, and each epoch is a permutation of the n records of its own. So every record is seen exactly once per
-epoch of its cell, any k can be asked at once, and neither hosts nor workers enter.
+batches, its resolutions divide that by their weights times their record counts, and so do the buckets of a resolution. Inside a cell the v-th
+visit takes positions v B to v B + B - 1 of an endless stream; position p is place p mod n of epoch p div n, and each epoch is a permutation of the
+n records of its own. So every record is seen exactly once per epoch of its cell, any k can be asked at once, and neither hosts nor workers enter.
 
 A bucket is (task, target size, source sizes, prompt length). Two tasks: "t2i" takes the records without condition images, "ti2i" (editing)
 those with some. A condition image is fitted to the size nearest to its own aspect ratio among all ratios at the resolution's area, in
@@ -74,6 +73,10 @@ class Resolution:
   weight: float = 1.0
   multiple: int = 32
   ratio_weights: tuple[float, ...] = ()
+
+  def __post_init__(self):
+    if min(self.base_px, self.batch_size, self.multiple) < 1:
+      raise ValueError(f"base_px={self.base_px}, batch_size={self.batch_size} and multiple={self.multiple} must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)

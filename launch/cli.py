@@ -1,12 +1,14 @@
 """How every launcher starts: flags are defined, parsed and handed on, and a user's mistake ends in one sentence instead of a traceback."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
-FLAG_ERRORS = (AttributeError, KeyError, OSError, ValueError, TypeError, IndexError, flags.Error)
+IN_CONFIG_FILE = (ImportError, NameError, SyntaxError)
+FLAG_ERRORS = (AttributeError, KeyError, OSError, ValueError, TypeError, IndexError, flags.Error, *IN_CONFIG_FILE)
 
 
 def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:
@@ -48,6 +50,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _fail_flags(error: Exception) -> None:
   text = str(error).strip()
+  if isinstance(error, IN_CONFIG_FILE) and not isinstance(error, SyntaxError):  # that says itself where it is
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{text} ({place.filename}, line {place.lineno})"
   if "Traceback" in text:  # ml_collections hands on that of a config file
     text = text.splitlines()[-1].strip()
   _fail(f"The flags cannot be used: {' '.join(text.split())}", 2)

@@ -120,6 +120,21 @@ def test_what_may_change_is_a_place_and_not_a_name(place, free):
   assert any(FREE(".".join(parts[:end])) for end in range(1, len(parts) + 1)) == free
 
 
+def test_a_stage_that_another_builds_on_keeps_its_length(tmp_path):
+  """Else the later one would go on, or draw, with weights that it never saw."""
+  def config(number, num_steps):
+    cfg = quickstart.get_config("smoke")
+    cfg.stages[number].num_steps = num_steps
+    return parse(cfg)
+  save_config(config(0, 2), tmp_path)
+  save_config(config(0, 3), tmp_path)
+  (tmp_path / "low_resolution" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(ValueError, match=r"config.stages\[0\].num_steps was 3 and is 4, and stage low_resolution has begun with the weights that"):
+    save_config(config(0, 4), tmp_path)
+  cfg = config(0, 3)
+  save_config(dataclasses.replace(cfg, stages=(cfg.stages[0], dataclasses.replace(cfg.stages[1], num_steps=9), *cfg.stages[2:])), tmp_path)
+
+
 def test_a_checkpoint_of_an_old_run_is_not_told_that_its_data_changed(tmp_path):
   cfg = read_record(written(tmp_path, OLD))
   for now, old in zip(cfg.stages, OLD["config"]["stages"]):

@@ -5,52 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from linear import LINEAR, MEAN, ONE, SETTINGS, algorithm, batch, make, squared, update
 
 from qimg2 import params as P
 from qimg2 import sharding
 from qimg2.algorithms import COMPUTE, Algorithm, Average, Role, Rollout, Update
-from qimg2.training import optim, state
+from qimg2.training import state
 from qimg2.training.state import due_metrics
-
-LINEAR = {"w": P.Param((4, 3), ("embed", "mlp"), P.normal(1.0)), "b": P.Param((3,), (None,), P.normal(1.0))}
-SETTINGS = optim.Config(learning_rate=1e-2, weight_decay=0.0, clip_norm=1e9)
-
-
-def squared(role):
-  def loss(trained, params, nets, batch, key):
-    del params, nets
-    error = batch["x"] @ trained[role]["w"] + trained[role]["b"][None] - batch["y"]
-    return jnp.mean(jnp.square(error), axis=1), {"noise": jax.random.normal(key, ()), "largest": jnp.max(jnp.abs(error), axis=1)}
-  return loss
-
-
-def update(role, **fields):
-  return Update((role,), squared(role), **fields)
-
-
-def algorithm(*updates, averages={}, **fields):
-  roles = {role: Role("linear") for one in updates for role in one.roles}
-  return Algorithm(roles, updates, averages, deploy=lambda weights: {"linear": weights["model"]}, **fields)
-
-
-ONE = algorithm(update("model"))
-MEAN = algorithm(update("model"), averages={"ema": Average("model", 0.9)})
-
-
-def make(method, settings=SETTINGS, num_steps=100, averages={}, own=None):
-  """(initial state, compiled step)."""
-  specs = {role: LINEAR for role in method.roles}
-  optimizers = state.make_optimizers(method, specs, settings, num_steps, own)
-  params = {role: P.init(LINEAR, jax.random.key(0)) for role in method.trained}
-  first = state.init_state(method, optimizers, params, averages, jax.random.key(7))
-  return first, jax.jit(state.make_step(method, optimizers, None, settings.accumulate))
-
-
-def batch(rows=8, seed=0):
-  rng = np.random.default_rng(seed)
-  return {"x": rng.normal(size=(rows, 4)).astype(np.float32), "y": rng.normal(size=(rows, 3)).astype(np.float32)}
 
 
 def run(method, num, **options):
@@ -116,6 +78,26 @@ def test_an_example_of_weight_zero_is_as_if_it_were_not_there():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found.params, expected.params)
   after, metrics = step(make(ONE)[0], {}, {**batch(), "weight": np.zeros(8, np.float32)})
   assert metrics["skipped"] == 1  # nothing to learn from
+
+
+def test_a_negative_weight_skips_the_update():
+  now, step = make(ONE)
+  after, metrics = step(now, {}, {**batch(), "weight": np.array([1, 1, 1, -1, 1, 1, 1, 1], np.float32)})
+  assert metrics["skipped"] == 1 and not moved(now, after)
+
+
+@pytest.mark.parametrize("value", [lambda per_example: jnp.mean(per_example), lambda per_example: jnp.stack([per_example] * 2, axis=1)])
+def test_a_loss_is_one_number_for_each_example(value):
+  method = algorithm(Update(("model",), lambda *arguments: (value(squared("model")(*arguments)[0]), {})))
+  now, step = make(method)
+  with pytest.raises(ValueError, match="it must be one number for each of the 8 examples"):
+    step(now, {}, batch())
+
+
+def test_micro_batches_divide_the_rows():
+  now, step = make(ONE, dataclasses.replace(SETTINGS, accumulate=3))
+  with pytest.raises(ValueError, match="A batch of 8 rows cannot be divided into 3 micro-batches"):
+    step(now, {}, batch())
 
 
 def test_a_loss_mask_over_tokens_is_a_weight():
@@ -200,7 +182,7 @@ def test_updates_run_in_their_order_and_names_change_nothing():
   def following(first, second):
     def loss(trained, params, nets, batch, key):
       del nets, batch
-      return jnp.mean(jnp.square(trained[second]["w"] - params[first]["w"]), axis=1), {"draw": jax.random.normal(key, ())}
+      return jnp.broadcast_to(jnp.mean(jnp.square(trained[second]["w"] - params[first]["w"])), 8), {"draw": jax.random.normal(key, ())}
     return algorithm(update(first), Update((second,), loss))
 
   def last(first, second):
@@ -332,66 +314,10 @@ def test_methods_that_do_not_fit_together_are_refused():
     make(algorithm(update("critic"), update("model", every=9)), num_steps=8)
   with pytest.raises(ValueError, match="metric 'learning_rate', which is the step's own"):
     run(algorithm(Update(("model",), lambda *_: (jnp.zeros(8), {"learning_rate": 0.0}))), 1)
+  for rewards in ((), ("near", "left_out")):
+    with pytest.raises(ValueError, match="needs the names of its rewards"):
+      Rollout(None, None, rewards, None)
+  with pytest.raises(ValueError, match="Role 'model' names the network 'linear': there are mmdit, vae"):
+    ONE.specs({"mmdit": {}, "vae": {}}, {})
   with pytest.raises(ValueError, match="needs a `deploy`"):
     Algorithm({"model": Role("linear"), "ref": Role("linear")}, (update("model"),))
-
-
-# The optimizer.
-
-
-def rates(num_steps=10, **fields):
-  rate = optim.make_rate(optim.Config(learning_rate=1.0, **fields), num_steps)
-  return np.array([optim.learning_rate(rate, k) for k in range(num_steps + 1)])
-
-
-def test_schedules():
-  np.testing.assert_allclose(rates(), 1)
-  np.testing.assert_allclose(rates(warmup_steps=4)[:6], [0.25, 0.5, 0.75, 1, 1, 1])
-  np.testing.assert_allclose(rates(schedule="linear", final_ratio=0.2)[[0, 5, 10]], [1, 0.6, 0.2], rtol=1e-6)
-  cosine = rates(schedule="cosine", warmup_steps=2, final_ratio=0.1)
-  np.testing.assert_allclose(cosine[[2, 6, 10]], [1, 0.55, 0.1], rtol=1e-6)
-
-
-def test_runs_that_differ_in_rates_alone_share_one_program():
-  def text(decay=0.9, num_steps=100, **fields):
-    method = algorithm(update("model"), averages={"ema": Average("model", decay)})
-    now, step = make(method, dataclasses.replace(SETTINGS, **fields), num_steps)
-    return step.lower(now, {}, batch()).as_text()
-  assert text() == text(learning_rate=3e-4, warmup_steps=7, schedule="cosine", final_ratio=0.1, num_steps=55, decay=0.999)
-  assert text() != text(clip_norm=1.0)
-
-
-def test_a_restored_state_takes_the_rates_of_its_config():
-  old, _ = make(MEAN, SETTINGS)
-  settings = dataclasses.replace(SETTINGS, learning_rate=0.125)
-  optimizers = state.make_optimizers(MEAN, {"model": LINEAR}, settings, 100)
-  slower = algorithm(update("model"), averages={"ema": Average("model", 0.5)})
-  now = state.as_configured(old, slower, optimizers)
-  assert now.opt["model"].rate.peak == 0.125 and now.average_states["ema"].decay == 0.5 and int(now.average_states["ema"].num_updates) == 0
-
-
-def test_weight_decay_leaves_vectors_alone_stacked_or_not():
-  specs = {"one": LINEAR, "many": P.stack(LINEAR, 2)}
-  optimizer = optim.make_optimizer(optim.Config(learning_rate=0.1, weight_decay=0.5), 10, specs)
-  params = jax.tree.map(lambda p: jnp.ones(p.shape), specs, is_leaf=P.is_param)
-  updates, _, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-  for part in updates.values():
-    np.testing.assert_allclose(part["w"], -0.05, rtol=1e-6)
-    np.testing.assert_array_equal(part["b"], 0)
-
-
-def test_gradients_are_clipped_by_their_global_norm():
-  optimizer = optim.make_optimizer(optim.Config(clip_norm=1.0), 10, LINEAR)
-  reference = optim.make_optimizer(optim.Config(clip_norm=1e9), 10, LINEAR)
-  params = P.init(LINEAR, jax.random.key(0))
-  grads = jax.tree.map(lambda x: 100 * jnp.ones_like(x), params)
-  scaled = jax.tree.map(lambda g: g / optax.tree.norm(grads), grads)
-  first = optimizer.update(grads, optimizer.init(params), params)[1]
-  second = reference.update(scaled, reference.init(params), params)[1]
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first.adam, second.adam)
-
-
-@pytest.mark.parametrize("fields, message", [({"schedule": "step"}, "optimizer.schedule is 'step'"), ({"learning_rate": 0.0}, "must be above 0")])
-def test_optimizer_errors(fields, message):
-  with pytest.raises(ValueError, match=message):
-    optim.Config(**fields)

@@ -49,7 +49,8 @@ class Update:
     roles: moved together, under one norm of the gradient: a VAE and a projector, an adapter and a head.
     loss: `loss(trained, params, nets, batch, key) -> (per example [B], metrics)`. `trained` maps `roles` to the weights to differentiate by;
       `params` maps every role and average to its weights. Metrics are scalars or [B]. The mean is taken over examples, weighted by
-      batch["weight"] [B] where there is one; an example of weight 0 is left out.
+      batch["weight"] [B] where there is one: 0 leaves an example out, a negative one skips the update (advantages belong in the loss). Rows that
+      are left out hold a copy of another row, so anything but a per-example result must look at `weight` itself.
     every: due at the end of every `every` steps, so that a row logged at a multiple sees it. Its schedule counts its own updates.
     optimizer: settings of its own (`qimg2.training.optim.Config`); None takes the stage's.
     name: of its metrics and optimizer state; "" for its roles, joined by "+".
@@ -109,6 +110,10 @@ class Rollout:
   minibatches: Callable[[dict, jax.Array], dict]
   num_minibatches: int = 1
   on_device: bool = False
+
+  def __post_init__(self):
+    if not self.rewards or "left_out" in self.rewards:
+      raise ValueError("A rollout needs the names of its rewards, and reward/left_out is the share of samples without a finite one.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +179,14 @@ class Algorithm:
     Args:
       networks: network -> specs.
       compute: network -> the type that it computes in, for roles of dtype `COMPUTE`.
+
+    Raises:
+      ValueError: a role of a network that there is not.
     """
     specs = {}
     for name, role in self.roles.items():
+      if role.network not in networks:
+        raise ValueError(f"Role {name!r} names the network {role.network!r}: there are {', '.join(networks)}.")
       dtype = compute.get(role.network, "float32") if role.dtype == COMPUTE else role.dtype
       keep = name in self.trained or dtype == "float32"
       specs[name] = networks[role.network] if keep else P.with_dtype(networks[role.network], dtype)

@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -191,7 +191,8 @@ def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = Fals
     ValueError: the config changed in a way that matters and `allow_change` is False.
   """
   path, config = workdir / "config.json", _as_json(cfg)
-  changes = list(differences(_as_json(read_record(path)), config, "config", FREE)) if path.exists() else []
+  before = _as_json(read_record(path)) if path.exists() else config
+  changes = [*differences(before, config, "config", FREE), *_other_lengths(before["stages"], config["stages"], workdir)]
   if changes and not allow_change:
     raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
                      "--allow_config_change to go on with the new one.")
@@ -206,6 +207,15 @@ def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = Fals
   part = path.with_suffix(".part")
   part.write_text(json.dumps(record, indent=1), encoding="utf-8")
   part.replace(path)
+
+
+def _other_lengths(old: Sequence[dict], new: Sequence[dict], workdir: pathlib.Path) -> Iterator[str]:
+  """Stages that are to become longer or shorter although a later one has begun: that would go on over other weights than it began with."""
+  for number, (before, after) in enumerate(zip(old, new)):
+    begun = [stage["name"] for stage in new[number + 1:] if (workdir / stage["name"] / "checkpoints").is_dir()]
+    if before["num_steps"] != after["num_steps"] and begun:
+      yield (f"config.stages[{number}].num_steps was {before['num_steps']} and is {after['num_steps']}, and stage {begun[0]} has begun with the "
+             "weights that it had")
 
 
 def _as_json(cfg: RunConfig) -> dict:

@@ -57,11 +57,20 @@ def make_optimizers(algorithm: Algorithm, specs: dict[str, dict], cfg: optim.Con
   names = [update.name for update in algorithm.updates]
   if odd := sorted(set(own) - set(names)):
     raise ValueError(f"optimizers names the update {odd[0]!r}, which the algorithm does not have: it has {', '.join(names)}.")
-  if rare := [update for update in algorithm.updates if update.every > num_steps]:
-    raise ValueError(f"Update {rare[0].name!r} is due at every {rare[0].every} steps, but the stage has {num_steps}: it would never run.")
+  check_due(algorithm, num_steps)
   each = algorithm.rollout.num_minibatches if algorithm.rollout else 1
   return {update.name: optim.make_optimizer(own.get(update.name, update.optimizer or cfg), num_steps // update.every * each,
                                             {role: specs[role] for role in update.roles}) for update in algorithm.updates}
+
+
+def check_due(algorithm: Algorithm, num_steps: int) -> None:
+  """Whether a stage of `num_steps` is long enough for every update.
+
+  Raises:
+    ValueError: one would never be due.
+  """
+  if rare := [update for update in algorithm.updates if update.every > num_steps]:
+    raise ValueError(f"Update {rare[0].name!r} is due at every {rare[0].every} steps, but the stage has {num_steps}: it would never run.")
 
 
 def init_state(algorithm: Algorithm, optimizers: Optimizers, params: dict[str, Any], averages: dict[str, Any], key: jax.Array) -> TrainState:
@@ -176,6 +185,9 @@ def _update(update: Update, optimizer: optim.Optimizer, nets: Any, params: dict,
 
 def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key: jax.Array, accumulate: int) -> tuple[dict, dict]:
   """(metrics, gradient) of the mean loss over the batch, in micro-batches."""
+  num = jax.tree.leaves(batch)[0].shape[0]
+  if num % accumulate:
+    raise ValueError(f"A batch of {num} rows cannot be divided into {accumulate} micro-batches: change batch_size or optimizer.accumulate.")
   if "weight" in batch:
     batch = _without_left_out(batch)
 
@@ -183,6 +195,9 @@ def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key:
     def objective(weights):
       per_example, metrics = loss_fn(weights, params, nets, micro, micro_key)
       mean = lambda x: x if jnp.ndim(x) == 0 else _mean(x, micro.get("weight"), total)
+      if jnp.shape(per_example) != (num // accumulate,):
+        raise ValueError(f"The loss gives {jnp.shape(per_example)}: it must be one number for each of the {num // accumulate} examples, whose "
+                         "weighted mean is taken here.")
       value = mean(per_example)
       if odd := sorted(RESERVED & set(metrics)):
         raise ValueError(f"The loss gives a metric {odd[0]!r}, which is the step's own name: choose another.")
@@ -211,10 +226,12 @@ def _without_left_out(batch: dict) -> dict:
 
 
 def _mean(per_example: jax.Array, weight: jax.Array | None, total: jax.Array | None) -> jax.Array:
-  """The mean over examples, weighted by `weight` [B] of sum `total`; NaN where all weights are 0, so that the update is skipped."""
+  """The mean over examples, weighted by `weight` [B] of sum `total`; NaN where all weights are 0 or one is negative, so that the update is
+  skipped."""
   if weight is None:
     return jnp.mean(per_example)
-  return jnp.sum(jnp.where(weight > 0, per_example, 0.0) * weight) / total
+  weight = jnp.where(weight < 0, jnp.nan, weight)
+  return jnp.sum(jnp.where(weight == 0, 0.0, per_example) * weight) / total
 
 
 def _choose(good: jax.Array, new: Any, old: Any) -> Any:

@@ -16,8 +16,10 @@ from data_pipelines.mixture import DatasetSpec, Resolution
 from qimg2 import flow
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime.config.sections import checked, from_section, placed, plain
+from qimg2.runtime.config.sources import parse_source
 from qimg2.runtime.methods import METHODS, make_algorithm
 from qimg2.training import faults, optim
+from qimg2.training.state import check_due
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
 
@@ -109,7 +111,7 @@ class StageConfig:
   optimizers: Mapping[str, optim.Config] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    for key in ("log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
+    for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
       if getattr(self, key) < 1:
         raise ValueError(f"config.stages[{self.name}].{key} is {getattr(self, key)}: give at least 1.")
 
@@ -240,6 +242,10 @@ def _check_roles(stage: StageConfig, where: str, schedule: flow.Schedule) -> Non
   """Whether the stage says of each frozen role, and of no other, where its weights come from, and names optimizers of its own updates alone."""
   algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, schedule)
   roles = algorithm.frozen
+  placed(where, check_due, algorithm, stage.num_steps)
+  if len(algorithm.trained) > 1 and parse_source(stage.start_from).average:
+    raise ValueError(f"{where}.start_from is {stage.start_from!r}, one set of weights, but {' and '.join(algorithm.trained)} are trained: leave the "
+                     "name of the average out.")
   checked(dict.fromkeys(stage.optimizers, ""), {update.name: str for update in algorithm.updates}, (), f"{where}.optimizers")
   checked(stage.frozen, dict.fromkeys(roles, str), (), f"{where}.frozen")
   for role in roles:
