@@ -36,11 +36,11 @@ lint: .venv/.installed-dev
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: requirements.txt | .venv/bin/python
-	.venv/bin/python -m pip install -q -r requirements.txt
+	.venv/bin/python -m pip install -q --no-compile -r requirements.txt
 	touch $@
 
 # torchvision's wheels name a torch build of their own; its Python code is all that the tests need.
 .venv/.installed-dev: requirements-data.txt requirements-dev.txt .venv/.installed
-	.venv/bin/python -m pip install -q -r requirements-data.txt -r requirements-dev.txt
-	.venv/bin/python -m pip install -q --no-deps torchvision
+	.venv/bin/python -m pip install -q --no-compile -r requirements-data.txt -r requirements-dev.txt
+	.venv/bin/python -m pip install -q --no-compile --no-deps torchvision
 	touch $@

@@ -59,25 +59,18 @@ def interrupt(command, path, num_rows, number):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_bit_identical(alone, config_file, compilation_cache, tmp_path):
-  command = train(config_file, tmp_path / "run", compilation_cache)
-  code, _ = interrupt(command, tmp_path / "run" / "high_resolution" / "metrics.jsonl", 3, signal.SIGKILL)
-  assert code == -signal.SIGKILL
-  together(1, *command)
-  assert_same_bits(alone, tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_a_run_that_is_asked_to_stop_ends_bit_identical(alone, config_file, compilation_cache, tmp_path):
+def test_a_run_that_is_asked_to_stop_and_then_killed_ends_bit_identical(alone, config_file, compilation_cache, tmp_path):
   run = tmp_path / "run"
-  command = train(config_file, run, compilation_cache)
-  code, message = interrupt(command, run / "high_resolution" / "metrics.jsonl", 1, signal.SIGTERM)
+  command, written = train(config_file, run, compilation_cache), run / "high_resolution" / "metrics.jsonl"
+  code, message = interrupt(command, written, 1, signal.SIGTERM)
   assert code == faults.EXIT_CODE == 75, message
   assert "Stage high_resolution was asked to stop" in message and "the same command goes on" in message and "Traceback" not in message
+  code, _ = interrupt(command, written, 4, signal.SIGKILL)
+  assert code == -signal.SIGKILL
   together(1, *command)
   assert_same_bits(alone, run)
   total = metrics.goodput(read_rows(run / "high_resolution" / "timing.jsonl"))
-  assert total["starts"] == 2 and total["lost_s"] == 0 and 0 < total["step_s"] < total["wall_s"]
+  assert total["starts"] == 3 and 0 < total["step_s"] < total["wall_s"]
   assert "Goodput" in (run / "report.html").read_text()
 
 

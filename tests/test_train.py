@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -38,11 +39,12 @@ def test_smoke_writes_what_it_promises(smoke_run):
   assert {"glyph", "ink", "paper"} <= set(shares["glyphs"]) and {"edit: everything", "edit: change"} <= set(shares["glyph_edits"])
 
 
-def test_training_again_changes_nothing(smoke_run, smoke_config, one_device):
-  before = {stage.name: (smoke_run.workdir / stage.name / "metrics.jsonl").read_bytes() for stage in smoke_config.stages}
-  train(smoke_config, smoke_run.workdir)
-  for name, content in before.items():
-    assert (smoke_run.workdir / name / "metrics.jsonl").read_bytes() == content
+def test_training_again_changes_nothing(smoke_run, smoke_config, tmp_path, one_device):
+  cfg, workdir = copy.deepcopy(smoke_config), shutil.copytree(smoke_run.workdir, tmp_path / "run")
+  del cfg.evals["glyphs"], cfg.evals["glyph_edits"]  # it would draw again
+  train(cfg, workdir)
+  for stage in cfg.stages:
+    assert (workdir / stage.name / "metrics.jsonl").read_bytes() == (smoke_run.workdir / stage.name / "metrics.jsonl").read_bytes()
 
 
 def test_each_stage_starts_from_the_one_it_names(smoke_run):
@@ -139,7 +141,7 @@ def test_mistakes_of_any_stage_are_named_before_the_first_one_trains(smoke_confi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module, num_trained", [
-    pytest.param(pretrain, 3, marks=pytest.mark.apart("pretrain")), (folder, None),
+    pytest.param(pretrain, 2, marks=pytest.mark.apart("pretrain")), (folder, None),
     pytest.param(emoji, None, marks=[needs_emoji, pytest.mark.apart("emoji")])])
 def test_smoke_of_the_other_configs(module, num_trained, data_dir, tmp_path, one_device, monkeypatch):
   """Stages after the first `num_trained` are like the last of these: all of them is built and traced, but neither compiled nor run."""
