@@ -10,7 +10,7 @@ import reference
 
 from benchmarks.attention import compare, make_inputs
 from qimg2 import attention, layers, sharding
-from qimg2.attention import Mask, cudnn, splash
+from qimg2.attention import Mask, chunked, cudnn, splash
 from qimg2.attention import xla as definition
 
 # Float32 sums in another order: 24 bits, a few dozen terms.
@@ -100,9 +100,10 @@ def test_block_causal_is_before_or_same_image():
   assert (np.asarray(found.last)[:, :PREFIX] <= np.minimum(place[:PREFIX] + found.reach, PREFIX - 1)).all()
 
 
-@pytest.mark.parametrize("backend", ["splash", "ring", "cudnn"])
+@pytest.mark.parametrize("backend", ["chunked", "splash", "ring", "cudnn"])
 @pytest.mark.parametrize("case", MASKS)
-def test_equals_the_definition(case, backend):
+def test_equals_the_definition(case, backend, monkeypatch):
+  monkeypatch.setattr(chunked, "CHUNK", 8)  # several, of which the last is padded
   mask, num_queries = MASKS[case]
   arguments = arrays(mask, num_queries)
   # What is there of cuDNN without a GPU: which calls are made, not the kernel.
@@ -114,7 +115,7 @@ def test_equals_the_definition(case, backend):
 MESHES = [({"context": 4, "tensor": 2}, "fsdp_tensor"), ({"data": 2, "fsdp": 2, "context": 2}, "fsdp_context"), ({"data": 2, "fsdp": 4}, "fsdp")]
 
 
-@pytest.mark.parametrize("backend", ["xla", "splash", "ring"])
+@pytest.mark.parametrize("backend", ["xla", "chunked", "splash", "ring"])
 @pytest.mark.parametrize("sizes, rules", MESHES)
 def test_parts_equal_the_whole(sizes, rules, backend):
   """37 tokens divide over no mesh axis."""
@@ -165,6 +166,14 @@ def shapes(jaxpr):
 
 
 @pytest.mark.parametrize("backend", ["splash", "ring"])
+def test_chunks_hold_no_square_either():
+  block, valid = jnp.zeros((1, 1536), jnp.int32).at[:, 512:].set(1), jnp.ones((1, 1536), bool)
+  def loss(q):
+    return jnp.sum(attention.attention(q, q, q, attention.block_causal(block, valid, 512, 0), "chunked"))
+  found = [sorted(shape)[-2:] for shape in shapes(jax.make_jaxpr(jax.grad(loss))(jnp.zeros((1, 1536, 1, 128))).jaxpr) if len(shape) > 1]
+  assert max(small for small, _ in found) == 512 and [384, 1536] not in [one for one in found if one[0] > 384]
+
+
 def test_no_square_of_the_sequence_is_held(backend):
   length = 2048
   shard = sharding.make_shard(sharding.make_mesh({"context": 8}), sharding.RULES["fsdp_context"])
@@ -176,11 +185,12 @@ def test_no_square_of_the_sequence_is_held(backend):
   assert not [shape for shape in found if sum(size >= length // 2 for size in shape) > 1]
 
 
-def test_only_the_definition_is_differentiated_forward():
+def test_kernels_are_not_differentiated_forward():
   mask, num_queries = MASKS["images"]
   q, k, v, _ = arrays(mask, num_queries)
   out, tangent = jax.jvp(lambda q: xla(q, k, v, mask), (q,), (jnp.ones_like(q),))
   assert out.shape == tangent.shape and jnp.isfinite(tangent).all()
+  close(jax.jvp(lambda q: attention.attention(q, k, v, mask, "chunked"), (q,), (jnp.ones_like(q),)), (out, tangent))
   for backend in ("splash", "ring"):
     with pytest.raises(TypeError, match="custom_vjp"):
       jax.jvp(lambda q: attention.attention(q, k, v, mask, backend), (q,), (jnp.ones_like(q),))
@@ -192,10 +202,11 @@ def test_only_the_definition_is_differentiated_forward():
     ("gpu", "float32", 128, 1, "xla"), ("gpu", "bfloat16", 768, 1, "xla")])
 def test_auto_follows_the_platform(platform, dtype, head_dim, parts, expected):
   assert attention.resolve("auto", platform, dtype, head_dim, parts) == expected
+  assert attention.resolve("auto", platform, dtype, head_dim, parts, 2**18) == ("chunked" if (platform, parts) == ("cpu", 1) else expected)
 
 
 @pytest.mark.parametrize("backend, platform, dtype, parts, message", [
-    ("flash", "cpu", "float32", 1, "Unknown attention_backend 'flash': choose one of auto, xla, splash, cudnn, ring"),
+    ("flash", "cpu", "float32", 1, "Unknown attention_backend 'flash': choose one of auto, xla, chunked, splash, cudnn, ring"),
     ("splash", "gpu", "bfloat16", 1, "is a TPU kernel, but this is a gpu"), ("cudnn", "cpu", "bfloat16", 1, "needs an NVIDIA GPU, but this is a cpu"),
     ("cudnn", "gpu", "float32", 1, "needs a 16-bit dtype"),
     ("cudnn", "gpu", "bfloat16", 2, "and a whole sequence, but there are bfloat16, 64 and 2")])
@@ -229,7 +240,7 @@ def test_unknown_policies_are_refused():
 
 def test_the_benchmark_compares_what_runs_here(capsys):
   rows = compare(*make_inputs(1, 64, 32, 2, 8, "float32"), rounds=1)
-  assert [row["name"] for row in rows] == ["xla", "splash", "ring"] and "cudnn: " in capsys.readouterr().out
+  assert [row["name"] for row in rows] == ["xla", "chunked", "splash", "ring"] and "cudnn: " in capsys.readouterr().out
   assert all(row["ms"] > 0 and row["out"] < TOLERANCE and row["gradient"] < TOLERANCE for row in rows)
 
 

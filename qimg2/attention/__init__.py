@@ -2,7 +2,8 @@
 
 Who sees whom is described once, by `Mask`; each back end makes of it what it needs, and has a file of its own with a function `attend`.
 
-  xla      the definition, on every device; the only one that can be differentiated forward (jax.jvp)
+  xla      the definition, on every device; with chunked the only one that can be differentiated forward (jax.jvp)
+  chunked  for long sequences on CPUs
   splash   the Pallas kernel for TPUs
   cudnn    the fused kernel for NVIDIA GPUs, in 16-bit types
   ring     for sequences split over the mesh axis `context`
@@ -20,14 +21,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from qimg2 import layers
-from qimg2.attention import cudnn, ring, splash, xla
+from qimg2.attention import chunked, cudnn, ring, splash, xla
 from qimg2.attention.mask import Mask, block_causal, causal, dense
 from qimg2.attention.splash import splash_cost
 from qimg2.sharding import Shard, identity
 
 __all__ = ["BACKENDS", "Mask", "attention", "block_causal", "causal", "check_backend", "dense", "resolve", "splash_cost"]
 
-BACKENDS = ("auto", "xla", "splash", "cudnn", "ring")
+BACKENDS = ("auto", "xla", "chunked", "splash", "cudnn", "ring")
 GPUS = ("gpu", "cuda")
 ANYWHERE = 2**29  # beyond every index
 
@@ -43,8 +44,9 @@ def check_backend(name: str) -> str:
   return name
 
 
-def resolve(backend: str, platform: str, dtype: Any, head_dim: int, parts: int = 1) -> str:
-  """The back end that runs: "auto" is splash on a TPU; on a GPU ring for a split sequence, else cudnn where it can; else xla.
+def resolve(backend: str, platform: str, dtype: Any, head_dim: int, parts: int = 1, num_logits: int = 0) -> str:
+  """The back end that runs: "auto" is splash on a TPU; on a GPU ring for a split sequence, else cudnn where it can; on a CPU chunked where a head
+  has many logits; else xla.
 
   Args:
     backend: one of `BACKENDS`.
@@ -52,6 +54,7 @@ def resolve(backend: str, platform: str, dtype: Any, head_dim: int, parts: int =
     dtype: of queries, keys and values.
     head_dim: K.
     parts: over how many devices the sequence is split.
+    num_logits: queries times keys.
 
   Raises:
     ValueError: an unknown back end, or one that cannot run here.
@@ -59,7 +62,8 @@ def resolve(backend: str, platform: str, dtype: Any, head_dim: int, parts: int =
   fused = cudnn.fits(dtype, head_dim)
   if check_backend(backend) == "auto":
     on_gpu = "ring" if parts > 1 else "cudnn" if fused else "xla"
-    return "splash" if platform == "tpu" else on_gpu if platform in GPUS else "xla"
+    on_cpu = "chunked" if num_logits >= chunked.MIN_LOGITS and parts == 1 else "xla"
+    return {"tpu": "splash", "cpu": on_cpu}.get(platform, on_gpu if platform in GPUS else "xla")
   if backend == "splash" and platform not in ("tpu", "cpu"):
     raise ValueError(f"attention_backend 'splash' is a TPU kernel, but this is a {platform}: choose 'auto', 'xla' or 'cudnn'.")
   if backend == "cudnn" and platform not in GPUS:
@@ -89,11 +93,12 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask = M
   mesh = getattr(shard, "mesh", None)
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
   parts = 1 if mesh is None else shard.parts("token")
-  name = resolve(backend, platform, query.dtype, query.shape[-1], parts)
+  name = resolve(backend, platform, query.dtype, query.shape[-1], parts, query.shape[1] * key.shape[1])
   if name == "xla":
     out = xla.attend(query, key, value, mask, shard)
   else:
-    local = {"splash": functools.partial(splash.attend, interpret=platform == "cpu"), "cudnn": cudnn.attend, "ring": ring.attend}[name]
+    local = {"chunked": chunked.attend, "splash": functools.partial(splash.attend, interpret=platform == "cpu"), "cudnn": cudnn.attend,
+             "ring": ring.attend}[name]
     out = local(query, key, value, mask) if mesh is None else _on_each_device(local, query, key, value, mask, shard, name == "ring")
   return checkpoint_name(out, layers.ATTENTION_OUTPUT)
 
