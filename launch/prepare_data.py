@@ -18,10 +18,11 @@ import json
 import os
 import pathlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from configs import curation
 from data_pipelines import embedded
@@ -55,7 +56,8 @@ def prepare(dataset: str, out: str, num_examples: int | None = None, seed: int =
   return _say(embedded.prepare(dataset, out, num_examples, seed, vocab_size))
 
 
-def curate(source: str, name: str, out: str, cfg: ConfigDict, runner: str = "DirectRunner", num_workers: int = 0, beam_options: str = "") -> dict:
+def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str = "DirectRunner", num_workers: int = 0,
+           beam_options: str = "") -> dict:
   """Returns the facts of the data set that a source becomes, after printing them; see `data_pipelines.curation.pipeline.curate`."""
   missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
   if missing:
@@ -78,7 +80,7 @@ def curate(source: str, name: str, out: str, cfg: ConfigDict, runner: str = "Dir
   return facts
 
 
-def _check_config(cfg: ConfigDict) -> None:
+def _check_config(cfg: Mapping[str, Any]) -> None:
   known = curation.get_config()
   different = sorted(set(cfg.keys()) ^ set(known.keys()))
   if different:
