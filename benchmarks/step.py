@@ -20,7 +20,7 @@ from absl import flags
 from benchmarks import timing
 from configs import base
 from launch import cli
-from qimg2 import flow
+from qimg2 import attention, flow
 from qimg2 import params as P
 from qimg2.algorithms.flow_matching import flow_matching
 from qimg2.analysis import flops
@@ -175,6 +175,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_layers", 0, "Layers in place of the size's, for one that does not fit.", lower_bound=0)
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type; master weights are float32.")
   flags.DEFINE_string("remat", "none", "Rematerialisation policy of ours.")
+  flags.DEFINE_enum("attention", "auto", attention.BACKENDS, "Back end of ours.")
   flags.DEFINE_bool("forward", False, "Time the forward pass too.")
   flags.DEFINE_string("json", "", "File for the rows.")
 
@@ -194,7 +195,8 @@ def main(_) -> None:
   rows = []
   for name in args.size:
     size = SIZES[name]()
-    model = dataclasses.replace(size.model, dtype=args.dtype, remat=args.remat, **({"num_layers": args.num_layers} if args.num_layers else {}))
+    model = dataclasses.replace(size.model, dtype=args.dtype, remat=args.remat, attention_backend=args.attention,
+                                **({"num_layers": args.num_layers} if args.num_layers else {}))
     size = dataclasses.replace(size, model=model)
     for task in args.task:
       for batch in map(int, args.batch):
