@@ -77,7 +77,7 @@ def make_batch(size: Size, batch: int, edit: bool, seed: int) -> dict[str, np.nd
 def ours(size: Size, batch: dict, forward: bool):
   """(function of a round that trains a step, or runs forward alone; number of weights; model FLOPs of it)."""
   nets = Networks(size.model, qwen3_vl.Config(image_token_id=SLOT), vae.Config(), SYSTEM)
-  algorithm = flow_matching(flow.Schedule())
+  algorithm = flow_matching(flow.Schedule(), ema_decay=0.0)
   specs = {"model": mmdit.specs(size.model)}
   params = jax.jit(lambda: P.init(specs, jax.random.key(0)))()
   frozen = {"encoder": {}, "vae": {}}

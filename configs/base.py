@@ -2,6 +2,9 @@
 
 Sections are complete, in every stage too, so that a stage can be read alone and any key can be overridden on the command line:
   --config.stages[1].num_steps=10 --config.stages[1].faults.max_skipped=3
+A section that is a class of its own has that class's defaults, and its keys are explained there: `schedule` is `qimg2.flow.Schedule`, `optimizer`
+`qimg2.training.optim.Config`, `faults` `qimg2.training.faults.Settings`, `resolutions` and `mixture` `Resolution` and `DatasetSpec` of
+data_pipelines/mixture.py, and `algorithm` has the arguments of its method in `qimg2.algorithms`. `launch.describe --config=FILE` prints all values.
 The sections of the three networks (configs/sizes.py) are the exception: what they do not name has the default of the network's class.
 
 Where weights come from, in `start_from` and `frozen`:
@@ -15,13 +18,13 @@ Where weights come from, in `start_from` and `frozen`:
 from ml_collections import ConfigDict
 
 from configs import sizes
+from data_pipelines.mixture import DatasetSpec, Resolution
+from qimg2 import flow
+from qimg2.runtime.config import plain
+from qimg2.runtime.methods import METHODS
+from qimg2.training import faults, optim
 
-# Of each method, what a stage may set. The averaged weights of a generator are what is sampled from; 0 keeps none.
-ALGORITHMS = {
-    "flow_matching": dict(ema_decay=0.999),
-    "reconstruction": dict(l1_weight=1.0, l2_weight=0.0, kl_weight=0.0, ema_decay=0.0),
-}
-RESOLUTION = dict(base_px=64, batch_size=32, ratios=("1:1",), weight=1.0, multiple=32, ratio_weights=())
+RESOLUTION = plain(Resolution(base_px=64, batch_size=32, ratios=("1:1",)))
 
 
 def base() -> ConfigDict:
@@ -37,8 +40,7 @@ def base() -> ConfigDict:
   cfg.prompt_classes = ()  # shorter prompt lengths that have buckets of their own, so that less of a batch is padding
   cfg.num_workers = 0
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
-  cfg.schedule = ConfigDict(dict(density="logit_normal", logit_mean=0.0, logit_std=1.0, mode_scale=1.29, shift="resolution", static_shift=1.0,
-                                 base_tokens=256, base_shift=0.5, max_tokens=8192, max_shift=0.9, terminal=0.02))
+  cfg.schedule = ConfigDict(plain(flow.Schedule()))
   cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, sigmas=(), num_images=16))  # sigmas: own times before the shift, 1 first
   cfg.evals = ConfigDict()  # evaluation suite of qimg2/runtime/suites.py -> its settings, for the last stage: {"glyphs": dict(num_prompts=200)}
   cfg.stages = ()
@@ -51,12 +53,12 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
   Raises:
     ValueError: a method that there is not, or a key that no stage has.
   """
-  if method not in ALGORITHMS:
-    raise ValueError(f"There is no method {method!r}: choose one of {', '.join(ALGORITHMS)}.")
-  generator = method != "reconstruction"
+  if method not in METHODS:
+    raise ValueError(f"There is no method {method!r}: choose one of {', '.join(METHODS)}.")
+  generator = METHODS[method].kind == "generator"
   cfg = ConfigDict(dict(
       name=name,
-      algorithm=dict(name=method, **ALGORITHMS[method]),
+      algorithm=dict(name=method, **METHODS[method].settings()[1]),
       start_from="scratch",
       frozen=dict(encoder="default", vae="stage:vae") if generator else {},
       num_steps=100,
@@ -67,11 +69,9 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       max_crop=0.2,  # largest share of a picture that fitting it to a bucket may cut off
       min_bucket_records=0,  # buckets with fewer records are merged into the nearest: each costs a compiled step
       max_faulty=0.01,  # largest share of records that may be broken
-      optimizer=dict(learning_rate=1e-3, warmup_steps=20, schedule="constant", final_ratio=0.0, b1=0.9, b2=0.95, eps=1e-8,
-                     weight_decay=0.001, mu_dtype="float32", clip_norm=1.0, accumulate=1),
+      optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}
-      # Updates in a row that may be skipped; a loss above so many times its median is logged; "stop" or "continue" when a save fails.
-      faults=dict(max_skipped=10, spike_factor=10.0, on_save_error="stop"),
+      faults=plain(faults.Settings()),
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200, keep=2,
   ))
   for key, value in changes.items():
@@ -90,15 +90,12 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
   return cfg
 
 
-def part(name: str, weight: float = 1.0, task: str = "t2i", split: str = "train", min_quality: float = 0.0, min_stage: int = 0,
-         languages: tuple[str, ...] = (), **caption_weights: float) -> dict:
+def part(name: str, weight: float = DatasetSpec.weight, task: str = DatasetSpec.task, **changes) -> dict:
   """A data set in a mixture; `weight` is its share of the batches, `task` "t2i" (text to image) or "ti2i" (editing).
 
-  `min_stage` leaves out records that did not pass the filters of that data stage (1 to 6). `caption_weights`: general, text, knowledge,
-  structured, how often captions of each kind are drawn; without any all kinds alike.
+  `changes` are other fields of `DatasetSpec`: split, min_quality, min_stage, languages, caption_weights.
   """
-  return dict(name=name, split=split, weight=weight, task=task, min_quality=min_quality, min_stage=min_stage, languages=languages,
-              caption_weights=caption_weights)
+  return plain(DatasetSpec(data_dir="", name=name, weight=weight, task=task, **changes))
 
 
 def chosen(cfg: ConfigDict, arg: str) -> ConfigDict:

@@ -9,7 +9,7 @@ from qimg2.algorithms import Algorithm, Average, Role, Update
 from qimg2.training import optim, state
 
 LINEAR = {"w": P.Param((4, 3), ("embed", "mlp"), P.normal(1.0)), "b": P.Param((3,), (None,), P.normal(1.0))}
-SETTINGS = optim.Config(learning_rate=1e-2, weight_decay=0.0, clip_norm=1e9)
+SETTINGS = optim.Config(learning_rate=1e-2, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
 
 
 def squared(role):

@@ -105,7 +105,7 @@ def test_the_first_minibatch_is_on_policy_and_failed_rewards_are_left_out(whole)
 
 
 def test_methods_learn(tmp_path):
-  settings = optim.Config(learning_rate=1e-2, weight_decay=0.0)
+  settings = optim.Config(learning_rate=1e-2, warmup_steps=0, weight_decay=0.0)
   quick = dict(settings=settings, log_every=10, save_every=1000, eval_every=150, **ONE)
   toy.run(toy.Job("supervised", 150, **quick), tmp_path / "supervised")
   error = [row["val_loss"] for row in rows(tmp_path / "supervised") if "val_loss" in row]

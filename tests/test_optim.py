@@ -15,7 +15,7 @@ from qimg2.training import optim, state
 
 
 def rates(num_steps=10, **fields):
-  rate = optim.make_rate(optim.Config(learning_rate=1.0, **fields), num_steps)
+  rate = optim.make_rate(optim.Config(**{"learning_rate": 1.0, "warmup_steps": 0} | fields), num_steps)
   return np.array([optim.learning_rate(rate, k) for k in range(num_steps + 1)])
 
 
@@ -47,7 +47,7 @@ def test_a_restored_state_takes_the_rates_of_its_config():
 
 def test_weight_decay_leaves_vectors_alone_stacked_or_not():
   specs = {"one": LINEAR, "many": P.stack(LINEAR, 2)}
-  optimizer = optim.make_optimizer(optim.Config(learning_rate=0.1, weight_decay=0.5), 10, specs)
+  optimizer = optim.make_optimizer(optim.Config(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10, specs)
   params = jax.tree.map(lambda p: jnp.ones(p.shape), specs, is_leaf=P.is_param)
   updates, _, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
   for part in updates.values():

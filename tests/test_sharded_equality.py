@@ -139,7 +139,7 @@ def test_sharded_equals_unsharded(case):
 @pytest.mark.slow
 def test_micro_batches_and_a_short_first_moment():
   """Accumulation changes the draws of noise, so it is compared with itself; the first moment in bfloat16 keeps 8 bits of the gradient."""
-  options = {"accumulate": 2, "optimizer": optim.Config(learning_rate=0.1, eps=1e-2, mu_dtype="bfloat16")}
+  options = {"accumulate": 2, "optimizer": optim.Config(learning_rate=0.1, eps=1e-2, mu_dtype="bfloat16", warmup_steps=0)}
   mesh = sharding.make_mesh({}, jax.devices()[:1])
   (now, metrics), (expected, expected_metrics) = on_mesh({"fsdp": 4, "context": 2}, "fsdp_context", "ring", **options), one_step(
       networks(), mesh, sharding.RULES["replicated"], **options)

@@ -20,13 +20,14 @@ ALLOWED = {
     "qimg2/runtime": {"qimg2", "data_pipelines", "numpy", "jax", "grain", "tqdm", "absl", "matplotlib", "PIL"},
     # The only place that knows what a config file returns.
     "qimg2/runtime/config": {"qimg2", "data_pipelines", "ml_collections"},
-    "configs": {"configs", "ml_collections"},
+    # Defaults are those of the classes that a section becomes.
+    "configs": {"configs", "qimg2", "data_pipelines", "ml_collections"},
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
 ORDER = [["params"], ["sharding", "layers", "batch"], ["attention"], ["models"], ["layout", "flax_module"], ["networks", "flow"], ["sampler"],
          ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.
-ABOVE_RUNTIME = {"launch", "notebooks", "benchmarks", "tests"}
+ABOVE_RUNTIME = {"configs", "launch", "notebooks", "benchmarks", "tests"}
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -18,7 +18,7 @@ NUM_TIME_BINS = 8
 VALIDATION_SEED = 20_2
 
 
-def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.0) -> Algorithm:
+def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.999) -> Algorithm:
   """The algorithm that trains role "model" with frozen "encoder" and "vae".
 
   Args:

@@ -37,8 +37,8 @@ class Config:
   Raises:
     ValueError: an unknown schedule or type, or a number out of its range.
   """
-  learning_rate: float = 1e-4
-  warmup_steps: int = 0
+  learning_rate: float = 1e-3
+  warmup_steps: int = 20
   schedule: str = "constant"
   final_ratio: float = 0.0
   b1: float = 0.9

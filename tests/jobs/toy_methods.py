@@ -216,7 +216,7 @@ def dmd(every=2):
     return 0.5 * jnp.mean(jnp.square(x - jax.lax.stop_gradient(x - gradient)), axis=1), {}
 
   roles = {"model": Role("mlp"), "teacher": Role("mlp", start="model"), "fake": Role("mlp", start="model")}
-  updates = (Update(("fake",), fake_loss, optimizer=optim.Config(learning_rate=2e-3)),
+  updates = (Update(("fake",), fake_loss, optimizer=optim.Config(learning_rate=2e-3, warmup_steps=0)),
              Update(("model",), student_loss, every=every, optimizer=optim.Config(learning_rate=1e-3, schedule="linear", warmup_steps=2)))
   return Algorithm(roles, updates, {"ema": Average("model", 0.9)}, validation=validation, num_bins=2, deploy=lambda weights: {"mlp": weights["ema"]})
 

@@ -3,9 +3,8 @@
   config = parse(quickstart.get_config("smoke"))
   config.stages[3].optimizer.learning_rate
 
-The classes of this file have no defaults: those stand in configs/base.py, where the command line can change them. Sections of classes that stand
-alone (networks, schedule, optimizer, resolutions ...) may be partial, and configs/base.py gives no other values than theirs but for the few that
-tests/test_config.py names. Changed copies are made with `dataclasses.replace`.
+Each default stands once. Classes that stand alone (networks, schedule, optimizer, resolutions ...) have their own, and configs/base.py takes them
+from there; those of the classes of this file stand in configs/base.py. Changed copies are made with `dataclasses.replace`.
 """
 
 import dataclasses
