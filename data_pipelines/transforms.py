@@ -107,7 +107,7 @@ def _one_sentence(data: bytes, name: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # hostile bytes make Pillow raise nearly anything: struct.error, KeyError, AssertionError, MemoryError ...
-    raise ValueError(f"Cannot decode {name} ({len(data)} bytes): {_reason(error)}; replace the file or remove the record.") from error
+    raise ValueError(f"Cannot decode {name} ({len(data)} bytes): {_reason(error)}; replace it or leave it out.") from error
 
 
 def _reason(error: Exception) -> str:

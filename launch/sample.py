@@ -15,7 +15,7 @@ from launch import cli
 from qimg2.runtime import processes
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.run import load_run
-from qimg2.runtime.sampling import Request, pretrained_defaults, run_defaults, sample, sampling_weights
+from qimg2.runtime.sampling import Request, pretrained_defaults, run_defaults, sample, sampling_stage
 from qimg2.runtime.sheets import grid, save_png
 from qimg2.runtime.weights import DEPLOYED
 
@@ -75,12 +75,12 @@ def main(_) -> None:
     if args.stage or args.average != DEPLOYED:
       raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
     source, where = Pretrained(args.pretrained, args.dtype or "float32"), args.pretrained
-    weights, defaults = source.load(), pretrained_defaults(source)
+    load, defaults = source.load, pretrained_defaults(source)
   else:
     source = load_run(args.workdir, args.dtype)
-    name, weights = sampling_weights(source, args.stage, args.average)
-    where, defaults = f"stage {name}", run_defaults(source, name)
-  latents, pictures, captions = sample(source, weights, request, defaults)
+    name = sampling_stage(source, args.stage)
+    where, defaults, load = f"stage {name}", run_defaults(source, name), lambda: source.deployed_weights(name, args.average)
+  latents, pictures, captions = sample(source, load, request, defaults)
   if not processes.is_first():
     return
   write(args, latents, pictures, captions)

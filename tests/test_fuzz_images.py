@@ -18,7 +18,7 @@ from data_pipelines.transforms import load_picture
 
 NUM_DAMAGED = 5000
 SECONDS_EACH = 10
-REFUSAL = re.compile(r"Cannot decode picture \d+ \(\d+ bytes\): [^\n]+; replace the file or remove the record\.")
+REFUSAL = re.compile(r"Cannot decode picture \d+ \(\d+ bytes\): [^\n]+; replace it or leave it out\.")
 
 
 class TookTooLong(BaseException):

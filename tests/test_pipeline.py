@@ -124,7 +124,7 @@ def test_own_sampling_times_and_a_static_shift(folders, tmp_path):
   noise = np.random.default_rng(0).standard_normal((4, 4, 8)).astype(np.float32)
   np.save(tmp_path / "noise.npy", noise)
   request = Request(("a poster",), height=64, width=64, noise=str(tmp_path / "noise.npy"))
-  latents, _, _ = sample(source, source.load(), request, pretrained_defaults(source))
+  latents, _, _ = sample(source, source.load, request, pretrained_defaults(source))
   theirs, _ = run_published(tmp_path / "turbo", "a poster", noise, num_inference_steps=3)  # the folder's own times win
   assert reference.relative_error(latents[0], theirs) <= LATENTS_TOLERANCE
 
@@ -168,7 +168,7 @@ def test_the_size_of_an_edit_is_the_pipelines(folders, tmp_path):
   source = Pretrained(folders(0), devices=jax.devices()[:1])
   defaults = pretrained_defaults(source) | {"num_steps": 1}
   request = Request(("x",), images=(str(tmp_path / "image.png"),), output_resolution=RESOLUTION)
-  _, pictures, _ = sample(source, weights_of(folders(0)), request, defaults)
+  _, pictures, _ = sample(source, lambda: weights_of(folders(0)), request, defaults)
   theirs = pipeline(folders(0))("x", image=[image], num_inference_steps=2, output_resolution=RESOLUTION, output_type="np").images[0]
   assert pictures[0].shape == theirs.shape
 
@@ -205,6 +205,7 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     ((), "Give either --workdir"), (("--workdir=a", "--pretrained=b"), "Give either --workdir"),
     (("--pretrained=/nowhere",), "/nowhere"), (("--pretrained={folder}", "--image=/nowhere.png"), "There is no image /nowhere.png"),
+    (("--pretrained={folder}", "--image={folder}/half.png"), "half.png (100 bytes): "),
     (("--pretrained={folder}", "--noise=/nowhere.npy"), "/nowhere.npy cannot be read"),
     (("--pretrained={folder}", "--noise={folder}/empty.npy"), "empty.npy cannot be read"),
     (("--pretrained={folder}", "--out={folder}"), "is a folder: name a PNG file"),
@@ -216,8 +217,11 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
     (("--pretrained={folder}", "--height=40", "--width=64"), "picture of 40 x 64 px cannot be drawn"),
     (("--pretrained={folder}", "--image={folder}/image.png", "--output_resolution=4096"), "16777216 px at output_resolution 4096"),
 ])
-def test_mistakes_end_in_one_sentence(folders, arguments, message):
+def test_mistakes_end_in_one_sentence(folders, arguments, message, monkeypatch):
+  """And before the weights are read, which takes minutes."""
+  monkeypatch.setattr(Pretrained, "load", None)
   pictures(2)[1].save(folders(0) / "image.png")
+  (folders(0) / "half.png").write_bytes((folders(0) / "image.png").read_bytes()[:100])
   (folders(0) / "empty.npy").touch()
   result = launch("launch.sample", "--prompt=x", *(text.format(folder=folders(0)) for text in arguments))
   assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr and result.stderr.count("\n") == 1, result.stderr

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -34,12 +34,12 @@ class Request:
   cache: bool = True
 
 
-def sample(source: Source, weights: dict, request: Request, defaults: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def sample(source: Source, load: Callable[[], dict], request: Request, defaults: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
   """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8, captions), `num_images_per_prompt` for each prompt in turn.
 
   Args:
     source: networks and tokenizer.
-    weights: of all roles.
+    load: gives the weights of all roles; called when all that is asked for has been checked, since it may take minutes.
     request: what to draw.
     defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open; "only_sigmas",
       whether another number of steps may not replace these; "image_pixels", the fewest and most px of a condition image.
@@ -59,9 +59,9 @@ def sample(source: Source, weights: dict, request: Request, defaults: dict) -> t
   if request.negative_prompt and guidance == 1.0:
     raise ValueError("A negative prompt is only read with guidance: give --guidance, such as 4.")
   size = Size(height, width, -(-longest // TOKEN_STEP) * TOKEN_STEP, sizes, min(MAX_BATCH, len(prompts)))
-  generator = Generator(source, size, num_steps, guidance, base_times or None, request.cache)
-  latents, pictures = generator.draw(weights, prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
-                                     request.negative_prompt, _load_noise(request.noise, len(prompts)))
+  generator, noise = Generator(source, size, num_steps, guidance, base_times or None, request.cache), _load_noise(request.noise, len(prompts))
+  latents, pictures = generator.draw(load(), prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
+                                     request.negative_prompt, noise)
   return latents, pictures, prompts
 
 
@@ -108,19 +108,29 @@ def _load_noise(path: str, num: int) -> np.ndarray | None:
   return noise if noise.ndim == 4 else np.stack([noise] * num)
 
 
-def sampling_weights(run: Run, stage_name: str = "", average: str = DEPLOYED) -> tuple[str, dict]:
-  """(stage name, {network: weights}) to sample from: the named stage, or the last one that has a checkpoint and trains the generator.
-
-  Args: run; stage, "" for the last; averaged weights to take, "none" for the weights themselves, "deployed" for the method's choice.
+def sampling_stage(run: Run, stage_name: str = "") -> str:
+  """The stage to sample from: the named one, or for "" the last one that has a checkpoint and trains the generator.
 
   Raises:
-    ValueError: no such stage, or no such average.
+    ValueError: there is no such stage.
   """
   stages = [s for s in run.cfg.stages if s.kind == "generator"]
   trained = [s.name for s in stages if (run.workdir / s.name / "checkpoints").is_dir()]
   name = stage_name or (trained[-1] if trained else "")
   if name not in trained:
     raise ValueError(f"Stage {name or '(any)'!r} of {run.workdir} has no generator to sample from; trained are: {', '.join(trained) or 'none'}.")
+  return name
+
+
+def sampling_weights(run: Run, stage_name: str = "", average: str = DEPLOYED) -> tuple[str, dict]:
+  """(stage name, {network: weights}) to sample from.
+
+  Args: run; stage, as for `sampling_stage`; averaged weights to take, "none" for the weights themselves, "deployed" for the method's choice.
+
+  Raises:
+    ValueError: no such stage, or no such average.
+  """
+  name = sampling_stage(run, stage_name)
   return name, run.deployed_weights(name, average)
 
 
