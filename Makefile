@@ -7,7 +7,7 @@ FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=2
 
 # Two workers; tests that share an expensive fixture stay together. Those that start several processes follow alone.
 PYTEST := .venv/bin/python -m pytest -q --durations=15 tests
-WORKERS := -n 2 --dist loadgroup
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # By how much a test that is not marked slow may exceed its ten seconds: machines differ, and the workers share one.
 export QIMG2_TEST_SLOWNESS ?= 4
 

@@ -113,10 +113,19 @@ def one_device(monkeypatch):
   use_one_device(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def one_device_in_module():
+  """As `use_one_device` says, for the tests and fixtures of a module."""
+  with pytest.MonkeyPatch.context() as patch:
+    use_one_device(patch)
+    yield
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-  """Where prepared data sets are."""
-  return tmp_path_factory.mktemp("data")
+  """Where prepared data sets are, for all workers of these tests."""
+  own = tmp_path_factory.getbasetemp()
+  return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "data"
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,7 @@ def test_no_flipped_bit_is_restored(two, caplog):
     flip(path, offset)
     reader = checkpoint.Checkpoints(folder)
     step = reader.latest_step()
+    assert checkpoint.is_done(folder, 6) == (step == 6) and not checkpoint.is_done(folder, 7)
     assert_equal(reader.restore(abstract, step)[0], {5: five, 6: six}[step])  # to the bit, from whichever it says
     assert_equal(reader.restore_item("params.model", abstract.params["model"]), {5: five, 6: six}[step].params["model"])
     if path.name not in ("commit_success.txt", "_CHECKPOINT_METADATA", "manifest.json") or path.parent.name != "6":

@@ -71,3 +71,18 @@ def test_the_statistics_of_latents_start_as_the_config_says():
 def test_transparency_becomes_white_paper():
   pixels = np.array([[[[200, 100, 0, 255], [200, 100, 0, 0], [0, 0, 0, 51]]]], np.uint8)
   np.testing.assert_array_equal(networks.on_white(jnp.asarray(pixels))[0, 0], [[200, 100, 0], [255, 255, 255], [204, 204, 204]])
+
+
+def test_a_fingerprint_knows_values_and_not_where_they_lie():
+  rng, mesh = np.random.default_rng(0), jax.make_mesh((8,), ("fsdp",))
+  drawn = {"conv": {"w": rng.normal(size=(3, 16, 8)), "b": np.zeros(8)}, "out": rng.normal(size=(8, 4)).astype(np.float16)}
+  place = lambda tree, *axes: jax.device_put(tree, jax.NamedSharding(mesh, jax.P(*axes)))
+  weights = {"conv": place(drawn["conv"]), "out": place(drawn["out"], "fsdp")}
+  name = networks.fingerprint(weights)
+  assert networks.fingerprint(jax.device_get(weights)) == name
+  leaves, tree = jax.tree.flatten(jax.device_get(weights))
+  big = max(range(len(leaves)), key=lambda i: leaves[i].size)
+  swapped = leaves[big].copy()
+  first, last = np.flatnonzero(swapped)[[0, -1]]
+  swapped.flat[[first, last]] = swapped.flat[[last, first]]
+  assert networks.fingerprint(jax.tree.unflatten(tree, leaves[:big] + [swapped] + leaves[big + 1:])) != name

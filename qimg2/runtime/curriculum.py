@@ -20,6 +20,7 @@ from qimg2.runtime.sheets import grid, save_png
 from qimg2.runtime.suites import describe, evaluate
 from qimg2.sharding import to_host
 from qimg2.training import faults
+from qimg2.training.checkpoint import is_done
 from qimg2.training.metrics import MetricsWriter
 from qimg2.training.state import make_optimizers
 from qimg2.training.trainer import Stage, train_stage
@@ -58,7 +59,12 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
 
 def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None,
               profile: tuple[int, int] | None = None) -> None:
-  """Trains one stage; `stop` and `began` as for `qimg2.training.trainer.train_stage`, `profile` as for `train`."""
+  """Trains one stage, or leaves it as it is when that was done before.
+
+  `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` as for `train`.
+  """
+  if is_done(run.workdir / config.name / "checkpoints", config.num_steps):
+    return  # nothing of what follows, which reads its data and weights, is needed any more
   algorithm = run.algorithm(config)
   loader, specs = run.loader(config), run.role_specs(config)
   frozen = run.frozen_weights(config)

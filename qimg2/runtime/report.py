@@ -2,18 +2,13 @@
 
 import base64
 import dataclasses
+import functools
 import html
 import io
 import json
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 
 from data_pipelines.loader import Loader
 from qimg2.runtime.config import StageConfig
@@ -142,9 +137,9 @@ def _counts(folder: pathlib.Path) -> str:
   return _table(tuple(name.replace("_", " ") for name in counts[0]), [tuple(count.values()) for count in counts]) if counts else ""
 
 
-def _series(rows: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
+def _series(rows: Sequence[dict], name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
   pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-  return [step for step, _ in pairs], [value for _, value in pairs]
+  return tuple(step for step, _ in pairs), tuple(value for _, value in pairs)
 
 
 def _spread(items: Sequence, most: int) -> list:
@@ -154,9 +149,17 @@ def _spread(items: Sequence, most: int) -> list:
   return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _plot(curves: dict[str, tuple[list[int], list[float]]], label: str, log: bool) -> str:
-  figure, axes = plt.subplots(figsize=(9, 3.2), dpi=90)
-  for name, (steps, values) in curves.items():
+def _plot(curves: dict[str, tuple[tuple[int, ...], tuple[float, ...]]], label: str, log: bool) -> str:
+  return _figure(tuple(curves.items()), label, log)
+
+
+@functools.lru_cache(maxsize=256)  # the report is written after every stage, and the curves of those before it are the same
+def _figure(curves: tuple, label: str, log: bool) -> str:
+  from matplotlib.figure import Figure  # it takes a while, and only this needs it
+
+  figure = Figure(figsize=(9, 3.2), dpi=90)
+  axes = figure.add_axes((0.09, 0.16, 0.9, 0.8))
+  for name, (steps, values) in curves:
     axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None, linewidth=1.2)
   axes.set_xlabel("step")
   axes.set_ylabel(label)
@@ -165,8 +168,7 @@ def _plot(curves: dict[str, tuple[list[int], list[float]]], label: str, log: boo
   axes.grid(alpha=0.3)
   axes.legend(fontsize=8, ncols=2)
   buffer = io.BytesIO()
-  figure.savefig(buffer, format="png", bbox_inches="tight")
-  plt.close(figure)
+  figure.savefig(buffer, format="png")
   return _image(buffer.getvalue())
 
 

@@ -169,6 +169,12 @@ class Checkpoints:
       raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}{hint}") from error
 
 
+def is_done(folder: pathlib.Path, num_steps: int) -> bool:
+  """Whether the newest checkpoint in a folder is of step `num_steps` or later, and intact. Nothing but its bytes is looked at."""
+  newest = next(iter(_agreed_steps(folder)), 0)
+  return newest >= num_steps and not _agreed_fault(folder / str(newest))
+
+
 def save_weights(folder: pathlib.Path, params: dict) -> None:
   """Writes weights that no stage trains (a frozen role) to a folder of their own; waits until they are there."""
   folder = pathlib.Path(folder).absolute()

@@ -11,11 +11,11 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import tensorboardX
 
 NEXT_TO_STEPS = ("start", "compile", "data", "rollout", "save", "evaluation")  # what time goes to beside steps
 
@@ -39,7 +39,7 @@ class MetricsWriter:
     self._folder = folder
     self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
     self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")
-    self._events = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    self._events = _event_writer(folder, step + 1 if step else None)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Adds a row to metrics.jsonl, where what is not finite is null, and to TensorBoard."""
@@ -85,6 +85,18 @@ class MetricsWriter:
     getattr(self, file).flush()
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
+
+
+def _event_writer(folder: pathlib.Path, purge_step: int | None):
+  """TensorBoard's writer. Its package imports others where they are installed, torch for three seconds, that it needs for what nothing here does."""
+  others = [name for name in ("torch", "boto3", "google.cloud.storage") if name not in sys.modules]
+  sys.modules.update(dict.fromkeys(others))  # None: not to be found
+  try:
+    import tensorboardX
+  finally:
+    for name in others:
+      del sys.modules[name]
+  return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:

@@ -114,10 +114,11 @@ def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
   algorithm, loader = stage.algorithm, job.loader(mesh, rules)
   frozen = {role: weights(job, role, algorithm, mesh, rules) for role in algorithm.frozen}
   held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **loader.batch(2**20)}
-  evaluator = Evaluator(algorithm, Nets(), [sharding.put_batch(held_out, mesh, rules)])
+  batches = [sharding.put_batch(held_out, mesh, rules)]
+  evaluator = Evaluator(algorithm, Nets(), batches)
   stage = dataclasses.replace(stage, hooks=((job.eval_every, lambda params, step, writer: evaluator(params)),))
   start = lambda: ({role: weights(job, role, algorithm, mesh, rules) for role in algorithm.trained}, job.restored)
-  return trainer.train_stage(stage, Nets(), wrap(loader), mesh, rules, pathlib.Path(workdir), jax.random.key(5), start, frozen, list, stop)
+  return trainer.train_stage(stage, Nets(), wrap(loader), mesh, rules, pathlib.Path(workdir), jax.random.key(5), start, frozen, lambda: batches, stop)
 
 
 def biased(method):

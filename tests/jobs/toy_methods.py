@@ -1,6 +1,6 @@
 """Seven training methods on toy data, for tests of the contract in `qimg2.algorithms`: each uses another part of it.
 
-  supervised   one role and an average
+  supervised   one role and an average; weights that are set after the last step
   dpo          a frozen reference that starts as the model; pairs                                                    (arXiv 2311.12908)
   grpo         rollouts by an SDE, rewards from the host, several minibatches, a ratio of probabilities              (arXiv 2505.05470)
   nft          rollouts by an average of the model, whose decay is a function of the step                            (arXiv 2509.16117)
@@ -89,9 +89,12 @@ def validation(params, nets, batch, key):
 def supervised(decay=0.9):
   def loss(trained, params, nets, batch, key):
     return squared_error(nets, trained["model"], batch["x"], batch["label"], key), {"spread": jnp.std(batch["x"])}
+  def finalize(params, nets, batches):
+    scale = sum(jnp.mean(jnp.square(batch["x"])) for batch in batches) / (4.0 * len(batches))  # about 1: the heaps are 2 from the axes
+    return {**params, "model": {**params["model"], "out": scale * params["model"]["out"]}}
   deploy = lambda weights: {"mlp": weights["ema"]}
   return Algorithm({"model": Role("mlp")}, (Update(("model",), loss),), {"ema": Average("model", decay)}, validation=validation, num_bins=2,
-                   deploy=deploy)
+                   finalize=finalize, deploy=deploy)
 
 
 def dpo(beta=5.0):
