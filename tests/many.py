@@ -8,7 +8,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
-HEARTBEAT_S = 10
+HEARTBEAT_S = 6
 PATIENCE_S = 60  # for the survivors: the heartbeat, twice, and a busy machine
 
 
@@ -18,11 +18,11 @@ def free_port():
     return one.getsockname()[1]
 
 
-def start(num, *arguments, extra=lambda i: (), num_devices=1, **environment):
-  """`num` processes of one command, of `num_devices` devices each."""
+def start(num, *arguments, extra=lambda i: (), num_devices=1, heartbeat_s=HEARTBEAT_S, **environment):
+  """`num` processes of one command, of `num_devices` devices each, which count one of them as lost when it is silent for `heartbeat_s`."""
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
          **environment}
-  meet = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={num}", f"--heartbeat_timeout={HEARTBEAT_S}"] if num > 1 else []
+  meet = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={num}", f"--heartbeat_timeout={heartbeat_s}"] if num > 1 else []
   return [subprocess.Popen([sys.executable, *arguments, *meet, *([f"--process_id={i}"] if num > 1 else []), *extra(i)], cwd=ROOT, env=env,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(num)]
 

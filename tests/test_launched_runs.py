@@ -73,10 +73,10 @@ def test_a_run_that_is_asked_to_stop_and_then_killed_ends_bit_identical(alone, c
   assert "Goodput" in (run / "report.html").read_text()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, compilation_cache, tmp_path):
   """Rows and weights are divided over them; several devices of each, and other divisions, are the toy job's (tests/test_processes.py)."""
-  printed = together(2, *train(config_file, tmp_path, compilation_cache))
+  printed = together(2, *train(config_file, tmp_path, compilation_cache), heartbeat_s=100)
   ours, theirs = (read_rows(workdir / "high_resolution" / "metrics.jsonl") for workdir in (alone, tmp_path))
   assert [sorted(row) for row in ours] == [sorted(row) for row in theirs] and any("loss" in row for row in ours)
   for mine, its in zip(ours, theirs):
@@ -88,18 +88,18 @@ def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, c
   assert "Report:" in printed[0] and not any(printed[1:])
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_draw_what_one_draws(alone, tmp_path):
   arguments = lambda num: (f"--workdir={alone}", "--prompt=red star on white", "--prompt=blue A", "--prompt=a green K", "--num_steps=2",
                            "--guidance=2", f"--out={tmp_path}/{num}.png", f"--save_latents={tmp_path}/{num}.npy", f"--pictures={tmp_path}/{num}")
-  printed = [commands.launch("launch.sample", *arguments(1)).stdout, *together(2, "-m", "launch.sample", *arguments(2))]
+  printed = [commands.launch("launch.sample", *arguments(1)).stdout, *together(2, "-m", "launch.sample", *arguments(2), heartbeat_s=100)]
   assert "3 pictures" in printed[0] and "3 pictures" in printed[1] and not printed[2]
   one, two = (np.load(tmp_path / f"{num}.npy") for num in (1, 2))
   np.testing.assert_allclose(two, one, atol=1e-4)
   assert len(list((tmp_path / "2").iterdir())) == 3
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(alone, tmp_path):
   results = []
   for num in (1, 2):
@@ -110,15 +110,15 @@ def test_two_processes_evaluate_as_one(alone, tmp_path):
     if num == 1:
       printed = [commands.launch("launch.evaluate", f"--workdir={workdir}").stdout]
     else:
-      printed = together(num, "-m", "launch.evaluate", f"--workdir={workdir}")
+      printed = together(num, "-m", "launch.evaluate", f"--workdir={workdir}", heartbeat_s=100)
     assert printed[0].startswith("Evaluation of stage high_resolution") and not any(printed[1:])
     results.append(json.loads((workdir / "evaluation.json").read_text()))
   assert results[0] == results[1]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_another_config_on_one_process_is_refused(config_file, compilation_cache, tmp_path):
-  results = ends(start(2, *train(config_file, tmp_path, compilation_cache), extra=lambda i: (f"--config.seed={i}",)), 300)
+  results = ends(start(2, *train(config_file, tmp_path, compilation_cache), extra=lambda i: (f"--config.seed={i}",), heartbeat_s=100), 300)
   for code, _, stderr in results:
     assert code == 1 and len(error_lines(stderr)) == 1 and "The config of process 1 is not that of process 0" in stderr, stderr
   assert not (tmp_path / "config.json").exists()

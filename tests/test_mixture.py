@@ -99,7 +99,7 @@ def test_most_random_mixtures_can_be_made():
   assert {reason for mixture in some for count in mixture.counts for reason in (*REASONS, "moved") if getattr(count, reason)} == {*REASONS, "moved"}
 
 
-@repeat(60)
+@repeat(30)
 @given(worlds())
 def test_each_record_comes_once_per_epoch_of_its_cell(world):
   mixture = build_or_refuse(world)
@@ -209,7 +209,7 @@ def small_worlds(draw):
   return World(specs, resolutions, indices, dict(num_tokens=64, seed=draw(st.integers(0, 99)), max_crop=0.6))
 
 
-@repeat(8)  # each asks for thousands of plans
+@repeat(5)  # each asks for thousands of plans
 @given(small_worlds())
 def test_shares_of_a_cycle_are_the_weights(world):
   mixture = world.build()

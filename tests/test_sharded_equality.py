@@ -81,7 +81,7 @@ def role_specs(nets):
 def weights():
   """All roles; the generator's are random everywhere: a fresh one predicts zero, and only its last layer has a gradient."""
   specs = role_specs(networks())
-  drawn = {role: P.init(specs[role], jax.random.key(number)) for number, role in enumerate(sorted(specs))}
+  drawn = jax.jit(lambda: {role: P.init(specs[role], jax.random.key(number)) for number, role in enumerate(sorted(specs))})()
   shake = lambda path, p: 0.15 * jax.random.normal(jax.random.fold_in(jax.random.key(3), len(path)), p.shape) + ("norm_" in path)
   return {**drawn, "model": P.map_with_path(shake, specs["model"])}
 

@@ -14,6 +14,7 @@ from configs import emoji, folder, pretrain
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run
+from qimg2.runtime.suites import is_evaluated
 from qimg2.training import faults
 from qimg2.training.metrics import read_rows
 
@@ -41,9 +42,9 @@ def test_smoke_writes_what_it_promises(smoke_run):
 
 def test_training_again_changes_nothing_and_reads_nothing(smoke_run, smoke_config, tmp_path, one_device, monkeypatch):
   cfg, workdir = copy.deepcopy(smoke_config), shutil.copytree(smoke_run.workdir, tmp_path / "run")
-  del cfg.evals["glyphs"], cfg.evals["glyph_edits"]  # it would draw again
   for name in ("loader", "evaluation_batches", "frozen_weights"):  # which take minutes where data and networks are large
     monkeypatch.setattr(Run, name, None)
+  assert not is_evaluated(Run({**cfg, "sampling": {**cfg.sampling, "guidance": 1.5}}, workdir))
   train(cfg, workdir)
   for stage in cfg.stages:
     assert (workdir / stage.name / "metrics.jsonl").read_bytes() == (smoke_run.workdir / stage.name / "metrics.jsonl").read_bytes()

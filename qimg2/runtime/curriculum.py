@@ -17,7 +17,7 @@ from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import Run, save_config
 from qimg2.runtime.sheets import grid, save_png
-from qimg2.runtime.suites import describe, evaluate
+from qimg2.runtime.suites import describe, evaluate, is_evaluated
 from qimg2.sharding import to_host
 from qimg2.training import faults
 from qimg2.training.checkpoint import is_done
@@ -31,7 +31,8 @@ PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = False,
           profile: tuple[int, int] | None = None) -> Run:
-  """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites, and returns the run.
+  """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites unless that was done before, and
+  returns the run.
 
   Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken; first and last step of each
   stage to trace.
@@ -49,7 +50,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
       if processes.is_first():
         report.write_report(run)
       began = time.monotonic()
-  result = evaluate(run) if cfg.evals else None
+  result = evaluate(run) if cfg.evals and not is_evaluated(run) else None
   if processes.is_first():
     if result:
       print(describe(result))

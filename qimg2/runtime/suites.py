@@ -21,18 +21,22 @@ from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
 from data_pipelines.transforms import composite_on_white, resize_crop
 from qimg2.evaluation import Suite, Task, mean_scores
 from qimg2.runtime import processes
-from qimg2.runtime.config import PrepareConfig
+from qimg2.runtime.config import PrepareConfig, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import Run
-from qimg2.runtime.sampling import sampling_weights
+from qimg2.runtime.sampling import sampling_stage, sampling_weights
 from qimg2.runtime.sheets import grid, save_png
+from qimg2.sharding import broadcast_from_first
+from qimg2.training.checkpoint import saved_step
 
 SEED = 7
 NUM_SHOWN = 48
 
 
 def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, int]] | None = None) -> dict[str, Any]:
-  """{"stage", "suites": {name: {"num_prompts", "shares": {metric: mean}}}}; also in evaluation.json and evaluation.png of the run's folder.
+  """{"stage", "step", "sampling", "evals", "suites": {name: {"num_prompts", "shares": {metric: mean}}}}: results, and of what they are.
+
+  They are also in evaluation.json and evaluation.png of the run's folder.
 
   Suites whose number of condition images the stage did not learn are left out, with a line in the log. Each is drawn for itself, so its figures
   do not depend on the others.
@@ -42,10 +46,12 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   Raises:
     ValueError: no suite, none that the stage learned, or no such stage.
   """
+  of = _settings(run, None if suites else run.cfg.evals)
   suites = configured(run) if suites is None else suites
   if not suites:
     raise ValueError(f"config.evals is empty, so there is nothing to evaluate: add a suite, one of {', '.join(SUITES)}.")
   name, weights = sampling_weights(run, stage_name)
+  step = saved_step(run.workdir / name / "checkpoints")
   buckets, results, shown = run.loader(run.stages[name]).buckets, {}, []
   for suite_name, (suite, num) in suites.items():
     tasks = suite.tasks(num, SEED)
@@ -58,12 +64,28 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
     shown.append([cell for parts in zip(tasks, pictures, scores) for cell in suite.show(*parts)])
   if not results:
     raise ValueError(f"Stage {name!r} learned no task of the suites {', '.join(suites)}: evaluate another stage or add a suite.")
-  result = {"stage": name, "suites": results}
+  result = {"stage": name, "step": step, **of, "suites": results}
   if processes.is_first():
-    (run.workdir / "evaluation.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     images, captions = zip(*[cell for cells in shown for cell in cells[:NUM_SHOWN // len(shown)]])
     save_png(grid(images, 8, captions), run.workdir / "evaluation.png")
+    part = run.workdir / "evaluation.json.part"
+    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    part.replace(run.workdir / "evaluation.json")
   return result
+
+
+def is_evaluated(run: Run) -> bool:
+  """Whether evaluation.json is of the newest weights of the stage to sample from, by the suites and the sampler of the config; what the first
+  process sees is the answer of all."""
+  path, name = run.workdir / "evaluation.json", sampling_stage(run)
+  wanted = {"stage": name, "step": saved_step(run.workdir / name / "checkpoints"), **_settings(run, run.cfg.evals)}
+  found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  return bool(broadcast_from_first(np.int32({key: found.get(key) for key in wanted} == wanted)))
+
+
+def _settings(run: Run, evals: Mapping[str, Any] | None) -> dict[str, Any]:
+  """What results depend on beside the weights, as JSON gives it back; `evals` is None for suites that no config names."""
+  return json.loads(json.dumps({"sampling": plain(run.cfg.sampling), "evals": plain(evals)}))
 
 
 def configured(run: Run) -> dict[str, tuple[Suite, int]]:
