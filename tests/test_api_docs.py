@@ -1,4 +1,4 @@
-"""The examples of docs/api.md run as they stand, one after the other, over a run that is trained already."""
+"""The examples of docs/api.md run as they stand, one after the other, over a run that is trained already; the method of docs/methods.md trains."""
 
 import os
 import pathlib
@@ -10,7 +10,11 @@ import sys
 import numpy as np
 import pytest
 
+from configs import base, quickstart
 from qimg2 import runtime
+from qimg2.runtime.curriculum import train
+from qimg2.runtime.methods import METHODS, Method
+from qimg2.training.metrics import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -35,6 +39,23 @@ def test_the_page_runs(smoke_run, smoke_config, tmp_path, monkeypatch, one_devic
   assert all(isinstance(x, np.ndarray) for x in found["arrays"].values())
   assert sum(x.size for x in found["arrays"].values()) == sum(x.size for x in found["tensors"].values())
   np.testing.assert_allclose(found["flat"].reshape(found["velocity"].shape), found["velocity"], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_method_of_the_page_trains(smoke_run, smoke_config, tmp_path, monkeypatch, one_device):
+  code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+  found = {"__name__": "page"}
+  exec(code, found)
+  monkeypatch.setitem(METHODS, "reward_weighting", Method("generator", found["reward_weighting"]))
+  cfg, theirs = quickstart.get_config(), smoke_run.workdir
+  cfg.evals, cfg.stages = {}, (base.stage(
+      "reward", "reward_weighting", start_from=f"{theirs}/sft", frozen=dict(encoder=f"{theirs}/frozen/encoder", vae=f"{theirs}/vae"),
+      algorithm=dict(num_steps=2, group=2), caption_dropout=0.0, resolutions=(dict(base_px=32, batch_size=8),)),)
+  base.smoke(cfg).data_dir = smoke_config.data_dir
+  train(cfg, tmp_path)
+  rows = [row for row in read_rows(tmp_path / "reward" / "metrics.jsonl") if "loss" in row]
+  assert len(rows) == 2 and all(np.isfinite(value) for row in rows for value in row.values())
+  assert rows[0]["away"] < 1e-6 and abs(rows[0]["reward/green"]) < 1 and rows[0]["reward/left_out"] == 0.0
 
 
 def test_every_public_name_is_there_and_on_the_page():

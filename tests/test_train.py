@@ -69,6 +69,7 @@ def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path, on
   run = Run(cfg, tmp_path)
   stage = run.stages[stage.name]
   frozen, (started, averages) = run.frozen_weights(stage), run.start_weights(stage)
+  assert run.frozen_steps(stage) == {"vae": (str(smoke_run.workdir / "vae"), 2)}  # the encoder's folder holds weights alone
   theirs = smoke_run.frozen_weights(smoke_run.stages["sft"])
   jax.tree.map(np.testing.assert_array_equal, frozen, theirs)
   jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.stage_weights("sft")["model"])

@@ -17,7 +17,7 @@ from qimg2.algorithms import Algorithm
 from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
-from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights
+from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights, saved_step
 
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
 
@@ -55,11 +55,21 @@ class StageWeights:
       self._check_caches(stage, weights)
     return weights
 
+  def frozen_steps(self, stage: StageConfig) -> dict[str, tuple[str, int]]:
+    """{frozen role: (folder, newest step)} of those that are read from a stage of another run, which may train on meanwhile."""
+    sources = {role: self._frozen_source(stage, role) for role in self.algorithm(stage).frozen}
+    steps = {role: (source.name, saved_step(self._folder(source) / "checkpoints")) for role, source in sources.items() if source.kind == "folder"}
+    return {role: found for role, found in steps.items() if found[1]}
+
+  def _frozen_source(self, stage: StageConfig, role: str) -> Source:
+    source = parse_source(stage.frozen.get(role, "default"))
+    if source.kind != "default":
+      return source
+    return parse_source(stage.start_from) if self.algorithm(stage).roles[role].start else self._published_root(stage, role)
+
   def _frozen_role(self, stage: StageConfig, role: str) -> dict:
-    algorithm, source = self.algorithm(stage), parse_source(stage.frozen.get(role, "default"))
-    if source.kind == "default":
-      source = parse_source(stage.start_from) if algorithm.roles[role].start else self._published_root(stage, role)
-    if source.kind == "scratch" and not algorithm.roles[role].start:
+    source = self._frozen_source(stage, role)
+    if source.kind == "scratch" and not self.algorithm(stage).roles[role].start:
       return self._saved_random_weights(stage, role)
     return self._read(stage, role, source)
 

@@ -146,6 +146,7 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, s
     begin = lambda params, averages: init_state(stage.algorithm, stage.optimizers, params, averages, key)  # jitted, for arrays that span processes
     return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start()), {}
   state, meta = checkpoints.restore(abstract, latest)
+  _check_frozen(stage, meta.get("stage", {}))
   _warn_of_another_order(stage, latest, meta.get("stage", {}))
   return as_configured(state, stage.algorithm, stage.optimizers), meta
 
@@ -336,7 +337,16 @@ def _finalize(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, 
   return state.replace(params={role: params[role] for role in state.params}, averages=averages)
 
 
-# A stage that goes on with other data.
+# A stage that goes on with other weights or other data.
+
+
+def _check_frozen(stage: Stage, saved: Mapping[str, Any]) -> None:
+  """Raises a `ValueError` where a frozen role is read from a run that has trained on since this stage began."""
+  now = stage.description.get("frozen_steps", {})
+  for role, (folder, step) in saved.get("frozen_steps", {}).items():
+    if role in now and now[role][0] == folder and now[role][1] != step:
+      raise ValueError(f"Stage {stage.name} was trained with {role} of step {step} of {folder}, which has step {now[role][1]} now: put that "
+                       "checkpoint back, or begin the stage anew with a copy of the folder that stays as it is.")
 
 
 def _warn_of_another_order(stage: Stage, step: int, saved: Mapping[str, Any]) -> None:
