@@ -9,6 +9,7 @@ from benchmarks import step, timing
 TINY = step.Size(step._sized(32, 2, head_dim=16), 4, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, forward", [("t2i", True), ("ti2i", False)])
 def test_a_step_beside_the_published_class(task, forward, tmp_path):
   row = step.measure("tiny", TINY, 2, task, forward, 2, 1e9, ["eager"])

@@ -128,6 +128,7 @@ def flips(folder, num, seed):
     yield path, int(rng.integers(8 * path.stat().st_size))
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_is_restored(two, caplog):
   folder, five, six, abstract = two
   used = []

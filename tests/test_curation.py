@@ -91,6 +91,7 @@ def test_the_same_command_finds_it_and_another_is_refused(small):
     pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(validation_share=0.5), num_workers=1)
 
 
+@pytest.mark.slow
 def test_interrupted_between_units(small, tmp_path, monkeypatch):
   """Whatever unit the interruption hits, in either pass, the result is the same to the byte, and no unit that is done is done again."""
   root, _, facts = small

@@ -19,6 +19,7 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     emoji.find_files()
 
 
+@pytest.mark.slow
 @needs_emoji
 def test_every_emoji_is_one_drawn_character():
   characters, facts = emoji.list_emoji(), emoji.describe()

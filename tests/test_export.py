@@ -136,6 +136,7 @@ def test_statistics_survive_json_to_the_bit(exported, pipeline, weights):
     np.testing.assert_array_equal(torch.tensor(getattr(pipeline.vae.config, f"latents_{name}")).numpy(), values)
 
 
+@pytest.mark.slow
 def test_bfloat16_files(write, nets, weights):
   from diffusers import QwenImage21Pipeline
   out = write(dtype="bfloat16")
@@ -148,6 +149,7 @@ def test_bfloat16_files(write, nets, weights):
   assert_trees_equal(read_back(out), rounded)
 
 
+@pytest.mark.slow
 def test_sharded_weights_to_several_files(write, nets, weights):
   from diffusers import QwenImage21Pipeline
   mesh, rules = sharding.make_mesh({"fsdp": 4, "tensor": 2}), sharding.RULES["fsdp_tensor"]

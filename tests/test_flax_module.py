@@ -14,6 +14,7 @@ from qimg2.models import mmdit
 
 CFG = mmdit.Config(latent_channels=6, width=48, num_layers=2, num_heads=2, head_dim=24, context_width=20, rope_dims=(8, 8, 8))
 SLOT = 9
+pytestmark = pytest.mark.slow  # nnx and linen initialise op by op
 
 
 def inputs(seed=0):

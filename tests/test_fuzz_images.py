@@ -152,6 +152,7 @@ def test_whole_files_are_decoded(alarmed):
     assert check(data, 0, (20, 24)), name
 
 
+@pytest.mark.slow
 def test_damaged_files_are_decoded_or_refused(alarmed, capsys, recwarn):
   files, sizes, before = list(whole_files().values()), itertools.cycle([(20, 24), (64, 16), (48, 48)]), peak_bytes()
   decoded = sum(check(damaged(files, number), number, next(sizes)) for number in range(NUM_DAMAGED))

@@ -50,6 +50,7 @@ def made():
   return [glyphs.example(i, seed=0) for i in range(NUM)]
 
 
+@pytest.mark.slow
 def test_damaged_records_are_replaced_and_counted(made, tmp_path):
   rng, lies, bad = np.random.default_rng(0), [], set()
   for i, record in enumerate(made):

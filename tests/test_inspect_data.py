@@ -130,6 +130,7 @@ def test_a_latent_cache_shows_its_first_channels(config, monkeypatch):
   assert gray.shape == (1, 2, 2, 3) and (gray == 255).all()
 
 
+@pytest.mark.slow
 def test_the_summary_agrees_with_the_batches(config):
   some = open_data(changed(config, caption_dropout=0.3), STAGE)
   facts = json.loads(json.dumps(inspection.summary(some)))

@@ -23,6 +23,12 @@ from tests.jobs.toy_methods import METHODS, grpo
 ONE = {"num_devices": 1}
 
 
+def all_but_one_slow(methods):
+  """The first of these methods for every day, the others with all tests."""
+  first, *others = methods
+  return [first, *(pytest.param(method, marks=pytest.mark.slow) for method in others)]
+
+
 class Killed(BaseException):
   """Ends a run where it is, as a kill does: nothing catches it."""
 
@@ -69,7 +75,7 @@ def whole(tmp_path_factory):
   return train
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", all_but_one_slow(METHODS))
 def test_a_killed_run_ends_with_the_same_bits(whole, method, tmp_path):
   """Killed between two saves."""
   with pytest.raises(Killed):
@@ -104,6 +110,7 @@ def test_the_first_minibatch_is_on_policy_and_failed_rewards_are_left_out(whole)
   assert all(row["reward/near"] < 0 for row in written)
 
 
+@pytest.mark.slow
 def test_methods_learn(tmp_path):
   settings = optim.Config(learning_rate=1e-2, warmup_steps=0, weight_decay=0.0)
   quick = dict(settings=settings, log_every=10, save_every=1000, eval_every=150, **ONE)
@@ -138,7 +145,7 @@ def test_an_adapter_is_merged_where_it_is_used():
   assert method.trained == ("lora",) and method.frozen == ("model", "judge")
 
 
-@pytest.mark.parametrize("method", ["grpo", "adapter", "dmd", "language"])
+@pytest.mark.parametrize("method", all_but_one_slow(["grpo", "adapter", "dmd", "language"]))
 def test_eight_devices_give_the_numbers_of_one(whole, method, tmp_path):
   toy.run(toy.Job(method, mesh={"fsdp": 4, "tensor": 2}), tmp_path)
   for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):

@@ -7,6 +7,7 @@ import math
 import tracemalloc
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_up import LANGUAGES, TOKENIZER, World, plain_index, world_of, worlds
@@ -86,6 +87,7 @@ def cells_of(mixture, dataset=None, resolution=None):
 # ---- properties ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_most_random_mixtures_can_be_made():
   """So that the properties below are not about nothing."""
   made = []
@@ -209,6 +211,7 @@ def small_worlds(draw):
   return World(specs, resolutions, indices, dict(num_tokens=64, seed=draw(st.integers(0, 99)), max_crop=0.6))
 
 
+@pytest.mark.slow
 @repeat(5)  # each asks for thousands of plans
 @given(small_worlds())
 def test_shares_of_a_cycle_are_the_weights(world):

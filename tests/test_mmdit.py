@@ -137,6 +137,7 @@ def test_full_size_count_and_shapes():
   assert not shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["block_causal", "full"])
 @pytest.mark.parametrize("condition_time", ["zero", "shared"])
 def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(attention, condition_time):
@@ -190,6 +191,7 @@ def test_a_prefix_that_sees_the_target_is_not_cached():
       mmdit.prefix_cache(dataclasses.replace(CFG, **change), {}, text, images, layout)
 
 
+@pytest.mark.slow
 def test_scan_equals_a_loop_and_remat_changes_nothing(monkeypatch):
   arguments = inputs(CFG, *CASES["one_image"])
   params = random_params(CFG)

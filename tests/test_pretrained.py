@@ -172,6 +172,7 @@ print(json.dumps({"weights": 4 * params.count(specs), "loading": loading, "writi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_host_memory_stays_near_the_weights(tmp_path, dtype):

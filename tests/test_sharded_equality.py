@@ -125,7 +125,8 @@ def moments(now):
   return next(x.mu for x in jax.tree.leaves(now.opt["model"], is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
 
 
-@pytest.mark.parametrize("case", [case if case == "text to image" else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_sharded_equals_unsharded(case):
   (now, metrics), (expected, expected_metrics) = on_mesh(*CASES[case]), alone(CASES[case][-1])
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(moments(expected)))  # every weight has a gradient to compare

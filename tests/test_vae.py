@@ -215,6 +215,7 @@ def shallower():
   return shallow(dim_mult=(2, 2), temporal_downsample=(True,), decoder_base_dim=4)
 
 
+@pytest.mark.slow
 def test_fresh_network_is_sane_and_every_weight_but_time_learns():
   cfg = shallower()
   image = random_image(cfg, 8, 8)
