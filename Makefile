@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 # Keep freed memory in the process: training allocates the same large arrays at every step.
 FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-# Two workers; tests that share an expensive fixture stay together. Those that start several processes follow alone.
+# Two workers; tests that share an expensive fixture stay together. Those marked `processes` follow alone.
 PYTEST := .venv/bin/python -m pytest -q --durations=15 tests
 WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # By how much a test that is not marked slow may exceed its ten seconds: machines differ, and the workers share one.

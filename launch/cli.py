@@ -49,12 +49,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _fail_flags(error: Exception) -> None:
+  in_file = "get_config" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
   while error.args and isinstance(error.args[0], Exception):  # ml_collections hands on the text of an error in another one
     error = error.args[0]
   text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()  # str(KeyError) has quotes around it
-  changes = [argument.partition("=")[0] for argument in sys.argv if argument.startswith("--config.")]
-  if changes and isinstance(error, (AttributeError, KeyError, IndexError, TypeError)):  # none of them says where it was
-    text = f"the config has no such place as {' or '.join(changes)}: {text}"
+  changes = [argument.partition("=")[0] for argument in sys.argv if argument.startswith(("--config.", "-config."))]
+  if changes and not in_file and isinstance(error, (AttributeError, KeyError, IndexError, TypeError)):  # none of them says where it was
+    text = f"{'one of ' * (len(changes) > 1)}{', '.join(changes)} names no place in the config: {text}"
   if isinstance(error, IN_CONFIG_FILE) and not isinstance(error, SyntaxError):  # that says itself where it is
     place = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{text} ({place.filename}, line {place.lineno})"

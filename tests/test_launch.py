@@ -44,8 +44,9 @@ def test_quickstart_fits_eight_devices():
 
 @pytest.mark.parametrize("arguments, code, message", [
     (("launch.train", "--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.stages[1].num_stepz=3"), 2,
-     "error: The flags cannot be used: the config has no such place as --config.stages[1].num_stepz: 'num_stepz' Did you mean \"num_steps\""),
-    (("launch.train", "--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.stages[9].keep=3"), 2, "--config.stages[9].keep: tuple index"),
+     "error: The flags cannot be used: --config.stages[1].num_stepz names no place in the config: 'num_stepz' Did you mean \"num_steps\""),
+    (("launch.train", "--config=configs/quickstart.py", "--workdir=/tmp/x", "--config.stages[9].keep=3"), 2,
+     "--config.stages[9].keep names no place in the config: tuple index"),
     (("launch.train", "--config=configs/nothing.py", "--workdir=/tmp/x"), 2, "configs/nothing.py"),
     (("launch.train", "--config=configs/quickstart.py"), 2, "workdir"),
     (("launch.train", "--config=configs/pretrain.py:v9", "--workdir=/tmp/x"), 2, "knows no 'v9': choose one of smoke"),

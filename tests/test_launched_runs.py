@@ -14,16 +14,17 @@ from many import ends, error_lines, start, together, train, wait_for
 from qimg2.training import faults, metrics
 from qimg2.training.metrics import read_rows
 
-STEPS = 6
+STAGES, STEPS = ("high_resolution", "sft"), 6
 CONFIG = """
 from configs import quickstart
 
 def get_config(arg=""):
   cfg = quickstart.get_config("smoke")
   cfg.data_dir = {data_dir!r}
-  cfg.stages = cfg.stages[2:3]  # it mixes drawing and editing
+  cfg.stages = cfg.stages[2:]  # both mix drawing and editing, and the second one starts from the first
   del cfg.evals["glyphs"], cfg.evals["glyph_edits"]
-  cfg.stages[0].start_from, cfg.stages[0].frozen.vae, cfg.sampling.guidance = "scratch", "default", 1.0
+  cfg.stages[0].start_from, cfg.sampling.guidance = "scratch", 1.0
+  cfg.stages[0].frozen.vae = cfg.stages[1].frozen.vae = "default"
   cfg.stages[0].num_steps, cfg.stages[0].save_every_steps, cfg.stages[0].eval_every_steps, cfg.stages[0].sample_every_steps = {steps}, 2, 3, 6
   cfg.stages[0].optimizer.schedule, cfg.stages[0].optimizer.warmup_steps = "constant", 2
   return cfg
@@ -64,12 +65,12 @@ def test_a_run_that_is_asked_to_stop_and_then_killed_ends_bit_identical(alone, c
   code, message = interrupt(command, written, 1, signal.SIGTERM)
   assert code == faults.EXIT_CODE == 75, message
   assert "Stage high_resolution was asked to stop" in message and "the same command goes on" in message and "Traceback" not in message
-  code, _ = interrupt(command, written, 4, signal.SIGKILL)
+  code, _ = interrupt(command, run / "sft" / "metrics.jsonl", 1, signal.SIGKILL)  # the stage before it is done
   assert code == -signal.SIGKILL
   together(1, *command)
   assert_same_bits(alone, run)
   total = metrics.goodput(read_rows(run / "high_resolution" / "timing.jsonl"))
-  assert total["starts"] == 3 and 0 < total["step_s"] < total["wall_s"]
+  assert total["starts"] == 2 and 0 < total["step_s"] < total["wall_s"]
   assert "Goodput" in (run / "report.html").read_text()
 
 
@@ -77,15 +78,19 @@ def test_a_run_that_is_asked_to_stop_and_then_killed_ends_bit_identical(alone, c
 def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, compilation_cache, tmp_path):
   """Rows and weights are divided over them; several devices of each, and other divisions, are the toy job's (tests/test_processes.py)."""
   printed = together(2, *train(config_file, tmp_path, compilation_cache), heartbeat_s=100)
-  ours, theirs = (read_rows(workdir / "high_resolution" / "metrics.jsonl") for workdir in (alone, tmp_path))
-  assert [sorted(row) for row in ours] == [sorted(row) for row in theirs] and any("loss" in row for row in ours)
-  for mine, its in zip(ours, theirs):
-    np.testing.assert_allclose([mine[key] for key in sorted(mine)], [its[key] for key in sorted(mine)], rtol=RTOL)
+  for stage in STAGES:
+    ours, theirs = (read_rows(workdir / stage / "metrics.jsonl") for workdir in (alone, tmp_path))
+    assert [sorted(row) for row in ours] == [sorted(row) for row in theirs] and any("loss" in row for row in ours)
+    for mine, its in zip(ours, theirs):
+      np.testing.assert_allclose([mine[key] for key in sorted(mine)], [its[key] for key in sorted(mine)], rtol=RTOL)
   names = lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts
                                 and "frozen" not in path.parts and not path.name.startswith("events."))
   assert names(tmp_path) == names(alone) and (tmp_path / "high_resolution" / "samples" / f"{STEPS:08d}.png").is_file()
   assert len(list((tmp_path / "high_resolution").glob("events.*"))) == 1
   assert "Report:" in printed[0] and not any(printed[1:])
+  before = {stage: (tmp_path / stage / "metrics.jsonl").read_bytes() for stage in STAGES}
+  together(2, *train(config_file, tmp_path, compilation_cache), heartbeat_s=100)  # both find that there is nothing left to do
+  assert {stage: (tmp_path / stage / "metrics.jsonl").read_bytes() for stage in STAGES} == before
 
 
 @pytest.mark.slow
@@ -111,7 +116,7 @@ def test_two_processes_evaluate_as_one(alone, tmp_path):
       printed = [commands.launch("launch.evaluate", f"--workdir={workdir}").stdout]
     else:
       printed = together(num, "-m", "launch.evaluate", f"--workdir={workdir}", heartbeat_s=100)
-    assert printed[0].startswith("Evaluation of stage high_resolution") and not any(printed[1:])
+    assert printed[0].startswith("Evaluation of stage sft") and not any(printed[1:])
     results.append(json.loads((workdir / "evaluation.json").read_text()))
   assert results[0] == results[1]
 

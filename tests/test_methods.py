@@ -96,6 +96,14 @@ def test_a_run_that_is_asked_to_stop_ends_with_the_same_bits(whole, at, tmp_path
   assert_same(tmp_path, whole("supervised"))
 
 
+def test_frozen_weights_that_changed_meanwhile_are_refused(tmp_path):
+  job = lambda step: toy.Job("supervised", description={"frozen_steps": {"judge": ("runs/a/judge", step)}}, **ONE)
+  with pytest.raises(faults.Preempted):
+    toy.run(job(100), tmp_path, stop=lambda step: step == 5)
+  with pytest.raises(ValueError, match="Stage toy was trained with judge of step 100 of runs/a/judge, which has step 200 now: put that checkpoint"):
+    toy.run(job(200), tmp_path)
+
+
 def test_what_is_not_due_is_left_out_of_the_row(whole):
   written = [row for row in rows(whole("dmd")) if "skipped" in row]
   assert all(("model/loss" in row) == (row["step"] % 2 == 0) and "fake/loss" in row for row in written)

@@ -208,6 +208,7 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
     (("--pretrained={folder}", "--image={folder}/half.png"), "half.png (100 bytes): "),
     (("--pretrained={folder}", "--noise=/nowhere.npy"), "/nowhere.npy cannot be read"),
     (("--pretrained={folder}", "--noise={folder}/empty.npy"), "empty.npy cannot be read"),
+    (("--pretrained={folder}", "--noise={folder}/noise.npy"), "The noise has shape (1, 2, 2, 8), but 1 picture(s) of 1024 x 1024 px need"),
     (("--pretrained={folder}", "--out={folder}"), "is a folder: name a PNG file"),
     (("--pretrained={folder}", "--stage=sft"), "leave them out with --pretrained"),
     (("--pretrained={folder}", "--negative_prompt=x"), "only read with guidance"),
@@ -221,6 +222,7 @@ def test_mistakes_end_in_one_sentence(folders, arguments, message, monkeypatch):
   """And before the weights are read, which takes minutes."""
   monkeypatch.setattr(Pretrained, "load", None)
   pictures(2)[1].save(folders(0) / "image.png")
+  np.save(folders(0) / "noise.npy", np.zeros((2, 2, 8), np.float32))
   (folders(0) / "half.png").write_bytes((folders(0) / "image.png").read_bytes()[:100])
   (folders(0) / "empty.npy").touch()
   result = launch("launch.sample", "--prompt=x", *(text.format(folder=folders(0)) for text in arguments))

@@ -11,10 +11,10 @@ from marks import needs_emoji
 from ml_collections import ConfigDict
 
 from configs import emoji, folder, pretrain
+from qimg2.runtime import curriculum, suites
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run
-from qimg2.runtime.suites import is_evaluated
 from qimg2.training import faults
 from qimg2.training.metrics import read_rows
 
@@ -44,10 +44,19 @@ def test_training_again_changes_nothing_and_reads_nothing(smoke_run, smoke_confi
   cfg, workdir = copy.deepcopy(smoke_config), shutil.copytree(smoke_run.workdir, tmp_path / "run")
   for name in ("loader", "evaluation_batches", "frozen_weights"):  # which take minutes where data and networks are large
     monkeypatch.setattr(Run, name, None)
-  assert not is_evaluated(Run({**cfg, "sampling": {**cfg.sampling, "guidance": 1.5}}, workdir))
   train(cfg, workdir)
-  for stage in cfg.stages:
-    assert (workdir / stage.name / "metrics.jsonl").read_bytes() == (smoke_run.workdir / stage.name / "metrics.jsonl").read_bytes()
+  for name in ("evaluation.json", *(f"{stage.name}/metrics.jsonl" for stage in cfg.stages)):
+    assert (workdir / name).read_bytes() == (smoke_run.workdir / name).read_bytes()
+  drawn = []
+  monkeypatch.setattr(suites, "evaluate", lambda run: drawn.append(run.cfg.sampling.guidance) or smoke_run)
+  monkeypatch.setattr(curriculum, "describe", str)
+  cfg.sampling.guidance = 1.5
+  train(cfg, workdir)
+  assert drawn == [1.5]  # other pictures
+  shutil.rmtree(workdir / "sft" / "checkpoints")
+  with pytest.raises(TypeError):  # there is no loader
+    train(cfg, workdir)
+  assert not (workdir / "evaluation.json").exists()  # it was of weights that are gone
 
 
 def test_each_stage_starts_from_the_one_it_names(smoke_run):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from data_pipelines.mixture import Resolution
 from qimg2.runtime import processes, report
@@ -17,7 +18,7 @@ from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import Run, save_config
 from qimg2.runtime.sheets import grid, save_png
-from qimg2.runtime.suites import describe, evaluate, is_evaluated
+from qimg2.runtime.suites import describe, evaluation
 from qimg2.sharding import to_host
 from qimg2.training import faults
 from qimg2.training.checkpoint import is_done
@@ -46,11 +47,11 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
     run = Run(cfg, workdir)
     save_config(cfg, workdir, allow_config_change)
     for stage in cfg.stages:
-      train_one(run, stage, stop, began, profile)
+      train_one(run, stage, stop, began, profile, allow_config_change)
       if processes.is_first():
         report.write_report(run)
       began = time.monotonic()
-  result = evaluate(run) if cfg.evals and not is_evaluated(run) else None
+  result = evaluation(run) if cfg.evals else None
   if processes.is_first():
     if result:
       print(describe(result))
@@ -59,13 +60,19 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
 
 
 def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None,
-              profile: tuple[int, int] | None = None) -> None:
+              profile: tuple[int, int] | None = None, allow_config_change: bool = False) -> None:
   """Trains one stage, or leaves it as it is when that was done before.
 
-  `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` as for `train`.
+  `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` and `allow_config_change` as for `train`.
   """
   if is_done(run.workdir / config.name / "checkpoints", config.num_steps):
     return  # nothing of what follows, which reads its data and weights, is needed any more
+  if processes.is_first():
+    (run.workdir / "evaluation.json").unlink(missing_ok=True)  # it is of weights that are about to change
+  frozen_steps = run.frozen_steps(config)  # before they are read, so that a step which is saved meanwhile is noticed, not missed
+  if frozen_steps and allow_config_change:
+    logging.warning("Stage %s goes on with %s, whatever it began with.", config.name, frozen_steps)
+    frozen_steps = {}
   algorithm = run.algorithm(config)
   loader, specs = run.loader(config), run.role_specs(config)
   frozen = run.frozen_weights(config)
@@ -76,7 +83,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambd
   stage = Stage(
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
-      config.faults, {**description(run.cfg, config), "frozen_steps": run.frozen_steps(config)}, profile)
+      config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps}, profile)
   if processes.is_first():
     report.save_counts(run, config, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,

@@ -98,13 +98,17 @@ class Generator:
     Raises:
       ValueError: noise of another shape, or a prompt that does not fit `size.num_tokens`.
     """
-    if noise is not None and noise.shape != (len(prompts), *self._shape):
-      raise ValueError(f"The noise has shape {noise.shape}, but {len(prompts)} picture(s) of {self._size.height} x {self._size.width} px need "
-                       f"{(len(prompts), *self._shape)}.")
+    self.check_noise(noise, len(prompts))
     pieces = [self._piece(weights, prompts, start, seed, images, negative_prompt, noise)
               for start in range(0, len(prompts), self._size.batch_size)]
     latents, pixels = (np.concatenate(parts)[:len(prompts)] for parts in zip(*pieces))
     return latents, pixels
+
+  def check_noise(self, noise: np.ndarray | None, num: int) -> None:
+    """Raises a `ValueError` if `noise` is not that of `num` pictures."""
+    if noise is not None and noise.shape != (num, *self._shape):
+      raise ValueError(f"The noise has shape {noise.shape}, but {num} picture(s) of {self._size.height} x {self._size.width} px need "
+                       f"{(num, *self._shape)}.")
 
   def _piece(self, weights, prompts, start, seed, images, negative_prompt, noise) -> tuple[np.ndarray, np.ndarray]:
     rows = np.arange(start, start + self._size.batch_size)

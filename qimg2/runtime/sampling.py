@@ -60,6 +60,7 @@ def sample(source: Source, load: Callable[[], dict], request: Request, defaults:
     raise ValueError("A negative prompt is only read with guidance: give --guidance, such as 4.")
   size = Size(height, width, -(-longest // TOKEN_STEP) * TOKEN_STEP, sizes, min(MAX_BATCH, len(prompts)))
   generator, noise = Generator(source, size, num_steps, guidance, base_times or None, request.cache), _load_noise(request.noise, len(prompts))
+  generator.check_noise(noise, len(prompts))
   latents, pictures = generator.draw(load(), prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
                                      request.negative_prompt, noise)
   return latents, pictures, prompts

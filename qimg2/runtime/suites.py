@@ -9,6 +9,7 @@ A config names suites in `config.evals`, such as {"glyphs": {"num_prompts": 200}
 any other.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,16 +28,17 @@ from qimg2.runtime.run import Run
 from qimg2.runtime.sampling import sampling_stage, sampling_weights
 from qimg2.runtime.sheets import grid, save_png
 from qimg2.sharding import broadcast_from_first
-from qimg2.training.checkpoint import saved_step
+from qimg2.training.checkpoint import Checkpoints
 
 SEED = 7
 NUM_SHOWN = 48
 
 
 def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, int]] | None = None) -> dict[str, Any]:
-  """{"stage", "step", "sampling", "evals", "suites": {name: {"num_prompts", "shares": {metric: mean}}}}: results, and of what they are.
+  """{"stage", "step", "config", "suites": {name: {"num_prompts", "shares": {metric: mean}}}}: results, and of what they are.
 
-  They are also in evaluation.json and evaluation.png of the run's folder.
+  "config" is a digest of the run's, None for suites that are not the config's. All of it is also in evaluation.json, and the pictures are in
+  evaluation.png, of the run's folder.
 
   Suites whose number of condition images the stage did not learn are left out, with a line in the log. Each is drawn for itself, so its figures
   do not depend on the others.
@@ -46,12 +48,11 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   Raises:
     ValueError: no suite, none that the stage learned, or no such stage.
   """
-  of = _settings(run, None if suites else run.cfg.evals)
-  suites = configured(run) if suites is None else suites
+  digest, suites = (_digest(run), configured(run)) if suites is None else (None, suites)
   if not suites:
     raise ValueError(f"config.evals is empty, so there is nothing to evaluate: add a suite, one of {', '.join(SUITES)}.")
   name, weights = sampling_weights(run, stage_name)
-  step = saved_step(run.workdir / name / "checkpoints")
+  step = _step(run, name)
   buckets, results, shown = run.loader(run.stages[name]).buckets, {}, []
   for suite_name, (suite, num) in suites.items():
     tasks = suite.tasks(num, SEED)
@@ -64,7 +65,7 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
     shown.append([cell for parts in zip(tasks, pictures, scores) for cell in suite.show(*parts)])
   if not results:
     raise ValueError(f"Stage {name!r} learned no task of the suites {', '.join(suites)}: evaluate another stage or add a suite.")
-  result = {"stage": name, "step": step, **of, "suites": results}
+  result = {"stage": name, "step": step, "config": digest, "suites": results}
   if processes.is_first():
     images, captions = zip(*[cell for cells in shown for cell in cells[:NUM_SHOWN // len(shown)]])
     save_png(grid(images, 8, captions), run.workdir / "evaluation.png")
@@ -74,18 +75,22 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   return result
 
 
-def is_evaluated(run: Run) -> bool:
-  """Whether evaluation.json is of the newest weights of the stage to sample from, by the suites and the sampler of the config; what the first
-  process sees is the answer of all."""
+def evaluation(run: Run) -> dict[str, Any]:
+  """What `evaluate` gives for a run: read from evaluation.json where that is of the same config and step, which the first process sees for all."""
   path, name = run.workdir / "evaluation.json", sampling_stage(run)
-  wanted = {"stage": name, "step": saved_step(run.workdir / name / "checkpoints"), **_settings(run, run.cfg.evals)}
+  wanted = {"stage": name, "step": _step(run, name), "config": _digest(run)}
   found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-  return bool(broadcast_from_first(np.int32({key: found.get(key) for key in wanted} == wanted)))
+  if broadcast_from_first(np.int32({key: found.get(key) for key in wanted} == wanted)):
+    return found
+  return evaluate(run)
 
 
-def _settings(run: Run, evals: Mapping[str, Any] | None) -> dict[str, Any]:
-  """What results depend on beside the weights, as JSON gives it back; `evals` is None for suites that no config names."""
-  return json.loads(json.dumps({"sampling": plain(run.cfg.sampling), "evals": plain(evals)}))
+def _step(run: Run, stage_name: str) -> int | None:
+  return Checkpoints(run.workdir / stage_name / "checkpoints").latest_step()
+
+
+def _digest(run: Run) -> str:
+  return hashlib.sha256(json.dumps(plain(run.cfg), sort_keys=True).encode()).hexdigest()
 
 
 def configured(run: Run) -> dict[str, tuple[Suite, int]]:

@@ -17,7 +17,7 @@ from qimg2.algorithms import Algorithm
 from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
-from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights, saved_step
+from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights
 
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
 
@@ -56,10 +56,11 @@ class StageWeights:
     return weights
 
   def frozen_steps(self, stage: StageConfig) -> dict[str, tuple[str, int]]:
-    """{frozen role: (folder, newest step)} of those that are read from a stage of another run, which may train on meanwhile."""
+    """{frozen role: (folder, newest intact step)} of those that are read from a stage of another run, which may train on meanwhile."""
     sources = {role: self._frozen_source(stage, role) for role in self.algorithm(stage).frozen}
-    steps = {role: (source.name, saved_step(self._folder(source) / "checkpoints")) for role, source in sources.items() if source.kind == "folder"}
-    return {role: found for role, found in steps.items() if found[1]}
+    folders = {role: self._folder(source) for role, source in sources.items() if source.kind == "folder"}
+    return {role: (str(folder), Checkpoints(folder / "checkpoints").latest_step()) for role, folder in folders.items()
+            if (folder / "checkpoints").is_dir()}
 
   def _frozen_source(self, stage: StageConfig, role: str) -> Source:
     source = parse_source(stage.frozen.get(role, "default"))

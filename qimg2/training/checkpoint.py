@@ -169,13 +169,9 @@ class Checkpoints:
       raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}{hint}") from error
 
 
-def saved_step(folder: pathlib.Path) -> int:
-  """The newest step in a folder of checkpoints, intact or not; 0 when there is none."""
-  return next(iter(_steps(folder)), 0)
-
-
 def is_done(folder: pathlib.Path, num_steps: int) -> bool:
   """Whether the newest checkpoint in a folder is of step `num_steps` or later, and intact. Nothing but its bytes is looked at."""
+  folder = pathlib.Path(folder).absolute()
   newest = next(iter(_agreed_steps(folder)), 0)
   return newest >= num_steps and not _agreed_fault(folder / str(newest))
 

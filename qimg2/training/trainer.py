@@ -62,7 +62,8 @@ class Stage:
     log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep.
     faults: fault-tolerance settings.
     profile: (first, last) step, counted from 1, to trace for XProf and Perfetto, into the folder `profile`; None for none.
-    description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data.
+    description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and "frozen_steps", {role:
+      (folder, step)} of frozen weights that another run may change.
   """
   name: str
   algorithm: Algorithm
@@ -346,7 +347,8 @@ def _check_frozen(stage: Stage, saved: Mapping[str, Any]) -> None:
   for role, (folder, step) in saved.get("frozen_steps", {}).items():
     if role in now and now[role][0] == folder and now[role][1] != step:
       raise ValueError(f"Stage {stage.name} was trained with {role} of step {step} of {folder}, which has step {now[role][1]} now: put that "
-                       "checkpoint back, or begin the stage anew with a copy of the folder that stays as it is.")
+                       "checkpoint back and move newer ones away, begin the stage anew with a copy of the folder that stays as it is, or take what "
+                       "is there with --allow_config_change.")
 
 
 def _warn_of_another_order(stage: Stage, step: int, saved: Mapping[str, Any]) -> None:

@@ -81,6 +81,7 @@ class Job:
   tolerance: faults.Settings = faults.Settings()
   restored: dict = dataclasses.field(default_factory=dict)
   profile: tuple | None = None
+  description: dict = dataclasses.field(default_factory=lambda: {"seed": 0})
 
   def loader(self, mesh, rules):
     """The loader of the method's data."""
@@ -105,7 +106,7 @@ def stage_of(job):
   shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
-                       job.tolerance, {"seed": 0}, job.profile), mesh, rules
+                       job.tolerance, job.description, job.profile), mesh, rules
 
 
 def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
