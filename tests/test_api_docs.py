@@ -1,5 +1,6 @@
 """The examples of docs/api.md run as they stand, one after the other, over a run that is trained already; the method of docs/methods.md trains."""
 
+import json
 import os
 import pathlib
 import re
@@ -55,7 +56,8 @@ def test_the_method_of_the_page_trains(smoke_run, smoke_config, tmp_path, monkey
   train(cfg, tmp_path)
   rows = [row for row in read_rows(tmp_path / "reward" / "metrics.jsonl") if "loss" in row]
   assert len(rows) == 2 and all(np.isfinite(value) for row in rows for value in row.values())
-  assert f'"frozen_steps": {{"vae": ["{theirs}/vae", 2]' in (tmp_path / "reward" / "checkpoints" / "2" / "meta" / "metadata").read_text()
+  meta = json.loads((tmp_path / "reward" / "checkpoints" / "2" / "meta" / "metadata").read_text(encoding="utf-8"))
+  assert meta["stage"]["frozen_steps"] == {"vae": [f"{theirs}/vae", 2], "ref": [f"{theirs}/sft", 2]}
   assert rows[0]["away"] < 1e-6 and abs(rows[0]["reward/green"]) < 1 and rows[0]["reward/left_out"] == 0.0
 
 
