@@ -3,8 +3,8 @@
 Sections are complete, in every stage too, so that a stage can be read alone and any key can be overridden on the command line:
   --config.stages[1].num_steps=10 --config.stages[1].faults.max_skipped=3
 A section that is a class of its own has that class's defaults, and its keys are explained there: `schedule` is `qimg2.flow.Schedule`, `optimizer`
-`qimg2.training.optim.Config`, `faults` `qimg2.training.faults.Settings`, `resolutions` and `mixture` `Resolution` and `DatasetSpec` of
-data_pipelines/mixture.py, and `algorithm` has the arguments of its method in `qimg2.algorithms`. `launch.describe --config=FILE` prints all values.
+`qimg2.training.optim.Config`, `faults` `qimg2.training.faults.Settings`, `mixture` and `resolutions` `DatasetSpec` and `Resolution` of
+data_pipelines/mixture.py (squares alone, unless a stage says otherwise), and `algorithm` has the arguments of its method in `qimg2.algorithms`.
 The sections of the three networks (configs/sizes.py) are the exception: what they do not name has the default of the network's class.
 
 Where weights come from, in `start_from` and `frozen`:
@@ -90,12 +90,15 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
   return cfg
 
 
-def part(name: str, weight: float = DatasetSpec.weight, task: str = DatasetSpec.task, **changes) -> dict:
+def part(name: str, weight: float = DatasetSpec.weight, task: str = DatasetSpec.task, split: str = DatasetSpec.split,
+         min_quality: float = DatasetSpec.min_quality, min_stage: int = DatasetSpec.min_stage,
+         languages: tuple[str, ...] = DatasetSpec.languages, **caption_weights: float) -> dict:
   """A data set in a mixture; `weight` is its share of the batches, `task` "t2i" (text to image) or "ti2i" (editing).
 
-  `changes` are other fields of `DatasetSpec`: split, min_quality, min_stage, languages, caption_weights.
+  `min_stage` leaves out records that did not pass the filters of that data stage (1 to 6). `caption_weights`: general, text, knowledge,
+  structured, how often captions of each kind are drawn; without any all kinds alike.
   """
-  return plain(DatasetSpec(data_dir="", name=name, weight=weight, task=task, **changes))
+  return plain(DatasetSpec("", name, split, weight, task, min_quality, min_stage, languages, caption_weights))
 
 
 def chosen(cfg: ConfigDict, arg: str) -> ConfigDict:
