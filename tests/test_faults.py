@@ -63,7 +63,7 @@ def test_a_second_interrupt_does_not_wait_for_compiled_code():
   process.communicate()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("number, to", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_two_processes_stop_after_the_same_step(number, to):
   with socket.socket() as free:

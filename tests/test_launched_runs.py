@@ -9,7 +9,7 @@ import commands
 import numpy as np
 import pytest
 from kill_points import assert_same_bits
-from many import ends, error_lines, start, together, train, wait_for
+from many import UNHURRIED_S, ends, error_lines, start, together, train, wait_for
 
 from qimg2.training import faults, metrics
 from qimg2.training.metrics import read_rows
@@ -27,6 +27,9 @@ def get_config(arg=""):
   cfg.stages[0].frozen.vae = cfg.stages[1].frozen.vae = "default"
   cfg.stages[0].num_steps, cfg.stages[0].save_every_steps, cfg.stages[0].eval_every_steps, cfg.stages[0].sample_every_steps = {steps}, 2, 3, 6
   cfg.stages[0].optimizer.schedule, cfg.stages[0].optimizer.warmup_steps = "constant", 2
+  cfg.stages[1].optimizer, cfg.stages[1].algorithm = cfg.stages[0].optimizer, cfg.stages[0].algorithm  # so that their programs are the same
+  cfg.stages[0].evaluation.num_samples = cfg.stages[1].evaluation.num_samples = 16
+  cfg.sampling.num_images = 2
   return cfg
 """
 # Each device adds up its rows, and then the sums are added: another order than one device's, so the losses differ in the last bits. Measured
@@ -77,7 +80,7 @@ def test_a_run_that_is_asked_to_stop_and_then_killed_ends_bit_identical(alone, c
 @pytest.mark.slow
 def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, compilation_cache, tmp_path):
   """Rows and weights are divided over them; several devices of each, and other divisions, are the toy job's (tests/test_processes.py)."""
-  printed = together(2, *train(config_file, tmp_path, compilation_cache), heartbeat_s=100)
+  printed = together(2, *train(config_file, tmp_path, compilation_cache), heartbeat_s=UNHURRIED_S)
   for stage in STAGES:
     ours, theirs = (read_rows(workdir / stage / "metrics.jsonl") for workdir in (alone, tmp_path))
     assert [sorted(row) for row in ours] == [sorted(row) for row in theirs] and any("loss" in row for row in ours)
@@ -89,7 +92,7 @@ def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, c
   assert len(list((tmp_path / "high_resolution").glob("events.*"))) == 1
   assert "Report:" in printed[0] and not any(printed[1:])
   before = {stage: (tmp_path / stage / "metrics.jsonl").read_bytes() for stage in STAGES}
-  together(2, *train(config_file, tmp_path, compilation_cache), heartbeat_s=100)  # both find that there is nothing left to do
+  together(2, *train(config_file, tmp_path, compilation_cache), heartbeat_s=UNHURRIED_S)  # both find that there is nothing left to do
   assert {stage: (tmp_path / stage / "metrics.jsonl").read_bytes() for stage in STAGES} == before
 
 
@@ -97,7 +100,7 @@ def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, c
 def test_two_processes_draw_what_one_draws(alone, tmp_path):
   arguments = lambda num: (f"--workdir={alone}", "--prompt=red star on white", "--prompt=blue A", "--prompt=a green K", "--num_steps=2",
                            "--guidance=2", f"--out={tmp_path}/{num}.png", f"--save_latents={tmp_path}/{num}.npy", f"--pictures={tmp_path}/{num}")
-  printed = [commands.launch("launch.sample", *arguments(1)).stdout, *together(2, "-m", "launch.sample", *arguments(2), heartbeat_s=100)]
+  printed = [commands.launch("launch.sample", *arguments(1)).stdout, *together(2, "-m", "launch.sample", *arguments(2), heartbeat_s=UNHURRIED_S)]
   assert "3 pictures" in printed[0] and "3 pictures" in printed[1] and not printed[2]
   one, two = (np.load(tmp_path / f"{num}.npy") for num in (1, 2))
   np.testing.assert_allclose(two, one, atol=1e-4)
@@ -115,7 +118,7 @@ def test_two_processes_evaluate_as_one(alone, tmp_path):
     if num == 1:
       printed = [commands.launch("launch.evaluate", f"--workdir={workdir}").stdout]
     else:
-      printed = together(num, "-m", "launch.evaluate", f"--workdir={workdir}", heartbeat_s=100)
+      printed = together(num, "-m", "launch.evaluate", f"--workdir={workdir}", heartbeat_s=UNHURRIED_S)
     assert printed[0].startswith("Evaluation of stage sft") and not any(printed[1:])
     results.append(json.loads((workdir / "evaluation.json").read_text()))
   assert results[0] == results[1]
@@ -123,7 +126,7 @@ def test_two_processes_evaluate_as_one(alone, tmp_path):
 
 @pytest.mark.slow
 def test_another_config_on_one_process_is_refused(config_file, compilation_cache, tmp_path):
-  results = ends(start(2, *train(config_file, tmp_path, compilation_cache), extra=lambda i: (f"--config.seed={i}",), heartbeat_s=100), 300)
+  results = ends(start(2, *train(config_file, tmp_path, compilation_cache), extra=lambda i: (f"--config.seed={i}",), heartbeat_s=UNHURRIED_S), 300)
   for code, _, stderr in results:
     assert code == 1 and len(error_lines(stderr)) == 1 and "The config of process 1 is not that of process 0" in stderr, stderr
   assert not (tmp_path / "config.json").exists()

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from kill_points import last_arrays
-from many import ROOT, ends, start
+from many import ROOT, UNHURRIED_S, ends, start
 
 from qimg2.training import faults, optim
 from qimg2.training.metrics import read_rows
@@ -258,20 +258,20 @@ def test_killed_in_the_rollout_in_scoring_and_between_minibatches(tmp_path):
   assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_processes_that_hold_the_same_rows_take_the_same_rewards(whole, tmp_path):
   """Two processes divide the weights alone; the judge of the second one says something else."""
-  results = ends(start(2, *command(tmp_path)[1:], '--mesh={"fsdp": 1, "tensor": 2}', "--biased_judge"), 300)
+  results = ends(start(2, *command(tmp_path)[1:], '--mesh={"fsdp": 1, "tensor": 2}', "--biased_judge", heartbeat_s=UNHURRIED_S), 300)
   for code, _, stderr in results:
     assert code == 0, stderr[-3000:]
   for mine, its in zip(rows(tmp_path), rows(whole("grpo")), strict=True):
     np.testing.assert_allclose([mine[name] for name in its], list(its.values()), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("method, mesh, num_devices", [("grpo", '{"fsdp": -1}', 1), ("adapter", '{"fsdp": 2, "tensor": 2}', 2)])
 def test_two_processes_give_the_numbers_of_one(whole, method, mesh, num_devices, tmp_path):
-  results = ends(start(2, *command(tmp_path, method)[1:], f"--mesh={mesh}", num_devices=num_devices), 300)
+  results = ends(start(2, *command(tmp_path, method)[1:], f"--mesh={mesh}", num_devices=num_devices, heartbeat_s=UNHURRIED_S), 300)
   for code, _, stderr in results:
     assert code == 0, stderr[-3000:]
   for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):

@@ -14,7 +14,7 @@ import types
 import numpy as np
 import pytest
 from kill_points import Job, assert_same_bits, kill_and_compare
-from many import PATIENCE_S, ends, error_lines, start, together, toy, wait_for
+from many import PATIENCE_S, UNHURRIED_S, ends, error_lines, start, together, toy, wait_for
 
 from configs import quickstart
 from data_pipelines.loader import Loader
@@ -63,7 +63,7 @@ def alone(tmp_path_factory):
 def half(tmp_path_factory):
   """Folder of a run that four processes were asked to stop in the middle, after a step that another number of them did not save at."""
   workdir = tmp_path_factory.mktemp("half")
-  started = start(4, *toy(workdir, SLOW))
+  started = start(4, *toy(workdir, SLOW), heartbeat_s=UNHURRIED_S)
   wait_for(lambda: rows_of(workdir) >= 5, started)
   started[2].send_signal(signal.SIGTERM)
   for code, _, stderr in ends(started, PATIENCE_S):
@@ -108,10 +108,10 @@ def test_runs_that_are_asked_to_stop_end_bit_identical(alone, tmp_path):
   assert total["starts"] >= 3 and total["lost_s"] == 0 and 0 < total["step_s"] < total["wall_s"]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_each_process_reads_back_what_it_wrote(tmp_path):
   """So that the checksums of a large checkpoint are there within a notice of preemption."""
-  together(2, "tests/worker.py", "--do=save", f"--workdir={tmp_path}")
+  together(2, "tests/worker.py", "--do=save", f"--workdir={tmp_path}", heartbeat_s=UNHURRIED_S)
   hashed = [json.loads((tmp_path / f"hashed{i}.json").read_text().replace(manifest.TEMPORARY, "")) for i in range(2)]
   step = tmp_path / "checkpoints" / "3"
   hashed = [[os.path.relpath(path, step) for path in paths] for paths in hashed]
@@ -125,26 +125,26 @@ def test_each_process_reads_back_what_it_wrote(tmp_path):
 # The numbers of one.
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_four_processes_train_and_evaluate_as_one_does(alone, half, tmp_path):
   """In two parts."""
   workdir = shutil.copytree(half, tmp_path / "run")
-  printed = together(4, *toy(workdir))
+  printed = together(4, *toy(workdir), heartbeat_s=UNHURRIED_S)
   assert_same_numbers(workdir, alone)
   assert len(list((workdir / "toy").glob("events.*"))) == len(list((half / "toy").glob("events.*"))) + 1
   assert "done at" in printed[0] and not any(printed[1:])
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("num, more", [(1, ()), (2, ('--mesh={"tensor": 2}',))])
 def test_what_four_saved_others_take_up(alone, half, tmp_path, num, more):
   """Saved by four processes that divide rows, taken up by one, and by two that divide the weights alone."""
   workdir = shutil.copytree(half, tmp_path / "run")
-  together(num, *toy(workdir, *more))
+  together(num, *toy(workdir, *more), heartbeat_s=UNHURRIED_S)
   assert_same_numbers(workdir, alone)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_every_division_gives_the_same_batches(data_dir, compilation_cache, tmp_path):
   """With rows that are shared by two processes of four, as by one."""
   path = tmp_path / "short.py"
@@ -156,7 +156,7 @@ def test_every_division_gives_the_same_batches(data_dir, compilation_cache, tmp_
   one = [to_host(run.put(loader.batch(k)[1])["sample_id"]).tolist() for k in range(6)]
   assert all(len(ids) == 8 for ids in one)
   printed = together(4, "tests/worker.py", "--do=batches", f"--config={path}", f"--workdir={tmp_path}", "--config.mesh.fsdp=2",
-                     "--config.mesh.tensor=2")
+                     "--config.mesh.tensor=2", heartbeat_s=UNHURRIED_S)
   assert [json.loads(line) for line in printed[0].splitlines()] == one
 
 
@@ -181,11 +181,12 @@ def test_when_one_is_killed_the_others_end(tmp_path, num, victim):
       assert f"Process {victim}" in error_lines(stderr)[0] and "Traceback" not in stderr
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_mistake_of_one_ends_all(tmp_path, victim):
   begin = time.monotonic()
-  results = ends(start(3, "tests/worker.py", "--do=wait", f"--workdir={tmp_path}", f"--victim={victim}", "--mistake"), PATIENCE_S)
+  results = ends(start(3, "tests/worker.py", "--do=wait", f"--workdir={tmp_path}", f"--victim={victim}", "--mistake",
+                       heartbeat_s=UNHURRIED_S), PATIENCE_S)
   assert time.monotonic() - begin < PATIENCE_S
   for i, (code, _, stderr) in enumerate(results):
     whose = "" if i == victim else f"Process {victim} failed: "
@@ -218,10 +219,10 @@ def test_killed_again_and_again_a_job_ends_bit_identical(tmp_path):
   assert kill_and_compare(Job(toy, 2), tmp_path, num_kills=2, seed=0) >= 1
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_whichever_is_asked_all_stop_after_one_step(tmp_path):
   """Asked before the first step of a stage that goes on from 500."""
-  started = start(2, "tests/worker.py", "--do=stop", f"--workdir={tmp_path}")
+  started = start(2, "tests/worker.py", "--do=stop", f"--workdir={tmp_path}", heartbeat_s=UNHURRIED_S)
   for i in range(2):
     wait_for((tmp_path / f"started{i}").exists, started)
   started[1].send_signal(signal.SIGTERM)
@@ -241,14 +242,14 @@ def test_a_notice_ends_a_process_that_does_not_stop_by_itself(tmp_path):
   assert results[1][0] == -signal.SIGTERM and results[0][0] == processes.EXIT_CODE, results
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(alone, tmp_path):
-  started = start(2, *toy(tmp_path, SLOW))
+  started = start(2, *toy(tmp_path, SLOW), heartbeat_s=UNHURRIED_S)
   wait_for(lambda: rows_of(tmp_path) >= 2, started)
   started[1].send_signal(signal.SIGTERM)
   for code, _, stderr in ends(started, PATIENCE_S):
     assert code == processes.EXIT_CODE and "was asked to stop" in stderr and "Traceback" not in stderr, stderr[-3000:]
-  together(2, *toy(tmp_path))
+  together(2, *toy(tmp_path), heartbeat_s=UNHURRIED_S)
   assert_same_numbers(tmp_path, alone)
 
 
