@@ -144,7 +144,7 @@ def test_bfloat16_files(write, nets, weights):
   for network, name in PARTS.items():
     assert getattr(pipeline, name).dtype == torch.bfloat16
     assert_same(getattr(pipeline, name), tensors_of(nets, weights, network, jnp.bfloat16))
-  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), weights)
+  rounded = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16).astype(np.float32), weights)
   rounded["vae"]["statistics"] = weights["vae"]["statistics"]
   assert_trees_equal(read_back(out), rounded)
 

@@ -1,5 +1,6 @@
 """The joint sequence: order, positions and blocks, whatever the padding."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from qimg2.layout import centred_grid, make_layout
 from qimg2.models import mmdit
 
 SLOT, PAD = 9, 0
+compiled = jax.jit(make_layout, static_argnums=(2, 3, 4))
 
 
 def layout(rows, grids, target, length=None):
@@ -16,7 +18,7 @@ def layout(rows, grids, target, length=None):
   tokens = np.full((len(rows), length), PAD, np.int32)
   for row, ids in zip(tokens, rows):
     row[:len(ids)] = ids
-  return make_layout(jnp.asarray(tokens), jnp.array([len(ids) for ids in rows]), SLOT, grids, target)
+  return compiled(tokens, np.array([len(ids) for ids in rows]), SLOT, tuple(grids), target)
 
 
 def test_published_check_vector():

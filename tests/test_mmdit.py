@@ -20,7 +20,7 @@ from qimg2.published.names import mmdit as names
 CFG = mmdit.Config(latent_channels=6, width=48, num_layers=3, num_heads=2, head_dim=24, context_width=20, rope_dims=(8, 8, 8))
 SLOT = 9
 TOLERANCE = 2e-5
-apply = jax.jit(mmdit.apply, static_argnums=0)
+apply, compiled_layout = jax.jit(mmdit.apply, static_argnums=0), jax.jit(make_layout, static_argnums=(2, 3, 4))
 
 
 def make_reference(cfg, seed=0):
@@ -38,9 +38,10 @@ def load(cfg, module):
   return tensors.import_tensors(mmdit.specs(cfg), names.table(cfg), set(published), published.__getitem__)
 
 
+@functools.cache
 def random_params(cfg, seed=0):
   leaves = lambda path, p: 0.15 * jax.random.normal(jax.random.fold_in(jax.random.key(seed), len(path)), p.shape) + ("norm_" in path)
-  return P.map_with_path(leaves, mmdit.specs(cfg))
+  return jax.jit(lambda: P.map_with_path(leaves, mmdit.specs(cfg)))()
 
 
 def inputs(cfg, ids, grids, target, seed=0, length=None):
@@ -53,7 +54,7 @@ def inputs(cfg, ids, grids, target, seed=0, length=None):
   text[:, len(ids):] = 1e3
   latents = rng.normal(size=(1, target[0] * target[1], cfg.latent_channels)).astype(np.float32)
   images = rng.normal(size=(1, sum(h * w for h, w in grids), cfg.latent_channels)).astype(np.float32) if grids else None
-  layout = make_layout(jnp.asarray(tokens), jnp.array([len(ids)]), SLOT, grids, target)
+  layout = compiled_layout(tokens, np.array([len(ids)]), SLOT, tuple(grids), target)
   return latents, jnp.array([(0.37 + 0.1 * seed) % 1], jnp.float32), text, images, layout
 
 
@@ -146,7 +147,7 @@ def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(attention, condition
   prompts = [[1, 2], [1, 2, 3, 4, 5, 6], [1, 2, 3]]
   alone = [inputs(cfg, ids, [], (2, 4), seed) for seed, ids in enumerate(prompts)]
   padded = [inputs(cfg, ids, [], (2, 4), seed, length=9) for seed, ids in enumerate(prompts)]
-  batch = jax.tree.map(lambda *rows: jnp.concatenate(rows), *padded)
+  batch = jax.tree.map(lambda *rows: np.concatenate(rows), *padded)
   together = apply(cfg, params, *batch)
   for row in (0, 1):  # the shortest and the longest
     assert reference.relative_error(together[row], apply(cfg, params, *alone[row])[0]) < 1e-5
@@ -175,7 +176,7 @@ def test_cached_prefix_gives_the_same_velocity(case):
   ids, grids, target = CASES[case]
   params = random_params(CFG)
   batch = [inputs(CFG, ids, grids, target, seed, length=len(ids) + 3) for seed in range(2)]
-  latents, t, text, images, layout = jax.tree.map(lambda *rows: jnp.concatenate(rows), *batch)
+  latents, t, text, images, layout = jax.tree.map(lambda *rows: np.concatenate(rows), *batch)
   cache = jax.jit(mmdit.prefix_cache, static_argnums=0)(CFG, params, text, images, layout)
   assert cache.key.shape == (CFG.num_layers, 2, layout.index.shape[1], CFG.num_heads, CFG.head_dim)
   cached = jax.jit(mmdit.apply_cached, static_argnums=0)
