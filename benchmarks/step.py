@@ -151,18 +151,13 @@ def measure(name: str, size: Size, batch_size: int, task: str, forward: bool, ro
     if their_num != num:
       raise ValueError(f"The published class has {their_num} weights and ours {num}: the sizes differ.")
   times = timing.take_turns(ways, rounds)
-  peer = min((one for one in times if one != "ours"), key=lambda one: times[one].median, default="")
-  row = {"size": name, "task": task, "batch": batch_size, "what": "forward" if forward else "step", "num_weights": num,
-         **{f"{way}_s": one.median for way, one in times.items()}, **{f"{way}_spread": one.spread for way, one in times.items()},
-         "of_limit": counts / times["ours"].median / rate}
-  return row | ({"speed": times[peer].median / times["ours"].median} if peer else {})
+  return {"size": name, "task": task, "batch": batch_size, "what": "forward" if forward else "step", "num_weights": num, **timing.columns(times),
+          "of_limit": counts / times["ours"].median / rate}
 
 
 def describe(row: dict) -> str:
   """A row as a line."""
-  cells = [f"{row['size']:10}{row['task']:5}{row['batch']:>6}  {row['what']:8}"]
-  cells += [f"{row[f'{way}_s']:9.3f} ±{row[f'{way}_spread'] / 2:4.0%}" if f"{way}_s" in row else f"{'':15}" for way in ("ours", "eager", "compiled")]
-  return " ".join([*cells, f"{row['speed']:7.2f}" if "speed" in row else "", f"{row['of_limit']:9.0%}"])
+  return f"{row['size']:11}{row['task']:5}{row['batch']:>6}  {row['what']:8}{timing.cells(row)}{row['of_limit']:>10.0%}"
 
 
 def define_flags() -> None:
@@ -170,7 +165,7 @@ def define_flags() -> None:
   flags.DEFINE_list("size", ["20M", "quickstart"], f"Any of {', '.join(SIZES)}.")
   flags.DEFINE_list("batch", ["1", "4"], "Rows of a batch.")
   flags.DEFINE_list("task", ["t2i", "ti2i"], "t2i, ti2i.")
-  flags.DEFINE_list("peer", ["eager", "compiled"], "What of torch to time; empty for ours alone.")
+  flags.DEFINE_list("peer", list(timing.PEERS), "What of torch to time; empty for ours alone.")
   flags.DEFINE_integer("rounds", 5, "Timed calls of each way.", lower_bound=1)
   flags.DEFINE_integer("num_layers", 0, "Layers in place of the size's, for one that does not fit.", lower_bound=0)
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute type; master weights are float32.")
@@ -184,14 +179,10 @@ def main(_) -> None:
   """Prints the table."""
   args = flags.FLAGS
   python_logging.getLogger("torch").setLevel(python_logging.ERROR)
-  for chosen, known in ((args.size, SIZES), (args.task, ("t2i", "ti2i")), (args.peer, ("eager", "compiled"))):
-    if odd := [one for one in chosen if one not in known]:
-      raise ValueError(f"{odd[0]!r} is unknown: choose among {', '.join(known)}.")
+  timing.check_choices(size=(args.size, SIZES), task=(args.task, ("t2i", "ti2i")), peer=(args.peer, timing.PEERS))
   rates = timing.matrix_rates(dtype=args.dtype, torch=torch)
-  limits = ", ".join(f"{name} {x / 1e9:.0f} GFLOP/s" for name, x in rates.items())
-  print(f"{jax.devices()[0].device_kind}, {args.dtype}; matrix products at most {limits}")
-  heads = "".join(f"{way + ' s':>16}" for way in ("ours", "eager", "compiled"))
-  print(f"{'size':10}{'task':5}{'batch':>6}  {'what':8}{heads}{'speed':>7}{'of limit':>10}")
+  print(timing.limits(args.dtype, rates))
+  print(f"{'size':11}{'task':5}{'batch':>6}  {'what':8}{timing.heads()}{'of limit':>10}")
   rows = []
   for name in args.size:
     size = SIZES[name]()
@@ -204,9 +195,7 @@ def main(_) -> None:
           rows.append(measure(name, size, batch, task, forward, args.rounds, rates["xla"], args.peer))
           print(describe(rows[-1]), flush=True)
           torch.compiler.reset()
-  if "speed" in rows[0]:
-    print(f"ours is {timing.geometric_mean([row['speed'] for row in rows]):.2f} times as fast as the faster of torch's, geometric mean")
-  timing.write_json(args.json, rows, matrix_rates=rates, dtype=args.dtype)
+  timing.summary(rows, args.json, matrix_rates=rates, dtype=args.dtype)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+PEERS = ("eager", "compiled")  # torch's ways
 REST_S = 0.25  # between two ways: threads that wait for work of the one before must have gone to sleep
 
 
@@ -77,6 +78,44 @@ def synchronize(torch: Any, result: Any) -> Any:
   if torch.cuda.is_available():
     torch.cuda.synchronize()
   return result
+
+
+def check_choices(**chosen: tuple[list[str], Collection[str]]) -> None:
+  """Raises a `ValueError` for a value of a list flag that is none of its choices; by the flag's name, (values, choices)."""
+  for name, (values, choices) in chosen.items():
+    if odd := [value for value in values if value not in choices]:
+      raise ValueError(f"--{name}={odd[0]} is unknown: choose among {', '.join(choices)}.")
+
+
+def limits(dtype: str, rates: Mapping[str, float]) -> str:
+  """The device and its largest matrix rates as a line."""
+  text = ", ".join(f"{name} {x / 1e9:.0f} GFLOP/s" for name, x in rates.items())
+  return f"{jax.devices()[0].device_kind}, {dtype}; matrix products at most {text}"
+
+
+def columns(times: Mapping[str, Times]) -> dict[str, float]:
+  """What a row says of the ways: seconds and spread of each, and the speed of "ours" beside the fastest of the others."""
+  row = {f"{way}_s": one.median for way, one in times.items()} | {f"{way}_spread": one.spread for way, one in times.items()}
+  others = [one.median for way, one in times.items() if way != "ours"]
+  return row | ({"speed": min(others) / times["ours"].median} if others else {})
+
+
+def heads() -> str:
+  """The heads over `cells`."""
+  return "".join(f"{way + ' s':>16}" for way in ("ours", *PEERS)) + f"{'speed':>8}"
+
+
+def cells(row: Mapping[str, float]) -> str:
+  """Seconds of each way with their spread, and the speed, of a row made by `columns`."""
+  ways = (f"{row[f'{way}_s']:9.3f} ±{row[f'{way}_spread'] / 2:4.0%} " if f"{way}_s" in row else "" for way in ("ours", *PEERS))
+  return "".join(f"{way:>16}" for way in ways) + (f"{row['speed']:8.2f}" if "speed" in row else f"{'':8}")
+
+
+def summary(rows: list[dict], path: str, **about: Any) -> None:
+  """Prints the geometric mean of the speeds, and writes the rows."""
+  if rows and "speed" in rows[0]:
+    print(f"ours is {geometric_mean([row['speed'] for row in rows]):.2f} times as fast as the fastest of torch's, geometric mean")
+  write_json(path, rows, **about)
 
 
 def geometric_mean(values: list[float]) -> float:

@@ -53,16 +53,18 @@ def rescale(module, seed):
   return module
 
 
-def tiny_qwen3_vl(seed, tied=False, vocab_size=320, image_token_id=300, **token_ids):
-  """A small random `Qwen3VLForConditionalGeneration`: width 64, vision taps that are not evenly spaced, special tokens from 300 on."""
+def tiny_qwen3_vl(seed, tied=False, vocab_size=320, image_token_id=300, text=None, vision=None, **token_ids):
+  """A small random `Qwen3VLForConditionalGeneration`: width 64, vision taps that are not evenly spaced, special tokens from 300 on; `text` and
+  `vision` hold other sizes of the two parts."""
   from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-  text = dict(vocab_size=vocab_size, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-              head_dim=32, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-              rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_interleaved=True, mrope_section=[6, 5, 5]))
-  vision = dict(depth=5, hidden_size=48, intermediate_size=96, num_heads=4, in_channels=3, patch_size=16, spatial_merge_size=2,
-                temporal_patch_size=2, out_hidden_size=64, num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 3])
+  text_sizes = dict(vocab_size=vocab_size, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=32, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=tied,
+                    rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_interleaved=True, mrope_section=[6, 5, 5])) | (text or {})
+  vision_sizes = dict(depth=5, hidden_size=48, intermediate_size=96, num_heads=4, in_channels=3, patch_size=16, spatial_merge_size=2,
+                      temporal_patch_size=2, out_hidden_size=text_sizes["hidden_size"], num_position_embeddings=64,
+                      deepstack_visual_indexes=[0, 1, 3]) | (vision or {})
   others = dict(video_token_id=301, vision_start_token_id=302, vision_end_token_id=303) | token_ids
-  config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_id=image_token_id, **others)
+  config = Qwen3VLConfig(text_config=text_sizes, vision_config=vision_sizes, tie_word_embeddings=tied, image_token_id=image_token_id, **others)
   return randomize(rescale(Qwen3VLForConditionalGeneration(config), seed), seed, scale=0.2)
 
 
@@ -92,25 +94,26 @@ def tiny_tokenizer():
   return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def tiny_vae(seed, channels=8, image_channels=4):
-  """A small random `AutoencoderKLQwenImage21` with statistics that are no one's default."""
+def tiny_vae(seed, channels=8, image_channels=4, **sizes):
+  """A small random `AutoencoderKLQwenImage21` with statistics that are no one's default; `sizes` in place of its own."""
   from diffusers import AutoencoderKLQwenImage21
   torch.manual_seed(seed)
   statistics = dict(latents_mean=[0.1 * i - 0.3 for i in range(channels)], latents_std=[1 + 0.1 * i for i in range(channels)])
-  return randomize(AutoencoderKLQwenImage21(base_dim=8, decoder_base_dim=12, z_dim=channels, num_res_blocks=1, in_channels=image_channels,
-                                            out_channels=image_channels, **statistics), seed)
+  sizes = dict(base_dim=8, decoder_base_dim=12, num_res_blocks=1) | sizes
+  return randomize(AutoencoderKLQwenImage21(z_dim=channels, in_channels=image_channels, out_channels=image_channels, **sizes, **statistics), seed)
 
 
-def tiny_transformer(seed, num_layers=2, channels=8, causal_condition=True):
-  """A small random `QwenImage21Transformer2DModel` of width 64 for the encoder of `tiny_qwen3_vl`."""
+def tiny_transformer(seed, num_layers=2, channels=8, causal_condition=True, **sizes):
+  """A small random `QwenImage21Transformer2DModel` of width 64 for the encoder of `tiny_qwen3_vl`; `sizes` in place of its own."""
   from diffusers import QwenImage21Transformer2DModel
   torch.manual_seed(seed)
-  module = QwenImage21Transformer2DModel(in_channels=channels, out_channels=channels, num_layers=num_layers, attention_head_dim=16,
-                                         num_attention_heads=4, context_in_dim=64, axes_dims_rope=(4, 6, 6), causal_condition=causal_condition)
+  sizes = dict(attention_head_dim=16, num_attention_heads=4, context_in_dim=64, axes_dims_rope=(4, 6, 6)) | sizes
+  module = QwenImage21Transformer2DModel(in_channels=channels, out_channels=channels, num_layers=num_layers, causal_condition=causal_condition,
+                                         **sizes)
   return randomize(rescale(module, seed), seed, scale=0.2)
 
 
-def tiny_pipeline(seed=0, num_layers=2, channels=8, tied=False, causal_condition=True, **scheduler):
+def tiny_pipeline(seed=0, num_layers=2, channels=8, tied=False, causal_condition=True, sizes=None, **scheduler):
   """A small random `QwenImage21Pipeline` that stands in for a published checkpoint; `save_pretrained(folder)` writes its folder.
 
   Args:
@@ -119,11 +122,12 @@ def tiny_pipeline(seed=0, num_layers=2, channels=8, tied=False, causal_condition
     channels: of the latents.
     tied: whether the encoder's head is its embedding.
     causal_condition: of the transformer.
+    sizes: "transformer", "vae", "text", "vision" -> sizes of these in place of the tiny ones.
     scheduler: settings in place of the published ones.
   """
   from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
   from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
-  tokenizer = tiny_tokenizer()
+  tokenizer, sizes = tiny_tokenizer(), {"transformer": {}, "vae": {}, "text": None, "vision": None} | (sizes or {})
   ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in [
       ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"), ("vision_start_token_id", "<|vision_start|>"),
       ("vision_end_token_id", "<|vision_end|>")]}
@@ -134,5 +138,6 @@ def tiny_pipeline(seed=0, num_layers=2, channels=8, tied=False, causal_condition
   settings = dict(use_dynamic_shifting=True, time_shift_type="exponential", base_image_seq_len=256, base_shift=0.5, max_image_seq_len=8192,
                   max_shift=0.9, shift_terminal=0.02)
   return QwenImage21Pipeline(
-      FlowMatchEulerDiscreteScheduler(**(settings | scheduler)), tiny_vae(seed, channels), tiny_qwen3_vl(seed, tied, len(tokenizer), **ids),
-      processor, tiny_transformer(seed, num_layers, channels, causal_condition))
+      FlowMatchEulerDiscreteScheduler(**(settings | scheduler)), tiny_vae(seed, channels, **sizes["vae"]),
+      tiny_qwen3_vl(seed, tied, len(tokenizer), text=sizes["text"], vision=sizes["vision"], **ids), processor,
+      tiny_transformer(seed, num_layers, channels, causal_condition, **sizes["transformer"]))

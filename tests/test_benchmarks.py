@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import step, timing
+from benchmarks import networks, sampler, start, step, timing
 
 TINY = step.Size(step._sized(32, 2, head_dim=16), 4, 12)
 
@@ -26,3 +26,26 @@ def test_ways_take_turns_and_begin_in_another_order_each_round(monkeypatch):
   times = timing.take_turns({name: lambda number, name=name: called.append((number, name)) for name in "ab"}, rounds=2, warm_up=1)
   assert called == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
   assert all(len(one.seconds) == 2 and one.spread >= 0 for one in times.values())
+
+
+@pytest.mark.slow
+def test_drawing_beside_the_published_pipeline():
+  row = sampler.measure("tiny", 64, 1, 4.0, True, 2, 1, "float32", ["eager"])
+  assert row["off_by"] <= 1 and row["speed"] == row["eager_s"] / row["ours_s"] and "yes" in sampler.describe(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", networks.WHATS)
+def test_networks_beside_the_published_classes(what):
+  row = networks.measure("tiny", what, 32, 2, 8, 1, "float32", 1e9, ["eager"])
+  assert row["off_by"] < 1e-4 and row["of_limit"] > 0 and what in networks.describe(row)
+
+
+def test_every_command_is_timed_and_mistakes_are_named():
+  assert {"launch.train", "launch.sample", "launch.evaluate"} < set(start.launchers()) and "launch.cli" not in start.launchers()
+  with pytest.raises(ValueError, match="--stage=low, but configs/quickstart.py has the stages vae, low_resolution"):
+    start._interval("configs/quickstart.py", "smoke", "low")
+  with pytest.raises(ChildProcessError, match="-c exit.3. ended with code 3"):
+    start.command("-c", "exit(3)")
+  with pytest.raises(ValueError, match="--what=sing is unknown: choose among help, train."):
+    timing.check_choices(what=(["help", "sing"], ("help", "train")))

@@ -1,7 +1,6 @@
 """The joint sequence: order, positions and blocks, whatever the padding."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
