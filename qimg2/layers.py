@@ -4,6 +4,7 @@ Weights arrive in float32 and are cast to the compute type at use. Norms, softma
 S sequence, D width, H heads, K head dim, F MLP width.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -11,8 +12,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 
-def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1) -> jax.Array:
-  """`x` times `weight`, contracting the last `num_dims` dimensions of `x` with the first of `weight`; result in the type of `x`."""
+def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1, join: bool = False) -> jax.Array:
+  """`x` times `weight`, contracting the last `num_dims` dimensions of `x` with the first of `weight`; result in the type of `x`.
+
+  `join`: as a product of two matrices. The gradient of the weight then sums over one dimension, the joined rows; over two, XLA's CPU compiler first
+  transposes the cotangent, and computes what made it in the transposed order. For arrays on one device.
+  """
+  if join:
+    inner = math.prod(weight.shape[:num_dims])
+    return linear(x.reshape(-1, inner), weight.reshape(inner, -1)).reshape(*x.shape[:x.ndim - num_dims], *weight.shape[num_dims:])
   return jax.lax.dot_general(x, weight.astype(x.dtype), ((tuple(range(x.ndim - num_dims, x.ndim)), tuple(range(num_dims))), ((), ())))
 
 
@@ -40,9 +48,9 @@ def layer_norm(x: jax.Array, weight: jax.Array | None = None, bias: jax.Array | 
   return y.astype(x.dtype)
 
 
-def swiglu(x: jax.Array, gate: jax.Array, proj: jax.Array, out: jax.Array) -> jax.Array:
-  """(SiLU(x·gate) ⊙ (x·proj))·out with gate, proj [D, F] and out [F, D] (arXiv 2002.05202)."""
-  return linear(jax.nn.silu(linear(x, gate)) * linear(x, proj), out)
+def swiglu(x: jax.Array, gate: jax.Array, proj: jax.Array, out: jax.Array, join: bool = False) -> jax.Array:
+  """(SiLU(x·gate) ⊙ (x·proj))·out with gate, proj [D, F] and out [F, D] (arXiv 2002.05202); `join` as in `linear`."""
+  return linear(jax.nn.silu(linear(x, gate, join=join)) * linear(x, proj, join=join), out, join=join)
 
 
 def rope_frequencies(dim: int, theta: float) -> jax.Array:

@@ -68,6 +68,12 @@ def identity(x: jax.Array, *axes: str | None) -> jax.Array:
   return x
 
 
+def on_one_cpu(shard: Shard) -> bool:
+  """Whether what `shard` constrains lies on a single CPU device."""
+  mesh = getattr(shard, "mesh", None)
+  return jax.default_backend() == "cpu" if mesh is None else mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, strict: bool = True) -> Mesh:
   """The mesh of a run. `sizes` maps mesh axes to sizes; at most one may be -1, which takes the devices that are left.
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qimg2 import layers
+from qimg2 import layers, sharding
 
 
 def normal(*shape, seed=0):
@@ -48,3 +48,20 @@ def test_remat_policies_change_no_gradient():
     np.testing.assert_allclose(jax.grad(loss)(w, policy), plain, rtol=1e-5, atol=1e-7)
   with pytest.raises(ValueError, match="Unknown remat policy 'some'"):
     layers.checkpoint_layer(lambda x: x, "some")
+
+
+@pytest.mark.parametrize("x_shape, shape, num_dims", [((2, 6, 4), (4, 5), 1), ((2, 6, 4), (4, 3, 2), 1), ((2, 6, 3, 2), (3, 2, 5), 2)])
+def test_joined_rows_give_the_same_and_copy_no_cotangent(x_shape, shape, num_dims):
+  x, w = normal(*x_shape), normal(*shape, seed=1)
+  def gradient(join):
+    return jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(layers.linear(x, w, num_dims, join))), (0, 1)))
+  assert layers.linear(x, w, num_dims, True).shape == layers.linear(x, w, num_dims).shape
+  for ours, theirs in zip(gradient(True)(x, w), gradient(False)(x, w)):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+  text = gradient(True).lower(x, w).compile().as_text()
+  assert "lhs_contracting_dims={0}, rhs_contracting_dims={0}" in text  # over the joined rows, as they lie
+
+
+def test_rows_are_joined_on_a_single_cpu_alone():
+  shard = lambda num: sharding.make_shard(sharding.make_mesh({"fsdp": num}, jax.devices()[:num]), sharding.RULES["fsdp"])
+  assert sharding.on_one_cpu(sharding.identity) and sharding.on_one_cpu(shard(1)) and not sharding.on_one_cpu(shard(2))

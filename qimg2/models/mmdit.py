@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from qimg2 import attention, layers
 from qimg2 import params as P
-from qimg2.sharding import Shard, identity
+from qimg2.sharding import Shard, identity, on_one_cpu
 
 NUM_MODULATIONS = 4  # scale1, gate1, scale2, gate2
 
@@ -157,12 +157,10 @@ def apply(cfg: Config, params: dict, target: jax.Array, t: jax.Array, text: jax.
   """
   prefix = _embed_prefix(cfg, params, text, images, layout, shard)
   x = jnp.concatenate([prefix, layers.linear(target.astype(cfg.dtype), params["img_in"])], axis=1)  # B S D
-  times = jnp.stack([jnp.zeros_like(t) if cfg.condition_time == "zero" else t, t])
-  is_target = (jnp.arange(x.shape[1]) >= prefix.shape[1])[:, None]  # S 1
-  *modulation, scale_out = [jnp.where(is_target, m[1][:, None], m[0][:, None]) for m in _modulate(cfg, params, times)]  # B S D
-  x, _ = _run_blocks(cfg, params, x, modulation, layout.positions, _mask(cfg, layout, images), shard)
-  num_target = target.shape[1]
-  return _project_out(cfg, params, x[:, -num_target:], scale_out[:, -num_target:])
+  times = jnp.stack([t, jnp.zeros_like(t) if cfg.condition_time == "zero" else t])
+  *modulation, scale_out = _modulate(cfg, params, times)  # 2 B D
+  x, _ = _run_blocks(cfg, params, x, modulation, layout.positions, _mask(cfg, layout, images), shard, num_prefix=prefix.shape[1])
+  return _project_out(cfg, params, x[:, -target.shape[1]:], scale_out)
 
 
 def prefix_cache(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout, shard: Shard = identity) -> Cache:
@@ -176,7 +174,7 @@ def prefix_cache(cfg: Config, params: dict, text: jax.Array, images: jax.Array |
                      f"{cfg.attention!r} and {cfg.condition_time!r}: sample without a cache.")
   x = _embed_prefix(cfg, params, text, images, layout, shard)  # B P D
   alone = jax.tree.map(lambda leaf: leaf[:, :x.shape[1]], layout)
-  *modulation, _ = [m[0][:, None] for m in _modulate(cfg, params, jnp.zeros((1, x.shape[0])))]  # B 1 D
+  *modulation, _ = _modulate(cfg, params, jnp.zeros((1, x.shape[0])))  # 1 B D
   _, cache = _run_blocks(cfg, params, x, modulation, alone.positions, _mask(cfg, alone, images), shard, keep=True)
   return cache
 
@@ -184,32 +182,40 @@ def prefix_cache(cfg: Config, params: dict, text: jax.Array, images: jax.Array |
 def apply_cached(cfg: Config, params: dict, target: jax.Array, t: jax.Array, cache: Cache, layout: Layout, shard: Shard = identity) -> jax.Array:
   """`apply` with the prefix in place of its text and images: the same velocity [B, N, C], at the cost of the target tokens alone."""
   x = layers.linear(target.astype(cfg.dtype), params["img_in"])  # B N D
-  *modulation, scale_out = [m[0][:, None] for m in _modulate(cfg, params, t[None])]  # B 1 D
+  *modulation, scale_out = _modulate(cfg, params, t[None])  # 1 B D
   mask = attention.Mask(valid=layout.valid)  # the target comes last and sees everything
   x, _ = _run_blocks(cfg, params, x, modulation, layout.positions[:, -x.shape[1]:], mask, shard, cache)
   return _project_out(cfg, params, x, scale_out)
 
 
 def _run_blocks(cfg: Config, params: dict, x: jax.Array, modulation: list[jax.Array], positions: jax.Array, mask: attention.Mask,
-                shard: Shard, past: Cache | None = None, keep: bool = False) -> tuple[jax.Array, Cache | None]:
-  """(tokens [B, S, D] after the last block, their keys and values of every layer if `keep`); `past` tokens come before these."""
+                shard: Shard, past: Cache | None = None, keep: bool = False, num_prefix: int = 0) -> tuple[jax.Array, Cache | None]:
+  """(tokens [B, S, D] after the last block, their keys and values of every layer if `keep`); `past` tokens come before these.
+
+  Modulation [1 or 2, B, D] is that of all tokens, or of those after the first `num_prefix` and of these. It is spread over the tokens where it is
+  used, so that a layer reads two rows and not one per token.
+  """
   angles = layers.concat_angles(jnp.moveaxis(positions, -1, 0), cfg.rope_dims, cfg.rope_theta)  # B S K/2
+  is_prefix = (jnp.arange(x.shape[1]) < num_prefix)[:, None]  # S 1
+  join = on_one_cpu(shard)
+  spread = lambda m: jnp.where(is_prefix, m[1][:, None], m[0][:, None]) if num_prefix else m[0][:, None]  # B S D
   scale1, gate1, scale2, gate2 = modulation
+  scale1, gate1, scale2, gate2 = 1 + scale1, jnp.tanh(gate1), 1 + scale2, jnp.tanh(gate2)
 
   def block(x, inputs):
     weights, past = inputs
-    a = layers.layer_norm(x, eps=cfg.eps) * (1 + scale1)
+    a = layers.layer_norm(x, eps=cfg.eps) * spread(scale1)
     attended, own = _attend(cfg, weights["attn"], a, angles, mask, past, shard)
-    x = x + jnp.tanh(gate1) * attended
-    b = layers.layer_norm(x, eps=cfg.eps) * (1 + scale2)
-    x = x + jnp.tanh(gate2) * layers.swiglu(b, weights["mlp"]["gate"], weights["mlp"]["proj"], weights["mlp"]["out"])
+    x = x + spread(gate1) * attended
+    b = layers.layer_norm(x, eps=cfg.eps) * spread(scale2)
+    x = x + spread(gate2) * layers.swiglu(b, *(weights["mlp"][name] for name in ("gate", "proj", "out")), join)
     return shard(x, "batch", "token", None), own if keep else None
 
   return jax.lax.scan(layers.checkpoint_layer(block, cfg.remat), shard(x, "batch", "token", None), (params["blocks"], past))
 
 
 def _project_out(cfg: Config, params: dict, x: jax.Array, scale: jax.Array) -> jax.Array:
-  return layers.linear(layers.layer_norm(x, eps=cfg.eps) * (1 + scale), params["proj_out"]).astype(jnp.float32)
+  return layers.linear(layers.layer_norm(x, eps=cfg.eps) * (1 + scale[0][:, None]), params["proj_out"]).astype(jnp.float32)
 
 
 def _embed_prefix(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout,
@@ -238,12 +244,13 @@ def _embed_time(cfg: Config, params: dict, t: jax.Array) -> jax.Array:
 
 def _attend(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: attention.Mask, past: Cache | None,
             shard: Shard) -> tuple[jax.Array, Cache]:
-  q, k, v = (shard(layers.linear(x, params[name]), "batch", "token", "heads", None) for name in ("q", "k", "v"))  # B S H K
+  join = on_one_cpu(shard)
+  q, k, v = (shard(layers.linear(x, params[name], join=join), "batch", "token", "heads", None) for name in ("q", "k", "v"))  # B S H K
   q = layers.rotate_pairs(layers.rms_norm(q, params["norm_q"], cfg.eps), angles)
   own = Cache(layers.rotate_pairs(layers.rms_norm(k, params["norm_k"], cfg.eps), angles), v)
   seen = own if past is None else jax.tree.map(lambda before, now: jnp.concatenate([before, now], axis=1), past, own)
   attended = attention.attention(q, seen.key, seen.value, mask, cfg.attention_backend, shard)
-  return layers.linear(attended, params["out"], num_dims=2), own
+  return layers.linear(attended, params["out"], num_dims=2, join=join), own
 
 
 def _mask(cfg: Config, layout: Layout, images: jax.Array | None) -> attention.Mask:
