@@ -33,11 +33,10 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.core import example_serializer
 
 from data_pipelines.tokenizer import PromptTokenizer
 
@@ -51,8 +50,8 @@ _DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes
              "image": b"", "latents": b"", "source_latents": [], "features": []}
 
 
-def _features() -> tfds.features.FeaturesDict:
-  features = tfds.features
+def _features() -> Any:
+  from tensorflow_datasets import features  # where it is used, here and below: its import takes half a second, for which --help need not wait
   blob, texts = features.Scalar(np.object_), features.Sequence(features.Text())
   return features.FeaturesDict({
       "image": blob, "height": np.int32, "width": np.int32, "quality": np.float32, "stage": np.int32, "has_text": np.bool_,
@@ -77,6 +76,7 @@ class ShardWriter:
   """
 
   def __init__(self, path: str | os.PathLike):
+    from tensorflow_datasets.core import example_serializer
     self._path, self._features = os.fspath(path), _features()
     self._serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
     self._num_records = self._num_bytes = 0
@@ -210,6 +210,7 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     move: puts a shard in its place.
     extra: further sections of dataset.json.
   """
+  import tensorflow_datasets as tfds
   folder = pathlib.Path(folder)
   (folder / VERSION).mkdir(parents=True, exist_ok=True)
   splits, checksums = [], {}
@@ -316,6 +317,7 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
     raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
   with np.load(_index_path(folder, split)) as file:
     index = {column: file[column] for column in file.files}
+  import tensorflow_datasets as tfds
   source = tfds.builder_from_directory(os.path.join(folder, version)).as_data_source(split)
   return source, index
 
