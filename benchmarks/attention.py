@@ -2,6 +2,7 @@
 backward, and what it needs of the device's memory.
 
   python -m benchmarks.attention [--length=4096] [--prefix=1024] [--heads=32] [--head_dim=128] [--batch=1] [--dtype=bfloat16] [--rounds=5]
+    [--json=F]
 
 The sequence is what an edit has: a causal prompt with one image in it, padding, then the target. Rounds take turns, so that what else the machine
 does falls on all of them alike; the table has medians. On a CPU splash runs interpreted, which says nothing of its speed.
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks import timing
 from launch import cli
 from qimg2 import attention
 from qimg2.attention import Mask
@@ -82,6 +84,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("head_dim", 128, "Their width.", lower_bound=1)
   flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of queries, keys and values.")
   flags.DEFINE_integer("rounds", 5, "Timed calls of each back end.", lower_bound=1)
+  flags.DEFINE_string("json", "", "File for the rows.")
 
 
 def main(_) -> None:
@@ -91,8 +94,10 @@ def main(_) -> None:
   print(f"{jax.devices()[0].device_kind}: {args.batch} x {args.length} tokens, {args.prefix} of them before the target, {args.heads} heads of "
         f"{args.head_dim}, {args.dtype}")
   print(f"{'back end':10}{'ms':>10}{'GiB':>8}{'output off by':>16}{'gradient off by':>17}")
-  for row in compare(arrays, mask, args.rounds):
+  rows = compare(arrays, mask, args.rounds)
+  for row in rows:
     print(f"{row['name']:10}{row['ms']:10.2f}{row['gib']:8.2f}{row['out']:16.1e}{row['gradient']:17.1e}")
+  timing.write_json(args.json, rows)
 
 
 if __name__ == "__main__":

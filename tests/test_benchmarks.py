@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import networks, sampler, start, step, timing
+from benchmarks import everything, networks, sampler, start, step, timing
+from qimg2 import params as P
+from qimg2.models import mmdit
 
 TINY = step.Size(step._sized(32, 2, head_dim=16), 4, 12)
 
@@ -49,3 +51,22 @@ def test_every_command_is_timed_and_mistakes_are_named():
     start.command("-c", "exit(3)")
   with pytest.raises(ValueError, match="--what=sing is unknown: choose among help, train."):
     timing.check_choices(what=(["help", "sing"], ("help", "train")))
+
+
+def test_as_many_layers_as_fit():
+  assert everything.layers_that_fit(1e9) == 1 and everything.layers_that_fit(1e13) == 32
+  eighty = everything.layers_that_fit(80e9)
+  weights = P.count(mmdit.specs(mmdit.Config(num_layers=eighty)))
+  assert 10 < eighty < 32 and 0.6 * 80e9 < 16 * weights <= 0.7 * 80e9
+  for platform in ("cpu", "gpu"):
+    for tiny in (False, True):
+      assert set(everything.commands(platform, 80e9, tiny)) == set(everything.NAMES)
+
+
+@pytest.mark.slow
+def test_everything_is_written_down_whatever_becomes_of_it():
+  arguments = everything.commands("cpu", 0, tiny=True)["attention"]
+  done = everything.run("attention", arguments, 300)
+  assert "ended" not in done and {row["name"] for row in done["rows"]} >= {"xla", "chunked"} and "back end" in done["printed"]
+  assert everything.run("attention", ["--length=2"], 300)["ended"].startswith("code 2: ")
+  assert everything.run("attention", arguments, 0)["ended"] == "stopped after 0 s"
