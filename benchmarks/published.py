@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+import jax
 import torch
 
 from qimg2.runtime.pretrained import Pretrained
@@ -53,8 +54,8 @@ def device() -> str:
   return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def theirs(name: str, dtype: str = "float32") -> Any:
-  """The pipeline of diffusers."""
+def theirs(name: str, dtype: str = "float32", compiled: bool = False) -> Any:
+  """The pipeline of diffusers, its networks eager or compiled."""
   path = folder(name)  # first: the import of transformers that the pipeline needs is safe only through `reference`
   import diffusers
   import transformers
@@ -62,10 +63,14 @@ def theirs(name: str, dtype: str = "float32") -> Any:
     library.utils.logging.disable_progress_bar()
   pipe = diffusers.QwenImage21Pipeline.from_pretrained(path, dtype=getattr(torch, dtype), low_cpu_mem_usage=False).to(device())
   pipe.set_progress_bar_config(disable=True)
+  if compiled:
+    pipe.transformer.compile()
+    pipe.text_encoder.model.language_model.compile()
+    pipe.vae.encode, pipe.vae.decode = torch.compile(pipe.vae.encode), torch.compile(pipe.vae.decode)
   return pipe
 
 
 def ours(name: str, dtype: str = "float32") -> tuple[Pretrained, dict]:
   """(networks and tokenizer, their weights)."""
-  source = Pretrained(folder(name), dtype=dtype)
+  source = Pretrained(folder(name), dtype=dtype, devices=jax.devices()[:1])
   return source, source.load()

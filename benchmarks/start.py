@@ -5,7 +5,8 @@
   help   each launcher's `--help`, beside `import jax` alone
   train  one stage of the config, with random weights in place of those it would start from, for a few steps: with an empty folder of compiled
          programs (cold), with the same folder again (warm), and once more to go on from its last checkpoint (restart). "first step" is the time
-         from the command until that step's metrics are on disk; "save" what one checkpoint adds to the loop, as a share of the steps between two
+         from the command until that step's metrics are on disk. "save" is what a checkpoint in the middle of the restart holds up: the time of the
+         call, and by how much the steps after it, beside which it is written, take longer than those before; as a share of the time between two
          saves at the stage's own interval
 
 Processes of the ways take turns, and data is prepared before. Steps are the stage's own, so a share depends on how long they take.
@@ -26,7 +27,8 @@ from benchmarks import timing
 from launch import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 6  # of the cold and of the warm start; saved every second one
+STEPS = 3  # of the cold and of the warm start
+SAVED, LONGER = 23, 43  # when the restart saves, and where it ends
 CONFIG = """
 import importlib.util
 
@@ -38,7 +40,7 @@ def get_config(arg=""):
   stage, = [one for one in cfg.stages if one.name == {stage!r}]
   cfg.stages, cfg.evals, cfg.data_dir = (stage,), {{}}, {data_dir!r}
   stage.start_from, stage.frozen = "scratch", {{role: "default" for role in stage.frozen}}
-  stage.num_steps, stage.save_every_steps, stage.log_every_steps = int(arg), 2, 1
+  stage.num_steps, stage.save_every_steps, stage.log_every_steps = int(arg), {save_every}, 1
   stage.eval_every_steps = stage.sample_every_steps = 10**6
   return cfg
 """
@@ -56,7 +58,8 @@ def command(*arguments: str) -> None:
     ChildProcessError: it failed.
   """
   done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-  if done.returncode not in (0, 1) or (done.returncode == 1 and "--help" not in arguments):  # absl ends --help with 1
+  helped = "--help" in arguments and done.returncode == 1 and "--helpfull" in done.stdout  # which absl prints below the flags, and ends with 1
+  if done.returncode and not helped:
     raise ChildProcessError(f"{' '.join(arguments)} ended with code {done.returncode}: {done.stderr[-500:]}")
 
 
@@ -74,18 +77,16 @@ def train_rows(config: str, stage: str, rounds: int) -> list[dict]:
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     (folder / "one.py").write_text(CONFIG.format(config=str(pathlib.Path(file).resolve()), argument=argument, stage=stage,
-                                                 data_dir=str(folder / "data")), encoding="utf-8")
+                                                 data_dir=str(folder / "data"), save_every=SAVED), encoding="utf-8")
     interval = _interval(file, argument, stage)
     _start(folder, stage, "data", "any", 1)
     for number in range(rounds):
       cache = f"cache{number}"
       cold, _ = _start(folder, stage, f"cold{number}", cache, STEPS)
-      warm, timings = _start(folder, stage, f"warm{number}", cache, STEPS)
-      restart, _ = _start(folder, stage, f"warm{number}", cache, 2 * STEPS)
-      loop = [row for row in timings if "wall_s" in row and row["step"] > 1]
-      step, saves = statistics.median(row["step_s"] for row in loop), [row["save_s"] for row in loop if row["save_s"]]
-      found.append({"cold": cold, "warm": warm, "restart": restart, "step": step, "save": statistics.median(saves),
-                    "save_share": statistics.median(saves) / (interval * step)})
+      warm, _ = _start(folder, stage, f"warm{number}", cache, STEPS)
+      restart, timings = _start(folder, stage, f"warm{number}", cache, LONGER)
+      step, save = save_costs(timings)
+      found.append({"cold": cold, "warm": warm, "restart": restart, "step": step, "save": save, "save_share": save / (interval * step)})
       for name in (f"cold{number}", f"warm{number}", cache):
         shutil.rmtree(folder / name)
   medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
@@ -94,6 +95,13 @@ def train_rows(config: str, stage: str, rounds: int) -> list[dict]:
       {"what": "step", "seconds": medians["step"], "spread": spread("step")},
       {"what": f"save, {medians['save_share']:.2%} of {interval} steps", "seconds": medians["save"], "spread": spread("save"),
        "share": medians["save_share"]}]
+
+
+def save_costs(timings: list[dict]) -> tuple[float, float]:
+  """(seconds of a step, seconds that a save adds to the loop) of the rows of a run that saved at step `SAVED` and went on to `LONGER`."""
+  rows = {row["step"]: row for row in timings if "wall_s" in row and SAVED - 15 < row["step"] < LONGER}
+  step = statistics.median(row["wall_s"] for number, row in rows.items() if number < SAVED)
+  return step, max(0.0, sum(row["wall_s"] - step for number, row in rows.items() if number >= SAVED))
 
 
 def _interval(file: str, argument: str, stage: str) -> int:

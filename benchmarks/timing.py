@@ -114,7 +114,8 @@ def cells(row: Mapping[str, float]) -> str:
 def summary(rows: list[dict], path: str, **about: Any) -> None:
   """Prints the geometric mean of the speeds, and writes the rows."""
   if rows and "speed" in rows[0]:
-    print(f"ours is {geometric_mean([row['speed'] for row in rows]):.2f} times as fast as the fastest of torch's, geometric mean")
+    peers = " and ".join(peer for peer in PEERS if f"{peer}_s" in rows[0])
+    print(f"ours is {geometric_mean([row['speed'] for row in rows]):.2f} times as fast as torch ({peers}, the faster), geometric mean")
   write_json(path, rows, **about)
 
 

@@ -69,9 +69,10 @@ def identity(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def on_one_cpu(shard: Shard) -> bool:
-  """Whether what `shard` constrains lies on a single CPU device."""
+  """Whether all lies on a single CPU device: the mesh of `shard` has no other, or without a mesh this process has none."""
   mesh = getattr(shard, "mesh", None)
-  return jax.default_backend() == "cpu" if mesh is None else mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+  devices = jax.devices() if mesh is None else mesh.devices.flat
+  return len(devices) == 1 and devices[0].platform == "cpu"
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, strict: bool = True) -> Mesh:

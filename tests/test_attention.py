@@ -151,8 +151,19 @@ def test_long_sequences_in_bfloat16():
   mask = attention.block_causal(block, valid | (block == 2), 400, longest)
   arguments = arrays(mask, length, dtype=jnp.bfloat16, rows=2)
   theirs = both(xla, mask, tuple(x.astype(jnp.float32) for x in arguments))
-  for backend in ("splash", "ring"):
+  for backend in ("splash", "ring", "chunked"):
     close(both(functools.partial(attention.attention, backend=backend), mask, arguments), theirs, 0.02)
+
+
+@pytest.mark.parametrize("policy, products", [("none", 7), ("attention", 7), ("full", 9)])
+def test_chunks_are_computed_as_often_as_said(policy, products):
+  """Logits and values, logits again, four for the gradients; a policy that keeps nothing runs the chunk once more."""
+  def layer(x, _):
+    return x + attention.attention(x, x, x, Mask(), "chunked"), None
+  def loss(x):
+    return jnp.sum(jax.lax.scan(layers.checkpoint_layer(layer, policy), x, None, length=2)[0])
+  text = jax.jit(jax.grad(loss)).lower(jnp.ones((1, 16, 2, 8))).as_text()
+  assert text.count("dot_general") == products
 
 
 def test_the_kernel_skips_what_the_prefix_cannot_see():
@@ -236,9 +247,10 @@ def gradient(policy, backend):
   return jax.jit(jax.grad(lambda ws: jnp.sum(w * jax.lax.scan(layers.checkpoint_layer(layer, policy), q, ws)[0])))(weights)
 
 
-@pytest.mark.parametrize("policy, backend", [(policy, backend) for policy in layers.POLICIES for backend in ("xla", "ring", "splash")
+@pytest.mark.parametrize("policy, backend", [(policy, backend) for policy in layers.POLICIES for backend in ("xla", "chunked", "ring", "splash")
                                              if (policy, backend) != ("none", "xla")])
-def test_policies_change_memory_and_not_numbers(policy, backend):
+def test_policies_change_memory_and_not_numbers(policy, backend, monkeypatch):
+  monkeypatch.setattr(chunked, "CHUNK", 8)
   close(gradient(policy, backend), gradient("none", "xla"))
 
 

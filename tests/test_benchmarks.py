@@ -49,6 +49,9 @@ def test_every_command_is_timed_and_mistakes_are_named():
     start._interval("configs/quickstart.py", "smoke", "low")
   with pytest.raises(ChildProcessError, match="-c exit.3. ended with code 3"):
     start.command("-c", "exit(3)")
+  start.command("-m", "launch.describe", "--help")
+  with pytest.raises(ChildProcessError, match="ended with code 1: .*No module named launch.descripe"):
+    start.command("-m", "launch.descripe", "--help")
   with pytest.raises(ValueError, match="--what=sing is unknown: choose among help, train."):
     timing.check_choices(what=(["help", "sing"], ("help", "train")))
 
@@ -70,3 +73,10 @@ def test_everything_is_written_down_whatever_becomes_of_it():
   assert "ended" not in done and {row["name"] for row in done["rows"]} >= {"xla", "chunked"} and "back end" in done["printed"]
   assert everything.run("attention", ["--length=2"], 300)["ended"].startswith("code 2: ")
   assert everything.run("attention", arguments, 0)["ended"] == "stopped after 0 s"
+
+
+def test_what_a_save_costs():
+  """Steps of 0.5 s; the call takes one second, and the two steps beside the writing a tenth more each."""
+  wall = {number: 0.5 for number in range(4, start.LONGER)} | {start.SAVED: 1.5, start.SAVED + 1: 0.6, start.SAVED + 2: 0.6}
+  rows = [{"step": number, "wall_s": seconds} for number, seconds in wall.items()] + [{"step": start.LONGER, "wall_s": 9.0}, {"step": 9}]
+  assert start.save_costs(rows) == pytest.approx((0.5, 1.2))

@@ -63,7 +63,7 @@ def alone(tmp_path_factory):
 def half(tmp_path_factory):
   """Folder of a run that four processes were asked to stop in the middle, after a step that another number of them did not save at."""
   workdir = tmp_path_factory.mktemp("half")
-  started = start(4, *toy(workdir, SLOW), heartbeat_s=UNHURRIED_S)
+  started = start(4, *toy(workdir, "--slow_s=0.5"), heartbeat_s=UNHURRIED_S)
   wait_for(lambda: rows_of(workdir) >= 5, started)
   started[2].send_signal(signal.SIGTERM)
   for code, _, stderr in ends(started, PATIENCE_S):
@@ -226,7 +226,7 @@ def test_whichever_is_asked_all_stop_after_one_step(tmp_path):
   for i in range(2):
     wait_for((tmp_path / f"started{i}").exists, started)
   started[1].send_signal(signal.SIGTERM)
-  time.sleep(2)
+  time.sleep(4)  # the notice spreads
   (tmp_path / "go").touch()
   said = [json.loads(stdout.splitlines()[-1]) for code, stdout, stderr in ends(started, PATIENCE_S) if code == 0 or pytest.fail(stderr[-2000:])]
   assert said[0] == said[1] and said[0][0] in ("one 500", "one 501", "one 502")

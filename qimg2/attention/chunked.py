@@ -2,8 +2,8 @@
 again in place of being kept. Queries of the prefix are not compared with the target's keys, which none of them sees.
 
 The logits of a long sequence do not fit any cache, and the definition (`qimg2.attention.xla`) passes over them about ten times. Here the softmax
-divides after the product with the values, and its largest logit and its sum are kept for the backward pass, which passes over them twice
-(arXiv 2205.14135 does so on GPUs).
+divides after the product with the values. That product in float32 is kept for the backward pass, with the largest logit and the sum of each query;
+the logits are computed again (arXiv 2205.14135 does so on GPUs), but under the policy "dots" of `qimg2.layers`, which keeps them.
 """
 
 import functools
@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from qimg2 import layers
 from qimg2.attention.mask import Mask
 
-KEPT = ("largest_logit", "sum_of_weights", "weighted_values")  # for the backward pass
 CHUNK = 384  # queries at a time; with a thousand keys their logits take 1.5 MB
 MIN_LOGITS = 2**18  # per head: what the definition computes as fast
 
@@ -43,7 +43,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, last: jax.Array 
   last = None if last is None else pad(last).reshape(B, num, size)
   place = jnp.arange(T)[None]
 
-  @functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
+  @functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(layers.ATTENTION_OUTPUT))
   def one_chunk(k, v, seen, chunk):
     q, last = chunk  # R size K, size
     # One matrix of all heads' queries: with two dimensions to sum over, the gradient of the keys would begin with a copy of the transposed logits.
@@ -53,10 +53,10 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, last: jax.Array 
       seen = ahead if seen is None else seen & ahead
     if seen is not None:
       logits = jnp.where(jnp.tile(jnp.broadcast_to(seen, (size, T)), (H // G, 1)), logits, jnp.finfo(jnp.float32).min)
-    largest, total, weighted = KEPT
-    weights = jnp.exp(logits - checkpoint_name(jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)), largest))
-    sums = checkpoint_name(jnp.sum(weights, axis=-1, keepdims=True), total)
-    values = checkpoint_name(jnp.einsum("st,tk->sk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32), weighted)
+    keep = lambda x: checkpoint_name(x, layers.ATTENTION_OUTPUT)  # by policies of whole layers, too, or they would compute all of it once more
+    weights = jnp.exp(logits - keep(jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))))
+    sums = keep(jnp.sum(weights, axis=-1, keepdims=True))
+    values = keep(jnp.einsum("st,tk->sk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32))
     return (values / sums).astype(v.dtype).reshape(q.shape)
 
   def one_row(row):

@@ -192,8 +192,8 @@ def _run_blocks(cfg: Config, params: dict, x: jax.Array, modulation: list[jax.Ar
                 shard: Shard, past: Cache | None = None, keep: bool = False, num_prefix: int = 0) -> tuple[jax.Array, Cache | None]:
   """(tokens [B, S, D] after the last block, their keys and values of every layer if `keep`); `past` tokens come before these.
 
-  Modulation [1 or 2, B, D] is that of all tokens, or of those after the first `num_prefix` and of these. It is spread over the tokens where it is
-  used, so that a layer reads two rows and not one per token.
+  Modulation [1 or 2, B, D] is that of all tokens, or of those after the first `num_prefix` and of these. It is spread over the tokens inside the
+  layer, so that its gradient is summed over tokens there, in place of being carried from layer to layer as one row per token.
   """
   angles = layers.concat_angles(jnp.moveaxis(positions, -1, 0), cfg.rope_dims, cfg.rope_theta)  # B S K/2
   is_prefix = (jnp.arange(x.shape[1]) < num_prefix)[:, None]  # S 1
