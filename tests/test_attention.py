@@ -122,6 +122,7 @@ def test_equals_the_definition(case, backend, monkeypatch):
 MESHES = [({"context": 4, "tensor": 2}, "fsdp_tensor"), ({"data": 2, "fsdp": 2, "context": 2}, "fsdp_context"), ({"data": 2, "fsdp": 4}, "fsdp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "chunked", "splash", "ring"])
 @pytest.mark.parametrize("sizes, rules", MESHES)
 def test_parts_equal_the_whole(sizes, rules, backend):
@@ -247,6 +248,7 @@ def gradient(policy, backend):
   return jax.jit(jax.grad(lambda ws: jnp.sum(w * jax.lax.scan(layers.checkpoint_layer(layer, policy), q, ws)[0])))(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy, backend", [(policy, backend) for policy in layers.POLICIES for backend in ("xla", "chunked", "ring", "splash")
                                              if (policy, backend) != ("none", "xla")])
 def test_policies_change_memory_and_not_numbers(policy, backend, monkeypatch):

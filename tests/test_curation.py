@@ -129,6 +129,7 @@ def test_interrupted_while_the_data_set_is_put_together(small, tmp_path, monkeyp
   assert same_bytes(tmp_path / "mine", facts["path"]) and os.listdir(tmp_path) == ["mine"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num", "share", "expected"), [(1, 0.02, (1, 0)), (1, 0.9, (1, 0)), (12, 1e-9, (11, 1)), (12, 0.999999, (11, 1)),
                                                         (12, 0.0, (12, 0))])
 def test_some_are_held_out_and_some_are_not(tmp_path, num, share, expected):

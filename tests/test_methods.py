@@ -153,6 +153,7 @@ def test_an_adapter_is_merged_where_it_is_used():
   assert method.trained == ("lora",) and method.frozen == ("model", "judge")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", all_but_one_slow(["grpo", "adapter", "dmd", "language"]))
 def test_eight_devices_give_the_numbers_of_one(whole, method, tmp_path):
   toy.run(toy.Job(method, mesh={"fsdp": 4, "tensor": 2}), tmp_path)

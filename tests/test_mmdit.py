@@ -171,6 +171,7 @@ def test_prefix_never_sees_the_target(monkeypatch):
     np.testing.assert_allclose(a[:, :11], b[:, :11], atol=1e-5)  # 3 text tokens and 8 latents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_cached_prefix_gives_the_same_velocity(case):
   ids, grids, target = CASES[case]
