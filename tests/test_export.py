@@ -115,6 +115,7 @@ def assert_trees_equal(found, expected):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", PARTS)
 def test_diffusers_loads_the_same_tensors(pipeline, nets, weights, network):
   assert_same(getattr(pipeline, PARTS[network]), tensors_of(nets, weights, network))
@@ -185,6 +186,7 @@ def covers(theirs, ours):
   return theirs == ours
 
 
+@pytest.mark.slow
 def test_a_published_folder_goes_through_unchanged(tmp_path):
   from diffusers import QwenImage21Pipeline
   published = reference.tiny_pipeline(3, tied=True, causal_condition=False)

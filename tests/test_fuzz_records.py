@@ -88,6 +88,7 @@ def test_replacements_are_the_same_on_every_host_and_after_resume(made, tmp_path
   assert len(whole.faults) > 5
 
 
+@pytest.mark.slow
 def test_more_than_the_configured_share_is_an_error(made, tmp_path):
   write(tmp_path, made[:400], [{"image": b"gone"} if i % 20 == 0 else {} for i in range(400)])
   loader = open_loader(tmp_path, max_faulty=0.02)

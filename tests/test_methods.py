@@ -75,6 +75,7 @@ def whole(tmp_path_factory):
   return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", all_but_one_slow(METHODS))
 def test_a_killed_run_ends_with_the_same_bits(whole, method, tmp_path):
   """Killed between two saves."""

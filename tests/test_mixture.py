@@ -101,6 +101,7 @@ def test_most_random_mixtures_can_be_made():
   assert {reason for mixture in some for count in mixture.counts for reason in (*REASONS, "moved") if getattr(count, reason)} == {*REASONS, "moved"}
 
 
+@pytest.mark.slow
 @repeat(30)
 @given(worlds())
 def test_each_record_comes_once_per_epoch_of_its_cell(world):
@@ -175,6 +176,7 @@ def test_every_record_fits_its_bucket(world):
         assert (bucket.height, bucket.width) == nearest(*size, targets) and prompt == min(one for one in classes if one >= longest)
 
 
+@pytest.mark.slow
 @repeat(60)
 @given(worlds(), st.lists(st.integers(0, 10**12), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_the_plan_is_a_function_of_k_and_no_host_enters(world, numbers, random):
