@@ -142,7 +142,7 @@ def main(_) -> None:
   rows = []
   for size in args.size:
     for what in args.what:
-      for batch in map(int, args.batch):
+      for batch in timing.numbers("batch", args.batch):
         rows.append(measure(size, what, args.px, batch, args.tokens, args.rounds, args.dtype, rates["xla"], args.peer))
         print(describe(rows[-1]), flush=True)
         torch.compiler.reset()

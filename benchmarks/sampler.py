@@ -101,11 +101,13 @@ def main(_) -> None:
   timing.check_choices(size=(args.size, published.SIZES), peer=(args.peer, timing.PEERS), cache=(args.cache, ("true", "false")))
   print(f"{jax.devices()[0].device_kind}, {args.dtype}, {args.steps} steps")
   print(f"{'size':6}{'px':>5}{'images':>8}{'guidance':>10}  {'cache':6}{timing.heads()}{'off by':>9}")
-  if odd := [one for one in args.guidance if float(one) < 1]:
-    raise ValueError(f"--guidance={odd[0]}: the published pipeline guides only above 1.")
+  guidances = timing.numbers("guidance", args.guidance, float)
+  if odd := [one for one in guidances if one < 1]:
+    raise ValueError(f"--guidance={odd[0]:g}: the published pipeline guides only above 1.")
   rows = []
-  for size, px, images, guidance, cache in itertools.product(args.size, args.px, args.images, args.guidance, args.cache):
-    rows.append(measure(size, int(px), int(images), float(guidance), cache == "true", args.steps, args.rounds, args.dtype, args.peer))
+  sides, counts = timing.numbers("px", args.px), timing.numbers("images", args.images)
+  for size, px, images, guidance, cache in itertools.product(args.size, sides, counts, guidances, args.cache):
+    rows.append(measure(size, px, images, guidance, cache == "true", args.steps, args.rounds, args.dtype, args.peer))
     print(describe(rows[-1]), flush=True)
     torch.compiler.reset()
   timing.summary(rows, args.json, dtype=args.dtype, steps=args.steps)

@@ -106,6 +106,8 @@ def save_costs(timings: list[dict]) -> tuple[float, float]:
 
 def _interval(file: str, argument: str, stage: str) -> int:
   """After how many steps the stage saves."""
+  if not pathlib.Path(file).is_file():
+    raise ValueError(f"--run_config={file}: there is no such file; give a config such as configs/quickstart.py.")
   found = {}
   exec(compile(pathlib.Path(file).read_text(encoding="utf-8"), file, "exec"), found)
   stages = {one.name: one for one in found["get_config"](argument).stages}

@@ -190,7 +190,7 @@ def main(_) -> None:
                                 **({"num_layers": args.num_layers} if args.num_layers else {}))
     size = dataclasses.replace(size, model=model)
     for task in args.task:
-      for batch in map(int, args.batch):
+      for batch in timing.numbers("batch", args.batch):
         for forward in ((True, False) if args.forward else (False,)):
           rows.append(measure(name, size, batch, task, forward, args.rounds, rates["xla"], args.peer))
           print(describe(rows[-1]), flush=True)

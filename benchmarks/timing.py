@@ -87,6 +87,14 @@ def check_choices(**chosen: tuple[list[str], Collection[str]]) -> None:
       raise ValueError(f"--{name}={odd[0]} is unknown: choose among {', '.join(choices)}.")
 
 
+def numbers(name: str, values: list[str], kind: type = int) -> list:
+  """The numbers of a list flag; raises a `ValueError` that names the flag and what is none."""
+  try:
+    return [kind(value) for value in values]
+  except ValueError:
+    raise ValueError(f"--{name}={','.join(values)} must be a list of numbers, such as --{name}=1,4.") from None
+
+
 def limits(dtype: str, rates: Mapping[str, float]) -> str:
   """The device and its largest matrix rates as a line."""
   text = ", ".join(f"{name} {x / 1e9:.0f} GFLOP/s" for name, x in rates.items())
