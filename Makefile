@@ -5,9 +5,8 @@ export JAX_PLATFORMS ?= cpu
 # Keep freed memory in the process: training allocates the same large arrays at every step.
 FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
-# Two workers; tests that share an expensive fixture stay together. Those marked `processes` follow alone.
-PYTEST := .venv/bin/python -m pytest -q --durations=15 tests
-WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+# Two workers; tests that share an expensive fixture stay together.
+PYTEST := .venv/bin/python -m pytest -q --durations=15 tests -n 2 --dist loadgroup --no-loadscope-reorder
 # By how much a test that is not marked slow may exceed its ten seconds: machines differ, and the workers share one.
 export QIMG2_TEST_SLOWNESS ?= 4
 
@@ -23,11 +22,10 @@ quickstart: .venv/.installed
 	.venv/bin/python -m launch.sample --workdir=$(RUN) --out=$(RUN)/red_k.png --image=$(RUN)/k.png --prompt="make it red"
 
 test: .venv/.installed-dev
-	$(PYTEST) $(WORKERS) -m "not processes"
-	$(PYTEST) -m processes
+	$(PYTEST)
 
 test-fast: .venv/.installed-dev
-	$(PYTEST) $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .

@@ -58,9 +58,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_itemcollected(item):
-  """Gives each test its group. What takes a fixture that trains for minutes, or starts several processes, is slow."""
+  """Gives each test its group. What takes a fixture that trains for minutes is slow."""
   item.add_marker(pytest.mark.xdist_group(group_of(item)))
-  if item.get_closest_marker("processes") or EXPENSIVE.intersection(item.fixturenames):
+  if EXPENSIVE.intersection(item.fixturenames):
     item.add_marker("slow")
 
 

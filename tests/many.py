@@ -8,9 +8,9 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
-HEARTBEAT_S = 6  # for tests in which one is lost; beside other tests a process may be silent for longer
+HEARTBEAT_S = 20  # for tests in which one is lost; beside other tests a process may be silent for several seconds
 UNHURRIED_S = 100  # where none is
-PATIENCE_S = 60  # for the survivors: the heartbeat, twice, and a busy machine
+PATIENCE_S = 120  # for the survivors: the heartbeat, twice, and a busy machine
 
 
 def free_port():

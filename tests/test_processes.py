@@ -163,7 +163,7 @@ def test_every_division_gives_the_same_batches(data_dir, compilation_cache, tmp_
 # One of them fails.
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("num, victim", [(4, 2), (2, 0)])
 def test_when_one_is_killed_the_others_end(tmp_path, num, victim):
   """Also when it is process 0, which holds the coordination service."""
@@ -194,7 +194,7 @@ def test_a_mistake_of_one_ends_all(tmp_path, victim):
     assert "Traceback" not in stderr
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_process_that_never_starts_is_waited_for_in_vain(tmp_path):
   started = start(2, "tests/worker.py", "--do=wait", f"--workdir={tmp_path}", "--connect_timeout=5")
   started[1].kill()
@@ -202,7 +202,7 @@ def test_a_process_that_never_starts_is_waited_for_in_vain(tmp_path):
   assert code == processes.EXIT_CODE and len(error_lines(stderr)) == 1 and "did not meet" in stderr, stderr
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_killed_job_goes_on_from_its_last_checkpoint(alone, tmp_path):
   started = start(2, *toy(tmp_path, SLOW))
   wait_for((tmp_path / "toy" / "checkpoints" / "4" / "meta").exists, started)
@@ -213,7 +213,7 @@ def test_a_killed_job_goes_on_from_its_last_checkpoint(alone, tmp_path):
   assert_same_numbers(tmp_path, alone)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_again_and_again_a_job_ends_bit_identical(tmp_path):
   """A few of the kill points of which tests/kill_points.py makes more."""
   assert kill_and_compare(Job(toy, 2), tmp_path, num_kills=2, seed=0) >= 1
@@ -233,7 +233,7 @@ def test_whichever_is_asked_all_stop_after_one_step(tmp_path):
   assert said[0][1] == [7, 2**40, 2**40 + 1]
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_notice_ends_a_process_that_does_not_stop_by_itself(tmp_path):
   started = start(2, "tests/worker.py", "--do=wait", f"--workdir={tmp_path}")
   wait_for((tmp_path / "started1").exists, started)

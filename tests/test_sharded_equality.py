@@ -97,7 +97,7 @@ def one_step(nets, mesh, rules, kind="latents", accumulate=1, optimizer=OPTIMIZE
   batch = sharding.put_batch(make_batch(kind), mesh, rules)
   step = jax.jit(state.make_step(ALGORITHM, optimizers, nets, accumulate), out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
   compiled = step.lower(placed, frozen, batch).compile(compiler_options=sharding.compile_options(mesh))
-  return compiled(placed, frozen, batch)
+  return jax.block_until_ready(compiled(placed, frozen, batch))  # before another one starts: eight devices wait for each other on two cores
 
 
 def on_mesh(sizes, rules, backend="xla", remat="none", kind="latents", **options):
