@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 
@@ -21,7 +22,8 @@ def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1, join: bool = Fals
   if join:
     inner = math.prod(weight.shape[:num_dims])
     return linear(x.reshape(-1, inner), weight.reshape(inner, -1)).reshape(*x.shape[:x.ndim - num_dims], *weight.shape[num_dims:])
-  return jax.lax.dot_general(x, weight.astype(x.dtype), ((tuple(range(x.ndim - num_dims, x.ndim)), tuple(range(num_dims))), ((), ())))
+  product = jax.lax.dot_general(x, weight.astype(x.dtype), ((tuple(range(x.ndim - num_dims, x.ndim)), tuple(range(num_dims))), ((), ())))
+  return checkpoint_name(product, PRODUCT)
 
 
 def align(values: jax.Array, x: jax.Array) -> jax.Array:
@@ -59,11 +61,15 @@ def rope_frequencies(dim: int, theta: float) -> jax.Array:
 
 
 def rotate_pairs(x: jax.Array, angles: jax.Array) -> jax.Array:
-  """`x` [B, S, H, K] with its adjacent pairs (2j, 2j+1) turned by `angles` [B, S, K/2]."""
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-  even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-  turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  return turned.reshape(x.shape).astype(x.dtype)
+  """`x` [B, S, H, K] with its adjacent pairs (2j, 2j+1) turned by `angles` [B, S, K/2].
+
+  Neighbours change places by a product with a matrix of 0, 1 and -1, because on a TPU slices of every second number are copies through memory. It is
+  exact, but for TPUs, whose products round what is not bfloat16.
+  """
+  cos, sin = (jnp.repeat(f(angles), 2, axis=-1)[:, :, None] for f in (jnp.cos, jnp.sin))
+  place, y = np.arange(x.shape[-1]), x.astype(jnp.float32)
+  swap = (place[:, None] == place ^ 1) * np.where(place % 2, 1.0, -1.0)  # to 2j goes minus its right neighbour, to 2j + 1 its left one
+  return (y * cos + (y @ jnp.asarray(swap, jnp.float32)) * sin).astype(x.dtype)
 
 
 def rotate_halves(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -86,13 +92,14 @@ def sinusoid(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-# Names that rematerialisation policies know activations by: what goes into a layer; what attention gave, with the normaliser of its softmax.
-LAYER_INPUT, ATTENTION_OUTPUT = "layer_input", "attention"
+# Names that rematerialisation policies know activations by: what goes into a layer; what `linear` gave; what attention gave, with the normaliser of
+# its softmax.
+LAYER_INPUT, PRODUCT, ATTENTION_OUTPUT = "layer_input", "product", "attention"
 _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION_OUTPUT),
     "attention": _SAVE_ATTENTION,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device", offload_dst="pinned_host"),

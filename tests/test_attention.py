@@ -144,19 +144,24 @@ def test_few_key_heads_stay_whole_with_their_queries():
 
 
 @pytest.mark.slow
-def test_long_sequences_in_bfloat16():
-  """Several blocks per row and column, with blocks that are skipped: bfloat16 has 8 bits, and results are rounded to it."""
+def test_long_sequences(monkeypatch):
+  """Several blocks per row and column, with blocks that are skipped, and of two parts each in the kernel; bfloat16 has 8 bits, and results are
+  rounded to it."""
+  monkeypatch.setattr(splash, "COMPUTE", 128)
   length, longest = 700, 200
   block = jnp.zeros((2, length), jnp.int32).at[:, 100:300].set(1).at[:, 400:].set(2)
   valid = jnp.arange(length)[None] < jnp.array([310, 400])[:, None]
   mask = attention.block_causal(block, valid | (block == 2), 400, longest)
   arguments = arrays(mask, length, dtype=jnp.bfloat16, rows=2)
-  theirs = both(xla, mask, tuple(x.astype(jnp.float32) for x in arguments))
+  exact = tuple(x.astype(jnp.float32) for x in arguments)
+  theirs = both(xla, mask, exact)
+  assert splash.block_sizes(length, length, 400, longest - 1, 12) == (256, 256)
+  close(both(functools.partial(attention.attention, backend="splash"), mask, exact), theirs)
   for backend in ("splash", "ring", "chunked"):
     close(both(functools.partial(attention.attention, backend=backend), mask, arguments), theirs, 0.02)
 
 
-@pytest.mark.parametrize("policy, products", [("none", 7), ("attention", 7), ("full", 9)])
+@pytest.mark.parametrize("policy, products", [("none", 7), ("attention", 7), ("dots", 7), ("full", 9)])
 def test_chunks_are_computed_as_often_as_said(policy, products):
   """Logits and values, logits again, four for the gradients; a policy that keeps nothing runs the chunk once more."""
   def layer(x, _):
@@ -168,9 +173,23 @@ def test_chunks_are_computed_as_often_as_said(policy, products):
 
 
 def test_the_kernel_skips_what_the_prefix_cannot_see():
-  kernel = splash.make_kernel(2, 1024, 1024, 512, 0, 128, 128, True)
+  kernel = splash.make_kernel(2, 1024, 1024, 512, 0, 128, 128, 128, True, True)
   visited = int((kernel.fwd_mask_info.block_mask > 0).sum())
   assert visited == 4 * 5 // 2 + 4 * 8  # a triangle, and the target's rows
+
+
+@pytest.mark.parametrize("queries, keys, prefix, reach, width, blocks", [
+    (17408, 17408, 1024, 0, 128, (1024, 1024)),  # 1,024 prompt tokens and a picture of 2048 px
+    (2048, 2048, 1024, 0, 128, (512, 512)),  # larger ones would compute a sixth more: much of the prompt's triangle
+    (1538, 1538, 1282, 255, 128, (128, 256)),  # an edit of 256 px: padding to 512 would cost a third
+    (4096, 4700, 0, 0, 128, (1024, 1024)),  # a target with its cache, 4,700 keys padded to 5,120
+    (4096, 4700, 0, 0, 512, (128, 128)),  # heads that fill the vector memory
+    (37, 37, 20, 0, 64, (128, 128)),
+    (576, 1152, attention.ANYWHERE, attention.ANYWHERE, 128, (128, 256)),  # a device's own queries, where tokens are split
+    (5120, 10240, attention.ANYWHERE, attention.ANYWHERE, 128, (1024, 1024)),
+])
+def test_blocks_are_as_large_as_an_eighth_more_work_allows(queries, keys, prefix, reach, width, blocks):
+  assert splash.block_sizes(queries, keys, prefix, reach, width) == blocks
 
 
 def shapes(jaxpr):
@@ -267,10 +286,11 @@ def test_the_benchmark_compares_what_runs_here(capsys):
   assert all(row["ms"] > 0 and row["out"] < TOLERANCE and row["gradient"] < TOLERANCE for row in rows)
 
 
-@pytest.mark.parametrize("kind, products, streamed", [("fwd", 2, 256), ("dq", 3, 256), ("dkv", 4, 128)])
+@pytest.mark.parametrize("kind, products, streamed", [("fwd", 2, 256), ("dkv", 5, 128), ("dq", 3, 256), ("dkv_apart", 4, 128)])
 def test_what_a_call_of_the_splash_kernel_costs(kind, products, streamed):
   """Three of 4 x 2 blocks of 32 x 128: 4 heads, 128 queries, 256 keys of width 64, two bytes each."""
-  text = f'splash_mha_{kind}_segmented.1 metadata={{op_name="jit(step)/splash_3of4x2/pallas_call"}}'
+  kind, apart = kind.removesuffix("_apart"), "_apart" if kind in ("dq", "dkv_apart") else ""
+  text = f'splash_mha_{kind}_segmented.1 metadata={{op_name="jit(step)/splash_3of4x2{apart}/pallas_call"}}'
   operations, again = attention.splash_cost(text, [((4, 128, 64), 2), ((4, 256, 64), 2), ((4, 256, 64), 2)])
   assert operations == products * 2 * 4 * 3 * 32 * 128 * 64
   block = 128 if streamed == 256 else 32

@@ -22,6 +22,19 @@ def test_rotary_products_depend_on_distance_alone(rotate):
   np.testing.assert_allclose(rotate(q, at(0)), q)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+def test_pairs_turn_as_complex_numbers_do(dtype, tolerance):
+  """Forward, backward and forward-mode."""
+  x, g, angles = normal(2, 3, 4, 8).astype(dtype), normal(2, 3, 4, 8, seed=1).astype(dtype), normal(2, 3, 4, seed=2)
+  pairs = lambda y: np.asarray(y, np.float32)[..., ::2] + 1j * np.asarray(y, np.float32)[..., 1::2]
+  turn = np.exp(1j * np.asarray(angles))[:, :, None]
+  out, pull = jax.vjp(lambda x: layers.rotate_pairs(x, angles), x)
+  tangent = jax.jvp(lambda x: layers.rotate_pairs(x, angles), (x,), (g,))[1]
+  for ours, theirs in ((out, pairs(x) * turn), (pull(g)[0], pairs(g) * turn.conj()), (tangent, pairs(g) * turn)):
+    assert ours.dtype == dtype
+    np.testing.assert_allclose(pairs(ours), theirs, atol=tolerance * np.abs(theirs).max())
+
+
 def test_norms():
   x = 5 + 3 * normal(4, 16)
   y = np.asarray(layers.layer_norm(x))

@@ -3,7 +3,7 @@ again in place of being kept. Queries of the prefix are not compared with the ta
 
 The logits of a long sequence do not fit any cache, and the definition (`qimg2.attention.xla`) passes over them about ten times. Here the softmax
 divides after the product with the values. That product in float32 is kept for the backward pass, with the largest logit and the sum of each query;
-the logits are computed again (arXiv 2205.14135 does so on GPUs), but under the policy "dots" of `qimg2.layers`, which keeps them.
+the logits are computed again (arXiv 2205.14135 does so on GPUs).
 """
 
 import functools
