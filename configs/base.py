@@ -43,6 +43,9 @@ def base() -> ConfigDict:
   cfg.schedule = ConfigDict(plain(flow.Schedule()))
   cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, sigmas=(), num_images=16))  # sigmas: own times before the shift, 1 first
   cfg.evals = ConfigDict()  # evaluation suite of qimg2/runtime/suites.py -> its settings, for the last stage: {"glyphs": dict(num_prompts=200)}
+  # What steps of the generator keep, and their tokens per micro-batch, such as (dict(remat="dots", tokens=10_000), dict(remat="attention",
+  # tokens=35_000)): each bucket takes the first in which a row of it finds room. Empty: model.remat and optimizer.accumulate for all buckets.
+  cfg.micro_batches = ()
   cfg.stages = ()
   return cfg
 
@@ -125,6 +128,7 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
   cfg.prepare.num_examples = 4800
   cfg.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
   cfg.sampling.update(dict(num_steps=2, num_images=8))
+  cfg.micro_batches = ()
   for settings in cfg.evals.values():
     settings.update({key: min(8, value) for key, value in settings.items()})
   for one in cfg.stages:

@@ -32,16 +32,12 @@ RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "1:3", "3:1")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How a pod is used: mesh sizes, and which activations are saved for the backward pass (`layers.checkpoint_layer`)."""
+  """How a pod is used: mesh sizes, and (rematerialisation policy, tokens) of its micro-batches, see `micro_batches` in configs/base.py. An edit of
+  2048 px with one condition image has 33,900 tokens."""
   fsdp: int
   tensor: int
   data: int = 1
-  remat: str = "dots"
-
-  @property
-  def accumulate(self) -> int:
-    """Micro-batches of which one holds one row of 2048 px for each part that rows are divided into, two of 1024 px, and so on."""
-    return batch_size(2048) // (self.data * self.fsdp)
+  micro_batches: tuple[tuple[str, int], ...] = (("dots", 36_000),)
 
 
 # Cloud's names count two cores for a chip of v5p and tpu7x. JAX shows a v5p chip as one device and a tpu7x chip as two.
@@ -50,7 +46,7 @@ PLANS = {
     "v5p-256": Plan(64, 2),
     "v5p-1024": Plan(256, 2),
     "v5p-128x2": Plan(32, 2, data=2),  # two slices
-    "v6e-256": Plan(128, 2, remat="attention"),
+    "v6e-256": Plan(128, 2, micro_batches=(("dots", 11_000), ("attention", 36_000))),
     "tpu7x-128": Plan(64, 2),
 }
 
@@ -71,7 +67,8 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.prompt_classes = (128, 256, 512)
   cfg.num_workers = 8
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_7b(), sizes.qwen3_vl("8B"), sizes.vae_f16c64(image_channels=4)
-  cfg.model.remat = plan.remat
+  cfg.model.remat = plan.micro_batches[-1][0]
+  cfg.micro_batches = tuple(ConfigDict(dict(remat=remat, tokens=tokens)) for remat, tokens in plan.micro_batches)
   cfg.stages = (
       autoencoder(),
       generator("pretrain_256_t2i", "scratch", 250_000, 1e-4, (256,), (base.part("t2i"),)),  # S1
@@ -81,8 +78,6 @@ def get_config(arg: str = "") -> ConfigDict:
       generator("cpt_2048", "stage:cpt_1024", 125_000, 2e-5, (512, 1024, 2048), mixture(0.7)),  # S5
       generator("sft", "stage:cpt_2048", 10_000, 1e-5, (512, 1024, 2048), tuple(dict(part, min_quality=1.0) for part in mixture(0.7))),  # S6
   )
-  for stage in cfg.stages[1:]:
-    stage.optimizer.accumulate = plan.accumulate
   return smoke(cfg) if arg == "smoke" else cfg
 
 

@@ -77,7 +77,7 @@ def main(_) -> None:
   print(table.table(rows))
   for number, stage in enumerate(cfg.stages):
     if stage.name in best:
-      print(table.advice(best[stage.name], number))
+      print(table.advice(best[stage.name], number, bool(cfg.micro_batches)))
   if missing:
     print(f"Does not fit: {', '.join(dict.fromkeys(missing))}.", file=sys.stderr)
     sys.exit(1)

@@ -218,7 +218,7 @@ def test_no_default_stands_twice():
   assert base.part("one", 0.5, min_stage=3, text=2.0) == plain(DatasetSpec("", "one", weight=0.5, min_stage=3, caption_weights={"text": 2.0}))
   for section, cls in ((run, RunConfig), (stage, StageConfig), (run.mesh, MeshConfig), (run.prepare, config.PrepareConfig),
                        (run.sampling, config.SamplingConfig), (stage.evaluation, config.EvaluationConfig)):
-    assert set(section) == {field.name for field in dataclasses.fields(cls)} and defaults_of(cls) <= {"optimizers"}, cls
+    assert set(section) == {field.name for field in dataclasses.fields(cls)} and defaults_of(cls) <= {"optimizers", "micro_batches"}, cls
   text = ast.parse((ROOT / "configs" / "base.py").read_text(encoding="utf-8"))
   written = {node.arg for node in ast.walk(text) if isinstance(node, ast.keyword)}
   assert not written & (defaults_of(flow.Schedule) | defaults_of(faults.Settings) | defaults_of(optim.Config) - {"schedule"})

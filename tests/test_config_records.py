@@ -110,8 +110,8 @@ def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("place, free", [
-    ("num_workers", True), ("sampling.num_steps", True), ("mesh.fsdp", True), ("stages[1].num_steps", True), ("stages[1].keep", True),
-    ("stages[1].faults.max_skipped", True), ("evals.glyphs.num", True), ("stages[1].algorithm.num_steps", False),
+    ("num_workers", True), ("sampling.num_steps", True), ("mesh.fsdp", True), ("micro_batches", False), ("stages[1].num_steps", True),
+    ("stages[1].keep", True), ("stages[1].faults.max_skipped", True), ("evals.glyphs.num", True), ("stages[1].algorithm.num_steps", False),
     ("stages[1].optimizer.faults", False), ("model.num_layers", False), ("stages[1].resolutions[0].keep", False), ("seed", False),
 ])
 def test_what_may_change_is_a_place_and_not_a_name(place, free):

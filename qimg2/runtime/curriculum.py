@@ -16,6 +16,7 @@ from data_pipelines.mixture import Resolution
 from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
+from qimg2.runtime.micro_batches import variants
 from qimg2.runtime.run import Run, save_config
 from qimg2.runtime.sheets import grid, save_png
 from qimg2.runtime.suites import describe, evaluation
@@ -83,7 +84,8 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambd
   stage = Stage(
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
-      config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps}, profile)
+      config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps}, profile,
+      variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else ())
   if processes.is_first():
     report.save_counts(run, config, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,

@@ -20,15 +20,17 @@ from typing import Any
 import jax
 from absl import logging
 
+from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import DatasetSpec
+from data_pipelines.mixture import DatasetSpec, Resolution, source_grids
 from data_pipelines.records import list_splits
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2.algorithms import Algorithm
 from qimg2.published.folder import open_folder
+from qimg2.runtime import micro_batches
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record
@@ -118,14 +120,24 @@ class Run(StageWeights):
 
   def evaluation_batches(self, stage: StageConfig) -> dict[str, list[dict]]:
     """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture. A batch has the rows of one of
-    training's micro-batches, for which there is room."""
+    training's micro-batches, of squares with prompts of the longest class, for which there is room."""
     batches = {}
     for task in dict.fromkeys(part.task for part in stage.mixture):
       parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
                for part in stage.mixture if part.task == task}
-      loader = self._loader(stage, list(parts.values()), 0.0, 0, accumulate=stage.optimizer.accumulate)
+      smaller = tuple(dataclasses.replace(one, batch_size=max(1, one.batch_size // self._micro_batches(stage, task, one)))
+                      for one in stage.resolutions)
+      loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, 0)
       batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
     return batches
+
+  def _micro_batches(self, stage: StageConfig, task: str, resolution: Resolution) -> int:
+    """How many a training step of the resolution's square takes, with one condition image of its size for edits."""
+    side = bucket_size(resolution.base_px, "1:1", resolution.multiple)
+    sources = (bucket_size(resolution.base_px, "1:1"),) if task == "ti2i" else ()
+    num_tokens = self.cfg.num_tokens + self.tokenizer.num_image_tokens(source_grids(sources))
+    bucket = Bucket(task, *side, sources, num_tokens=num_tokens, batch_size=resolution.batch_size)
+    return micro_batches.choose(self.cfg, stage, bucket, self.nets.shard.parts("batch"))[1]
 
   def _held_out(self, name: str, stage: StageConfig) -> str:
     """The held-out split that a stage is validated on; its training split, with a warning in the log, where nothing was held out."""
@@ -136,10 +148,9 @@ class Run(StageWeights):
     return "train"
 
   def _loader(self, stage: StageConfig, datasets: Sequence[DatasetSpec], caption_dropout: float, min_bucket_records: int,
-              process: tuple[int, int] | None = None, accumulate: int = 1) -> Loader:
-    resolutions = [dataclasses.replace(one, batch_size=max(1, one.batch_size // accumulate)) for one in stage.resolutions]
+              process: tuple[int, int] | None = None) -> Loader:
     index, count = process or sharding.local_parts(self.mesh, self.rules)
-    return Loader(datasets, resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
+    return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=self.cfg.prompt_classes,
                   min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
                   num_workers=self.cfg.num_workers, unconditional=self.algorithm(stage).unconditional)

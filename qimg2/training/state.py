@@ -187,7 +187,8 @@ def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key:
   """(metrics, gradient) of the mean loss over the batch, in micro-batches."""
   num = jax.tree.leaves(batch)[0].shape[0]
   if num % accumulate:
-    raise ValueError(f"A batch of {num} rows cannot be divided into {accumulate} micro-batches: change batch_size or optimizer.accumulate.")
+    raise ValueError(f"A batch of {num} rows cannot be divided into {accumulate} micro-batches: change batch_size, or optimizer.accumulate "
+                     "or config.micro_batches.")
   if "weight" in batch:
     batch = _without_left_out(batch)
 

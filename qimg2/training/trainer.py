@@ -64,6 +64,7 @@ class Stage:
     profile: (first, last) step, counted from 1, to trace for XProf and Perfetto, into the folder `profile`; None for none.
     description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and "frozen_steps", {role:
       (folder, step)} of frozen weights that another run may change.
+    variants: (networks, micro-batches) of each bucket's step, where they are not `nets` and `accumulate` for all.
   """
   name: str
   algorithm: Algorithm
@@ -79,6 +80,7 @@ class Stage:
   faults: Settings = Settings()
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   profile: tuple[int, int] | None = None
+  variants: tuple[tuple[Any, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,11 +189,12 @@ def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict
 def compile_steps(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
                   rollouts: list[Programs] | None = None) -> list[Any]:
   """The train step compiled for each bucket's batch, or for the data that its rollout gives, with progress. Nothing is run."""
-  step = jax.jit(make_step(stage.algorithm, stage.optimizers, nets, stage.accumulate), donate_argnums=0,
-                 out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
+  make = lambda nets, accumulate: jax.jit(make_step(stage.algorithm, stage.optimizers, nets, accumulate), donate_argnums=0,
+                                          out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
   batches = stage.batch_shapes if rollouts is None else [rollout.data for rollout in rollouts]
-  shapes = tqdm(batches, desc=f"{stage.name}: compile", unit="bucket", disable=None, leave=False)
-  return [step.lower(abstract, _shapes(frozen), batch).compile(compiler_options=compile_options(mesh)) for batch in shapes]
+  variants = stage.variants or ((nets, stage.accumulate),) * len(batches)
+  shapes = tqdm(list(zip(variants, batches, strict=True)), desc=f"{stage.name}: compile", unit="bucket", disable=None, leave=False)
+  return [make(*variant).lower(abstract, _shapes(frozen), batch).compile(compiler_options=compile_options(mesh)) for variant, batch in shapes]
 
 
 def _shapes(frozen: dict) -> dict:

@@ -13,6 +13,7 @@ from typing import Any
 
 from data_pipelines.mixture import DatasetSpec, Resolution
 from qimg2 import flow
+from qimg2.layers import POLICIES
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime.config.sections import checked, from_section, placed, plain
 from qimg2.runtime.config.sources import parse_source
@@ -43,6 +44,20 @@ class MeshConfig:
         raise ValueError(f"mesh.{axis} is {size}: give at least 1, or -1 for the devices that are left.")
     if list(sizes.values()).count(-1) > 1:
       raise ValueError(f"mesh {sizes}: only one axis may be -1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatchConfig:
+  """A kind of micro-batch: what the generator's layers keep (`layers.checkpoint_layer`), and how many tokens one has at most, for each part that
+  rows are divided into (the devices along `data` and `fsdp`)."""
+  remat: str
+  tokens: int
+
+  def __post_init__(self):
+    if self.remat not in POLICIES:
+      raise ValueError(f"remat is {self.remat!r}: choose one of {', '.join(POLICIES)}.")
+    if self.tokens < 1:
+      raise ValueError(f"tokens is {self.tokens}: give at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +158,11 @@ class RunConfig:
   sampling: SamplingConfig
   evals: Mapping[str, Mapping[str, int]]
   stages: tuple[StageConfig, ...]
+  micro_batches: tuple[MicroBatchConfig, ...] = ()
 
   def __post_init__(self):
+    if list(self.micro_batches) != sorted(self.micro_batches, key=lambda one: one.tokens):
+      raise ValueError("config.micro_batches: give those of few tokens first; a bucket takes the first in which a row of it finds room.")
     if self.model.context_width != self.encoder.width:
       raise ValueError(f"config.model.context_width is {self.model.context_width}, but config.encoder.width is {self.encoder.width}: make them "
                        "equal.")

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_pipelines.buckets import Bucket
 from qimg2 import sharding
 from qimg2.analysis import roofline
 from qimg2.runtime.config import MeshConfig, RunConfig, StageConfig, parse, plain
+from qimg2.runtime.micro_batches import num_tokens
 from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.steps import ChildProcess, Choice, Rehearsal
 from qimg2.runtime.rehearsal.table import Row
@@ -92,12 +92,12 @@ def _climb(cfg: RunConfig, rules: str, stage: StageConfig, devices: Sequence[Any
 
   for remat in REMAT if stage.kind == "generator" else (cfg.model.remat,):
     mesh = MeshConfig(**(dict.fromkeys(sharding.MESH_AXES, 1) | fitting_mesh(rules, sizes)))
-    changed = dataclasses.replace(cfg, rules=rules, model=dataclasses.replace(cfg.model, remat=remat), mesh=mesh)
+    changed = dataclasses.replace(cfg, rules=rules, model=dataclasses.replace(cfg.model, remat=remat), mesh=mesh, micro_batches=())
     rehearsal = Rehearsal(changed, devices, chip, child)
     buckets = rehearsal.buckets(stage, choice)
     if not buckets:
       raise ValueError("there is no bucket of this --task and --base_px: leave one of the flags out.")
-    heaviest = max(buckets, key=lambda bucket: bucket.batch_size * _num_tokens(bucket, rehearsal.nets.vae.spatial_factor))
+    heaviest = max(buckets, key=lambda bucket: bucket.batch_size * num_tokens(bucket, rehearsal.nets.vae.spatial_factor))
     if accumulate is None:
       smallest, shards = min(bucket.batch_size for bucket in buckets), rehearsal.mesh.shape["data"] * rehearsal.mesh.shape["fsdp"]
       accumulate = smallest // shards
@@ -115,11 +115,6 @@ def _climb(cfg: RunConfig, rules: str, stage: StageConfig, devices: Sequence[Any
     if accumulate < 1:
       break
   return rows
-
-
-def _num_tokens(bucket: Bucket, factor: int) -> float:
-  """Prompt and latent tokens of an example; `factor` is px per latent."""
-  return bucket.num_tokens + sum(height * width for height, width in (*bucket.source_sizes, (bucket.height, bucket.width))) / factor**2
 
 
 def _step(before: Row, now: Row) -> int:

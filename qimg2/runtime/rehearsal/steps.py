@@ -24,6 +24,7 @@ from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2 import params as P
 from qimg2.analysis import flops, hlo, roofline
+from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal import table, topology
@@ -83,9 +84,23 @@ class Rehearsal:
         for ratio in _ratios(resolution.ratios, choice):
           sources = (bucket_size(resolution.base_px, ratio, 32),) if task == "ti2i" else ()
           size = bucket_size(resolution.base_px, ratio, resolution.multiple)
-          num_tokens = self.cfg.num_tokens + self._image_tokens(sources)
-          found[Bucket(task, *size, sources, num_tokens=num_tokens, batch_size=resolution.batch_size)] = None
+          classes = [Bucket(task, *size, sources, num_tokens=words + self._image_tokens(sources), batch_size=resolution.batch_size)
+                     for words in (self.cfg.num_tokens, *sorted(self.cfg.prompt_classes, reverse=True))]
+          found |= dict.fromkeys(self._heaviest(config, classes))
     return list(found)
+
+  def _heaviest(self, config: StageConfig, classes: list[Bucket]) -> list[Bucket]:
+    """Of buckets that differ in the length of their prompts the longest, and of each policy that with the most tokens at once: of short rows more may
+    fit into a micro-batch than fill it with long ones."""
+    if not self.cfg.micro_batches:
+      return classes[:1]
+    fullest: dict[str, tuple[float, Bucket]] = {}
+    for bucket in classes:
+      remat, accumulate = micro_batches.choose(self.cfg, config, bucket, self.nets.shard.parts("batch"))
+      tokens = bucket.batch_size / accumulate * micro_batches.num_tokens(bucket, self.cfg.vae.spatial_factor)
+      if remat not in fullest or tokens > fullest[remat][0]:
+        fullest[remat] = tokens, bucket
+    return list(dict.fromkeys((classes[0], *(bucket for _, bucket in fullest.values()))))
 
   def _image_tokens(self, sources: tuple[tuple[int, int], ...]) -> int:
     grids = source_grids(sources)
@@ -99,24 +114,27 @@ class Rehearsal:
     """
     settings = config.optimizer
     algorithm = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule)
-    shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    if bucket.batch_size % (shards * settings.accumulate):
+    shards = self.nets.shard.parts("batch")
+    remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards)
+    if bucket.batch_size % (shards * accumulate):
       raise ValueError(f"Stage {config.name!r}: a batch of {bucket.batch_size} cannot be divided over {shards} devices of the axes data and fsdp "
-                       f"in {settings.accumulate} micro-batches: change config.mesh, batch_size or optimizer.accumulate.")
+                       f"in {accumulate} micro-batches: change config.mesh, batch_size, or optimizer.accumulate or "
+                       "config.micro_batches.")
     if algorithm.rollout is not None:
       raise ValueError(f"Stage {config.name!r} has a rollout, and a rehearsal knows steps alone: leave the stage out with --stage.")
     batch = self._batch(bucket, algorithm.unconditional)
-    key = str((plain(config.algorithm), bucket, settings.accumulate, settings.mu_dtype, {k: v.mu_dtype for k, v in config.optimizers.items()}))
+    key = str((plain(config.algorithm), bucket, remat, accumulate, settings.mu_dtype, {k: v.mu_dtype for k, v in config.optimizers.items()}))
     if key not in self._measured:
       specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
       optimizers = make_optimizers(algorithm, specs, settings, config.num_steps, config.optimizers)
-      stage = Stage(config.name, algorithm, optimizers, specs, config.num_steps, (batch,), accumulate=settings.accumulate)
+      variant = micro_batches.with_remat(self.nets, remat), accumulate
+      stage = Stage(config.name, algorithm, optimizers, specs, config.num_steps, (batch,), variants=(variant,))
       self._measured[key] = self._measure(stage, config, bucket)
     networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
     counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch)
     row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
-              num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=settings.accumulate, num_devices=self.mesh.size,
-              mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=self.nets.model.remat,
+              num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=accumulate, num_devices=self.mesh.size,
+              mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=remat,
               model_flops={role: n / self.mesh.size for role, n in counts.items()}, **self._measured[key])
     return table.with_bound(row, self.chip, self.mesh)
 

@@ -142,10 +142,12 @@ def _columns(lines: Sequence[Sequence[str]]) -> str:
                    .rstrip() for line in lines)
 
 
-def advice(row: Row, number: int) -> str:
-  """The flags that give the best row that a search found; `number` is the stage's place in the config."""
+def advice(row: Row, number: int, micro_batches: bool = False) -> str:
+  """The flags that give the best row that a search found; `number` is the stage's place in the config, and `micro_batches` whether the config has
+  those, which must go."""
   bound = f", MFU at most {row.bound['mfu']:.1%}" if row.bound else ""
   mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in row.mesh.items())
+  mesh += " --config.micro_batches='()'" if micro_batches else ""
   return (f"{row.stage}: {mesh} --config.rules={row.rules} --config.model.remat={row.remat} "
           f"--config.stages[{number}].optimizer.accumulate={row.accumulate} "
           f"({row.per_chip:g} per chip, {row.peak_bytes / GIB:.2f} GiB{bound})")
