@@ -139,9 +139,14 @@ def smoke_config(data_dir):
 @pytest.fixture(scope="session")
 def smoke_run(smoke_config, tmp_path_factory):
   """The quickstart's smoke run, trained on one device. Commands that read it have eight; none may change what it says."""
+  timed = []
+  listen = lambda event, _, **__: timed.append(event)
+  jax.monitoring.register_event_duration_secs_listener(listen)
   with pytest.MonkeyPatch.context() as patch:
     use_one_device(patch)
     run = train(smoke_config, tmp_path_factory.mktemp("smoke"))
+  jax.monitoring.unregister_event_duration_listener(listen)
+  run.num_compilations = sum(event.endswith("backend_compile_duration") for event in timed)
   results = {path: path.read_bytes() for path in run.workdir.rglob("*.json*") if "checkpoints" not in path.parts}
   yield run
   changed = [str(path) for path, content in results.items() if path.read_bytes() != content]
