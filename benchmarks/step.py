@@ -10,6 +10,8 @@ ways take turns in one process, with the largest matrix rate of both libraries (
 
 import dataclasses
 import logging as python_logging
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,30 +76,59 @@ def make_batch(size: Size, batch: int, edit: bool, seed: int) -> dict[str, np.nd
   return made | ({"source_latents": (normal(batch, side, side, model.latent_channels),), "sources": ()} if edit else {})
 
 
-def ours(size: Size, batch: dict, forward: bool):
-  """(function of a round that trains a step, or runs forward alone; number of weights; model FLOPs of it)."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Our train step, compiled: what it begins with and takes, the number of weights, model FLOPs, and seconds of compiling."""
+  step: Any
+  state: Any
+  frozen: dict
+  num_weights: int
+  flops: float
+  compile_s: float
+
+  def way(self, batch: dict):
+    """A function of a round that trains a step; the first one uses up `state`."""
+    state = [self.state]
+
+    def train(_):
+      state[0], metrics = self.step(state[0], self.frozen, batch)
+      jax.block_until_ready((state[0], metrics))
+    return train
+
+
+def compiled_step(size: Size, batch: dict) -> Program:
+  """Our train step for a batch."""
   nets = Networks(size.model, qwen3_vl.Config(image_token_id=SLOT), vae.Config(), SYSTEM)
   algorithm = flow_matching(flow.Schedule(), ema_decay=0.0)
   specs = {"model": mmdit.specs(size.model)}
-  params = jax.jit(lambda: P.init(specs, jax.random.key(0)))()
-  frozen = {"encoder": {}, "vae": {}}
-  counts = flops.generator_forward(size.model, batch["tokens"].shape[1], size.side**2, size.side**2 if "source_latents" in batch else 0)
-  counts *= len(batch["tokens"]) * (1 if forward else flops.TRAINED)
-  num = sum(x.size for x in jax.tree.leaves(params))
-  if forward:
-    def run(model, batch, t):
-      cond = nets.condition({"qwen3_vl": {}, "vae": {}}, batch)
-      return nets.velocity(model, nets.target_latents({}, batch), t, cond)
-    run = jax.jit(run)
-    return lambda _: jax.block_until_ready(run(params["model"], batch, jnp.full(len(batch["tokens"]), 0.5))), num, counts
   optimizers = make_optimizers(algorithm, specs, SETTINGS, 1000)
-  state = [jax.jit(lambda params: init_state(algorithm, optimizers, params, {}, jax.random.key(0)))(params)]
-  step = jax.jit(make_step(algorithm, optimizers, nets), donate_argnums=0)
+  state = jax.jit(lambda: init_state(algorithm, optimizers, P.init(specs, jax.random.key(0)), {}, jax.random.key(0)))()
+  frozen = {"encoder": {}, "vae": {}}
+  begin = time.perf_counter()
+  step = jax.jit(make_step(algorithm, optimizers, nets), donate_argnums=0).lower(state, frozen, batch).compile()
+  return Program(step, state, frozen, P.count(specs), flops.TRAINED * _forward_flops(size, batch), time.perf_counter() - begin)
 
-  def run(_):
-    state[0], metrics = step(state[0], frozen, batch)
-    jax.block_until_ready((state[0], metrics))
-  return run, num, counts
+
+def _forward_flops(size: Size, batch: dict) -> float:
+  edit = "source_latents" in batch
+  return len(batch["tokens"]) * flops.generator_forward(size.model, batch["tokens"].shape[1], size.side**2, size.side**2 if edit else 0)
+
+
+def ours(size: Size, batch: dict, forward: bool):
+  """(function of a round that trains a step, or runs forward alone; number of weights; model FLOPs of it)."""
+  if not forward:
+    program = compiled_step(size, batch)
+    return program.way(batch), program.num_weights, program.flops
+  nets = Networks(size.model, qwen3_vl.Config(image_token_id=SLOT), vae.Config(), SYSTEM)
+  specs = {"model": mmdit.specs(size.model)}
+  params = jax.jit(lambda: P.init(specs, jax.random.key(0)))()
+
+  @jax.jit
+  def run(model, batch, t):
+    cond = nets.condition({"qwen3_vl": {}, "vae": {}}, batch)
+    return nets.velocity(model, nets.target_latents({}, batch), t, cond)
+  half = jnp.full(len(batch["tokens"]), 0.5)
+  return lambda _: jax.block_until_ready(run(params["model"], batch, half)), P.count(specs), _forward_flops(size, batch)
 
 
 def theirs(size: Size, batch: dict, forward: bool, compiled: bool):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import everything, networks, sampler, start, step, timing
+from benchmarks import everything, growth, networks, sampler, start, step, timing
 from qimg2 import params as P
 from qimg2.models import mmdit
 
@@ -20,6 +20,16 @@ def test_a_step_beside_the_published_class(task, forward, tmp_path):
   assert row["task"] in step.describe(row)
   timing.write_json(str(tmp_path / "rows.json"), [row], dtype="float32")
   assert json.loads((tmp_path / "rows.json").read_text())["rows"] == [row]
+
+
+@pytest.mark.slow
+def test_growth_is_that_of_seconds_over_that_of_flops(monkeypatch):
+  monkeypatch.setitem(step.SIZES, "tiny", lambda: TINY)
+  monkeypatch.setitem(growth.SERIES, "batch", [dict(batch=rows, side=4, num_layers=1) for rows in (1, 4)])
+  first, second = growth.measure("tiny", "batch", 1)
+  assert (first["key"], first["value"], second["value"]) == ("batch", 1, 4) and second["flops"] == 4 * first["flops"]
+  assert second["of_flops"] == pytest.approx(second["seconds"] / first["seconds"] / 4) and 0 < second["of_size"] <= 1.1
+  assert "of_flops" not in first and "batch" in growth.describe(first)
 
 
 def test_ways_take_turns_and_begin_in_another_order_each_round(monkeypatch):

@@ -59,7 +59,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, inter
   query = pad(pad(query, LANES, 3), block_q).swapaxes(1, 2)  # B H S K
   key, value = (pad(pad(x, LANES, 3), block_k).swapaxes(1, 2) for x in (key, value))
   fused = K <= WIDE_HEAD
-  kernel = make_kernel(H, query.shape[2], key.shape[2], num_prefix, mask.reach, block_q, block_k, min(block_k, COMPUTE), fused, interpret)
+  # Twice the keys, where that pads nothing, are half as many parts of the queries' gradient.
+  held = 2 * block_k if block_k == BLOCKS[0] and key.shape[2] % (2 * block_k) == 0 else block_k
+  kernel = make_kernel(H, query.shape[2], key.shape[2], num_prefix, mask.reach, block_q, block_k, held, min(block_k, COMPUTE), fused, interpret)
   last = None if mask.last is None else pad(mask.last, block_q)
   valid = mask.valid if mask.valid is not None or key.shape[2] == T else jnp.ones((B, T), bool)
   segments = None if valid is None else splash_kernel.SegmentIds(jnp.ones((B, query.shape[2]), jnp.int32), pad(valid.astype(jnp.int32), block_k))
@@ -70,8 +72,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, inter
       infos = tuple(info and info._replace(q_sequence=last) for info in infos)
     return splash_kernel.SplashAttentionKernel(*infos, **kernel.kwargs)(query, key, value, segments)
 
-  visited = np.count_nonzero(kernel.fwd_mask_info.block_mask)
-  scope = f"splash_{visited}of{query.shape[2] // block_q}x{key.shape[2] // block_k}{'' if fused else '_apart'}"
+  blocks = lambda info, size: f"{np.count_nonzero(info.block_mask)}of{query.shape[2] // block_q}x{key.shape[2] // size}"
+  scope = f"splash_{blocks(kernel.fwd_mask_info, block_k)}_{blocks(kernel.dkv_mask_info, held)}{'' if fused else '_apart'}"
   with jax.named_scope(scope):  # for `splash_cost`
     return jax.vmap(one)(query, key, value, last, segments).swapaxes(1, 2)[:, :S, :, :K]
 
@@ -96,12 +98,12 @@ def _bound(num_queries: int, num_keys: int, num_prefix: int, reach: int) -> np.n
 
 
 @functools.lru_cache(maxsize=256)
-def make_kernel(num_heads: int, num_queries: int, num_keys: int, num_prefix: int, reach: int, block_q: int, block_k: int, compute: int,
-                fused: bool, interpret: bool):
-  """The kernel with the blocks that it visits, as numpy arrays: making it looks at every block once."""
+def make_kernel(num_heads: int, num_queries: int, num_keys: int, num_prefix: int, reach: int, block_q: int, block_k: int, held: int,
+                compute: int, fused: bool, interpret: bool):
+  """The kernel with the blocks that it visits, as numpy arrays: making it looks at every block once. Backwards it holds `held` keys."""
   mask = _Bound(_bound(num_queries, num_keys, num_prefix, reach), num_keys) if num_prefix else splash_mask.FullMask((num_queries, num_keys))
   apart = {} if fused else {"block_q_dq": block_q, "block_kv_dq": block_k}
-  sizes = splash_kernel.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=compute, block_q_dkv=block_q, block_kv_dkv=block_k,
+  sizes = splash_kernel.BlockSizes(block_q=block_q, block_kv=block_k, block_kv_compute=compute, block_q_dkv=block_q, block_kv_dkv=held,
                                    block_kv_dkv_compute=compute, use_fused_bwd_kernel=fused, **apart)
   with jax.ensure_compile_time_eval():
     kernel = splash_kernel.make_splash_mha(splash_mask.MultiHeadMask([mask] * num_heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
@@ -120,13 +122,14 @@ def splash_cost(text: str, operands: Sequence[tuple[tuple[int, ...], int]]) -> t
     text: of the instruction, with its name and the scope that `attend` puts it in.
     operands: (shape, bytes per element) of its floating-point operands, of which the first three are queries, keys and values.
   """
-  found = re.search(r"splash_mha_(fwd|dq|dkv).*splash_(\d+)of(\d+)x(\d+)(_apart)?", text, re.DOTALL)
+  found = re.search(r"splash_mha_(fwd|dq|dkv).*splash_(\d+)of(\d+)x(\d+)_(\d+)of(\d+)x(\d+)(_apart)?", text, re.DOTALL)
   if not found:
     return None
-  kind, (visited, num_q, num_k) = found[1], map(int, found.groups()[1:4])
+  kind = found[1]
+  visited, num_q, num_k = map(int, found.groups()[4:7] if kind == "dkv" else found.groups()[1:4])
   (*heads, S, K), item = operands[0]
   num, (keys, values), query = math.prod(heads), (math.prod(shape) * item for shape, item in operands[1:3]), math.prod(operands[0][0]) * item
   block = S / num_q * operands[1][0][-2] / num_k
   streamed, once = (2 * S / num_q, 2 * query) if kind == "dkv" else (2 * operands[1][0][-2] / num_k, keys + values)
-  products = {"fwd": 2, "dq": 3, "dkv": 4 if found[5] else 5}[kind]
+  products = {"fwd": 2, "dq": 3, "dkv": 4 if found[8] else 5}[kind]
   return products * 2.0 * num * visited * block * K, max(0.0, num * visited * streamed * K * item - once)
