@@ -182,17 +182,14 @@ def launch(*arguments, **options):
 
 
 @pytest.mark.slow
-def test_two_hundred_pictures_one_and_two_workers_and_killed(tmp_path):
+def test_two_hundred_pictures_by_one_worker_and_by_two_that_are_killed(tmp_path):
   expected = make_folder(tmp_path / "raw", 200, 10)  # 13 units
   assert sum(expected.values()) == 10 and len(expected) == 6
   arguments = (f"--source={tmp_path}/raw", "--name=mine")
-  one, two = (launch(*arguments, f"--out={tmp_path}/{n}", f"--num_workers={n}") for n in (1, 2))
-  for run in (one, two):
-    out, err = run.communicate(timeout=600)
-    assert run.returncode == 0 and err == "", err
-    assert "190" in out
+  one = launch(*arguments, f"--out={tmp_path}/1", "--num_workers=1")
+  out, err = one.communicate(timeout=600)
+  assert one.returncode == 0 and err == "" and "190" in out, err
   assert dropped(tmp_path / "1" / "mine") == expected
-  assert same_bytes(tmp_path / "1", tmp_path / "2")
   out = tmp_path / "killed"
   for phase, at_least in (("survey", 2), ("curated", 3)):
     killed = launch(*arguments, f"--out={out}", "--num_workers=2")
