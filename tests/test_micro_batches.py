@@ -89,6 +89,7 @@ def test_short_prompts_are_rehearsed_where_they_fill_a_micro_batch_more():
   assert [one.num_tokens for one in Rehearsal(config(num_tokens=40, prompt_classes=(30, 4)), jax.devices()).buckets(stage)] == [40]
 
 
+@pytest.mark.slow
 def test_validation_has_as_many_rows_at_once_as_training(monkeypatch, tmp_path, smoke_config):
   made = []
   monkeypatch.setattr(Run, "_loader", lambda self, stage, *_: made.append([one.batch_size for one in stage.resolutions]) or types.SimpleNamespace(
@@ -105,6 +106,7 @@ def test_validation_has_as_many_rows_at_once_as_training(monkeypatch, tmp_path, 
   assert made == [[8], [8]]
 
 
+@pytest.mark.slow
 def test_training_has_them(monkeypatch, tmp_path, one_device, smoke_config):
   stages = []
   monkeypatch.setattr(curriculum, "train_stage", lambda stage, *arguments: stages.append(stage))
