@@ -136,4 +136,5 @@ def write_json(path: str, rows: list[dict], **about: Any) -> None:
   """Writes rows, the device and what else is said of the run; nothing where `path` is empty."""
   if path:
     about |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)  # what took minutes is not lost for want of a folder
     pathlib.Path(path).write_text(json.dumps({**about, "rows": rows}, indent=1), encoding="utf-8")

@@ -95,15 +95,15 @@ def test_validation_has_as_many_rows_at_once_as_training(monkeypatch, tmp_path, 
   monkeypatch.setattr(Run, "_loader", lambda self, stage, *_: made.append([one.batch_size for one in stage.resolutions]) or types.SimpleNamespace(
       evaluation_batches=lambda num: []))
   cfg = smoke_config.copy_and_resolve_references()
-  cfg.micro_batches = (dict(remat="full", tokens=60),)
+  cfg.micro_batches = (dict(remat="full", tokens=80),)
   run = Run(cfg, tmp_path)
   stage = run.stages["high_resolution"]
   resolution = dataclasses.replace(stage.resolutions[0], base_px=64, batch_size=64)
   run.evaluation_batches(dataclasses.replace(stage, resolutions=(resolution,)))
-  assert made == [[8], [8]]  # 31 + 16 tokens, and 31 + 2 * 16 and a few words: one row for each of eight devices
+  assert made == [[8], [8]]  # 31 + 16 tokens, and more with an image: one row for each of eight devices
   made.clear()
   run.evaluation_batches(dataclasses.replace(stage, resolutions=(dataclasses.replace(resolution, base_px=32),)))
-  assert made == [[8], [8]]
+  assert made == [[16], [8]]  # 31 + 4 tokens, and 31 + 2 * 4 and a few words
 
 
 @pytest.mark.slow

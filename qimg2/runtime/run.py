@@ -133,6 +133,8 @@ class Run(StageWeights):
 
   def _micro_batches(self, stage: StageConfig, task: str, resolution: Resolution) -> int:
     """How many a training step of the resolution's square takes, with one condition image of its size for edits."""
+    if not self.cfg.micro_batches:
+      return stage.optimizer.accumulate  # whatever its buckets are: it need not have a square
     side = bucket_size(resolution.base_px, "1:1", resolution.multiple)
     sources = (bucket_size(resolution.base_px, "1:1"),) if task == "ti2i" else ()
     num_tokens = self.cfg.num_tokens + self.tokenizer.num_image_tokens(source_grids(sources))
