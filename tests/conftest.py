@@ -17,8 +17,10 @@ LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for milliseconds but take minutes to compile: skip what makes them fast, in this process and in those that it starts. Measured on
-# a gradient of the VAE: 5.8 s with LLVM's first level of optimisation, 3.0 s without, 1.4 s without fused code and LLVM's dearer passes as well.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true")
+# a gradient of the VAE: 5.8 s with LLVM's first level of optimisation, 3.0 s without, 1.4 s without fused code and LLVM's dearer passes as well. Cut
+# into 32 pieces, a program can be compiled by many threads; with two workers on two cores the pieces are a fifth of the work, for nothing.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true "
+                      "--xla_cpu_parallel_codegen_split_count=1")
 # Here and in processes that tests start, whatever compiles for longer than a moment is read by the next test. A file that two write at once is read
 # whole or not at all, and its name holds all that the program depends on.
 os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(CACHE), "0.3"

@@ -3,9 +3,9 @@
 import os
 import pathlib
 import socket
-import subprocess
-import sys
 import time
+
+import warm
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEARTBEAT_S = 20  # for tests in which one is lost; beside other tests a process may be silent for several seconds
@@ -24,8 +24,7 @@ def start(num, *arguments, extra=lambda i: (), num_devices=1, heartbeat_s=HEARTB
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
          **environment}
   meet = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={num}", f"--heartbeat_timeout={heartbeat_s}"] if num > 1 else []
-  return [subprocess.Popen([sys.executable, *arguments, *meet, *([f"--process_id={i}"] if num > 1 else []), *extra(i)], cwd=ROOT, env=env,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(num)]
+  return [warm.Process([*arguments, *meet, *([f"--process_id={i}"] if num > 1 else []), *extra(i)], ROOT, env) for i in range(num)]
 
 
 def wait_for(happened, started, timeout=300):

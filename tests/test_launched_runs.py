@@ -50,7 +50,8 @@ def config_file(data_dir, tmp_path_factory):
 def alone(config_file, compilation_cache, tmp_path_factory):
   """Folder of the run of one process on one device, which nothing stopped."""
   workdir = tmp_path_factory.mktemp("alone")
-  together(1, *train(config_file, workdir, compilation_cache))
+  ended = commands.process(*train(config_file, workdir, compilation_cache)[1:])
+  assert ended.returncode == 0, ended.stderr[-3000:]
   return workdir
 
 

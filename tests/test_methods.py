@@ -3,17 +3,15 @@
 import dataclasses
 import itertools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from kill_points import last_arrays
-from many import ROOT, UNHURRIED_S, ends, start
+from many import UNHURRIED_S, ends, start, together
+from many import toy as toy_command
 
 from qimg2.training import faults, optim
 from qimg2.training.metrics import read_rows
@@ -241,31 +239,21 @@ def test_a_trace_is_written_where_it_is_asked_for(tmp_path):
 # Real processes.
 
 
-def environment(place="never:0", mark=""):
-  cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  return {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "TOY_DIES_AT": f"{place}@{mark}"}
-
-
-def command(workdir, method="grpo"):
-  return [sys.executable, "-m", "tests.jobs.toy", f"--method={method}", f"--workdir={workdir}"]
-
-
 @pytest.mark.slow
 def test_killed_in_the_rollout_in_scoring_and_between_minibatches(tmp_path):
-  subprocess.run(command(tmp_path / "whole"), cwd=ROOT, env=environment(), check=True)
+  command = lambda name: toy_command(tmp_path / name, "--method=grpo")
+  together(1, *command("whole"), TOY_DIES_AT="never:0@")
   for number, place in enumerate(("rollout:96", "score:112", "minibatch1:160")):  # ids begin at 16 k: steps 7, 8 and 11
-    killed = subprocess.run(command(tmp_path / "cut"), cwd=ROOT, env=environment(place, tmp_path / f"died{number}"), capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-  subprocess.run(command(tmp_path / "cut"), cwd=ROOT, env=environment(), check=True)
+    (code, _, stderr), = ends(start(1, *command("cut"), TOY_DIES_AT=f"{place}@{tmp_path}/died{number}"), 300)
+    assert code == -signal.SIGKILL, stderr[-2000:]
+  together(1, *command("cut"), TOY_DIES_AT="never:0@")
   assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_processes_that_hold_the_same_rows_take_the_same_rewards(whole, tmp_path):
   """Two processes divide the weights alone; the judge of the second one says something else."""
-  results = ends(start(2, *command(tmp_path)[1:], '--mesh={"fsdp": 1, "tensor": 2}', "--biased_judge", heartbeat_s=UNHURRIED_S), 300)
-  for code, _, stderr in results:
-    assert code == 0, stderr[-3000:]
+  together(2, *toy_command(tmp_path, "--method=grpo", '--mesh={"fsdp": 1, "tensor": 2}', "--biased_judge"), heartbeat_s=UNHURRIED_S)
   for mine, its in zip(rows(tmp_path), rows(whole("grpo")), strict=True):
     np.testing.assert_allclose([mine[name] for name in its], list(its.values()), rtol=2e-4, atol=2e-5)
 
@@ -273,9 +261,7 @@ def test_processes_that_hold_the_same_rows_take_the_same_rewards(whole, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("method, mesh, num_devices", [("grpo", '{"fsdp": -1}', 1), ("adapter", '{"fsdp": 2, "tensor": 2}', 2)])
 def test_two_processes_give_the_numbers_of_one(whole, method, mesh, num_devices, tmp_path):
-  results = ends(start(2, *command(tmp_path, method)[1:], f"--mesh={mesh}", num_devices=num_devices, heartbeat_s=UNHURRIED_S), 300)
-  for code, _, stderr in results:
-    assert code == 0, stderr[-3000:]
+  together(2, *toy_command(tmp_path, f"--method={method}", f"--mesh={mesh}"), num_devices=num_devices, heartbeat_s=UNHURRIED_S)
   for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):
     np.testing.assert_allclose([mine[name] for name in its], list(its.values()), rtol=2e-4, atol=2e-5)
   assert json.loads((tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

@@ -71,6 +71,26 @@ def half(tmp_path_factory):
   return workdir
 
 
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+  """name -> results of the processes of jobs of which one process is lost. They are lost at once: the others wait for as long as a process may be
+  silent."""
+  folder = tmp_path_factory.mktemp("lost")
+  victims = {"4 wait": (4, 2, signal.SIGKILL), "2 wait": (2, 0, signal.SIGKILL), "noticed": (2, 1, signal.SIGTERM), "toy": (2, 1, signal.SIGKILL)}
+  started = {}
+  for name, (num, _, _) in victims.items():
+    (folder / name).mkdir()
+    waits = ["tests/worker.py", "--do=wait", f"--workdir={folder / name}"]
+    started[name] = start(num, *(toy(folder / name, SLOW) if name == "toy" else waits))
+  for name, (num, victim, number) in victims.items():
+    if name == "toy":
+      wait_for((folder / name / "toy" / "checkpoints" / "4" / "meta").exists, started[name])
+    else:
+      wait_for(lambda name=name, num=num: all((folder / name / f"started{i}").exists() for i in range(num)), started[name])
+    started[name][victim].send_signal(number)
+  return {name: ends(jobs, PATIENCE_S) for name, jobs in started.items()} | {"toy's folder": folder / "toy"}
+
+
 # One process.
 
 
@@ -165,16 +185,9 @@ def test_every_division_gives_the_same_batches(data_dir, compilation_cache, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num, victim", [(4, 2), (2, 0)])
-def test_when_one_is_killed_the_others_end(tmp_path, num, victim):
+def test_when_one_is_killed_the_others_end(lost, num, victim):
   """Also when it is process 0, which holds the coordination service."""
-  started = start(num, "tests/worker.py", "--do=wait", f"--workdir={tmp_path}")
-  for i in range(num):
-    wait_for((tmp_path / f"started{i}").exists, started)
-  started[victim].send_signal(signal.SIGKILL)
-  begin = time.monotonic()
-  results = ends(started, PATIENCE_S)
-  assert time.monotonic() - begin < PATIENCE_S
-  for i, (code, _, stderr) in enumerate(results):
+  for i, (code, _, stderr) in enumerate(lost[f"{num} wait"]):
     if i != victim:
       assert code == processes.EXIT_CODE, stderr[-3000:]
       assert len(error_lines(stderr)) == 1 and "start all processes again" in error_lines(stderr)[0], stderr
@@ -203,14 +216,12 @@ def test_a_process_that_never_starts_is_waited_for_in_vain(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_job_goes_on_from_its_last_checkpoint(alone, tmp_path):
-  started = start(2, *toy(tmp_path, SLOW))
-  wait_for((tmp_path / "toy" / "checkpoints" / "4" / "meta").exists, started)
-  started[1].send_signal(signal.SIGKILL)
-  (code, _, stderr), _ = ends(started, PATIENCE_S)
+def test_a_killed_job_goes_on_from_its_last_checkpoint(alone, lost, tmp_path):
+  (code, _, stderr), _ = lost["toy"]
   assert code == processes.EXIT_CODE and len(error_lines(stderr)) == 1, stderr[-3000:]
-  together(2, *toy(tmp_path))
-  assert_same_numbers(tmp_path, alone)
+  workdir = shutil.copytree(lost["toy's folder"], tmp_path / "run")
+  together(2, *toy(workdir), heartbeat_s=UNHURRIED_S)
+  assert_same_numbers(workdir, alone)
 
 
 @pytest.mark.slow
@@ -234,12 +245,8 @@ def test_whichever_is_asked_all_stop_after_one_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_notice_ends_a_process_that_does_not_stop_by_itself(tmp_path):
-  started = start(2, "tests/worker.py", "--do=wait", f"--workdir={tmp_path}")
-  wait_for((tmp_path / "started1").exists, started)
-  started[1].send_signal(signal.SIGTERM)
-  results = ends(started, PATIENCE_S)
-  assert results[1][0] == -signal.SIGTERM and results[0][0] == processes.EXIT_CODE, results
+def test_a_notice_ends_a_process_that_does_not_stop_by_itself(lost):
+  assert [code for code, _, _ in lost["noticed"]] == [processes.EXIT_CODE, -signal.SIGTERM], lost["noticed"]
 
 
 @pytest.mark.slow
