@@ -10,6 +10,7 @@ step. The rate of the n-th update, n from 0, with a peak p, W steps of warm-up, 
 """
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -70,10 +71,10 @@ class Rate:
 
 @flax.struct.dataclass
 class OptState:
-  """State of one optimizer: `count`, the updates that it made, int32; its rate; the clipping and AdamW's own."""
+  """State of one optimizer: `count`, the updates that it made, int32; its rate; and AdamW's own, of which `mu` and `nu` are trees like the weights."""
   count: jax.Array
   rate: Rate
-  adam: optax.OptState
+  adam: optax.ScaleByAdamState
 
 
 def make_rate(cfg: Config, num_updates: int) -> Rate:
@@ -98,21 +99,42 @@ class Optimizer:
 
   Attributes:
     cfg, num_updates: settings, and how many updates the stage asks of it.
-    direction: clipping and AdamW without the rate.
+    decayed: {role: tree of bool}, the weights that decay.
   """
   cfg: Config
   num_updates: int
-  direction: optax.GradientTransformation
+  decayed: dict
 
   def init(self, weights: dict) -> OptState:
     """The state before the first update of `weights`, {role: tree}."""
-    return OptState(jnp.zeros((), jnp.int32), make_rate(self.cfg, self.num_updates), self.direction.init(weights))
+    return OptState(jnp.zeros((), jnp.int32), make_rate(self.cfg, self.num_updates), optax.scale_by_adam(mu_dtype=self.cfg.mu_dtype).init(weights))
 
-  def update(self, grads: dict, state: OptState, weights: dict) -> tuple[dict, OptState, jax.Array]:
-    """(what to add to the weights, the new state, the rate) for the gradients of `weights`."""
-    rate = learning_rate(state.rate, state.count)
-    steps, adam = self.direction.update(grads, state.adam, weights)
-    return jax.tree.map(lambda x: -rate * x, steps), OptState(state.count + 1, state.rate, adam), rate
+  def update(self, grads: dict, loss: jax.Array, state: OptState, weights: dict) -> tuple[dict, OptState, dict, jax.Array]:
+    """AdamW (arXiv 1711.05101) on the clipped gradient, in one pass over the weights.
+
+    Args:
+      grads: the gradient, {role: tree}.
+      loss: what it is the gradient of.
+      state: the optimizer's.
+      weights: {role: tree}.
+
+    Returns:
+      (weights, state, metrics, whether the update was made). Where the loss or the gradient's norm is not finite, the first two are the old ones, to
+      the bit; the metrics, float32 scalars, are those of the update that was or would have been made.
+    """
+    cfg, count, rate = self.cfg, state.adam.count + 1, learning_rate(state.rate, state.count)
+    norm = global_norm(grads)
+    good = jnp.isfinite(norm) & jnp.isfinite(loss)
+    numbers = {"clip": jnp.minimum(1.0, cfg.clip_norm / norm), "rate": rate, "mean": 1 - cfg.b1 ** count, "square": 1 - cfg.b2 ** count}
+    leaves, tree = jax.tree.flatten(weights)
+    parts = [tree.flatten_up_to(one) for one in (grads, state.adam.mu, state.adam.nu, self.decayed)]
+    each = [_adamw(cfg.b1, cfg.b2, cfg.eps, cfg.weight_decay if decays else 0.0, good, numbers, w, *moments)
+            for w, *moments, decays in zip(leaves, *parts, strict=True)]
+    new, mu, nu = (tree.unflatten(leaf[i] for leaf in each) for i in range(3))
+    metrics = {"grad_norm": norm, "update_norm": jnp.sqrt(sum(leaf[3] for leaf in each)), "param_norm": jnp.sqrt(sum(leaf[4] for leaf in each)),
+               "learning_rate": rate}
+    add = lambda x: jnp.where(good, x + 1, x)
+    return new, OptState(add(state.count), state.rate, optax.ScaleByAdamState(add(state.adam.count), mu, nu)), metrics, good
 
   def as_configured(self, state: OptState) -> OptState:
     """`state` with the rate of this optimizer's settings, whatever a checkpoint held."""
@@ -121,7 +143,30 @@ class Optimizer:
 
 def make_optimizer(cfg: Config, num_updates: int, specs: dict) -> Optimizer:
   """The optimizer of weights declared by `specs`, {role: specs}, for a stage in which it makes `num_updates`."""
-  decayed = jax.tree.map(lambda p: sum(axis != "layer" for axis in p.axes) > 1, specs, is_leaf=P.is_param)
-  return Optimizer(cfg, num_updates, optax.chain(
-      optax.clip_by_global_norm(cfg.clip_norm), optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype),
-      optax.add_decayed_weights(cfg.weight_decay, decayed)))
+  return Optimizer(cfg, num_updates, jax.tree.map(lambda p: sum(axis != "layer" for axis in p.axes) > 1, specs, is_leaf=P.is_param))
+
+
+def global_norm(tree: dict) -> jax.Array:
+  """The root of the sum of all squares, float32."""
+  return jnp.sqrt(sum(map(_sum_of_squares, jax.tree.leaves(tree))))
+
+
+# Arrays of one shape share what these are traced and lowered to: a step has one call per array in place of thirty operations.
+
+
+@jax.jit
+def _sum_of_squares(x: jax.Array) -> jax.Array:
+  return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _adamw(b1: float, b2: float, eps: float, decay: float, good: jax.Array, numbers: dict[str, jax.Array], w: jax.Array, g: jax.Array, mu: jax.Array,
+           nu: jax.Array) -> tuple[jax.Array, ...]:
+  """(weights, first and second moment, sum of the squares of what was added, and of the weights) of one array."""
+  g = g * numbers["clip"]
+  mean, square = (1 - b1) * g + b1 * mu.astype(jnp.float32), (1 - b2) * jnp.square(g) + b2 * nu
+  step = mean / numbers["mean"] / (jnp.sqrt(square / numbers["square"]) + eps)
+  step = -numbers["rate"] * (step + decay * w if decay else step)
+  new = w + step
+  keep = lambda x, old: jnp.where(good, x.astype(old.dtype), old)
+  return keep(new, w), keep(mean, mu), keep(square, nu), _sum_of_squares(step), _sum_of_squares(new)

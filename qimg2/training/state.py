@@ -7,7 +7,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from qimg2 import params as P
 from qimg2.algorithms import Algorithm, Average, Update
@@ -108,9 +107,8 @@ def abstract_state(algorithm: Algorithm, optimizers: Optimizers, specs: dict[str
 
   def place_opt(update: Update) -> optim.OptState:
     state, own = shapes.opt[update.name], {role: shardings[role] for role in update.roles}
-    adam = optax.tree_utils.tree_map_params(optimizers[update.name].direction, place, state.adam, own,
-                                            transform_non_params=lambda leaf: place(leaf, everywhere))
-    return optim.OptState(replicate(state.count), replicate(state.rate), adam)
+    moments = {name: jax.tree.map(place, getattr(state.adam, name), own) for name in ("mu", "nu")}
+    return optim.OptState(replicate(state.count), replicate(state.rate), state.adam._replace(count=replicate(state.adam.count), **moments))
 
   opt = {update.name: place_opt(update) for update in algorithm.updates}
   averages = {name: params[average.role] for name, average in algorithm.averages.items()}
@@ -175,12 +173,8 @@ def _update(update: Update, optimizer: optim.Optimizer, nets: Any, params: dict,
             accumulate: int) -> tuple[dict, optim.OptState, dict, jax.Array]:
   """({role: weights}, optimizer state, metrics, whether the update was made): the old ones where it was not."""
   metrics, grads = _gradient(update.loss, nets, old, params, batch, key, accumulate)
-  norm = optax.tree.norm(grads)
-  good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-  steps, new_opt, rate = optimizer.update(grads, opt, old)
-  new = optax.apply_updates(old, steps)
-  metrics |= {"grad_norm": norm, "update_norm": optax.tree.norm(steps), "param_norm": optax.tree.norm(new), "learning_rate": rate}
-  return _choose(good, new, old), _choose(good, new_opt, opt), metrics, good
+  new, new_opt, own, good = optimizer.update(grads, metrics["loss"], opt, old)
+  return new, new_opt, metrics | own, good
 
 
 def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key: jax.Array, accumulate: int) -> tuple[dict, dict]:
@@ -235,10 +229,6 @@ def _mean(per_example: jax.Array, weight: jax.Array | None, total: jax.Array | N
   return jnp.sum(jnp.where(weight == 0, 0.0, per_example) * weight) / total
 
 
-def _choose(good: jax.Array, new: Any, old: Any) -> Any:
-  return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-
-
 def _average(algorithm: Algorithm, state: TrainState, params: dict, moved: dict[str, jax.Array]) -> tuple[dict, dict]:
   """(averages, average_states) after a step that gave `params` and moved the roles in `moved`."""
   averages, average_states = {}, {}
@@ -247,8 +237,12 @@ def _average(algorithm: Algorithm, state: TrainState, params: dict, moved: dict[
     decay = average.decay(state.step) if callable(average.decay) else own.decay
     d = jnp.minimum(decay, (1.0 + own.num_updates) / (10.0 + own.num_updates))
     follow = moved[average.role] if average.every == 1 else (state.step + 1) % average.every == 0
-    # A hard copy is a copy to the bit, which a + (w - a) need not be.
-    mixed = jax.tree.map(lambda a, w: jnp.where(d > 0, a + (1 - d) * (w - a), w), old, params[average.role])
-    averages[name] = _choose(follow, mixed, old)
+    averages[name] = jax.tree.map(functools.partial(_mix, follow, d), old, params[average.role])
     average_states[name] = own.replace(num_updates=own.num_updates + jnp.where(follow & (own.num_updates < RESTORED), 1, 0))
   return averages, average_states
+
+
+@jax.jit
+def _mix(follow: jax.Array, decay: jax.Array, average: jax.Array, w: jax.Array) -> jax.Array:
+  """One array of an average. A hard copy is a copy to the bit, which a + (w - a) need not be."""
+  return jnp.where(follow, jnp.where(decay > 0, average + (1 - decay) * (w - average), w), average)
