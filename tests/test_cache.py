@@ -89,9 +89,9 @@ def loader_of(run, config):
 def params(run):
   """All weights; those of the generator that start at zero are drawn, so that every input reaches its output."""
   drawn = run.random_weights(run.stages[STAGE], "model")
-  leaves, tree = jax.tree.flatten(drawn)
-  leaves = [x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
-  return {**run.frozen_weights(run.stages[STAGE]), "model": jax.tree.unflatten(tree, leaves)}
+  rng = np.random.default_rng(0)
+  drawn = jax.tree.map(lambda x: jax.device_put(np.asarray(x) + 0.1 * rng.normal(size=x.shape).astype(x.dtype), x.sharding), drawn)
+  return {**run.frozen_weights(run.stages[STAGE]), "model": drawn}
 
 
 @pytest.fixture(scope="module")
