@@ -7,6 +7,7 @@ process does. `commands.process` starts one that imports for itself, as a user's
   python tests/warm.py    reads one JSON request per line from stdin, writes one JSON answer per line to stdout
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
+IMPORTED = ("launch.train", "launch.sample", "launch.evaluate", "tests.jobs.toy")
 
 
 class Process:
@@ -63,10 +65,8 @@ class Process:
 
 def serve():
   """Forks for each request; returns a request in the process that is to fulfil it. Ends when nobody asks any more."""
-  import tests.jobs.toy  # noqa: F401
-  import launch.evaluate  # noqa: F401
-  import launch.sample  # noqa: F401
-  import launch.train  # noqa: F401
+  for module in IMPORTED:
+    importlib.import_module(module)
   assert threading.active_count() == 1, "A thread is lost in a fork."
   for line in sys.stdin:
     request = json.loads(line)
