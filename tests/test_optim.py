@@ -61,8 +61,9 @@ def test_it_is_optax_adamw_on_clipped_gradients(clip_norm, mu_dtype):
   cfg = optim.Config(learning_rate=0.1, warmup_steps=3, weight_decay=0.3, clip_norm=clip_norm, mu_dtype=mu_dtype, b1=0.8, b2=0.9, eps=1e-3)
   specs = {"one": LINEAR, "other": LINEAR}
   optimizer, new = optim.make_optimizer(cfg, 10, specs), {role: P.init(LINEAR, jax.random.key(i)) for i, role in enumerate(specs)}
-  reference = optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(
-      lambda n: 0.1 * jnp.minimum(1.0, (n + 1) / 3), 0.8, 0.9, 1e-3, mu_dtype=mu_dtype, weight_decay=0.3, mask=jax.tree.map(lambda x: x.ndim > 1, new)))
+  rate, matrices = lambda n: 0.1 * jnp.minimum(1.0, (n + 1) / 3), jax.tree.map(lambda x: x.ndim > 1, new)
+  reference = optax.chain(optax.clip_by_global_norm(clip_norm),
+                          optax.adamw(rate, 0.8, 0.9, 1e-3, mu_dtype=mu_dtype, weight_decay=0.3, mask=matrices))
   theirs, own, its = new, optimizer.init(new), reference.init(new)
   # A step is 0.1 long. optax rounds once more: it multiplies the old moment in bfloat16.
   rtol, atol = (2e-5, 0) if mu_dtype == "float32" else (1e-3, 1e-3)

@@ -71,7 +71,7 @@ class Rate:
 
 @flax.struct.dataclass
 class OptState:
-  """State of one optimizer: `count`, the updates that it made, int32; its rate; and AdamW's own, of which `mu` and `nu` are trees like the weights."""
+  """State of one optimizer: `count`, the updates that it made, int32; its rate; AdamW's own, with `mu` and `nu`, trees like the weights."""
   count: jax.Array
   rate: Rate
   adam: optax.ScaleByAdamState
