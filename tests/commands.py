@@ -1,6 +1,6 @@
 """Launcher commands inside this process, where JAX is imported and programs are compiled already: a process of its own costs five seconds.
 
-Each module has one command that runs as a real process too, so that what only such a process shows is seen.
+Each module has one command that runs as a process of its own too, most of them with `process`, as a user starts it.
 """
 
 import contextlib

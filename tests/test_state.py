@@ -205,7 +205,7 @@ def test_an_update_moves_its_roles_together():
   (before, after, metrics), = run(method, 1)
   assert moved(before, after) and bool((after.params["head"]["b"] != before.params["head"]["b"]).any()) and set(after.opt) == {"model+head"}
   clipped = run(method, 1, settings=dataclasses.replace(SETTINGS, clip_norm=1e-3))[0][1]
-  momentum = sum(np.square(x).sum() for x in jax.tree.leaves(clipped.opt["model+head"].adam.mu))
+  momentum = sum(np.square(x).sum() for x in jax.tree.leaves(clipped.opt["model+head"].adam[1].mu))
   np.testing.assert_allclose(np.sqrt(momentum), 1e-3 * 0.1, rtol=1e-4)  # one norm for both
 
 

@@ -71,10 +71,10 @@ class Rate:
 
 @flax.struct.dataclass
 class OptState:
-  """State of one optimizer: `count`, the updates that it made, int32; its rate; AdamW's own, with `mu` and `nu`, trees like the weights."""
+  """State of one optimizer: `count`, the updates that it made, int32; its rate; and that of optax's chain, whose second part is AdamW's."""
   count: jax.Array
   rate: Rate
-  adam: optax.ScaleByAdamState
+  adam: optax.OptState
 
 
 def make_rate(cfg: Config, num_updates: int) -> Rate:
@@ -100,14 +100,16 @@ class Optimizer:
   Attributes:
     cfg, num_updates: settings, and how many updates the stage asks of it.
     decayed: {role: tree of bool}, the weights that decay.
+    chain: optax's clipping, AdamW and decay, which `update` computes in one pass. The state has its layout, in checkpoints too.
   """
   cfg: Config
   num_updates: int
   decayed: dict
+  chain: optax.GradientTransformation
 
   def init(self, weights: dict) -> OptState:
     """The state before the first update of `weights`, {role: tree}."""
-    return OptState(jnp.zeros((), jnp.int32), make_rate(self.cfg, self.num_updates), optax.scale_by_adam(mu_dtype=self.cfg.mu_dtype).init(weights))
+    return OptState(jnp.zeros((), jnp.int32), make_rate(self.cfg, self.num_updates), self.chain.init(weights))
 
   def update(self, grads: dict, loss: jax.Array, state: OptState, weights: dict) -> tuple[dict, OptState, dict, jax.Array]:
     """AdamW (arXiv 1711.05101) on the clipped gradient, in one pass over the weights.
@@ -122,19 +124,21 @@ class Optimizer:
       (weights, state, metrics, whether the update was made). Where the loss or the gradient's norm is not finite, the first two are the old ones, to
       the bit; the metrics, float32 scalars, are those of the update that was or would have been made.
     """
-    cfg, count, rate = self.cfg, state.adam.count + 1, learning_rate(state.rate, state.count)
+    cfg, rate = self.cfg, learning_rate(state.rate, state.count)
+    clipping, adam, decay = state.adam
+    count = adam.count + 1
     norm = global_norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(loss)
     numbers = {"clip": jnp.minimum(1.0, cfg.clip_norm / norm), "rate": rate, "mean": 1 - cfg.b1 ** count, "square": 1 - cfg.b2 ** count}
     leaves, tree = jax.tree.flatten(weights)
-    parts = [tree.flatten_up_to(one) for one in (grads, state.adam.mu, state.adam.nu, self.decayed)]
+    parts = [tree.flatten_up_to(one) for one in (grads, adam.mu, adam.nu, self.decayed)]
     each = [_adamw(cfg.b1, cfg.b2, cfg.eps, cfg.weight_decay if decays else 0.0, good, numbers, w, *moments)
             for w, *moments, decays in zip(leaves, *parts, strict=True)]
     new, mu, nu = (tree.unflatten(leaf[i] for leaf in each) for i in range(3))
     metrics = {"grad_norm": norm, "update_norm": jnp.sqrt(sum(leaf[3] for leaf in each)), "param_norm": jnp.sqrt(sum(leaf[4] for leaf in each)),
                "learning_rate": rate}
     add = lambda x: jnp.where(good, x + 1, x)
-    return new, OptState(add(state.count), state.rate, optax.ScaleByAdamState(add(state.adam.count), mu, nu)), metrics, good
+    return new, OptState(add(state.count), state.rate, (clipping, optax.ScaleByAdamState(add(adam.count), mu, nu), decay)), metrics, good
 
   def as_configured(self, state: OptState) -> OptState:
     """`state` with the rate of this optimizer's settings, whatever a checkpoint held."""
@@ -143,7 +147,10 @@ class Optimizer:
 
 def make_optimizer(cfg: Config, num_updates: int, specs: dict) -> Optimizer:
   """The optimizer of weights declared by `specs`, {role: specs}, for a stage in which it makes `num_updates`."""
-  return Optimizer(cfg, num_updates, jax.tree.map(lambda p: sum(axis != "layer" for axis in p.axes) > 1, specs, is_leaf=P.is_param))
+  decayed = jax.tree.map(lambda p: sum(axis != "layer" for axis in p.axes) > 1, specs, is_leaf=P.is_param)
+  return Optimizer(cfg, num_updates, decayed, optax.chain(
+      optax.clip_by_global_norm(cfg.clip_norm), optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype),
+      optax.add_decayed_weights(cfg.weight_decay, decayed)))
 
 
 def global_norm(tree: dict) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from qimg2 import params as P
 from qimg2.algorithms import Algorithm, Average, Update
@@ -107,8 +108,9 @@ def abstract_state(algorithm: Algorithm, optimizers: Optimizers, specs: dict[str
 
   def place_opt(update: Update) -> optim.OptState:
     state, own = shapes.opt[update.name], {role: shardings[role] for role in update.roles}
-    moments = {name: jax.tree.map(place, getattr(state.adam, name), own) for name in ("mu", "nu")}
-    return optim.OptState(replicate(state.count), replicate(state.rate), state.adam._replace(count=replicate(state.adam.count), **moments))
+    adam = optax.tree_utils.tree_map_params(optimizers[update.name].chain, place, state.adam, own,
+                                            transform_non_params=lambda leaf: place(leaf, everywhere))
+    return optim.OptState(replicate(state.count), replicate(state.rate), adam)
 
   opt = {update.name: place_opt(update) for update in algorithm.updates}
   averages = {name: params[average.role] for name, average in algorithm.averages.items()}
