@@ -35,8 +35,11 @@ import pytest
 import warm
 
 from configs import quickstart
+from launch import cli
 from qimg2.runtime.curriculum import train
 from qimg2.training import trainer
+
+cli.collect_rarely()
 
 
 def pytest_configure(config):
