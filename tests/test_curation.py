@@ -336,6 +336,7 @@ def test_verify_finds_a_flipped_bit_and_a_missing_file(small, tmp_path):
     verify(tmp_path, "mine")
 
 
+@pytest.mark.slow
 def test_training_imports_nothing_of_curation():
   code = ("import sys, launch.train\n"
           "print([m for m in sys.modules if m.startswith(('apache_beam', 'imagehash', 'rapidocr', 'data_pipelines.curation'))])")

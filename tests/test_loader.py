@@ -147,6 +147,7 @@ def test_resume_equals_no_interruption_and_seed_matters(data, tokenizer):
   assert any((other.mixture.plan(k).records != loader.mixture.plan(k).records).any() for k in range(3))
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(data, tokenizer):
   flags.FLAGS.mark_as_parsed()
   plain = itertools.islice(make(data, tokenizer).iterate(3), 5)

@@ -224,6 +224,7 @@ def test_what_the_compiler_wrote_down(tmp_path, monkeypatch):
   assert topology.is_assigned() and topology.program_text() == "HloModule" and topology.reserved_bytes() == 77
 
 
+@pytest.mark.slow
 def test_a_compiler_that_ends_is_named():
   with pytest.raises(ChildProcessError, match="compiles stage 'none' ended with code 1: "):
     steps._measure_in_child(steps.ChildProcess("cpu:1"), quickstart.get_config("smoke"), "none", None)
