@@ -80,6 +80,18 @@ def test_it_is_optax_adamw_on_clipped_gradients(clip_norm, mu_dtype):
   assert {x.dtype.name for x in jax.tree.leaves(own.adam[1].mu)} == {mu_dtype} and int(own.count) == 5
 
 
+@pytest.mark.parametrize("gradient, loss", [(np.nan, 0.0), (np.inf, 0.0), (1e30, 0.0), (1.0, np.nan), (1.0, np.inf)])  # squares of 1e30 overflow
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+def test_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(mu_dtype, gradient, loss):
+  optimizer, weights = optim.make_optimizer(optim.Config(mu_dtype=mu_dtype), 10, {"one": LINEAR}), {"one": P.init(LINEAR, jax.random.key(0))}
+  weights, before, _, good = optimizer.update(jax.tree.map(jnp.ones_like, weights), jnp.zeros(()), optimizer.init(weights), weights)
+  assert good and int(before.count) == 1
+  grads = jax.tree.map(lambda x: jnp.ones_like(x).at[0].set(gradient), weights)
+  new, after, _, good = optimizer.update(grads, jnp.float32(loss), before, weights)
+  assert not good
+  jax.tree.map(np.testing.assert_array_equal, (new, after), (weights, before))
+
+
 @pytest.mark.parametrize("fields, message", [({"schedule": "step"}, "optimizer.schedule is 'step'"), ({"learning_rate": 0.0}, "must be above 0")])
 def test_optimizer_errors(fields, message):
   with pytest.raises(ValueError, match=message):

@@ -50,7 +50,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
     save_config(cfg, workdir, allow_config_change)
     for stage in cfg.stages:
       train_one(run, stage, stop, began, profile, allow_config_change)
-      gc.collect()  # arrays of this stage that only hang together with each other would share the devices with the next one's
+      gc.collect()  # or what only its own cycles hold of this stage would share the devices with the next one
       if processes.is_first():
         report.write_report(run)
       began = time.monotonic()
