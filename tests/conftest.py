@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path(os.environ.get("QIMG2_TEST_CACHE") or ROOT / ".cache" / "tests")
 MAX_CACHE_BYTES = 2 * 2**30
 EXPENSIVE = {"smoke_run", "caches"}  # fixtures
-LONG = {"smoke_run", "emoji", "pretrain", "test_launched_runs", "test_rehearse", "test_cache", "test_curation", "test_processes"}  # groups
+LONG = {"smoke_run", "published", "emoji", "pretrain", "test_launched_runs", "test_rehearse", "test_cache", "test_curation", "test_processes"}  # groups
 LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -54,8 +54,11 @@ def pytest_configure(config):
 
 
 def group_of(item):
-  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run."""
-  return "smoke_run" if "smoke_run" in item.fixturenames else next((mark.args[0] for mark in item.iter_markers("apart")), item.path.stem)
+  """Tests that share an expensive fixture run in one process: those of a file, and all that look at the smoke run. Those that look at the published
+  classes do too, because importing these takes long."""
+  if "smoke_run" in item.fixturenames:
+    return "smoke_run"
+  return next((mark.args[0] for mark in item.iter_markers("apart")), "published" if hasattr(item.module, "torch") else item.path.stem)
 
 
 def pytest_collection_modifyitems(items):

@@ -70,6 +70,7 @@ def test_every_public_name_is_there_and_on_the_page():
     runtime.Generators  # noqa: B018
 
 
+@pytest.mark.slow
 def test_one_module_does_not_load_all():
   code = ("import sys, qimg2.runtime; assert 'jax' not in sys.modules; import qimg2.runtime.processes; "
           "assert not [name for name in sys.modules if name in ('qimg2.runtime.run', 'data_pipelines.loader')]")

@@ -283,6 +283,7 @@ def test_unknown_policies_are_refused():
     layers.checkpoint_layer(None, "some")
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_what_runs_here(capsys):
   rows = compare(*make_inputs(1, 64, 32, 2, 8, "float32"), rounds=1)
   assert [row["name"] for row in rows] == ["xla", "chunked", "splash", "ring"] and "cudnn: " in capsys.readouterr().out

@@ -53,6 +53,7 @@ def test_networks_beside_the_published_classes(what):
   assert row["off_by"] < 1e-4 and row["of_limit"] > 0 and what in networks.describe(row)
 
 
+@pytest.mark.slow
 def test_every_command_is_timed_and_mistakes_are_named():
   assert {"launch.train", "launch.sample", "launch.evaluate"} < set(start.launchers()) and "launch.cli" not in start.launchers()
   with pytest.raises(ValueError, match="--stage=low, but configs/quickstart.py has the stages vae, low_resolution"):

@@ -218,6 +218,7 @@ def test_what_the_cache_keeps_of_its_records(config, caches):
     assert len(record["latents"]) == side * 8 * 4
 
 
+@pytest.mark.slow
 def test_broken_records_are_left_out_and_named(config, run, workdir, tmp_path, monkeypatch):
   shutil.copytree(f"{run.cfg.data_dir}/glyphs", tmp_path / "glyphs")
   cfg = with_data(config, "glyphs", tmp_path, small=True)

@@ -117,6 +117,7 @@ def test_interrupted_between_units(small, tmp_path, monkeypatch):
     assert not set(done) & set(again) and same_bytes(out / "mine", facts["path"])
 
 
+@pytest.mark.slow
 def test_interrupted_while_the_data_set_is_put_together(small, tmp_path, monkeypatch):
   root, _, facts = small
   with monkeypatch.context() as patch:

@@ -50,6 +50,7 @@ def test_one_signal_is_asked_for_and_a_second_interrupt_ends_at_once(number):
   process.communicate()
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_not_wait_for_compiled_code():
   work = 'import hashlib; print("busy", flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'  # minutes, without Python's lock
   process = start(after=work)

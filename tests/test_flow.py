@@ -23,6 +23,7 @@ def test_published_sampling_times(num_tokens, mu, sigmas):
   np.testing.assert_allclose(ours[[0, 1, 10, 20, 30, 38, 39]], sigmas, atol=5.1e-5)
 
 
+@pytest.mark.apart("published")
 def test_sampling_times_equal_the_published_scheduler():
   from diffusers import FlowMatchEulerDiscreteScheduler
   theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential", base_image_seq_len=256, base_shift=0.5,

@@ -21,6 +21,7 @@ def test_arrays_of_different_ranks_do_not_meet_unasked():
     jnp.ones((2, 3)) + jnp.ones(3)
 
 
+@pytest.mark.slow
 def test_the_quickstarts_step_computes_what_its_networks_ask_for():
   """Products and memory of the whole config's step, which no machine's speed changes: nothing is computed twice, or kept that need not be."""
   rehearsal = Rehearsal(quickstart.get_config(), jax.devices()[:1])

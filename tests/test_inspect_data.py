@@ -206,6 +206,7 @@ def test_the_command(config, data, tmp_path):
 @example("小さな赤いボール" * 40, 128)
 @example("שלום עולם مرحبا بالعالم नमस्ते 🦊👨‍👩‍👧 \x00\ud800", 90)
 @given(st.text(max_size=200), st.integers(1, 200))
+@pytest.mark.slow
 def test_any_text_is_wrapped_and_drawn(text, width):
   lines = sheets.wrap(text, width)
   assert len(lines) <= sheets.MAX_LINES and all(line.strip() for line in lines)

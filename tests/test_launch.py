@@ -17,6 +17,7 @@ from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import sampling_weights
 
 
+@pytest.mark.slow
 def test_describe_prints_the_published_counts():
   result = process("launch.describe", "--config=configs/pretrain.py", "--json")
   assert result.returncode == 0, result.stderr

@@ -208,6 +208,7 @@ def test_sources_of_another_shape_and_number_make_buckets_of_their_own(data, tok
     assert [int(image.mean()) for image in batch["sources"]] == [40 * (i + 1) for i in range(len(batch["sources"]))]
 
 
+@pytest.mark.slow
 def test_dropout_empties_the_asked_share_of_captions(data, tokenizer):
   empty = len(tokenizer.encode(""))
   for dropout in (0.0, 0.3, 1.0):

@@ -87,7 +87,7 @@ def test_a_killed_run_ends_with_the_same_bits(whole, method, tmp_path):
   assert all(np.isfinite(value) for row in written for value in row.values())
 
 
-@pytest.mark.parametrize("at", [5, 6])  # at step 6 an evaluation is due, which the run that goes on owes
+@pytest.mark.parametrize("at", [pytest.param(5, marks=pytest.mark.slow), 6])  # at step 6 an evaluation is due, which the run that goes on owes
 def test_a_run_that_is_asked_to_stop_ends_with_the_same_bits(whole, at, tmp_path):
   with pytest.raises(faults.Preempted, match=f"is saved at step {at} of 12"):
     toy.run(toy.Job("supervised", **ONE), tmp_path, stop=lambda step: step == at)
@@ -206,6 +206,7 @@ def test_each_step_draws_samples_of_its_own(tmp_path):
   assert len(drawn) == 3 and all((one != other).all() for one, other in itertools.combinations(drawn, 2))
 
 
+@pytest.mark.slow
 def test_each_minibatch_has_a_key_of_its_own(tmp_path):
   method = grpo()
   update, = method.updates

@@ -204,6 +204,7 @@ def test_transformer_config_goes_both_ways(causal):
   assert mmdit_names.published_config(cfg) == published | {"axes_dims_rope": [4, 6, 6]}
 
 
+@pytest.mark.slow
 def test_shared_condition_time_is_what_causal_condition_false_does():
   """The published class still masks block-causally; only the time of the condition tokens changes."""
   module = reference.tiny_transformer(0, causal_condition=False)

@@ -133,6 +133,7 @@ def test_padding_changes_nothing():
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_random_init_tells_tokens_and_contexts(seed):
   params = random_params(seed)
   tokens, token_count = prompts(seed, [24] * 32, 24)

@@ -161,6 +161,7 @@ def test_an_image_changes_only_what_follows():
   assert np.all(np.abs(before - after)[0, start:token_count[0]].max(axis=-1) > 1e-3)
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
   _, cfg, params = oracle(0)
   (tokens, token_count), images = random_prompts(0, [(3, 2), (9, 1)], SIZES_PX[:1]), random_images(0, 2, SIZES_PX[:1])
@@ -171,6 +172,7 @@ def test_sharded_equals_unsharded():
   assert reference.relative_error(ours, run(cfg, params, tokens, token_count, images)[0]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_random_init_tells_images():
   _, cfg, _ = oracle(0)
   params = jax.jit(lambda key: P.init(qwen3_vl_vision.vision_specs(cfg.vision), key))(jax.random.key(0, impl="rbg"))
