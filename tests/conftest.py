@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path(os.environ.get("QIMG2_TEST_CACHE") or ROOT / ".cache" / "tests")
 MAX_CACHE_BYTES = 2 * 2**30
 EXPENSIVE = {"smoke_run", "caches"}  # fixtures
-LONG = {"smoke_run", "published", "emoji", "pretrain", "test_launched_runs", "test_rehearse", "test_cache", "test_curation", "test_processes"}  # groups
+# Groups that take longest.
+LONG = {"smoke_run", "published", "emoji", "pretrain", "test_launched_runs", "test_rehearse", "test_cache", "test_curation", "test_processes"}
 LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
