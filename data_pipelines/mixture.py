@@ -1,9 +1,10 @@
 """Which records batch k holds: a pure function of (seed, mixture, k), known without opening a record.
 
-A *cell* is one data set in one bucket. Cells take turns by a `Schedule` (weighted round-robin): a data set has its weight's share of the
-batches, its resolutions divide that by their weights times their record counts, and so do the buckets of a resolution. Inside a cell the v-th
-visit takes positions v B to v B + B - 1 of an endless stream; position p is place p mod n of epoch p div n, and each epoch is a permutation of the
-n records of its own. So every record is seen exactly once per epoch of its cell, any k can be asked at once, and neither hosts nor workers enter.
+A *cell* is one data set in one bucket. Cells are dealt batches by `Turns`: a data set has its weight's share of them, its resolutions divide that by
+their weights times their record counts, and so do the buckets of a resolution. Inside a cell the v-th visit takes positions v B to v B + B - 1 of an
+endless stream; position p is place p mod n of epoch p div n, and each epoch is a permutation of the n records of its own. So every record is seen
+exactly once per epoch of its cell, and as often as those of the other cells of its data set and resolution. Any k can be asked at once, and neither
+hosts nor workers enter.
 
 A bucket is (task, target size, source sizes, prompt length). Two tasks: "t2i" takes the records without condition images, "ti2i" (editing)
 those with some. A condition image is fitted to the size nearest to its own aspect ratio among all ratios at the resolution's area, in
@@ -13,14 +14,14 @@ multiples of one vision slot. A record's prompt length is the smallest class tha
 import dataclasses
 import fractions
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from data_pipelines import buckets as sizes
 from data_pipelines.buckets import Bucket
-from data_pipelines.cache import open_cache
-from data_pipelines.order import Schedule, apportion, permute
+from data_pipelines.cache import Cache, open_cache
+from data_pipelines.order import Turns, permute
 from data_pipelines.records import KINDS, open_split
 from data_pipelines.tokenizer import PromptTokenizer
 
@@ -127,6 +128,14 @@ class Plan:
     return self.cell.records[self.places].astype(np.int64)
 
 
+Found = tuple[Sequence[dict], Mapping[str, np.ndarray], Cache | None]
+
+
+def open_dataset(spec: DatasetSpec) -> Found:
+  """The records of a data set and its index, see `data_pipelines.records.open_split`, and its `Cache` if it holds latents."""
+  return *open_split(spec.data_dir, spec.name, spec.split), open_cache(spec.data_dir, spec.name)
+
+
 class Mixture:
   """The order of batches; see the module docstring.
 
@@ -138,9 +147,11 @@ class Mixture:
   """
 
   def __init__(self, datasets: Sequence[DatasetSpec], resolutions: Sequence[Resolution], num_tokens: int, tokenizer: PromptTokenizer, seed: int,
-               prompt_classes: Sequence[int] = (), max_crop: float = 0.2, min_bucket_records: int = 0):
+               prompt_classes: Sequence[int] = (), max_crop: float = 0.2, min_bucket_records: int = 0,
+               find: Callable[[DatasetSpec], "Found"] | None = None):
     """Args: data sets; resolutions; M, the longest prompt, condition images not counted; tokenizer; seed; further, shorter prompt lengths that
-    have buckets of their own; largest share of a picture that may be cut off; fewest records for which a bucket is worth a compiled step.
+    have buckets of their own; largest share of a picture that may be cut off; fewest records for which a bucket is worth a compiled step;
+    what opens a data set, `open_dataset` unless it is made up.
 
     Raises:
       ValueError: numbers that make no mixture, or a data set of which nothing is left.
@@ -150,17 +161,15 @@ class Mixture:
     self._classes = tuple(sorted({*prompt_classes, num_tokens}))
     self._tokenizer, self._seed, self._max_crop, self._min_records = tokenizer, seed, max_crop, min_bucket_records
     self.sources, self._sample_ids = [], []
-    self._build()
-    weights = [cell.weight for cell in self._cells]
-    self._schedule = Schedule(apportion(tuple(weights)), seed)
+    self._build(find or open_dataset)
+    self._turns = Turns([cell.weight for cell in self._cells], seed)
 
   # ---- which records go where --------------------------------------------------------------------
 
-  def _build(self) -> None:
+  def _build(self, find: Callable[[DatasetSpec], "Found"]) -> None:
     places, counts, cells = {}, [], []
     for d, spec in enumerate(self.datasets):
-      source, index = open_split(spec.data_dir, spec.name, spec.split)
-      cached = open_cache(spec.data_dir, spec.name)
+      source, index, cached = find(spec)
       self.sources.append(source)
       self._sample_ids.append(index["sample_id"])
       reasons, length = self._unusable(spec, index)
@@ -208,17 +217,12 @@ class Mixture:
   # ---- the endless order of training -------------------------------------------------------------
 
   def plan(self, k: int) -> Plan:
-    """Returns the global batch k."""
-    number, visit = self._schedule(k)
+    """Returns the global batch k, one of the first 2^40."""
+    number, visit = self._turns(k)
     cell = self._cells[number]
     batch_size, num = self.buckets[cell.bucket].batch_size, len(cell.records)
     position = visit * batch_size + np.arange(batch_size)
-    epoch, offset = position // num, position % num
-    places = np.empty(batch_size, np.int64)
-    for one in np.unique(epoch):
-      now = epoch == one
-      places[now] = permute(offset[now], num, (self._seed, 2, number, int(one)))
-    return Plan(cell.bucket, cell.dataset, cell, places)
+    return Plan(cell.bucket, cell.dataset, cell, permute(position % num, num, (self._seed, 2, number), position // num))
 
   def sample_ids(self, dataset: int, records: np.ndarray) -> np.ndarray:
     """Returns the ids, int64, of records of a data set."""
@@ -230,14 +234,10 @@ class Mixture:
     return tuple(self._cells)
 
   @property
-  def turns(self) -> tuple[int, ...]:
-    """How many turns of a cycle each of `cells` has."""
-    return self._schedule.turns
-
-  @property
-  def cycle(self) -> int:
-    """Number of batches after which every cell has had exactly its share of turns."""
-    return sum(self.turns)
+  def shares(self) -> tuple[float, ...]:
+    """The share of the batches that each of `cells` has, 0 to 1."""
+    total = sum(cell.weight for cell in self._cells)
+    return tuple(float(cell.weight / total) for cell in self._cells)
 
   # ---- one pass for evaluation -------------------------------------------------------------------
 

@@ -50,8 +50,7 @@ class World:
 
   def build(self, cls=Mixture, **more):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(mixtures, "open_split", lambda data_dir, name, split: (None, self.indices[name]))
-      patch.setattr(mixtures, "open_cache", lambda data_dir, name: None)
+      patch.setattr(mixtures, "open_dataset", lambda spec: (None, self.indices[spec.name], None))
       return cls(self.specs, self.resolutions, tokenizer=TOKENIZER, **(dict(num_tokens=64, seed=0) | self.options | more))
 
 

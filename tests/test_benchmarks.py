@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import everything, growth, networks, sampler, start, step, timing
+from benchmarks import everything, growth, mixture, networks, sampler, start, step, timing
+from configs import pretrain
 from qimg2 import params as P
 from qimg2.models import mmdit
+from qimg2.runtime.config import parse
 
 TINY = step.Size(step._sized(32, 2, head_dim=16), 4, 12)
 
@@ -91,3 +93,9 @@ def test_what_a_save_costs():
   wall = {number: 0.5 for number in range(4, start.LONGER)} | {start.SAVED: 1.5, start.SAVED + 1: 0.6, start.SAVED + 2: 0.6}
   rows = [{"step": number, "wall_s": seconds} for number, seconds in wall.items()] + [{"step": start.LONGER, "wall_s": 9.0}, {"step": 9}]
   assert start.save_costs(rows) == pytest.approx((0.5, 1.2))
+
+
+def test_a_made_up_index_is_dealt_as_the_config_asks():
+  row = mixture.measure(parse(pretrain.get_config()), "pretrain_512", 3000, 600, 1000)
+  assert row["share_off_by"] < 0.01 and row["rarest_to_most"] < 1.001 and row["programs"] > 100
+  assert 0 < row["distinct"] < 1 and 0 < row["unused"] < 0.1 and 0 < row["plan_ms"] <= row["slowest_plan_ms"]

@@ -102,10 +102,11 @@ def loss(run):
 
 @pytest.fixture(scope="module")
 def losses(run, params, loss):
-  """Gives the tasks and losses of the first batches of a config at 32 x 32 px."""
+  """Gives the tasks and losses of the first three batches of each task of a config at 32 x 32 px."""
   def compute(cfg):
     loader = loader_of(run, with_data(cfg, cfg.stages[0].mixture[0].name, small=True))
-    batches = [loader.batch(k) for k in range(6)]
+    tasks = [loader.buckets[loader.mixture.plan(k).bucket].task for k in range(40)]
+    batches = [loader.batch(k) for task in ("t2i", "ti2i") for k in [k for k in range(40) if tasks[k] == task][:3]]
     return ([loader.buckets[bucket].task for bucket, _ in batches],
             [float(loss(params, run.put(batch), jax.random.key(k))) for k, (_, batch) in enumerate(batches)])
   return compute

@@ -1,4 +1,4 @@
-"""The quickstart's smoke run gives the numbers that it gave before the code was rearranged (tests/golden_smoke.json, made by the version before).
+"""The quickstart's smoke run gives the numbers that it gave when the order of batches was last changed (tests/golden_smoke.json).
 
 Equal to rounding: another processor, or another order of a sum, changes the last bits. Left out is what was changed on purpose: averages that a stage
 takes over from an earlier one no longer begin their ramp again.

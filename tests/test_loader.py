@@ -113,14 +113,13 @@ def test_each_record_comes_exactly_once_per_epoch(data, tokenizer):
 def test_shares_follow_the_weights(data, tokenizer):
   loader = make(data, tokenizer, sets=2, resolutions=[
       Resolution(32, 8, ("1:1",), weight=1.0), Resolution(64, 4, ("1:1",), weight=4.0)], max_crop=0.6)
-  cycle = loader.mixture.cycle
   seen = collections.Counter()
-  for k in range(3 * cycle, 4 * cycle):
+  for k in range(1000):
     plan = loader.mixture.plan(k)
     assert len(plan.records) == loader.buckets[plan.bucket].batch_size
     seen[plan.dataset, loader.buckets[plan.bucket].height] += 1
-  share = {key: count / cycle for key, count in seen.items()}
-  assert share == {(0, 32): 0.05, (0, 64): 0.2, (1, 32): 0.15, (1, 64): 0.6}
+  shares = {(0, 32): 0.05, (0, 64): 0.2, (1, 32): 0.15, (1, 64): 0.6}
+  assert set(seen) == set(shares) and all(abs(seen[key] / 1000 - share) < 0.01 for key, share in shares.items())
 
 
 def test_hosts_share_the_global_batch(data, tokenizer):
@@ -183,9 +182,8 @@ def test_tasks_share_a_data_set_without_overlap(data, tokenizer):
   loader = Loader(specs, DEFAULT, 64, tokenizer, 0)
   records_of = {task: sum(c.records for c in loader.counts if c.task == task) for task in ("t2i", "ti2i")}
   assert records_of == {"t2i": NUM_TRAIN, "ti2i": NUM_TRAIN // 2}
-  cycle = loader.mixture.cycle
-  tasks = [loader.buckets[loader.mixture.plan(k).bucket].task for k in range(cycle)]
-  assert tasks.count("ti2i") == cycle // 4
+  tasks = [loader.buckets[loader.mixture.plan(k).bucket].task for k in range(1000)]
+  assert abs(tasks.count("ti2i") - 250) < 9
 
 
 def test_sources_of_another_shape_and_number_make_buckets_of_their_own(data, tokenizer, monkeypatch):

@@ -26,7 +26,7 @@ from qimg2.training import faults
 from qimg2.training.checkpoint import is_done
 from qimg2.training.metrics import MetricsWriter
 from qimg2.training.state import make_optimizers
-from qimg2.training.trainer import Stage, train_stage
+from qimg2.training.trainer import ORDER, Stage, train_stage
 from qimg2.training.validation import Evaluator
 
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
@@ -99,7 +99,7 @@ def description(cfg: RunConfig, config: StageConfig) -> dict[str, Any]:
   on from one is not told that its data changed."""
   later = {field.name: field.default for field in dataclasses.fields(Resolution) if field.name in ("multiple", "ratio_weights")}
   resolutions = [{key: value for key, value in plain(one).items() if key not in later or value != later[key]} for one in config.resolutions]
-  run = {"seed": cfg.seed, "num_tokens": cfg.num_tokens, "prompt_classes": cfg.prompt_classes}
+  run = {"order": ORDER, "seed": cfg.seed, "num_tokens": cfg.num_tokens, "prompt_classes": cfg.prompt_classes}
   return {**run, **plain(config), "resolutions": resolutions}
 
 

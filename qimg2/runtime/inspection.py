@@ -121,21 +121,21 @@ def _visible(latents: np.ndarray) -> np.ndarray:
 def summary(data: Data) -> dict:
   """What the plan amounts to, as plain JSON, without reading a record.
 
-  num_steps: compiled steps, one per bucket; cycle: batches after which every share is exact; records: what became of them per data set,
+  num_steps: compiled steps, one per bucket; records: what became of them per data set,
   resolution and target size; datasets, tasks, buckets: shares of the batches, 0 to 1, and per bucket the records and the share of the prompt
   tokens that is padding, None where the data set's tokenizer is another one, so that lengths are not known.
   """
   mixture = data.loader.mixture
-  turns = cell_turns(mixture)
-  lengths = {spec: _expected_tokens(data, spec) for spec in {cell.dataset: None for cell, _ in turns}}
-  share = lambda chosen: sum(num for cell, num in turns if chosen(cell)) / mixture.cycle
+  cells = cell_shares(mixture)
+  lengths = {spec: _expected_tokens(data, spec) for spec in {cell.dataset: None for cell, _ in cells}}
+  share = lambda chosen: sum(share for cell, share in cells if chosen(cell))
   buckets = []
   for number, bucket in enumerate(mixture.buckets):
-    here = [(cell, num) for cell, num in turns if cell.bucket == number]
+    here = [(cell, share) for cell, share in cells if cell.bucket == number]
     buckets.append({"task": bucket.task, **_shape(bucket), "records": sum(len(cell.records) for cell, _ in here),
                     "share": share(lambda cell: cell.bucket == number), "padding": _padding(data, bucket, here, lengths)})
   return {
-      "stage": data.stage, "num_steps": len(buckets), "cycle": mixture.cycle,
+      "stage": data.stage, "num_steps": len(buckets),
       "records": [dataclasses.asdict(count) for count in mixture.counts],
       "datasets": [{"dataset": spec.name, "split": spec.split, "task": spec.task, "share": share(lambda cell: cell.dataset == number)}
                    for number, spec in enumerate(mixture.datasets)],
@@ -144,12 +144,12 @@ def summary(data: Data) -> dict:
       "buckets": buckets}
 
 
-def cell_turns(mixture: Mixture) -> list[tuple[Cell, int]]:
-  """(cell, its turns of a cycle) of every cell."""
-  return list(zip(mixture.cells, mixture.turns))
+def cell_shares(mixture: Mixture) -> list[tuple[Cell, float]]:
+  """(cell, its share of the batches) of every cell."""
+  return list(zip(mixture.cells, mixture.shares))
 
 
-def _padding(data: Data, bucket: Bucket, cells: list[tuple[Cell, int]], lengths: dict[int, np.ndarray | None]) -> float | None:
+def _padding(data: Data, bucket: Bucket, cells: list[tuple[Cell, float]], lengths: dict[int, np.ndarray | None]) -> float | None:
   if any(lengths[cell.dataset] is None for cell, _ in cells):
     return None
   text = sum(num * float(lengths[cell.dataset][cell.records].mean()) for cell, num in cells) / sum(num for _, num in cells)
@@ -177,7 +177,7 @@ def _expected_tokens(data: Data, spec_number: int) -> np.ndarray | None:
 
 def table(facts: dict) -> str:
   """A summary as text."""
-  lines = [f"stage {facts['stage']}: {facts['num_steps']} compiled steps, a cycle of {facts['cycle']} batches"]
+  lines = [f"stage {facts['stage']}: {facts['num_steps']} compiled steps"]
   lines += ["", "records", *_columns(facts["records"])]
   for name in ("datasets", "tasks", "buckets"):
     lines += ["", f"share of the batches per {name[:-1]}", *_columns(facts[name])]

@@ -152,8 +152,10 @@ class Run(StageWeights):
   def _loader(self, stage: StageConfig, datasets: Sequence[DatasetSpec], caption_dropout: float, min_bucket_records: int,
               process: tuple[int, int] | None = None) -> Loader:
     index, count = process or sharding.local_parts(self.mesh, self.rules)
+    # A VAE reads no prompt: buckets that differ by its length alone would be the same program, compiled once for each.
+    classes = () if stage.kind == "autoencoder" else self.cfg.prompt_classes
     return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
-                  caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=self.cfg.prompt_classes,
+                  caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes,
                   min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
                   num_workers=self.cfg.num_workers, unconditional=self.algorithm(stage).unconditional)
 

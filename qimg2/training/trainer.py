@@ -38,7 +38,9 @@ from qimg2.training.state import Optimizers, TrainState, abstract_state, as_conf
 
 RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 MAX_DISPATCHED = 2  # steps whose results are still to come
-ORDER_KEYS = ("seed", "mixture", "resolutions", "max_crop", "min_bucket_records", "num_tokens", "prompt_classes")  # of a stage's description
+ORDER = 2  # how batches follow from a stage's description; checkpoints that do not say it have 1
+# Of a stage's description:
+ORDER_KEYS = ("order", "seed", "mixture", "resolutions", "max_crop", "min_bucket_records", "num_tokens", "prompt_classes")
 
 
 class Loader(Protocol):
@@ -356,7 +358,7 @@ def _check_frozen(stage: Stage, saved: Mapping[str, Any]) -> None:
 
 def _warn_of_another_order(stage: Stage, step: int, saved: Mapping[str, Any]) -> None:
   """Says in the log, which is absl's where a launcher started the run, that batches from here on are not those that the stage began with."""
-  now = json.loads(json.dumps(dict(stage.description)))
+  now, saved = json.loads(json.dumps(dict(stage.description))), {"order": 1, **saved}
   both = [key for key in ORDER_KEYS if key in saved and key in now]
   changes = [text for key in both for text in differences(saved[key], now[key], key)]
   if changes:

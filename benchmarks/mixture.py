@@ -1,0 +1,119 @@
+"""How records are dealt at size: a made-up index of a web-like data set, sorted into buckets as a stage of a config would, and its batches.
+
+  python -m benchmarks.mixture [--pictures=1e6] [--edits=2e5] [--run_config=configs/pretrain.py] [--stage=sft] [--batches=10000] [--json=F]
+
+Two thirds of the pictures have nearly a usual aspect ratio; captions have 20 to 1,024 tokens. Edits have one, two or three condition images (85, 12
+and 3 %), the first of which has the target's aspect ratio in 90 %. No picture is there. Printed are:
+
+  cpu_s, seconds, more_gb   from the index to the order: processor and clock, and by how much the largest memory of the process grew
+  programs                  buckets, each of which is a compiled step
+  unused                    share of the records that are in none
+  share_off_by              the largest difference of a data set's share of `--batches` batches from what the config asks
+  rarest_to_most            how often the most frequent record of a data set and resolution comes, over how often the rarest does
+  distinct                  share of the rows of a batch that are different records; the lowest of the first 200
+  plan_ms, slowest_plan_ms  processor milliseconds of `plan(k)`, median and largest of two hundred
+"""
+
+import importlib
+import resource
+import time
+
+import numpy as np
+from absl import flags
+
+from benchmarks import timing
+from data_pipelines.mixture import Mixture
+from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
+from launch import cli
+from qimg2.runtime.config import RunConfig, parse
+
+USUAL = {1.0: 0.16, 4 / 3: 0.13, 3 / 4: 0.08, 3 / 2: 0.17, 2 / 3: 0.1, 16 / 9: 0.12, 9 / 16: 0.05, 1.91: 0.03, 0.8: 0.05, 1.25: 0.03, 2.33: 0.02,
+         0.5: 0.03, 2.0: 0.03}  # width to height -> share
+
+
+def make_index(num: int, edits: bool, tokenizer: PromptTokenizer, seed: int = 0) -> dict[str, np.ndarray]:
+  """The index, as `data_pipelines.records.open_split` gives it, of `num` made-up records with one English caption each."""
+  rng = np.random.default_rng(seed)
+  longest = 256 if edits else 1024
+  length = np.minimum(20 + rng.lognormal(3.5 if edits else 4.9, 0.6, num), longest).astype(np.int32)
+  target = _aspects(rng, num)
+  height, width = _sides(rng, target)
+  source_sizes = np.zeros((num, 3 if edits else 0, 2), np.int32)
+  if edits:
+    number = rng.choice([1, 2, 3], num, p=[0.85, 0.12, 0.03])
+    for slot in range(3):
+      aspects = np.where(rng.random(num) < 0.9, target, _aspects(rng, num)) if slot == 0 else _aspects(rng, num)
+      source_sizes[:, slot] = np.where((number > slot)[:, None], np.stack(_sides(rng, aspects), axis=1), 0)
+  return {"height": height, "width": width, "quality": np.ones(num, np.float32), "sample_id": np.arange(num, dtype=np.int64),
+          "stage": np.full(num, 6, np.uint8), "has_text": np.zeros(num, bool), "source_sizes": source_sizes,
+          "num_captions": np.ones(num, np.int32), "caption_language": np.zeros(num, np.uint16), "language_names": np.array(["en"]),
+          "caption_kind": np.zeros(num, np.uint8), "caption_tokens": length, "tokenizer": np.array(tokenizer.fingerprint)}
+
+
+def _aspects(rng: np.random.Generator, num: int) -> np.ndarray:
+  """Logarithms of width to height."""
+  usual = np.log(list(USUAL))[rng.choice(len(USUAL), num, p=np.array(list(USUAL.values())) / sum(USUAL.values()))] + rng.normal(0, 0.02, num)
+  return np.where(rng.random(num) < 0.35, np.clip(rng.normal(0.1, 0.45, num), -1.3, 1.3), usual)
+
+
+def _sides(rng: np.random.Generator, aspects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  side = rng.uniform(512, 4096, len(aspects))
+  return tuple(np.rint(side * np.exp(sign * aspects / 2)).astype(np.int32) for sign in (-1, 1))
+
+
+def measure(cfg: RunConfig, stage_name: str, num_pictures: int, num_edits: int, num_batches: int) -> dict:
+  """What `main` prints."""
+  stage, = [one for one in cfg.stages if one.name == stage_name]
+  tokenizer = train_tokenizer(["a red ball", "make it blue"], 300)
+  made = {task: make_index(num, task == "ti2i", tokenizer) for task, num in (("t2i", num_pictures), ("ti2i", num_edits))}
+  before, begin, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), time.perf_counter()
+  classes = () if stage.kind == "autoencoder" else cfg.prompt_classes
+  mixture = Mixture(stage.mixture, stage.resolutions, cfg.num_tokens, tokenizer, cfg.seed, classes, stage.max_crop, stage.min_bucket_records,
+                    find=lambda spec: (None, made[spec.task], None))
+  found = {"cpu_s": time.process_time() - begin, "seconds": time.perf_counter() - clock,
+           "more_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, "programs": len(mixture.buckets),
+           "unused": 1 - sum(count.kept for count in mixture.counts) / sum(count.records for count in mixture.counts)}
+  plans = [mixture.plan(k) for k in range(num_batches)]
+  total = sum(spec.weight for spec in mixture.datasets)
+  found["share_off_by"] = max(abs(sum(plan.dataset == d for plan in plans) / num_batches - spec.weight / total)
+                              for d, spec in enumerate(mixture.datasets))
+  found["distinct"] = min(len(np.unique(plan.places)) / len(plan.places) for plan in plans[:200])
+  found["rarest_to_most"] = max(_spread(mixture, spec, r) for spec in range(len(mixture.datasets)) for r in range(len(mixture.resolutions)))
+  times = []
+  for k in [*range(100), *(10**11 + 7919 * np.arange(100)).tolist()]:
+    begin = time.process_time()
+    mixture.plan(k)
+    times.append(time.process_time() - begin)
+  return found | {"plan_ms": 1e3 * float(np.median(times)), "slowest_plan_ms": 1e3 * max(times)}
+
+
+def _spread(mixture: Mixture, dataset: int, resolution: int) -> float:
+  """How often the most frequent record of a data set at a resolution comes to how often the rarest does, by the shares of its cells."""
+  often = [share * mixture.buckets[cell.bucket].batch_size / len(cell.records) for cell, share in zip(mixture.cells, mixture.shares)
+           if (cell.dataset, cell.resolution) == (dataset, resolution)]
+  return max(often, default=1.0) / min(often, default=1.0)
+
+
+def define_flags() -> None:
+  """The flags of this benchmark."""
+  flags.DEFINE_float("pictures", 1e6, "Text-to-image records.", lower_bound=1)
+  flags.DEFINE_float("edits", 2e5, "Editing records.", lower_bound=1)
+  flags.DEFINE_string("run_config", "configs/pretrain.py", "Config of which one stage is dealt.")
+  flags.DEFINE_string("stage", "sft", "That stage.")
+  flags.DEFINE_integer("batches", 10000, "How many batches are looked at.", lower_bound=1)
+  flags.DEFINE_string("json", "", "File for the row.")
+
+
+def main(_) -> None:
+  """Prints the figures."""
+  args = flags.FLAGS
+  file, _, argument = args.run_config.partition(":")
+  cfg = parse(importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(argument))
+  row = measure(cfg, args.stage, int(args.pictures), int(args.edits), args.batches)
+  for name, value in row.items():
+    print(f"{name:16} {value:.5g}")
+  timing.write_json(args.json, [row], config=args.run_config, stage=args.stage, pictures=args.pictures, edits=args.edits)
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)
