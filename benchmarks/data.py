@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data_pipelines import records
 from data_pipelines.buckets import Bucket, nearest_bucket
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import DatasetSpec, Resolution
+from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import load_picture
 from launch import cli

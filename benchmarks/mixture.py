@@ -3,15 +3,9 @@
   python -m benchmarks.mixture [--pictures=1e6] [--edits=2e5] [--run_config=configs/pretrain.py] [--stage=sft] [--batches=10000] [--json=F]
 
 Two thirds of the pictures have nearly a usual aspect ratio; captions have 20 to 1,024 tokens. Edits have one, two or three condition images (85, 12
-and 3 %), the first of which has the target's aspect ratio in 90 %. No picture is there. Printed are:
-
-  cpu_s, seconds, more_gb   from the index to the order: processor and clock, and by how much the largest memory of the process grew
-  programs                  buckets, each of which is a compiled step
-  unused                    share of the records that are in none
-  share_off_by              the largest difference of a data set's share of `--batches` batches from what the config asks
-  rarest_to_most            how often the most frequent record of a data set and resolution comes, over how often the rarest does
-  distinct                  share of the rows of a batch that are different records; the lowest of the first 200
-  plan_ms, slowest_plan_ms  processor milliseconds of `plan(k)`, median and largest of two hundred
+and 3 %), the first of which has the target's aspect ratio in 90 %. No picture is there. Printed are: processor seconds and more memory from the index
+to the order; programs and what merging costs; how far the shares of data sets are from what the config asks, after `--batches`; how often the most
+frequent record of a data set and resolution comes to how often the rarest does; distinct records of the worst batch; milliseconds of a plan.
 """
 
 import importlib
@@ -66,13 +60,15 @@ def measure(cfg: RunConfig, stage_name: str, num_pictures: int, num_edits: int, 
   stage, = [one for one in cfg.stages if one.name == stage_name]
   tokenizer = train_tokenizer(["a red ball", "make it blue"], 300)
   made = {task: make_index(num, task == "ti2i", tokenizer) for task, num in (("t2i", num_pictures), ("ti2i", num_edits))}
+  find = lambda spec: (None, made[spec.task], None, ())
   before, begin, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), time.perf_counter()
   classes = () if stage.kind == "autoencoder" else cfg.prompt_classes
   mixture = Mixture(stage.mixture, stage.resolutions, cfg.num_tokens, tokenizer, cfg.seed, classes, stage.max_crop, stage.min_bucket_records,
-                    find=lambda spec: (None, made[spec.task], None))
+                    stage.max_programs, find=find)
   found = {"cpu_s": time.process_time() - begin, "seconds": time.perf_counter() - clock,
-           "more_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, "programs": len(mixture.buckets),
-           "unused": 1 - sum(count.kept for count in mixture.counts) / sum(count.records for count in mixture.counts)}
+           "more_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, "shapes": mixture.merging.shapes,
+           "programs": mixture.merging.buckets, "left_out": mixture.merging.left_out, "padding": mixture.merging.padding,
+           "cut_off": mixture.merging.cut_off, "own_cut_off": mixture.merging.own_cut_off, "most_repeated": mixture.merging.most_repeated}
   plans = [mixture.plan(k) for k in range(num_batches)]
   total = sum(spec.weight for spec in mixture.datasets)
   found["share_off_by"] = max(abs(sum(plan.dataset == d for plan in plans) / num_batches - spec.weight / total)

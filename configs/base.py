@@ -4,7 +4,7 @@ Sections are complete, in every stage too, so that a stage can be read alone and
   --config.stages[1].num_steps=10 --config.stages[1].faults.max_skipped=3
 A section that is a class of its own has that class's defaults, and its keys are explained there: `schedule` is `qimg2.flow.Schedule`, `optimizer`
 `qimg2.training.optim.Config`, `faults` `qimg2.training.faults.Settings`, `mixture` and `resolutions` `DatasetSpec` and `Resolution` of
-data_pipelines/mixture.py (squares alone, unless a stage says otherwise), and `algorithm` has the arguments of its method in `qimg2.algorithms`.
+data_pipelines/specs.py (squares alone, unless a stage says otherwise), and `algorithm` has the arguments of its method in `qimg2.algorithms`.
 The sections of the three networks (configs/sizes.py) are the exception: what they do not name has the default of the network's class.
 
 Where weights come from, in `start_from` and `frozen`:
@@ -18,7 +18,7 @@ Where weights come from, in `start_from` and `frozen`:
 from ml_collections import ConfigDict
 
 from configs import sizes
-from data_pipelines.mixture import DatasetSpec, Resolution
+from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2 import flow
 from qimg2.runtime.config import plain
 from qimg2.runtime.methods import METHODS
@@ -70,7 +70,8 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       evaluation=dict(split="validation", num_samples=256),  # of the mixture's data sets, per task
       caption_dropout=0.1 if generator else 0.0,
       max_crop=0.2,  # largest share of a picture that fitting it to a bucket may cut off
-      min_bucket_records=0,  # buckets with fewer records are merged into the nearest: each costs a compiled step
+      max_programs=64,  # most buckets, each of which is a compiled step; more shapes than that share them. 0: one for each shape
+      min_bucket_records=0,  # buckets with fewer records are merged into others, and what fits nowhere is left out
       max_faulty=0.01,  # largest share of records that may be broken
       optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}

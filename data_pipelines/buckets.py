@@ -79,3 +79,12 @@ def crop_fraction(height, width, bucket_height: int, bucket_width: int) -> np.nd
   """Returns the share of the picture's area, 0 to 1, that a cover-and-crop to the bucket cuts off."""
   change = np.asarray(width, np.float64) * bucket_height / (np.asarray(height, np.float64) * bucket_width)
   return 1 - np.minimum(change, 1 / change)
+
+
+def shown_whole(height: int, width: int, size: tuple[int, int], max_crop: float) -> tuple[int, int] | None:
+  """Returns the sides (height, width) at which a condition image of these sides is laid on white paper of the given size, because filling that would
+  cut more than `max_crop` off; None where it does not."""
+  if crop_fraction(height, width, *size) <= max_crop:
+    return None
+  scale = min(size[0] / height, size[1] / width)
+  return max(1, min(size[0], round(height * scale))), max(1, min(size[1], round(width * scale)))

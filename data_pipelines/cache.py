@@ -93,6 +93,14 @@ def open_cache(data_dir: str | os.PathLike, name: str) -> Cache | None:
   return Cache(**{field.name: meta["cache"][field.name] for field in dataclasses.fields(Cache)})
 
 
+def cached_shapes(data_dir: str | os.PathLike, name: str) -> tuple:
+  """Returns the shapes of the buckets that a latent cache was made for, each as (task, base_px, target size, sizes of condition images, prompt
+  tokens); none where an older version made it."""
+  size = lambda sides: tuple(map(int, sides))
+  return tuple((task, base_px, size(target), tuple(map(size, images)), tokens)
+               for task, base_px, target, images, tokens in _made_with(data_dir, name).get("shapes", ()))
+
+
 def check_use(data_dir: str | os.PathLike, name: str, stage: str, resolutions: Sequence[tuple[int, tuple, int]],
               needs: Mapping[str, Any]) -> None:
   """Checks that a stage can train on a latent cache; pixels always pass.

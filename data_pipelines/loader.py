@@ -8,16 +8,17 @@ in the log and counted, and too many of them are an error.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain.python as grain
 import numpy as np
 from absl import logging
 
 from data_pipelines.buckets import Bucket
-from data_pipelines.mixture import Cell, DatasetSpec, Mixture, Resolution, source_grids
+from data_pipelines.mixture import Cell, Mixture
+from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
-from data_pipelines.transforms import load_picture
+from data_pipelines.transforms import fit_source, load_picture
 
 _ENDLESS = 2**62
 _MOST_TRIES = 64  # records of a cell in a row that may be broken
@@ -47,9 +48,10 @@ class Loader:
   def __init__(self, datasets: Sequence[DatasetSpec], resolutions: Sequence[Resolution], num_tokens: int,
                tokenizer: PromptTokenizer, seed: int, caption_dropout: float = 0.1, max_crop: float = 0.2, prompt_classes: Sequence[int] = (),
                min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
-               num_workers: int = 0, unconditional: bool = False):
-    """Args: those of `Mixture`; share of prompts that are emptied; largest share of records that may be broken; which of how many processes
-    this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
+               num_workers: int = 0, unconditional: bool = False, max_programs: int = 0,
+               programs: Mapping[tuple, np.ndarray] | None = None):
+    """Args: those of `Mixture`, the last two at the end; share of prompts that are emptied; largest share of records that may be broken; which of how
+    many processes this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
     whether a batch has the unconditional prompt.
 
     Raises:
@@ -57,13 +59,14 @@ class Loader:
     """
     parts = (process_index,) if isinstance(process_index, int) else tuple(process_index)
     _check(resolutions, caption_dropout, max_faulty, parts, process_count)
-    self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records)
+    self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records, max_programs, programs)
     self.buckets, self.counts = self.mixture.buckets, self.mixture.counts
     self.faults: list[Fault] = []
     self._tokenizer, self._seed = tokenizer, seed
     self._caption_dropout, self._max_faulty = caption_dropout, max_faulty
     self._process, self._num_workers = (parts, process_count), num_workers
     self.unconditional = unconditional
+    self._held_out: dict[int | None, list] = {}
 
   # ---- batches -----------------------------------------------------------------------------------
 
@@ -102,8 +105,9 @@ class Loader:
     num_rows = num_faults = 0
     for k, (bucket, batch, faults) in zip(range(start, stop), batches):
       for fault in faults:
-        logging.warning("Batch %d: %s Sample %d takes its place.", k, fault.sentence, fault.replacement)
-      self.faults += faults
+        if fault not in self.faults:  # held-out batches are read again and again
+          logging.warning("Batch %d: %s Sample %d takes its place.", k, fault.sentence, fault.replacement)
+          self.faults.append(fault)
       num_rows, num_faults = num_rows + len(batch["sample_id"]), num_faults + len(faults)
       if num_faults > self._max_faulty * max(num_rows, FIRST_ROWS):
         raise ValueError(f"{num_faults} of {num_rows} records could not be used by batch {k}, more than max_faulty={self._max_faulty}; the last "
@@ -113,11 +117,10 @@ class Loader:
   # ---- one pass for evaluation -------------------------------------------------------------------
 
   def evaluation_batches(self, max_samples: int | None = None) -> Iterator[tuple[int, dict]]:
-    """Yields (bucket index, batch) for one pass at every resolution, bucket by bucket, by ascending sample_id.
+    """Yields (bucket index, batch) for one pass at every resolution, bucket by bucket, as `Mixture.held_out` chooses and orders them.
 
     No dropout, always the first wanted caption. Batches have the extra key `weight` B float32: 1, or 0 for the rows
-    that fill the last batch of a bucket by repeating, or stand for a record that cannot be decoded. `max_samples` keeps the lowest ids at
-    each resolution.
+    that fill the last batch of a bucket by repeating, or stand for a record that cannot be decoded.
     """
     for k, (bucket, rows, weight) in enumerate(self._passes(max_samples)):
       own = self.own_rows(len(rows))
@@ -127,11 +130,17 @@ class Loader:
         yield bucket, batch | {"weight": weight[own] * (batch["sample_id"] == wanted)}
 
   def _passes(self, max_samples: int | None) -> Iterator[tuple[int, list[tuple[Cell, int]], np.ndarray]]:
-    for bucket, rows in self.mixture.one_pass(max_samples):
+    if max_samples not in self._held_out:
+      self._held_out[max_samples] = self.mixture.held_out(max_samples)
+    for bucket, rows in self._held_out[max_samples]:
       batch_size = self.buckets[bucket].batch_size
       for first in range(0, len(rows), batch_size):
         some = rows[first:first + batch_size]
         yield bucket, [some[i % len(some)] for i in range(batch_size)], (np.arange(batch_size) < len(some)).astype(np.float32)
+
+  def num_evaluation_batches(self, max_samples: int | None = None) -> int:
+    """Returns how many batches `evaluation_batches` yields."""
+    return sum(1 for _ in self._passes(max_samples))
 
   # ---- records to arrays -------------------------------------------------------------------------
 
@@ -181,7 +190,7 @@ class Loader:
         check_record(record, sample_id, bucket, name)
         number = self._pick_caption(record, spec, draw)
         self._encode(arrays, row, record, number, bucket, name)
-        _decode(arrays, row, record, bucket, name)
+        _decode(arrays, row, record, bucket, name, self.mixture.max_crop)
       except ValueError as error:
         broken.append((sample_id, str(error)))
       else:
@@ -265,14 +274,21 @@ def _tuples(arrays: dict) -> dict:
   return {name: tuple(value) if isinstance(value, list) else value for name, value in arrays.items()}
 
 
-def _decode(arrays: dict, row: int, record: dict, bucket: Bucket, name: str) -> None:
+def _decode(arrays: dict, row: int, record: dict, bucket: Bucket, name: str, max_crop: float) -> None:
   """Writes the pictures of a record into a row of the arrays; `ValueError` for what cannot be decoded."""
   if bucket.cache is not None:
     bucket.cache.read(arrays, row, record, bucket, name)
     return
   arrays["target"][row] = load_picture(record["image"], bucket.height, bucket.width, name)
   for slot, size in enumerate(bucket.source_sizes):
-    arrays["sources"][slot][row] = load_picture(record["sources"][slot], *size, f"condition image {slot + 1} of {name}")
+    arrays["sources"][slot][row] = load_source(record, slot, size, max_crop, name)
+
+
+def load_source(record: dict, slot: int, size: tuple[int, int], max_crop: float, name: str) -> np.ndarray:
+  """Returns condition image `slot` of a record, height width 3 uint8: it fills `size`, or is whole on white paper where that would cut more than
+  `max_crop` off; `ValueError` if it cannot be decoded."""
+  load = functools.partial(load_picture, record["sources"][slot], name=f"condition image {slot + 1} of {name}")
+  return fit_source(load, (record["source_height"][slot], record["source_width"][slot]), size, max_crop)
 
 
 @functools.cache

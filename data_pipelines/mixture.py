@@ -1,107 +1,37 @@
 """Which records batch k holds: a pure function of (seed, mixture, k), known without opening a record.
 
-A *cell* is one data set in one bucket. Cells are dealt batches by `Turns`: a data set has its weight's share of them, its resolutions divide that by
-their weights times their record counts, and so do the buckets of a resolution. Inside a cell the v-th visit takes positions v B to v B + B - 1 of an
-endless stream; position p is place p mod n of epoch p div n, and each epoch is a permutation of the n records of its own. So every record is seen
-exactly once per epoch of its cell, and as often as those of the other cells of its data set and resolution. Any k can be asked at once, and neither
-hosts nor workers enter.
+A *cell* is one data set in one bucket. Cells have `Turns`: a data set has its weight's share of the batches, its resolutions divide that by their
+weights times their record counts, and so do the buckets of a resolution. Inside a cell the v-th
+visit takes positions v B to v B + B - 1 of an endless stream; position p is place p mod n of epoch p div n, and each epoch is a permutation of the
+n records of its own. So every record is seen exactly once per epoch of its cell, and equally often as those of other cells of its data set and
+resolution; any k can be asked at once, and neither hosts nor workers enter.
 
 A bucket is (task, target size, source sizes, prompt length). Two tasks: "t2i" takes the records without condition images, "ti2i" (editing)
-those with some. A condition image is fitted to the size nearest to its own aspect ratio among all ratios at the resolution's area, in
-multiples of one vision slot. A record's prompt length is the smallest class that holds the longest of its captions that the stage may use.
+those with some. A record's own shape is the target size and the sizes of condition images nearest to its pictures' aspect ratios, these among all
+ratios at the resolution's area, in multiples of one vision slot; and the smallest prompt class that holds the longest of its captions that the stage
+may use. Where that would be more shapes than `max_programs`, `data_pipelines.programs` says which buckets there are.
 """
 
 import dataclasses
 import fractions
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
-from data_pipelines import buckets as sizes
 from data_pipelines.buckets import Bucket
-from data_pipelines.cache import Cache, open_cache
-from data_pipelines.order import Turns, permute
+from data_pipelines.cache import Cache, cached_shapes, open_cache
+from data_pipelines.order import Turns, permute, scatter
+from data_pipelines.programs import PENALTIES, Chooser, Family, Group
 from data_pipelines.records import KINDS, open_split
+from data_pipelines.sorting import Count, Placed, Sorted, exact, merging
+from data_pipelines.specs import TASKS, DatasetSpec, Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 
-TASKS = ("t2i", "ti2i")
-SLOT_PX = 32  # side of one vision slot
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetSpec:
-  """One data set of a mixture.
-
-  Attributes:
-    data_dir, name, split: where it is.
-    weight: its share of the batches, relative to the other data sets.
-    task: "t2i" or "ti2i".
-    min_quality: records below it are not used.
-    min_stage: records that did not pass the filters of this data stage (1 to 6) are not used.
-    languages: captions in others are not used; empty takes all.
-    caption_weights: kind of caption -> how often it is drawn where a record has several kinds; empty draws all kinds alike, and a kind that
-      is not named, or has weight 0, is not used.
-  """
-
-  data_dir: str
-  name: str
-  split: str = "train"
-  weight: float = 1.0
-  task: str = "t2i"
-  min_quality: float = 0.0
-  min_stage: int = 0
-  languages: tuple[str, ...] = ()
-  caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Resolution:
-  """Buckets of nearly one area.
-
-  Attributes:
-    base_px: side of the square of that area.
-    batch_size: rows of the global batch.
-    ratios: width to height of the buckets.
-    weight: how often its records are seen, relative to the other resolutions.
-    multiple: what the sides are multiples of, px.
-    ratio_weights: the same as `weight` for each of the ratios; empty for 1.0 each.
-  """
-
-  base_px: int
-  batch_size: int
-  ratios: tuple[float | str, ...] = sizes.RATIOS
-  weight: float = 1.0
-  multiple: int = 32
-  ratio_weights: tuple[float, ...] = ()
-
-  def __post_init__(self):
-    if min(self.base_px, self.batch_size, self.multiple) < 1:
-      raise ValueError(f"base_px={self.base_px}, batch_size={self.batch_size} and multiple={self.multiple} must be at least 1.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Count:
-  """What became of a task's records nearest to one bucket: kept + low_quality + low_stage + no_caption + too_long + cropped + rare = records.
-
-  `moved` of the kept ones were too few for a bucket of their own and went to another one.
-  """
-
-  dataset: str
-  split: str
-  task: str
-  base_px: int
-  height: int
-  width: int
-  records: int
-  kept: int
-  low_quality: int
-  low_stage: int
-  no_caption: int
-  too_long: int
-  cropped: int
-  rare: int
-  moved: int
+MOST_LEFT_OUT = 0.01  # of the records of a data set, for want of programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +58,14 @@ class Plan:
     return self.cell.records[self.places].astype(np.int64)
 
 
-Found = tuple[Sequence[dict], Mapping[str, np.ndarray], Cache | None]
+Found = tuple[Sequence[dict], Mapping[str, np.ndarray], Cache | None, Sequence]
 
 
 def open_dataset(spec: DatasetSpec) -> Found:
-  """The records of a data set and its index, see `data_pipelines.records.open_split`, and its `Cache` if it holds latents."""
-  return *open_split(spec.data_dir, spec.name, spec.split), open_cache(spec.data_dir, spec.name)
+  """The records of a data set and its index, see `data_pipelines.records.open_split`; if it holds latents, its `Cache` and the shapes of the buckets
+  that it was made for."""
+  cached = open_cache(spec.data_dir, spec.name)
+  return *open_split(spec.data_dir, spec.name, spec.split), cached, cached_shapes(spec.data_dir, spec.name) if cached else ()
 
 
 class Mixture:
@@ -142,56 +74,109 @@ class Mixture:
   Attributes:
     buckets: all batch shapes, the same on every process.
     counts: what became of the records.
-    datasets, resolutions: as given.
+    merging: what it cost that shapes share buckets.
+    programs: the shapes of the buckets, (task, resolution, cache, number of condition images) -> as `data_pipelines.programs.Chooser` gives them.
+    used: the same of each data set alone.
+    shapes: those of each data set in words: (task, base_px, target size, sizes of condition images, prompt tokens) of each bucket.
+    datasets, resolutions, max_crop: as given.
     sources: the records of each data set, by position.
   """
 
   def __init__(self, datasets: Sequence[DatasetSpec], resolutions: Sequence[Resolution], num_tokens: int, tokenizer: PromptTokenizer, seed: int,
-               prompt_classes: Sequence[int] = (), max_crop: float = 0.2, min_bucket_records: int = 0,
+               prompt_classes: Sequence[int] = (), max_crop: float = 0.2, min_bucket_records: int = 0, max_programs: int = 0,
+               programs: Mapping[tuple, np.ndarray] | None = None, every: bool = False,
                find: Callable[[DatasetSpec], "Found"] | None = None):
     """Args: data sets; resolutions; M, the longest prompt, condition images not counted; tokenizer; seed; further, shorter prompt lengths that
-    have buckets of their own; largest share of a picture that may be cut off; fewest records for which a bucket is worth a compiled step;
-    what opens a data set, `open_dataset` unless it is made up.
+    have buckets of their own; largest share of a target that may be cut off; fewest records for which a bucket is worth a compiled step; most
+    buckets, 0 for one per shape; `programs` of another mixture with the same resolutions, but for batch sizes, and the same prompt lengths, in
+    place of own ones; whether records count whose quality, stage or captions the data sets' specs refuse; what opens a data set, `open_dataset`
+    unless it is made up.
 
     Raises:
       ValueError: numbers that make no mixture, or a data set of which nothing is left.
     """
     _check(datasets, resolutions, num_tokens, prompt_classes, seed)
-    self.datasets, self.resolutions = tuple(datasets), tuple(resolutions)
+    self.datasets, self.resolutions, self.max_crop = tuple(datasets), tuple(resolutions), max_crop
     self._classes = tuple(sorted({*prompt_classes, num_tokens}))
-    self._tokenizer, self._seed, self._max_crop, self._min_records = tokenizer, seed, max_crop, min_bucket_records
+    self._tokenizer, self._seed, self._min_records, self._max_programs = tokenizer, seed, min_bucket_records, max_programs
     self.sources, self._sample_ids = [], []
-    self._build(find or open_dataset)
+    self._every = every
+    self._build(programs, find or open_dataset)
     self._turns = Turns([cell.weight for cell in self._cells], seed)
 
   # ---- which records go where --------------------------------------------------------------------
 
-  def _build(self, find: Callable[[DatasetSpec], "Found"]) -> None:
-    places, counts, cells = {}, [], []
-    for d, spec in enumerate(self.datasets):
-      source, index, cached = find(spec)
+  def _build(self, given: Mapping[tuple, np.ndarray] | None, find: Callable[[DatasetSpec], "Found"]) -> None:
+    sorts = []
+    for spec in self.datasets:
+      source, index, cached, shapes = find(spec)
       self.sources.append(source)
       self._sample_ids.append(index["sample_id"])
       reasons, length = self._unusable(spec, index)
-      found = []
-      for r, resolution in enumerate(self.resolutions):
-        sorter = _Sorter(spec, resolution, index, self._max_crop)
-        kept, some = sorter.sort(reasons, np.searchsorted(self._classes, length), len(self._classes), self._min_records)
-        counts += some
-        for (target, source_sizes, prompt), records in kept.items():
-          bucket = dataclasses.replace(self._bucket(sorter.targets[target], source_sizes, self._classes[prompt]), cache=cached)
-          raw = len(records) * _exact(resolution.weight) * _exact(sorter.ratio_weights[target])
-          found.append(Cell(places.setdefault(bucket, len(places)), d, r, raw, records))
-      if not found:
-        raise ValueError(f"No record of {spec.name!r} ({spec.split}) is left by task={spec.task}, min_quality={spec.min_quality}, "
-                         f"min_stage={spec.min_stage}, languages={spec.languages}, caption_weights={dict(spec.caption_weights)}, "
-                         f"num_tokens={self._classes[-1]}, max_crop={self._max_crop} and min_bucket_records={self._min_records}: loosen one or "
-                         "add ratios.")
-      total = sum(cell.weight for cell in found)
-      cells += [dataclasses.replace(cell, weight=cell.weight / total * _exact(spec.weight)) for cell in found]
-    self.buckets: tuple[Bucket, ...] = tuple(places)
-    self.counts: tuple[Count, ...] = tuple(counts)
-    self._cells = cells
+      prompt = np.searchsorted(self._classes, length)
+      sort = functools.partial(Sorted, spec, index=index, cache=cached, shapes=shapes, classes=self._classes, prompt=prompt, reasons=reasons,
+                               max_crop=self.max_crop)
+      sorts.append([sort(resolution=resolution) for resolution in self.resolutions])
+    placed = self._place(sorts, self._choose(sorts) if given is None else given, self._min_records)
+    buckets, cells = {}, []
+    for d, (spec, parts, own) in enumerate(zip(self.datasets, sorts, placed)):
+      if not any(one.cells for one in own):
+        self._nothing_left(spec, given is not None)
+        continue
+      total = sum(weight for one in own for _, weight in one.cells.values())
+      for r, (part, one) in enumerate(zip(parts, own)):
+        for (target, source_sizes, prompt), (records, weight) in one.cells.items():
+          bucket = dataclasses.replace(self._bucket(part.targets[target], source_sizes, self._classes[prompt]), cache=part.cache)
+          cells.append(Cell(buckets.setdefault(bucket, len(buckets)), d, r, weight / total * exact(spec.weight), records))
+    self.buckets: tuple[Bucket, ...] = tuple(buckets)
+    self.counts: tuple[Count, ...] = tuple(count for own in placed for one in own for count in one.counts)
+    self._cells = tuple(cells)
+    self.used = tuple(_used([parts], [own]) for parts, own in zip(sorts, placed))
+    self.shapes = tuple(tuple(part.shape(row) for part, one in zip(parts, own) for some in one.used.values() for row in some.tolist())
+                        for parts, own in zip(sorts, placed))
+    self.programs = _used(sorts, placed)
+    repeated = (-(-self.buckets[cell.bucket].batch_size // len(cell.records)) for cell in cells)
+    self.merging = merging([one for own in placed for one in own], len(buckets), max(repeated, default=1))
+
+  def _nothing_left(self, spec: DatasetSpec, may_be: bool) -> None:
+    sentence = (f"No record of {spec.name!r} ({spec.split}) is left by task={spec.task}, min_quality={spec.min_quality}, "
+                f"min_stage={spec.min_stage}, languages={spec.languages}, caption_weights={dict(spec.caption_weights)}, "
+                f"num_tokens={self._classes[-1]}, max_crop={self.max_crop}, min_bucket_records={self._min_records} and "
+                f"max_programs={self._max_programs}")
+    if not may_be:
+      raise ValueError(f"{sentence}: loosen one or add ratios.")
+    logging.warning("%s and the buckets of the training data: it is not looked at.", sentence)
+
+  def _place(self, sorts: Sequence[Sequence[Sorted]], chosen: Mapping[tuple, np.ndarray], min_records: int) -> list[list[Placed]]:
+    """Returns where the records of each data set are at each resolution, given the programs of each group."""
+    def place(one: Sorted, r: int) -> Placed:
+      here = {key[3]: some for key, some in chosen.items() if key[:3] == (one.spec.task, r, one.cache)} | one.stored
+      return one.place(here, self.max_crop, one.resolution.batch_size if self._max_programs and not one.stored else 0, min_records)
+    return [[place(one, r) for r, one in enumerate(parts)] for parts in sorts]
+
+  def _choose(self, sorts: Sequence[Sequence[Sorted]]) -> dict[tuple, np.ndarray]:
+    """Returns the programs of each group of shapes, as few as there may be.
+
+    Raises:
+      ValueError: so few leave out too many records.
+    """
+    keys, groups = _groups(sorts)
+    stored = len({(one.spec.task, r, one.cache, *shape) for parts in sorts for r, one in enumerate(parts) for some in one.stored.values()
+                  for shape in some.tolist()})
+    most = max(1, self._max_programs - stored) if self._max_programs else sum(len(group.shapes) for group in groups)
+    chooser = Chooser(groups, most, self.max_crop)
+    level = np.zeros(len(sorts), int)
+    while level.max() < len(PENALTIES):
+      chosen = dict(zip(keys, chooser(np.array(PENALTIES)[level])))
+      if not self._max_programs:
+        return chosen
+      lost = np.array([_lost(own) for own in self._place(sorts, chosen, 0)])
+      if (lost <= MOST_LEFT_OUT).all():
+        return chosen
+      level += lost > MOST_LEFT_OUT
+    spec = self.datasets[int(lost.argmax())]
+    raise ValueError(f"With max_programs={self._max_programs}, {lost.max():.1%} of the records of data set {spec.name!r} ({spec.task}) would be in "
+                     f"no batch; all records together have {chooser.num_shapes} shapes. Raise it, or max_crop, or leave out ratios or resolutions.")
 
   def _unusable(self, spec: DatasetSpec, index: dict) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns (reason -> which records it leaves out, each record under the first that holds; the longest usable caption of each record, tokens)."""
@@ -205,7 +190,7 @@ class Mixture:
              "no_caption": length == 0, "too_long": length > self._classes[-1]}
     seen = np.zeros(len(length), bool)
     for name, test in tests.items():
-      tests[name] = test & ~seen
+      tests[name] = test & ~seen & (not self._every)
       seen |= test
     return tests, np.minimum(length, self._classes[-1])
 
@@ -231,7 +216,15 @@ class Mixture:
   @property
   def cells(self) -> tuple[Cell, ...]:
     """All cells: data set by data set, resolution by resolution."""
-    return tuple(self._cells)
+    return self._cells
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Hexadecimal digits that differ where any batch does."""
+    whole = hashlib.sha256(repr((self._seed, [dataclasses.replace(bucket, cache=None) for bucket in self.buckets])).encode())
+    for cell in self._cells:
+      whole.update(repr((cell.bucket, cell.dataset, cell.resolution, cell.weight, len(cell.records), zlib.crc32(cell.records))).encode())
+    return whole.hexdigest()[:16]
 
   @property
   def shares(self) -> tuple[float, ...]:
@@ -241,107 +234,86 @@ class Mixture:
 
   # ---- one pass for evaluation -------------------------------------------------------------------
 
-  def one_pass(self, max_samples: int | None = None) -> Iterator[tuple[int, list[tuple[Cell, int]]]]:
-    """Yields for each bucket (its number, (cell, place in the cell's records) of each of its records), by ascending sample_id.
+  def held_out(self, max_samples: int | None = None) -> list[tuple[int, list[tuple[Cell, int]]]]:
+    """Returns for each bucket (its number, (cell, place in the cell's records) of the records to evaluate on), in an order that a hash of sample_id
+    gives, so that a few of them are from anywhere in the source.
 
-    `max_samples` keeps the lowest ids at each resolution.
+    `max_samples` bounds their number at each resolution. Then buckets get whole batches, as many as their share of the records says, so that little
+    of a batch is filler; what is less than a batch is taken where there is not enough else.
     """
-    rows = {bucket: [] for bucket in range(len(self.buckets))}
+    cells = {}
+    for cell in self._cells:  # two resolutions may share a bucket; the same record is looked at once
+      cells.setdefault(cell.bucket, {}).setdefault(cell.dataset, cell)
+    num = {bucket: sum(len(cell.records) for cell in own.values()) for bucket, own in cells.items()}
+    chosen = {}
     for r in range(len(self.resolutions)):
-      entries = sorted((int(self._sample_ids[cell.dataset][record]), number, place)
-                       for number, cell in enumerate(self._cells) if cell.resolution == r for place, record in enumerate(cell.records))
-      for _, number, place in entries[:max_samples]:
-        rows[self._cells[number].bucket].append((self._cells[number], place))
-    yield from rows.items()
+      here = {bucket: num[bucket] for bucket, own in cells.items() if min(cell.resolution for cell in own.values()) == r}
+      chosen |= here if max_samples is None or sum(here.values()) <= max_samples else self._whole_batches(here, max_samples)
+    return [(bucket, self._scattered(list(cells[bucket].values()), chosen[bucket])) for bucket in range(len(self.buckets))]
+
+  def _whole_batches(self, num: dict[int, int], max_samples: int) -> dict[int, int]:
+    """Returns how many of the `num[bucket]` records of each bucket are evaluated."""
+    size = {bucket: self.buckets[bucket].batch_size for bucket in num}
+    wanted = {bucket: max_samples * some / sum(num.values()) for bucket, some in num.items()}
+    chosen = {bucket: min(int(wanted[bucket] // size[bucket]), some // size[bucket]) * size[bucket] for bucket, some in num.items()}
+    for whole in (True, False):
+      for bucket in sorted(num, key=lambda bucket: chosen[bucket] - wanted[bucket]):  # those that lack most of their share come first
+        batch = min(size[bucket], num[bucket] - chosen[bucket])
+        left = max_samples - sum(chosen.values())
+        if batch and (batch == size[bucket] if whole else True) and (batch <= left or not any(chosen.values())):
+          chosen[bucket] += batch
+    return chosen
+
+  def _scattered(self, cells: list[Cell], num: int) -> list[tuple[Cell, int]]:
+    """Returns `num` of a bucket's (cell, place), those with the lowest hash first."""
+    if not num:
+      return []
+    hashes = np.concatenate([scatter(self.sample_ids(cell.dataset, cell.records), cell.dataset) for cell in cells])
+    starts = np.cumsum([0, *[len(cell.records) for cell in cells]])
+    lowest = np.argpartition(hashes, num - 1)[:num]
+    lowest = lowest[np.lexsort((lowest, hashes[lowest]))]
+    owner = np.searchsorted(starts, lowest, side="right") - 1
+    return [(cells[i], int(place - starts[i])) for i, place in zip(owner, lowest)]
 
 
-class _Sorter:
-  """Sorts the records of one data set into the buckets of one resolution."""
-
-  def __init__(self, spec: DatasetSpec, resolution: Resolution, index: dict, max_crop: float):
-    self._spec, self._resolution, self._index, self._max_crop = spec, resolution, index, max_crop
-    self.targets = sizes.make_buckets(spec.task, resolution.base_px, resolution.ratios, 0, resolution.batch_size, resolution.multiple)
-    self.ratio_weights = _per_target(resolution, self.targets)
-    self._slots = sizes.make_buckets(spec.task, resolution.base_px, sizes.RATIOS, 0, 1, SLOT_PX) if spec.task == "ti2i" else ()
-
-  def sort(self, reasons: dict[str, np.ndarray], prompt: np.ndarray, num_classes: int, min_records: int) -> tuple[dict, list[Count]]:
-    """Returns ((target, source sizes, prompt class) -> positions of its records; counts per target and source sizes)."""
-    index = self._index
-    own = index["source_sizes"].any(axis=(1, 2)) == (self._spec.task == "ti2i")
-    if "base_px" in index:  # a latent cache holds pictures of one size each
-      own &= index["base_px"] == self._resolution.base_px
-    target, lost = _fit(index["height"], index["width"], self.targets)
-    keys = target[:, None]
-    if self._slots:
-      source, source_lost = _fit(index["source_sizes"][..., 0], index["source_sizes"][..., 1], self._slots)
-      keys, lost = np.concatenate([keys, source], axis=1), np.maximum(lost, source_lost.max(axis=1, initial=0))
-    left_out = functools.reduce(np.logical_or, reasons.values())
-    reasons = reasons | {"cropped": (lost > self._max_crop) & ~left_out}
-    left_out = left_out | reasons["cropped"]
-    groups = {(int(key[0]), self._source_sizes(key[1:])): own & (keys == key).all(axis=1) for key in np.unique(keys[own], axis=0)}
-    cells = {(*group, p): np.flatnonzero(here & ~left_out & (prompt == p)).astype(np.int32)
-             for group, here in groups.items() for p in range(num_classes)}
-    cells = {key: records for key, records in cells.items() if len(records)}
-    merged = self._merge(dict(cells), min_records)
-    before, after = (_cell_numbers(some, list(cells), len(own)) for some in (cells, merged))
-    reasons["rare"], moved = (before >= 0) & (after < 0), (after >= 0) & (after != before)
-    left_out = left_out | reasons["rare"]
-    return merged, [self._count(group, here, reasons, left_out, moved) for group, here in groups.items()]
-
-  def _source_sizes(self, numbers: np.ndarray) -> tuple[tuple[int, int], ...]:
-    return tuple((self._slots[i].height, self._slots[i].width) for i in numbers if i >= 0)
-
-  def _count(self, group: tuple, here: np.ndarray, reasons: dict, left_out: np.ndarray, moved: np.ndarray) -> Count:
-    bucket = self.targets[group[0]]
-    return Count(self._spec.name, self._spec.split, self._spec.task, self._resolution.base_px, bucket.height, bucket.width, int(here.sum()),
-                 kept=int((here & ~left_out).sum()), moved=int((here & moved).sum()),
-                 **{name: int((here & reason).sum()) for name, reason in reasons.items()})
-
-  def _merge(self, cells: dict, min_records: int) -> dict:
-    """Returns the cells without those of fewer than `min_records`: the smallest goes first, where its records lose nothing (a longer prompt
-    class), or else to the target sizes nearest to its own, as long as no more than `max_crop` is cut off. What fits nowhere is left out."""
-    while small := [key for key, records in cells.items() if len(records) < min_records]:
-      key = min(small, key=lambda key: (len(cells[key]), key))
-      rest = cells.pop(key)
-      options = [other for other in cells if other[1] == key[1] and other[2] >= key[2]]
-      for other in sorted(options, key=lambda other: self._distance(key, other)):
-        fits = self._crop(rest, other[0]) <= self._max_crop
-        cells[other] = np.sort(np.concatenate([cells[other], rest[fits]]))
-        rest = rest[~fits]
-    return cells
-
-  def _distance(self, key: tuple, other: tuple) -> tuple:
-    ratio = lambda target: np.log(self.targets[target].width / self.targets[target].height)
-    return round(abs(ratio(key[0]) - ratio(other[0])), 9), other[2], other[0]
-
-  def _crop(self, records: np.ndarray, target: int) -> np.ndarray:
-    bucket = self.targets[target]
-    if "base_px" in self._index:  # what is cached cannot be cut
-      return 1.0 * ((self._index["height"][records] != bucket.height) | (self._index["width"][records] != bucket.width))
-    return sizes.crop_fraction(self._index["height"][records], self._index["width"][records], bucket.height, bucket.width)
+def _groups(sorts: Sequence[Sequence[Sorted]]) -> tuple[list[tuple], list[Group]]:
+  """Returns (names, groups) of the shapes of all data sets; a name is (task, resolution, cache, number of condition images)."""
+  found: dict[tuple, tuple[list[Family], dict[tuple, np.ndarray]]] = {}
+  for d, parts in enumerate(sorts):
+    raw = [one.weights() for one in parts]
+    total, records = sum(some.sum() for some in raw) or 1.0, sum(one.counts.sum() for one in parts) or 1
+    for r, (one, some) in enumerate(zip(parts, raw)):
+      for number, rows in one.groups().items():
+        if number in one.stored:
+          continue  # what it was cached for
+        families, shapes = found.setdefault((one.spec.task, r, one.cache, number), ([], {}))
+        families.append(one.family)
+        for shape, weight, count in zip(map(tuple, one.shapes[rows, :2 + number].tolist()), some[rows], one.counts[rows]):
+          here = shapes.setdefault(shape, np.zeros(1 + len(sorts)))
+          here[0] += weight / total * one.spec.weight
+          here[1 + d] += count / records
+  groups = []
+  for families, shapes in found.values():
+    table = np.array(list(shapes.values()))
+    reach = tuple(map(tuple, np.max([family.reach for family in families], axis=0).tolist()))
+    groups.append(Group(dataclasses.replace(families[0], reach=reach), np.array(list(shapes)), table[:, 0], table[:, 1:]))
+  return list(found), groups
 
 
-def usable_captions(index: dict, spec: DatasetSpec) -> np.ndarray:
-  """Returns for each caption of an index whether a data set's languages and caption kinds let it be used, bool."""
-  usable = np.ones(len(index["caption_tokens"]), bool)
-  if spec.languages:
-    usable &= np.isin(index["language_names"], spec.languages)[index["caption_language"]]
-  if spec.caption_weights:
-    usable &= np.array([spec.caption_weights.get(kind, 0) > 0 for kind in KINDS])[index["caption_kind"]]
-  return usable
+def _lost(own: Sequence[Placed]) -> float:
+  """Returns the share of the records of a data set that have a shape at some resolution, and a bucket at none."""
+  usable, kept = (functools.reduce(np.logical_or, masks) for masks in ([one.usable for one in own], [one.kept for one in own]))
+  return 1 - float(kept.sum()) / max(1, int(usable.sum()))
 
 
-def source_grids(source_sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-  """Returns (rows, columns) of vision slots of condition images of (height, width) px."""
-  return tuple((height // SLOT_PX, width // SLOT_PX) for height, width in source_sizes)
-
-
-def _cell_numbers(cells: dict, keys: list, num: int) -> np.ndarray:
-  """Returns for each of `num` records the place in `keys` of the cell that it is in, -1 for none."""
-  numbers = np.full(num, -1, np.int32)
-  for key, records in cells.items():
-    numbers[records] = keys.index(key)
-  return numbers
+def _used(sorts: Sequence[Sequence[Sorted]], placed: Sequence[Sequence[Placed]]) -> dict[tuple, np.ndarray]:
+  """Returns the programs of each group that have records."""
+  found = {}
+  for parts, own in zip(sorts, placed):
+    for r, (one, where) in enumerate(zip(parts, own)):
+      for number, some in where.used.items():
+        found.setdefault((one.spec.task, r, one.cache, number), []).append(some)
+  return {key: np.unique(np.concatenate(some), axis=0) for key, some in found.items()}
 
 
 def _longest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -353,27 +325,14 @@ def _longest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
   return longest
 
 
-def _exact(weight: float) -> fractions.Fraction:
-  """Decimal text keeps 0.3 exactly 3/10."""
-  return fractions.Fraction(str(weight))
-
-
-def _per_target(resolution: Resolution, targets: Sequence[Bucket]) -> list[float]:
-  """Returns a weight per target size: that of the first ratio which gives it."""
-  weights = resolution.ratio_weights or (1.0,) * len(resolution.ratios)
-  by_size = {}
-  for ratio, weight in zip(resolution.ratios, weights, strict=True):
-    by_size.setdefault(sizes.bucket_size(resolution.base_px, ratio, resolution.multiple), weight)
-  return [by_size[target.height, target.width] for target in targets]
-
-
-def _fit(height: np.ndarray, width: np.ndarray, choice: Sequence[Bucket]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (index of the nearest size, share of the picture that fitting it cuts off); -1 and 0 where there is no picture."""
-  there = height > 0
-  height, width = np.where(there, height, 1), np.where(there, width, 1)
-  nearest = sizes.nearest_bucket(height, width, tuple(choice))
-  tall, wide = (np.array([getattr(bucket, side) for bucket in choice])[nearest] for side in ("height", "width"))
-  return np.where(there, nearest, -1), np.where(there, sizes.crop_fraction(height, width, tall, wide), 0.0)
+def usable_captions(index: dict, spec: DatasetSpec) -> np.ndarray:
+  """Returns for each caption of an index whether a data set's languages and caption kinds let it be used, bool."""
+  usable = np.ones(len(index["caption_tokens"]), bool)
+  if spec.languages:
+    usable &= np.isin(index["language_names"], spec.languages)[index["caption_language"]]
+  if spec.caption_weights:
+    usable &= np.array([spec.caption_weights.get(kind, 0) > 0 for kind in KINDS])[index["caption_kind"]]
+  return usable
 
 
 def _check(datasets, resolutions, num_tokens, prompt_classes, seed) -> None:

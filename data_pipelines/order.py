@@ -108,3 +108,9 @@ def _deal(turns: Turns, first: int) -> list[int]:
 def _reverse(k: int) -> int:
   """Returns the number below 2^40 whose bits are those of k in reverse order."""
   return int(f"{k:0{_BITS}b}"[::-1], 2)
+
+
+def scatter(values: np.ndarray, key: int) -> np.ndarray:
+  """Returns a hash of each of the int64 values, uint64: sorting by it puts them in an order that says nothing of theirs."""
+  with np.errstate(over="ignore"):
+    return _mix(_mix(np.asarray(values).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)) + np.uint64(key))

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # The loader has a thread or process per core already; libvips reads this when it is loaded.
 os.environ.setdefault("VIPS_CONCURRENCY", "1")
@@ -23,6 +23,8 @@ os.environ.setdefault("VIPS_CONCURRENCY", "1")
 import numpy as np
 import pyvips
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from data_pipelines.buckets import shown_whole
 
 pyvips.cache_set_max(0)
 
@@ -89,6 +91,17 @@ def resize_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
   if (rows, columns) == (height, width):
     return image
   return np.array(_fit(Image.fromarray(image), (columns, rows), height, width))
+
+
+def fit_source(load: Callable[[int, int], np.ndarray], sides: tuple[int, int], size: tuple[int, int], max_crop: float) -> np.ndarray:
+  """Returns a condition image of the given sides as it goes into a batch, uint8 of `size` (height, width) x 3: `load(height, width)` fills that, or
+  is laid on white paper whole where filling would cut more than `max_crop` off."""
+  whole = shown_whole(*sides, size, max_crop)
+  if whole is None:
+    return load(*size)
+  paper, (top, left) = np.full((*size, 3), 255, np.uint8), ((one - part) // 2 for one, part in zip(size, whole))
+  paper[top:top + whole[0], left:left + whole[1]] = load(*whole)
+  return paper
 
 
 def encode_png(image: np.ndarray) -> bytes:

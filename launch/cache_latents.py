@@ -6,10 +6,11 @@ Next to every data set NAME of the stage's mixture is then NAME_latents, with th
 the tasks that the mixture names. Put that name in the mixture, and training reads latents in place of pixels: the same batches in the same
 order, and the same losses up to rounding. See data_pipelines.cache for what is stored. The weights are those that the stage trains with.
 
-A record is cached once for each resolution where it fits a bucket by the stage's max_crop, whatever min_quality, languages and caption kinds
-say, so that one cache serves several stages. Records that cannot be decoded are left out and named. Interrupted, the same command goes on with
-the shards that are missing and ends with the same files. Several machines that share a file system divide the work by --part=0/4 to
---part=3/4, one process each; when all are done, the command without --part puts the data set together.
+A record is cached once for each resolution where it fits a bucket of the stage, in that bucket's shape, whatever min_quality, languages and
+caption kinds say. dataset.json says for which buckets that was, and other stages with these can use the cache, too. Records that cannot be decoded
+are left out and named. Interrupted, the same command goes on with the shards that are missing and ends with the same files. Several machines that
+share a file system divide the work by --part=0/4 to --part=3/4, one process each; when all are done, the command without --part puts the data set
+together.
 """
 
 from collections.abc import Sequence

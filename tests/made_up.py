@@ -7,8 +7,9 @@ import pytest
 from hypothesis import strategies as st
 
 from data_pipelines import mixture as mixtures
-from data_pipelines.mixture import DatasetSpec, Mixture, Resolution
+from data_pipelines.mixture import Mixture
 from data_pipelines.records import KINDS
+from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.tokenizer import train_tokenizer
 
 LANGUAGES = ("de", "en", "zh")
@@ -50,7 +51,7 @@ class World:
 
   def build(self, cls=Mixture, **more):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(mixtures, "open_dataset", lambda spec: (None, self.indices[spec.name], None))
+      patch.setattr(mixtures, "open_dataset", lambda spec: (None, self.indices[spec.name], None, ()))
       return cls(self.specs, self.resolutions, tokenizer=TOKENIZER, **(dict(num_tokens=64, seed=0) | self.options | more))
 
 

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base, emoji, folder, pretrain, quickstart, sizes
-from data_pipelines.mixture import DatasetSpec
+from data_pipelines.specs import DatasetSpec
 from qimg2 import flow
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime import config, curriculum, methods, suites, weight_table

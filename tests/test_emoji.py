@@ -9,7 +9,8 @@ from PIL import Image
 
 from data_pipelines import embedded, records
 from data_pipelines.embedded import emoji, emoji_pairs
-from data_pipelines.mixture import DatasetSpec, usable_captions
+from data_pipelines.mixture import usable_captions
+from data_pipelines.specs import DatasetSpec
 from data_pipelines.transforms import decode_image
 
 

@@ -9,7 +9,7 @@ import pytest
 from data_pipelines import embedded, records
 from data_pipelines.embedded import glyphs
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import DatasetSpec, Resolution
+from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.verify import verify
 
 NUM = 1500

@@ -119,6 +119,7 @@ class Ramp(Cache):
 
 
 def test_a_latent_cache_shows_its_first_channels(config, monkeypatch):
+  monkeypatch.setattr(mixtures, "cached_shapes", lambda data_dir, name: ())
   monkeypatch.setattr(mixtures, "open_cache", lambda data_dir, name: Ramp("float16", 4, 16, feature_width=8, num_system_tokens=1))
   rows, sheet = drawn(monkeypatch, open_data(config, STAGE), 0, 20)
   assert sheet.shape[0] > 20 * sheets.LINE_PX

@@ -13,7 +13,7 @@ from data_pipelines import embedded, records
 from data_pipelines.embedded import glyph_edits, glyphs
 from data_pipelines.embedded.glyphs import Attributes
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import DatasetSpec, Resolution, source_grids
+from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.transforms import encode_png
 
 RATIOS = ("1:1", "1:2", "2:1")
@@ -198,8 +198,9 @@ def test_sources_of_another_shape_and_number_make_buckets_of_their_own(data, tok
   embedded.prepare("glyphs", folder, num_examples=4)
   loader = Loader([DatasetSpec(str(folder), "glyphs", task="ti2i")], [Resolution(64, 2, RATIOS)], 64, tokenizer, 0, max_crop=0.5)
   wide, square = (32, 96), (64, 64)
-  assert {bucket.source_sizes: count.kept for bucket, count in zip(loader.buckets, loader.counts)} == {
+  assert {loader.buckets[cell.bucket].source_sizes: len(cell.records) for cell in loader.mixture.cells} == {
       (wide,): 2, (wide, square): 1, (square, wide): 1}
+  assert [count.kept for count in loader.counts] == [4]
   for k in range(4):
     b, batch = loader.batch(k)
     assert [image.shape[1:3] for image in batch["sources"]] == list(loader.buckets[b].source_sizes)
@@ -232,9 +233,8 @@ def test_evaluation_is_one_pass_with_weights(data, tokenizer):
   batches = list(loader.evaluation_batches())
   real = [(b, i) for b, batch in batches for i, w in zip(batch["sample_id"], batch["weight"]) if w == 1]
   assert sorted(i for _, i in real) == list(range(NUM_TRAIN))
-  for bucket in range(3):
-    ids = [i for b, i in real if b == bucket]
-    assert ids == sorted(ids)
+  first = [[i for b, i in real if b == bucket][:8] for bucket in range(3)]
+  assert any(ids != sorted(ids) for ids in first) and np.mean(sum(first, [])) > NUM_TRAIN / 4, "they are from anywhere"
   for bucket, batch in batches:
     assert batch["target"].shape[0] == batch["weight"].shape[0] == 8 and batch["weight"].dtype == np.float32
     filler = batch["sample_id"][batch["weight"] == 0]
@@ -247,7 +247,7 @@ def test_evaluation_is_one_pass_with_weights(data, tokenizer):
 def test_evaluation_can_be_short_and_shared(data, tokenizer):
   loader = make(data, tokenizer)
   kept = [i for _, b in loader.evaluation_batches(20) for i, w in zip(b["sample_id"], b["weight"]) if w]
-  assert sorted(kept) == list(range(20))
+  assert 16 <= len(set(kept)) == len(kept) <= 20 and np.mean(kept) > NUM_TRAIN / 4
   halves = [list(make(data, tokenizer, process_index=i, process_count=2).evaluation_batches(20)) for i in (0, 1)]
   for (_, whole), (_, first), (_, second) in zip(loader.evaluation_batches(20), *halves, strict=True):
     for name in ("target", "weight", "sample_id"):

@@ -91,18 +91,18 @@ def test_short_prompts_are_rehearsed_where_they_fill_a_micro_batch_more():
 
 @pytest.mark.slow
 def test_validation_has_as_many_rows_at_once_as_training(monkeypatch, tmp_path, smoke_config):
-  made = []
-  monkeypatch.setattr(Run, "_loader", lambda self, stage, *_: made.append([one.batch_size for one in stage.resolutions]) or types.SimpleNamespace(
-      evaluation_batches=lambda num: []))
+  made, loader = [], types.SimpleNamespace(mixture=types.SimpleNamespace(merging=types.SimpleNamespace(left_out=0.0)))
+  monkeypatch.setattr(Run, "_loader", lambda self, stage, *_, **__: made.append([one.batch_size for one in stage.resolutions]) or loader)
   cfg = smoke_config.copy_and_resolve_references()
   cfg.micro_batches = (dict(remat="full", tokens=80),)
   run = Run(cfg, tmp_path)
   stage = run.stages["high_resolution"]
   resolution = dataclasses.replace(stage.resolutions[0], base_px=64, batch_size=64)
-  run.evaluation_batches(dataclasses.replace(stage, resolutions=(resolution,)))
+  training = types.SimpleNamespace(mixture=types.SimpleNamespace(programs={}))
+  run.evaluation_batches(dataclasses.replace(stage, resolutions=(resolution,)), training)
   assert made == [[8], [8]]  # 31 + 16 tokens, and more with an image: one row for each of eight devices
   made.clear()
-  run.evaluation_batches(dataclasses.replace(stage, resolutions=(dataclasses.replace(resolution, base_px=32),)))
+  run.evaluation_batches(dataclasses.replace(stage, resolutions=(dataclasses.replace(resolution, base_px=32),)), training)
   assert made == [[16], [8]]  # 31 + 4 tokens, and 31 + 2 * 4 and a few words
 
 
@@ -111,7 +111,7 @@ def test_training_has_them(monkeypatch, tmp_path, one_device, smoke_config):
   stages = []
   monkeypatch.setattr(curriculum, "train_stage", lambda stage, *arguments: stages.append(stage))
   monkeypatch.setattr(Run, "frozen_weights", lambda self, stage: {})
-  monkeypatch.setattr(Run, "evaluation_batches", lambda self, stage: {})
+  monkeypatch.setattr(Run, "evaluation_batches", lambda self, *_: {})
   cfg = smoke_config.copy_and_resolve_references()
   cfg.micro_batches = (dict(remat="full", tokens=100),)
   cfg.stages[1].frozen.vae = "default"

@@ -15,9 +15,9 @@ from made_up import LANGUAGES, TOKENIZER, World, make_index, plain_index, world_
 
 from data_pipelines.buckets import RATIOS, bucket_size
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import DatasetSpec, Resolution
 from data_pipelines.order import permute
 from data_pipelines.records import KINDS
+from data_pipelines.specs import DatasetSpec, Resolution
 
 REASONS = ("low_quality", "low_stage", "no_caption", "too_long", "cropped", "rare")
 repeat = lambda num: settings(max_examples=num, deadline=None, derandomize=True, database=None)
@@ -57,11 +57,10 @@ def fate(world, spec, resolution, i):
     return None
   height, width = int(index["height"][i]), int(index["width"][i])
   targets = [bucket_size(resolution.base_px, ratio, resolution.multiple) for ratio in resolution.ratios]
-  slots = [bucket_size(resolution.base_px, ratio, 32) for ratio in RATIOS]
-  lost = [crop(height, width, *nearest(height, width, targets))] + [crop(*size, *nearest(*size, slots)) for size in sources]
+  lost = crop(height, width, *nearest(height, width, targets))
   tests = {"low_quality": float(index["quality"][i]) < float(np.float32(spec.min_quality)), "low_stage": index["stage"][i] < spec.min_stage,
            "no_caption": not lengths, "too_long": max(lengths, default=0) > world.options["num_tokens"],
-           "cropped": max(lost) > world.options["max_crop"]}
+           "cropped": lost > world.options["max_crop"]}
   return next((name for name, test in tests.items() if test), "")
 
 
@@ -169,7 +168,6 @@ def test_every_record_fits_its_bucket(world):
       size = int(index["height"][i]), int(index["width"][i])
       assert crop(*size, bucket.height, bucket.width) <= world.options["max_crop"]
       assert len(sources) == len(bucket.source_sizes)
-      assert all(crop(*source, *slot) <= world.options["max_crop"] for source, slot in zip(sources, bucket.source_sizes))
       longest = max(caption_lengths(world, spec, i))
       assert longest <= prompt
       if world.options["min_bucket_records"] <= 1:  # nothing was merged: the nearest size and the shortest class that fits

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data_pipelines.order import Turns, permute
+from data_pipelines.order import Turns, permute, scatter
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 7, 64, 65, 1000, 4097])
@@ -82,3 +82,8 @@ def test_a_share_too_small_for_any_turn_harms_no_other():
   turns = Turns([1, Fraction(1, 10**15), 1], 0)
   seen = [turns(k) for k in range(200)]
   assert {stream for stream, _ in seen} == {0, 2} and abs(sum(stream == 0 for stream, _ in seen) - 100) < 8
+
+
+def test_a_hash_scatters_neighbours_and_tells_data_sets_apart():
+  first, second = (np.argsort(scatter(np.arange(10000), key)) for key in (0, 1))
+  assert abs(np.corrcoef(first, np.arange(10000))[0, 1]) < 0.05 and abs(np.corrcoef(first, second)[0, 1]) < 0.05

@@ -9,6 +9,8 @@ perceptual and the alignment term. After the last step the mean and deviation of
 stored with the weights: the generator works on latents normalised by them.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,7 @@ def _pixels(batch: dict):
   return batch["target"]
 
 
-def measure_statistics(params: dict, nets, batches: list[dict]) -> dict:
+def measure_statistics(params: dict, nets, batches: Iterable[dict]) -> dict:
   """`params` with the measured mean and standard deviation of each latent channel in params["vae"]["statistics"]."""
   @jax.jit
   def sums(weights, batch):

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from data_pipelines.mixture import Resolution
+from data_pipelines.specs import Resolution
 from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.micro_batches import variants
-from qimg2.runtime.run import Run, save_config
+from qimg2.runtime.run import HeldOut, Run, save_config
 from qimg2.runtime.sheets import grid, save_png
 from qimg2.runtime.suites import describe, evaluation
 from qimg2.sharding import to_host
@@ -78,15 +78,16 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambd
     frozen_steps = {}
   algorithm = run.algorithm(config)
   loader, specs = run.loader(config), run.role_specs(config)
+  processes.agree("order of batches", loader.mixture.digest)
   frozen = run.frozen_weights(config)
-  batches = run.evaluation_batches(config)
+  batches = run.evaluation_batches(config, loader)
   hooks = [(config.eval_every_steps, evaluation_hook(run, config, batches))] if algorithm.validation else []
   if config.kind in DRAWERS:
     hooks += [(config.sample_every_steps, picture_hook(run, config, task, some)) for task, some in batches.items()]
   stage = Stage(
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
-      config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps}, profile,
+      config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else ())
   if processes.is_first():
     report.save_counts(run, config, loader)
@@ -103,7 +104,7 @@ def description(cfg: RunConfig, config: StageConfig) -> dict[str, Any]:
   return {**run, **plain(config), "resolutions": resolutions}
 
 
-def evaluation_hook(run: Run, config: StageConfig, batches: dict[str, list[dict]]):
+def evaluation_hook(run: Run, config: StageConfig, batches: dict[str, HeldOut]):
   """A hook that logs the validation metrics of the weights and of each average; those of editing have the prefix "ti2i/"."""
   algorithm = run.algorithm(config)
   evaluators = {PREFIXES[task]: Evaluator(algorithm, run.nets, some) for task, some in batches.items()}
@@ -119,12 +120,13 @@ def evaluation_hook(run: Run, config: StageConfig, batches: dict[str, list[dict]
   return hook
 
 
-def picture_hook(run: Run, config: StageConfig, task: str, batches: list[dict]):
+def picture_hook(run: Run, config: StageConfig, task: str, batches: HeldOut):
   """A hook that draws held-out samples beside what they should be: reconstructions, pictures for the prompts, or edits after their sources.
 
   Where a latent cache holds no pixels, they are decoded from its latents.
   """
-  algorithm, first, cached = run.algorithm(config), to_host(batches[0]), "latents" in batches[0]
+  algorithm, batch = run.algorithm(config), next(iter(batches))
+  first, cached = to_host(batch), "latents" in batch
   num = min(run.cfg.sampling.num_images, int(first["weight"].sum()))  # not those that only fill the batch
   decode = jax.jit(lambda weights, latents: run.nets.decode(weights, latents.astype(jnp.float32)))
   factor = run.nets.vae.spatial_factor if cached else 1
@@ -134,11 +136,11 @@ def picture_hook(run: Run, config: StageConfig, task: str, batches: list[dict]):
   def pictures(weights: dict) -> tuple[np.ndarray, list[np.ndarray]]:
     """(targets, condition images), the first rows of each."""
     some = lambda latents: to_host(decode(weights["vae"], latents))[:num]
-    target = some(batches[0]["latents"]) if cached else first["target"][:num]
+    target = some(batch["latents"]) if cached else first["target"][:num]
     unseen = cached and not first["sources"]
-    return target, list(map(some, batches[0]["source_latents"])) if unseen else [source[:num] for source in first["sources"]]
+    return target, list(map(some, batch["source_latents"])) if unseen else [source[:num] for source in first["sources"]]
 
-  draw, captions = DRAWERS[config.kind](run, batches[0], first, shapes, num)
+  draw, captions = DRAWERS[config.kind](run, batch, first, shapes, num)
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
     weights = algorithm.deployed(weights)

@@ -11,7 +11,7 @@ from qimg2.published.export import DIFFUSERS_VERSION, export_pipeline, export_tr
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import parse_source
 from qimg2.runtime.run import Run
-from qimg2.runtime.sampling import sampling_weights
+from qimg2.runtime.sampling import first_size, sampling_weights
 from qimg2.runtime.suites import describe
 from qimg2.runtime.weights import DEPLOYED, NONE
 from qimg2.training.metrics import read_rows
@@ -99,14 +99,14 @@ def _figures(run: Run, stage_name: str) -> str:
 
 
 def _loading(run: Run, stage_name: str, title: str) -> str:
-  bucket = run.loader(run.stages[stage_name]).buckets[0]
+  height, width = first_size(run.stages[stage_name])
   return f"""With diffusers:
 
 ```python
 from diffusers import QwenImage21Pipeline
 pipe = QwenImage21Pipeline.from_pretrained("{title}")
 image = pipe("a prompt", negative_prompt=" ", true_cfg_scale={max(1.0, run.cfg.sampling.guidance):g},
-             height={bucket.height}, width={bucket.width}).images[0]
+             height={height}, width={width}).images[0]
 ```
 
 With qimg2 (`load_weights` also takes shardings, to spread the weights over a mesh):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.buckets import bucket_size
-from data_pipelines.mixture import SLOT_PX, source_grids
+from data_pipelines.specs import SLOT_PX, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from data_pipelines.transforms import composite_on_white, decode_image
 from qimg2 import flow, networks, sampler, sharding

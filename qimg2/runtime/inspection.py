@@ -9,8 +9,9 @@ import numpy as np
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import Cell, DatasetSpec, Mixture, source_grids, usable_captions
+from data_pipelines.mixture import Cell, Mixture, usable_captions
 from data_pipelines.records import KINDS, open_split
+from data_pipelines.specs import DatasetSpec, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.runtime.config import MeshConfig, parse
 from qimg2.runtime.run import Run
@@ -121,7 +122,7 @@ def _visible(latents: np.ndarray) -> np.ndarray:
 def summary(data: Data) -> dict:
   """What the plan amounts to, as plain JSON, without reading a record.
 
-  num_steps: compiled steps, one per bucket; records: what became of them per data set,
+  num_steps: compiled steps, one per bucket; merging: what it costs that shapes share buckets; records: what became of them per data set,
   resolution and target size; datasets, tasks, buckets: shares of the batches, 0 to 1, and per bucket the records and the share of the prompt
   tokens that is padding, None where the data set's tokenizer is another one, so that lengths are not known.
   """
@@ -135,7 +136,7 @@ def summary(data: Data) -> dict:
     buckets.append({"task": bucket.task, **_shape(bucket), "records": sum(len(cell.records) for cell, _ in here),
                     "share": share(lambda cell: cell.bucket == number), "padding": _padding(data, bucket, here, lengths)})
   return {
-      "stage": data.stage, "num_steps": len(buckets),
+      "stage": data.stage, "num_steps": len(buckets), "merging": dataclasses.asdict(mixture.merging),
       "records": [dataclasses.asdict(count) for count in mixture.counts],
       "datasets": [{"dataset": spec.name, "split": spec.split, "task": spec.task, "share": share(lambda cell: cell.dataset == number)}
                    for number, spec in enumerate(mixture.datasets)],
@@ -177,7 +178,11 @@ def _expected_tokens(data: Data, spec_number: int) -> np.ndarray | None:
 
 def table(facts: dict) -> str:
   """A summary as text."""
-  lines = [f"stage {facts['stage']}: {facts['num_steps']} compiled steps"]
+  merging = facts["merging"]
+  lines = [f"stage {facts['stage']}: {facts['num_steps']} compiled steps for {merging['shapes']} shapes",
+           f"  left out for want of a bucket {merging['left_out']:.2%}, padding by larger shapes {merging['padding']:.2%}",
+           f"  cut off from targets {merging['cut_off']:.2%}, at sizes of their own {merging['own_cut_off']:.2%}",
+           f"  in a batch of the smallest cell a record comes at most {merging['most_repeated']} times"]
   lines += ["", "records", *_columns(facts["records"])]
   for name in ("datasets", "tasks", "buckets"):
     lines += ["", f"share of the batches per {name[:-1]}", *_columns(facts[name])]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from data_pipelines.buckets import Bucket
-from data_pipelines.mixture import source_grids
+from data_pipelines.specs import source_grids
 from qimg2.networks import Networks
 from qimg2.runtime.config import RunConfig, StageConfig
 

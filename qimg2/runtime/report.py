@@ -10,6 +10,8 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
+from absl import logging
+
 from data_pipelines.loader import Loader
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.run import Run
@@ -31,11 +33,20 @@ pre { background: #f6f6f6; padding: 1em; overflow: auto; max-height: 40em } .fig
 
 
 def save_counts(run: Run, stage: StageConfig, loader: Loader) -> None:
-  """Writes data.json of a stage: how many records each bucket has and what was left out, and why."""
+  """Writes data.json of a stage: what became of the records of each target size, and what it cost that shapes share buckets. The log says what is in
+  no batch."""
   folder = run.workdir / stage.name
   folder.mkdir(parents=True, exist_ok=True)
-  counts = [dataclasses.asdict(count) for count in loader.counts]
-  (folder / "data.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
+  merging = loader.mixture.merging
+  facts = {"merging": dataclasses.asdict(merging), "counts": [dataclasses.asdict(count) for count in loader.counts]}
+  (folder / "data.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+  if merging.most_repeated > 1:
+    logging.warning("Stage %s: a batch holds a record up to %d times, because a data set has fewer records in a bucket than a batch has rows.",
+                    stage.name, merging.most_repeated)
+  if merging.left_out:
+    logging.warning("Stage %s: %.2f%% of the records are in no batch, because none of its %d buckets fits them: raise max_programs or max_crop, "
+                    "give it more ratios, or lower min_bucket_records. %s counts them by target size.", stage.name, 100 * merging.left_out,
+                    merging.buckets, folder / "data.json")
 
 
 def write_report(run: Run) -> pathlib.Path:
@@ -133,8 +144,11 @@ def _faults(folder: pathlib.Path) -> str:
 
 
 def _counts(folder: pathlib.Path) -> str:
-  counts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-  return _table(tuple(name.replace("_", " ") for name in counts[0]), [tuple(count.values()) for count in counts]) if counts else ""
+  facts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+  counts, merging = (facts, {}) if isinstance(facts, list) else (facts["counts"], facts["merging"])  # a list is of an earlier version
+  shown = _table(("shapes and buckets", ""), [(name.replace("_", " "), f"{value:.2%}" if isinstance(value, float) else value)
+                                              for name, value in merging.items()]) if merging else ""
+  return shown + (_table(tuple(name.replace("_", " ") for name in counts[0]), [tuple(count.values()) for count in counts]) if counts else "")
 
 
 def _series(rows: Sequence[dict], name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:

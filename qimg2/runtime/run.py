@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import DatasetSpec, Resolution, source_grids
 from data_pipelines.records import list_splits
+from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2.algorithms import Algorithm
@@ -45,6 +45,21 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training.
 FREE = re.compile(r"config\.(mesh|data_dir|num_workers|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|keep|num_steps|faults|"
                   r"mixture\[\d+\]\.data_dir))").fullmatch
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Held-out batches as global arrays, the same ones each time. They are read anew: kept, they would take memory of the devices for a whole stage."""
+  loader: Loader
+  num_samples: int
+  put: Callable[[dict], dict]
+
+  def __iter__(self) -> Iterator[dict]:
+    for _, batch in self.loader.evaluation_batches(self.num_samples):
+      yield self.put(batch)
+
+  def __len__(self) -> int:
+    return self.loader.num_evaluation_batches(self.num_samples)
 
 
 class Run(StageWeights):
@@ -116,19 +131,23 @@ class Run(StageWeights):
 
   def loader(self, stage: StageConfig, process: tuple[int, int] | None = None) -> Loader:
     """The training data of a stage, as `process` (its index, how many there are) sees it; None for this one."""
-    return self._loader(stage, stage.mixture, stage.caption_dropout, stage.min_bucket_records, process)
+    return self._loader(stage, stage.mixture, stage.caption_dropout, process, min_bucket_records=stage.min_bucket_records,
+                        max_programs=stage.max_programs)
 
-  def evaluation_batches(self, stage: StageConfig) -> dict[str, list[dict]]:
-    """Task -> held-out batches of the stage's data sets as global arrays; tasks in the order of the mixture. A batch has the rows of one of
-    training's micro-batches, of squares with prompts of the longest class, for which there is room."""
+  def evaluation_batches(self, stage: StageConfig, training: Loader) -> dict[str, "HeldOut"]:
+    """Task -> held-out batches of the stage's data sets; tasks in the order of the mixture. A batch has the shape of one of `training`'s, which is
+    the stage's loader, and the rows of one of the micro-batches of squares with prompts of the longest class, for which there is room."""
     batches = {}
     for task in dict.fromkeys(part.task for part in stage.mixture):
       parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
                for part in stage.mixture if part.task == task}
       smaller = tuple(dataclasses.replace(one, batch_size=max(1, one.batch_size // self._micro_batches(stage, task, one)))
                       for one in stage.resolutions)
-      loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, 0)
-      batches[task] = [self.put(batch) for _, batch in loader.evaluation_batches(stage.evaluation.num_samples)]
+      loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, programs=training.mixture.programs)
+      if loader.mixture.merging.left_out:
+        logging.warning("Stage %s: %.2f%% of the held-out records of the task %s fit none of its buckets and are not looked at.", stage.name,
+                        100 * loader.mixture.merging.left_out, task)
+      batches[task] = HeldOut(loader, stage.evaluation.num_samples, self.put)
     return batches
 
   def _micro_batches(self, stage: StageConfig, task: str, resolution: Resolution) -> int:
@@ -149,15 +168,14 @@ class Run(StageWeights):
                     stage.evaluation.split, stage.name)
     return "train"
 
-  def _loader(self, stage: StageConfig, datasets: Sequence[DatasetSpec], caption_dropout: float, min_bucket_records: int,
-              process: tuple[int, int] | None = None) -> Loader:
+  def _loader(self, stage: StageConfig, datasets: Sequence[DatasetSpec], caption_dropout: float, process: tuple[int, int] | None = None,
+              **buckets: Any) -> Loader:
     index, count = process or sharding.local_parts(self.mesh, self.rules)
-    # A VAE reads no prompt: buckets that differ by its length alone would be the same program, compiled once for each.
-    classes = () if stage.kind == "autoencoder" else self.cfg.prompt_classes
+    classes = () if stage.kind == "autoencoder" else self.cfg.prompt_classes  # a VAE reads no prompt, so its buckets do not differ by them
     return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
-                  caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes,
-                  min_bucket_records=min_bucket_records, max_faulty=stage.max_faulty, process_index=index, process_count=count,
-                  num_workers=self.cfg.num_workers, unconditional=self.algorithm(stage).unconditional)
+                  caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
+                  process_index=index, process_count=count, num_workers=self.cfg.num_workers,
+                  unconditional=self.algorithm(stage).unconditional, **buckets)
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""

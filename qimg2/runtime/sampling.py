@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines.mixture import source_grids
+from data_pipelines.buckets import bucket_size
+from data_pipelines.specs import source_grids
+from qimg2.runtime.config import StageConfig
 from qimg2.runtime.generator import Generator, Size, Source, load_condition_image
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.run import Run
@@ -136,12 +138,18 @@ def sampling_weights(run: Run, stage_name: str = "", average: str = DEPLOYED) ->
 
 
 def run_defaults(run: Run, stage_name: str) -> dict:
-  """What a run's config says of sampling, with the size of the stage's first bucket and its last resolution."""
+  """What a run's config says of sampling, with the stage's first size and its last resolution."""
   stage = run.stages[stage_name]
-  bucket = run.loader(stage).buckets[0]
-  return {"height": bucket.height, "width": bucket.width, "output_resolution": stage.resolutions[-1].base_px,
+  height, width = first_size(stage)
+  return {"height": height, "width": width, "output_resolution": stage.resolutions[-1].base_px,
           "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": run.cfg.sampling.sigmas,
           "only_sigmas": False, "image_pixels": (0, math.inf)}
+
+
+def first_size(stage: StageConfig) -> tuple[int, int]:
+  """(height, width), px, of the first ratio of a stage's first resolution."""
+  resolution = stage.resolutions[0]
+  return bucket_size(resolution.base_px, resolution.ratios[0], resolution.multiple)
 
 
 def pretrained_defaults(pretrained: Pretrained, resolution: int = 1024) -> dict:

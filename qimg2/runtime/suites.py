@@ -9,6 +9,7 @@ A config names suites in `config.evals`, such as {"glyphs": {"num_prompts": 200}
 any other.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from data_pipelines.buckets import Bucket, nearest_bucket
+from data_pipelines.buckets import Bucket, crop_fraction, nearest_bucket
 from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
-from data_pipelines.transforms import composite_on_white, resize_crop
+from data_pipelines.transforms import composite_on_white, fit_source, resize_crop
 from qimg2.evaluation import Suite, Task, mean_scores
 from qimg2.runtime import processes
 from qimg2.runtime.config import PrepareConfig, plain
@@ -59,7 +60,7 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
     if not any(len(bucket.source_sizes) == len(tasks[0].sources) for bucket in buckets):
       logging.warning("Suite %s is left out: stage %s has no batches with %d condition images.", suite_name, name, len(tasks[0].sources))
       continue
-    pictures = draw(run, buckets, weights, tasks)
+    pictures = draw(run, buckets, weights, tasks, run.stages[name].max_crop)
     scores = [suite.score(task, picture) for task, picture in zip(tasks, pictures)]
     results[suite_name] = {"num_prompts": num, "shares": mean_scores(scores)}
     shown.append([cell for parts in zip(tasks, pictures, scores) for cell in suite.show(*parts)])
@@ -104,7 +105,7 @@ def configured(run: Run) -> dict[str, tuple[Suite, int]]:
   return made
 
 
-def draw(run: Run, buckets: Sequence[Bucket], weights: dict, tasks: Sequence[Task]) -> list[np.ndarray]:
+def draw(run: Run, buckets: Sequence[Bucket], weights: dict, tasks: Sequence[Task], max_crop: float) -> list[np.ndarray]:
   """One picture [H, W, 3] uint8 per task, at the size of the nearest bucket of the same kind; each shape is one compiled program."""
   nearest = [_nearest(buckets, task) for task in tasks]
   images: list = [None] * len(tasks)
@@ -114,16 +115,24 @@ def draw(run: Run, buckets: Sequence[Bucket], weights: dict, tasks: Sequence[Tas
       continue
     size = Size(bucket.height, bucket.width, bucket.num_tokens, bucket.source_sizes, min(50, len(mine)))
     generator = Generator(run, size, **run.sampler_settings())
-    sources = [np.stack([resize_crop(tasks[i].sources[slot], *shape) for i in mine]) for slot, shape in enumerate(bucket.source_sizes)]
+    sources = [np.stack([_fit(tasks[i].sources[slot], size, max_crop) for i in mine]) for slot, size in enumerate(bucket.source_sizes)]
     for i, image in zip(mine, generator(weights, [tasks[i].prompt for i in mine], SEED, images=sources)):
       images[i] = image if image.shape[-1] == 3 else composite_on_white(image)
   return images
 
 
+def _fit(image: np.ndarray, size: tuple[int, int], max_crop: float) -> np.ndarray:
+  """A condition image as training sees it."""
+  return fit_source(functools.partial(resize_crop, image), image.shape[:2], size, max_crop)
+
+
 def _nearest(buckets: Sequence[Bucket], task: Task) -> int:
-  """Index of the bucket nearest in aspect ratio among those with as many condition images."""
+  """Index of the bucket nearest in aspect ratio among those with as many condition images, and of such the one that cuts least of these."""
   own = [i for i, bucket in enumerate(buckets) if len(bucket.source_sizes) == len(task.sources)]
-  return own[int(nearest_bucket(*task.size, tuple(buckets[i] for i in own)))]
+  nearest = buckets[own[int(nearest_bucket(*task.size, tuple(buckets[i] for i in own)))]]
+  same = [i for i in own if (buckets[i].height, buckets[i].width) == (nearest.height, nearest.width)]
+  lost = lambda i: sum(round(float(crop_fraction(*image.shape[:2], *size)), 9) for image, size in zip(task.sources, buckets[i].source_sizes))
+  return min(same, key=lost)
 
 
 # In words.

@@ -19,7 +19,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -40,7 +40,8 @@ RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 MAX_DISPATCHED = 2  # steps whose results are still to come
 ORDER = 2  # how batches follow from a stage's description; checkpoints that do not say it have 1
 # Of a stage's description:
-ORDER_KEYS = ("order", "seed", "mixture", "resolutions", "max_crop", "min_bucket_records", "num_tokens", "prompt_classes")
+ORDER_KEYS = ("order", "seed", "mixture", "resolutions", "max_crop", "min_bucket_records", "max_programs", "num_tokens", "prompt_classes",
+              "batches")
 
 
 class Loader(Protocol):
@@ -95,7 +96,7 @@ class StageOutput:
 
 
 def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
-                start: Callable[[], tuple[dict, dict]], frozen: dict[str, Any], finish_batches: Callable[[], list[dict]],
+                start: Callable[[], tuple[dict, dict]], frozen: dict[str, Any], finish_batches: Callable[[], Iterable[dict]],
                 stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> TrainState | None:
   """The state after the stage's last step; None if it was done before. Everything it writes is in `workdir / stage.name`.
 
@@ -156,7 +157,7 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, s
   return as_configured(state, stage.algorithm, stage.optimizers), meta
 
 
-def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], list[dict]], output: StageOutput,
+def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], Iterable[dict]], output: StageOutput,
          stop: Callable[[int], bool]) -> TrainState:
   """What follows the last step: the algorithm's `finalize`, the hooks, the save.
 
@@ -336,7 +337,7 @@ def _run_hooks(stage: Stage, state: TrainState, frozen: dict, step: int, output:
           output.writer.write(step, scalars)
 
 
-def _finalize(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, batches: list[dict]) -> TrainState:
+def _finalize(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, batches: Iterable[dict]) -> TrainState:
   params, averages = algorithm.finalize({**frozen, **state.params}, nets, batches), {}
   for name, average in algorithm.averages.items():
     averages[name] = algorithm.finalize({**frozen, **state.params, average.role: state.averages[name]}, nets, batches)[average.role]

@@ -5,6 +5,7 @@ means, as in MLPerf's text-to-image benchmark: an unequal number of examples per
 falls into are left out, always the same ones; the log says so once.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from qimg2.sharding import to_host
 class Evaluator:
   """Runs an algorithm's validation over fixed batches; compiles once per batch shape."""
 
-  def __init__(self, algorithm: Algorithm, nets: Any, batches: list[dict]):
-    """Args: batches of global arrays with a `weight` [B] of 1 for a real row and 0 for filler.
+  def __init__(self, algorithm: Algorithm, nets: Any, batches: Iterable[dict]):
+    """Args: batches of global arrays, which can be gone through again and again, with a `weight` [B] of 1 for a real row and 0 for filler.
 
     Raises:
       ValueError: there is nothing to evaluate on.

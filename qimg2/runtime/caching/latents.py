@@ -20,15 +20,15 @@ from tqdm import tqdm
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import open_cache
-from data_pipelines.loader import FIRST_ROWS, check_record, read_records
-from data_pipelines.mixture import Cell, DatasetSpec, Mixture, Resolution
+from data_pipelines.loader import FIRST_ROWS, check_record, load_source, read_records
+from data_pipelines.mixture import Cell, Mixture
+from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.transforms import encode_png, load_picture
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.caching.networks import Encoder, Options
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.run import Run
 
-_ANY_LENGTH = 2**30  # tokens: no caption is too long for latents
 _NAMED = 1000  # broken records that dataset.json names; all are counted
 
 
@@ -93,6 +93,7 @@ class _Job:
       raise ValueError(f"--name={out_name} is the name of the original data set: choose another one.")
     self._resolutions = _distinct(stage.resolutions)
     self._tasks = tuple(sorted({part.task for part in stage.mixture if part.name == name}))
+    self._programs, self._shapes = _of_dataset(run.loader(stage).mixture, name, self._resolutions)
     self._meta = R.read_meta(self._data_dir / name)
     self._work = self._data_dir / f".{out_name}.incomplete"
     self._request = json.loads(json.dumps(self._make_request()))
@@ -124,7 +125,7 @@ class _Job:
     run, options = self._run, self._options
     sizes = [{"base_px": one.base_px, "ratios": list(one.ratios), "multiple": one.multiple} for one in self._resolutions]
     request = {"dataset": self._name, "dataset_sha256": R.checksum(self._data_dir / self._name / "dataset.json"), "tasks": self._tasks,
-               "resolutions": sizes, "max_crop": self._stage.max_crop, "features": options.features, "dtype": options.dtype,
+               "resolutions": sizes, "max_crop": self._stage.max_crop, "shapes": self._shapes, "features": options.features, "dtype": options.dtype,
                "shard_records": options.shard_records, "tokenizer": run.tokenizer.fingerprint, "vae": self._encoder.fingerprints["vae"],
                "vae_dtype": run.cfg.vae.dtype}
     if options.features:
@@ -138,7 +139,8 @@ class _Job:
              for one in self._resolutions}
     frozen = {run.algorithm(self._stage).roles[role].network: text for role, text in self._stage.frozen.items()}
     weights_from = {name: frozen[MADE_BY[name]] for name in self._encoder.fingerprints}
-    made_with = {"base_px": [one.base_px for one in self._resolutions], "sizes": sizes, "resolutions": self._request["resolutions"],
+    made_with = {"base_px": [one.base_px for one in self._resolutions], "sizes": sizes,
+                 "resolutions": self._request["resolutions"], "shapes": self._request["shapes"],
                  "tokenizer": run.tokenizer.fingerprint, "num_tokens": run.cfg.num_tokens, **self._encoder.fingerprints,
                  "weights_from": weights_from}
     return {"dtype": self._options.dtype, "channels": run.nets.vae.latent_channels, "factor": run.nets.vae.spatial_factor,
@@ -159,12 +161,18 @@ class _Job:
     for task in self._tasks if num_records else ():
       spec = DatasetSpec(str(self._data_dir), self._name, split, task=task)
       try:
-        mixture = Mixture([spec], self._resolutions, _ANY_LENGTH, self._run.tokenizer, 0, max_crop=self._stage.max_crop)
+        mixture = Mixture([spec], self._resolutions, self._run.cfg.num_tokens, self._run.tokenizer, 0, self._run.cfg.prompt_classes,
+                          self._stage.max_crop, programs=self._programs, every=True)
       except ValueError as error:
         if split == "train":
           raise
         logging.warning("The cache %s will have no validation records of the task %s: %s", self._out_name, task, error)
         continue
+      if not mixture.cells and split == "train":
+        raise ValueError(f"None of the records of data set {self._name!r} has the task {task}: leave it out of the mixture of {self._stage.name!r}.")
+      if mixture.merging.left_out:
+        logging.warning("The cache %s will lack %.2f%% of the %s records of the task %s: none of the buckets of stage %s fits them.", self._out_name,
+                        100 * mixture.merging.left_out, split, task, self._stage.name)
       found += [(mixture, cell) for cell in sorted(mixture.cells, key=lambda cell: (cell.resolution, cell.bucket))]
     return _Split(num_records, tuple(found))
 
@@ -236,7 +244,7 @@ class _Job:
         check_record(record, int(sample_id), bucket, name)
         target[row] = load_picture(record["image"], bucket.height, bucket.width, name)
         for slot, size in enumerate(bucket.source_sizes):
-          sources[slot][row] = load_picture(record["sources"][slot], *size, f"condition image {slot + 1} of {name}")
+          sources[slot][row] = load_source(record, slot, size, mixture.max_crop, name)
       except ValueError as error:
         broken.append(str(error))
       else:
@@ -282,6 +290,17 @@ class _Job:
     facts = {"cached_from": self._name, "left_out": len(broken)}
     # Linked, not moved: should this be interrupted, the shards are still where they were.
     return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=R.link, cache=self._describe(), broken=broken[:_NAMED])
+
+
+def _of_dataset(mixture: Mixture, name: str, distinct: Sequence[Resolution]) -> tuple[dict[tuple, np.ndarray], list]:
+  """Returns the programs that a stage uses for a data set, as a mixture of the `distinct` resolutions has them, and as `Mixture.shapes` has them."""
+  found, shapes, base_px = {}, set(), [one.base_px for one in distinct]
+  for spec, used, own in zip(mixture.datasets, mixture.used, mixture.shapes):
+    if spec.name == name:
+      shapes.update(own)
+      for (task, r, cache, number), some in used.items():
+        found.setdefault((task, base_px.index(mixture.resolutions[r].base_px), cache, number), []).append(some)
+  return {key: np.unique(np.concatenate(some), axis=0) for key, some in found.items()}, json.loads(json.dumps(sorted(shapes)))
 
 
 def _distinct(resolutions: Sequence[Resolution]) -> tuple[Resolution, ...]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.cache import DTYPES
-from data_pipelines.mixture import source_grids
+from data_pipelines.specs import source_grids
 from qimg2 import networks
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.run import Run

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.mixture import DatasetSpec, Resolution
+from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2 import flow
 from qimg2.layers import POLICIES
 from qimg2.models import mmdit, qwen3_vl, vae
@@ -113,6 +113,7 @@ class StageConfig:
   evaluation: EvaluationConfig
   caption_dropout: float
   max_crop: float
+  max_programs: int
   min_bucket_records: int
   max_faulty: float
   optimizer: optim.Config
@@ -128,6 +129,8 @@ class StageConfig:
     for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
       if getattr(self, key) < 1:
         raise ValueError(f"config.stages[{self.name}].{key} is {getattr(self, key)}: give at least 1.")
+    if self.max_programs < 0:
+      raise ValueError(f"config.stages[{self.name}].max_programs is {self.max_programs}: give a number of buckets, or 0 for one per shape.")
 
   @property
   def kind(self) -> str:

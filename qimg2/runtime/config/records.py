@@ -7,7 +7,7 @@ from typing import Any
 from qimg2.runtime.config import RunConfig, parse
 from qimg2.runtime.config.sources import DIFFUSERS, STAGE
 
-FORMAT = 3
+FORMAT = 4
 
 
 def read_record(path: pathlib.Path) -> RunConfig:
@@ -34,7 +34,7 @@ def translate(config: dict[str, Any], version: int) -> dict[str, Any]:
   """A config of an earlier format as today's.
 
   Format 1 had "" and the bare names of stages where "scratch", "default", "none" and "stage:NAME" are now; formats 1 and 2 had a section `check`
-  of one name where `evals` names suites.
+  of one name where `evals` names suites; before format 4 a stage had as many buckets as there were shapes.
 
   Raises:
     ValueError: a section that is none, or a check that there was not.
@@ -43,6 +43,8 @@ def translate(config: dict[str, Any], version: int) -> dict[str, Any]:
     config = _with_words(config)
   if version < 3 and "check" in config:
     config = {key: value for key, value in config.items() if key != "check"} | {"evals": _evals(config["check"])}
+  if version < 4:
+    config = config | {"stages": [{"max_programs": 0} | stage if isinstance(stage, dict) else stage for stage in config.get("stages", ())]}
   return config
 
 

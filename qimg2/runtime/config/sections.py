@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from data_pipelines.mixture import DatasetSpec
+from data_pipelines.specs import DatasetSpec
 
 Dataclass = TypeVar("Dataclass")
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a tuple", Mapping: "a section", type(None): "None"}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_pipelines.buckets import Bucket, bucket_size, parse_ratio
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import source_grids
+from data_pipelines.specs import source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2 import params as P
