@@ -114,10 +114,14 @@ class Mixture:
       self._sample_ids.append(index["sample_id"])
       reasons, length = self._unusable(spec, index)
       prompt = np.searchsorted(self._classes, length)
+      if self._every:  # those that the spec refuses go by their pictures alone
+        prompt[functools.reduce(np.logical_or, reasons.values())] = 0
+        reasons = {name: np.zeros_like(reason) for name, reason in reasons.items()}
       sort = functools.partial(Sorted, spec, index=index, cache=cached, shapes=shapes, classes=self._classes, prompt=prompt, reasons=reasons,
                                max_crop=self.max_crop)
       sorts.append([sort(resolution=resolution) for resolution in self.resolutions])
-    placed = self._place(sorts, self._choose(sorts) if given is None else given, self._min_records)
+    chosen = self._choose(sorts) if given is None else given
+    placed = self._place(sorts, chosen, self._min_records, stored=given is None)
     buckets, cells = {}, []
     for d, (spec, parts, own) in enumerate(zip(self.datasets, sorts, placed)):
       if not any(one.cells for one in own):
@@ -147,10 +151,12 @@ class Mixture:
       raise ValueError(f"{sentence}: loosen one or add ratios.")
     logging.warning("%s and the buckets of the training data: it is not looked at.", sentence)
 
-  def _place(self, sorts: Sequence[Sequence[Sorted]], chosen: Mapping[tuple, np.ndarray], min_records: int) -> list[list[Placed]]:
-    """Returns where the records of each data set are at each resolution, given the programs of each group."""
+  def _place(self, sorts: Sequence[Sequence[Sorted]], chosen: Mapping[tuple, np.ndarray], min_records: int,
+             stored: bool = True) -> list[list[Placed]]:
+    """Returns where the records of each data set are at each resolution, given the programs of each group, and with `stored` those that latents were
+    cached for."""
     def place(one: Sorted, r: int) -> Placed:
-      here = {key[3]: some for key, some in chosen.items() if key[:3] == (one.spec.task, r, one.cache)} | one.stored
+      here = {key[3]: some for key, some in chosen.items() if key[:3] == (one.spec.task, r, one.cache)} | (one.stored if stored else {})
       return one.place(here, self.max_crop, one.resolution.batch_size if self._max_programs and not one.stored else 0, min_records)
     return [[place(one, r) for r, one in enumerate(parts)] for parts in sorts]
 
@@ -163,20 +169,30 @@ class Mixture:
     keys, groups = _groups(sorts)
     stored = len({(one.spec.task, r, one.cache, *shape) for parts in sorts for r, one in enumerate(parts) for some in one.stored.values()
                   for shape in some.tolist()})
-    most = max(1, self._max_programs - stored) if self._max_programs else sum(len(group.shapes) for group in groups)
-    chooser = Chooser(groups, most, self.max_crop)
-    level = np.zeros(len(sorts), int)
+    if self._max_programs and stored + len(groups) > self._max_programs:
+      raise ValueError(f"The latent caches of the mixture are made for {stored} buckets, and max_programs={self._max_programs}"
+                       + (" leaves too few for the other data sets" if groups else "") + ": raise it, or cache for a stage with fewer.")
+    most = self._max_programs - stored if self._max_programs else sum(len(group.shapes) for group in groups)
+    chooser, level = Chooser(groups, most, self.max_crop), np.zeros(len(sorts), int)
     while level.max() < len(PENALTIES):
       chosen = dict(zip(keys, chooser(np.array(PENALTIES)[level])))
-      if not self._max_programs:
+      if not self._max_programs and not stored:
         return chosen
-      lost = np.array([_lost(own) for own in self._place(sorts, chosen, 0)])
-      if (lost <= MOST_LEFT_OUT).all():
+      lost, usable = np.array([_lost(own) for own in self._place(sorts, chosen, 0)]).T
+      over = lost > np.maximum(1, MOST_LEFT_OUT * usable)
+      if not over.any():
         return chosen
-      level += lost > MOST_LEFT_OUT
-    spec = self.datasets[int(lost.argmax())]
-    raise ValueError(f"With max_programs={self._max_programs}, {lost.max():.1%} of the records of data set {spec.name!r} ({spec.task}) would be in "
-                     f"no batch; all records together have {chooser.num_shapes} shapes. Raise it, or max_crop, or leave out ratios or resolutions.")
+      level += over
+    worst = int((lost / np.maximum(1, usable) * over).argmax())
+    sentence = f"{lost[worst] / usable[worst]:.1%} of the records of data set {self.datasets[worst].name!r} ({self.datasets[worst].task})"
+    if any(one.stored for one in sorts[worst]):
+      raise ValueError(f"{sentence} fit none of the buckets that their latents were cached for: cache them for a stage with these prompts.")
+    if any(one.family.rigid for one in sorts[worst]):
+      raise ValueError(f"With max_programs={self._max_programs}, {sentence} would be in no batch, because latents cannot be cut: cache them anew, or "
+                       "give max_programs=0 for a bucket per shape.")
+    latents = f", of which {stored} are those of latent caches" if stored else ""
+    raise ValueError(f"With max_programs={self._max_programs}{latents}, {sentence} would be in no batch; all records together have "
+                     f"{chooser.num_shapes} shapes. Raise it, or max_crop, or leave out ratios or resolutions.")
 
   def _unusable(self, spec: DatasetSpec, index: dict) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns (reason -> which records it leaves out, each record under the first that holds; the longest usable caption of each record, tokens)."""
@@ -190,7 +206,7 @@ class Mixture:
              "no_caption": length == 0, "too_long": length > self._classes[-1]}
     seen = np.zeros(len(length), bool)
     for name, test in tests.items():
-      tests[name] = test & ~seen & (not self._every)
+      tests[name] = test & ~seen
       seen |= test
     return tests, np.minimum(length, self._classes[-1])
 
@@ -300,10 +316,10 @@ def _groups(sorts: Sequence[Sequence[Sorted]]) -> tuple[list[tuple], list[Group]
   return list(found), groups
 
 
-def _lost(own: Sequence[Placed]) -> float:
-  """Returns the share of the records of a data set that have a shape at some resolution, and a bucket at none."""
+def _lost(own: Sequence[Placed]) -> tuple[int, int]:
+  """Returns (how many records of a data set have a shape at some resolution, and a bucket at none; how many have a shape)."""
   usable, kept = (functools.reduce(np.logical_or, masks) for masks in ([one.usable for one in own], [one.kept for one in own]))
-  return 1 - float(kept.sum()) / max(1, int(usable.sum()))
+  return int(usable.sum()) - int(kept.sum()), int(usable.sum())
 
 
 def _used(sorts: Sequence[Sequence[Sorted]], placed: Sequence[Sequence[Placed]]) -> dict[tuple, np.ndarray]:

@@ -16,7 +16,8 @@ PENALTIES = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # of leaving a data
 _MOST_SHAPES = 4096  # of one group that are moved about; rarer ones count as the simplest of their target and prompt class
 _MOST_CANDIDATES = 256  # of the most frequent shapes of a group that may become programs, beside the simplest ones
 _MOST_COST = 0.2  # at which a cell too small for a batch joins another
-_MOST_REPEATED = 64  # times in a batch; a cell whose records would come oftener joins one that is too small itself
+_HARDLY_ANY = 64  # records; a cell that has neither so many nor a batch joins another, be that too small itself, at up to
+_MOST_COST_OF_FEW = 0.3
 _DIGITS = 9  # mirrored aspect ratios are true ties: they are broken alike on machines whose logarithms differ in the last bit
 
 
@@ -109,7 +110,7 @@ class _Part:
 
   def __init__(self, group: Group, max_crop: float):
     self.group, (shapes, self._weights, self._members) = group, _without_tail(group)
-    frequent = shapes[np.argsort(-self._weights, kind="stable")[:_MOST_CANDIDATES]]
+    frequent = shapes[np.argsort(-self._weights, kind="stable")[:None if group.family.rigid else _MOST_CANDIDATES]]
     self._candidates = np.unique(np.concatenate([frequent, *_simplest(group)]), axis=0)
     self._costs = costs(group.family, shapes, self._candidates, max_crop)
 
@@ -187,29 +188,55 @@ def assign(family: Family, shapes: np.ndarray, counts: np.ndarray, programs: np.
     counts: [N], how many records each shape has.
     max_crop: largest share of a target that may be cut off.
     enough: a program with fewer of these records than a batch has rows would repeat them: it is left to others where that costs little and these
-      have enough then, or it had hardly any.
+      have enough then, or where it has hardly any.
     required: fewest records for which a program is worth using; fewer go elsewhere, and what fits nowhere is left out.
   """
   cost = costs(family, shapes, programs, max_crop)
   used, kept = np.ones(len(programs), bool), np.zeros(len(programs), bool)
-  homes = lambda used: np.where(np.isfinite(cost[:, used]).any(axis=1), np.flatnonzero(used)[cost[:, used].argmin(axis=1)], -1) if used.any() else (
-      np.full(len(shapes), -1))
-  fill = lambda home: np.bincount(home[home >= 0], counts[home >= 0], minlength=len(programs))
   while True:
-    home = homes(used)
-    num = fill(home)
+    home = _homes(cost, used)
+    num = _fill(home, counts, len(programs))
     used &= num > 0
-    small = np.flatnonzero(used & ~kept & (num < max(enough, required)))
-    if not len(small):
+    small = [int(one) for one in np.argsort(num, kind="stable") if used[one] and not kept[one] and num[one] < max(enough, required)]
+    if not small:
       return home
-    one = small[np.argmin(num[small])]
-    others = used.copy()
-    others[one] = False
-    moved, there = home == one, homes(others)
-    to = there[moved]
-    better = num[one] * _MOST_REPEATED < enough or (fill(there)[to] >= enough).all()
-    joins = better and (to >= 0).all() and np.average(cost[moved, to], weights=counts[moved]) <= _MOST_COST
-    if joins or num[one] < required:
-      used = others
+    gone = next((one for one in small if _may_go(cost, home, counts, used, one, enough, required)), None)
+    if gone is None and num[small[0]] < required:
+      gone = _pulled(cost, home, counts, used, small[0])  # nowhere else to go: others come to it, or it is left out
+    if gone is None:
+      kept[small] = True
     else:
-      kept[one] = True
+      used[gone] = False
+
+
+def _homes(cost: np.ndarray, used: np.ndarray) -> np.ndarray:
+  """Returns the cheapest of the used programs for each shape, -1 where there is none."""
+  if not used.any():
+    return np.full(len(cost), -1)
+  here = cost[:, used]
+  return np.where(np.isfinite(here).any(axis=1), np.flatnonzero(used)[here.argmin(axis=1)], -1)
+
+
+def _fill(home: np.ndarray, counts: np.ndarray, num_programs: int) -> np.ndarray:
+  return np.bincount(home[home >= 0], counts[home >= 0], minlength=num_programs)
+
+
+def _may_go(cost: np.ndarray, home: np.ndarray, counts: np.ndarray, used: np.ndarray, one: int, enough: int, required: int) -> bool:
+  """Returns whether all shapes of a small program have another one, at a price that is worth it."""
+  others = used.copy()
+  others[one] = False
+  moved, there = home == one, _homes(cost, others)
+  to, num = there[moved], int(counts[moved].sum())
+  if (to < 0).any():
+    return False
+  price = np.average(cost[moved, to], weights=counts[moved])
+  if num < max(required, min(enough, _HARDLY_ANY)):
+    return num < required or price <= _MOST_COST_OF_FEW
+  return bool((_fill(there, counts, len(used))[to] >= enough).all()) and price <= _MOST_COST
+
+
+def _pulled(cost: np.ndarray, home: np.ndarray, counts: np.ndarray, used: np.ndarray, one: int) -> int:
+  """Returns the program whose shapes all fit into `one`, at the least price; `one` itself if there is none."""
+  prices = {int(other): np.average(cost[home == other, one], weights=counts[home == other])
+            for other in np.flatnonzero(used) if other != one and np.isfinite(cost[home == other, one]).all()}
+  return min(prices, key=prices.get) if prices else one

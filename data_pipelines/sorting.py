@@ -197,7 +197,10 @@ class Sorted:
 
   def _weights_of(self, place: np.ndarray, kept: np.ndarray, num: int) -> list[fractions.Fraction]:
     """Returns the weight of each program: the sum over its records of those of their own ratios, not of the ratio that they share now."""
-    own = np.bincount(place[kept] * len(self.targets) + self._target[kept], minlength=num * len(self.targets)).reshape(num, len(self.targets))
+    target = self._target
+    if "own_height" in self._index:  # of the picture that latents were made of
+      target = _fit(self._index["own_height"], self._index["own_width"], self.targets)[0]
+    own = np.bincount(place[kept] * len(self.targets) + target[kept], minlength=num * len(self.targets)).reshape(num, len(self.targets))
     factors = [exact(self.resolution.weight) * exact(weight) for weight in self.ratio_weights]
     return [sum((int(count) * factor for count, factor in zip(row, factors) if count), fractions.Fraction(0)) for row in own]
 

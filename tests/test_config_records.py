@@ -87,7 +87,8 @@ def test_an_old_run_goes_on_under_a_record_of_today(tmp_path):
   save_config(cfg, tmp_path)
   record = json.loads((tmp_path / "config.json").read_text())
   assert record["format"] == FORMAT == 4 and record["config"]["stages"][2]["start_from"] == "stage:low_resolution:ema"
-  assert read_record(tmp_path / "config.json") == cfg
+  assert read_record(tmp_path / "config.json") == cfg and {stage.max_programs for stage in cfg.stages} == {0}, "as many buckets as before"
+  save_config(dataclasses.replace(cfg, stages=tuple(dataclasses.replace(stage, max_programs=64) for stage in cfg.stages)), tmp_path)
   with pytest.raises(ValueError, match=r"was started with another config: config.stages\[2\].start_from was 'stage:low_resolution:ema' and is 'scr"):
     stages = (*cfg.stages[:2], dataclasses.replace(cfg.stages[2], start_from="scratch"), cfg.stages[3])
     save_config(dataclasses.replace(cfg, stages=stages), tmp_path)

@@ -1,5 +1,6 @@
 """Which policy and how many micro-batches each bucket's step has, in training, validation and rehearsal."""
 
+import copy
 import dataclasses
 import types
 
@@ -91,9 +92,9 @@ def test_short_prompts_are_rehearsed_where_they_fill_a_micro_batch_more():
 
 @pytest.mark.slow
 def test_validation_has_as_many_rows_at_once_as_training(monkeypatch, tmp_path, smoke_config):
-  made, loader = [], types.SimpleNamespace(mixture=types.SimpleNamespace(merging=types.SimpleNamespace(left_out=0.0)))
+  made, loader = [], types.SimpleNamespace(mixture=types.SimpleNamespace(cells=(1,), merging=types.SimpleNamespace(left_out=0.0)))
   monkeypatch.setattr(Run, "_loader", lambda self, stage, *_, **__: made.append([one.batch_size for one in stage.resolutions]) or loader)
-  cfg = smoke_config.copy_and_resolve_references()
+  cfg = copy.deepcopy(smoke_config)
   cfg.micro_batches = (dict(remat="full", tokens=80),)
   run = Run(cfg, tmp_path)
   stage = run.stages["high_resolution"]
@@ -112,10 +113,22 @@ def test_training_has_them(monkeypatch, tmp_path, one_device, smoke_config):
   monkeypatch.setattr(curriculum, "train_stage", lambda stage, *arguments: stages.append(stage))
   monkeypatch.setattr(Run, "frozen_weights", lambda self, stage: {})
   monkeypatch.setattr(Run, "evaluation_batches", lambda self, *_: {})
-  cfg = smoke_config.copy_and_resolve_references()
+  cfg = copy.deepcopy(smoke_config)
   cfg.micro_batches = (dict(remat="full", tokens=100),)
   cfg.stages[1].frozen.vae = "default"
   run = Run(cfg, tmp_path)
   curriculum.train_one(run, run.stages["low_resolution"])
   (nets, accumulate), = stages[0].variants
   assert nets.model.remat == "full" and accumulate == 4  # 31 + 4 tokens a row, eight rows
+
+
+def test_held_out_records_that_fit_no_bucket_of_training_have_their_own(monkeypatch, tmp_path, smoke_config):
+  asked = []
+  def loader(self, stage, *_, **buckets):
+    asked.append(sorted(buckets))
+    cells = () if "programs" in buckets else (1,)
+    return types.SimpleNamespace(mixture=types.SimpleNamespace(cells=cells, merging=types.SimpleNamespace(left_out=0.0)))
+  monkeypatch.setattr(Run, "_loader", loader)
+  run = Run(smoke_config, tmp_path, trained=True)
+  run.evaluation_batches(run.stages["low_resolution"], types.SimpleNamespace(mixture=types.SimpleNamespace(programs={})))
+  assert asked == [["programs"], ["max_programs"]]

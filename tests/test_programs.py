@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from made_up import World, plain_index, world_of
+from made_up import TOKENIZER, World, plain_index, world_of
 
 from benchmarks import mixture as made_up_web
 from data_pipelines import programs
@@ -117,12 +117,19 @@ def test_cells_too_small_for_a_batch_join_others_where_nothing_is_lost():
   shapes, programs = np.array([[0, 0], [0, 1], [0, 2]]), np.array([[0, 0], [0, 1], [0, 2]])
   home = lambda counts, enough, required, family=SQUARES: assign(family, shapes, np.array(counts), programs, 0.2, enough, required).tolist()
   near = dataclasses.replace(SQUARES, prompts=(10, 12, 40))  # the second costs 2 of 28 tokens, the third 28 of 56
-  assert home([5, 9, 9], 8, 0, near) == [1, 1, 2] and home([9, 5, 9], 8, 0, near) == [0, 1, 2], "half of a row is too much"
-  assert home([5, 2, 9], 8, 0, near) == [0, 1, 2], "both together would still repeat"
-  assert home([5, 300, 900], 1000, 0, near) == [1, 1, 2] and home([50, 300, 900], 1000, 0, near) == [0, 1, 2], "hardly any records"
+  assert home([5, 9, 9], 8, 0, near) == [1, 1, 2] and home([9, 5, 9], 8, 0, near) == [0, 1, 2], "28 of 56 tokens are too much"
+  assert home([5, 2, 9], 8, 0, near) == [1, 1, 2], "seven different rows are better than five"
+  assert home([5, 300, 900], 1000, 0, near) == [1, 1, 2] and home([70, 300, 900], 1000, 0, near) == [0, 1, 2], "seventy are enough to begin with"
   assert home([9, 9, 2], 8, 0) == [0, 1, 2], "the longest prompts have nowhere to go, and stay"
-  assert home([9, 9, 2], 8, 3) == [0, 1, -1], "unless they are too few to be worth a program"
+  assert home([9, 9, 2], 8, 3) == [0, 2, 2], "unless others come to them"
   assert home([9, 2, 9], 0, 3) == [0, 2, 2] and home([1, 1, 1], 0, 0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("counts, expected", [([17, 13, 10], [0, 2, 2]), ([15, 14, 11], [2, 2, 2]), ([60, 30, 10], [0, 2, 2]), ([5, 4, 3], [-1] * 3)])
+def test_records_are_not_given_up_while_others_can_come_to_them(counts, expected):
+  """The longest prompts have nowhere to go; before they are left out, shorter ones share their program."""
+  programs = np.array([[0, 0], [0, 1], [0, 2]])
+  assert assign(SQUARES, programs, np.array(counts), programs, 0.2, 0, 16).tolist() == expected
 
 
 # ---- a whole mixture -------------------------------------------------------------------------------
@@ -255,6 +262,34 @@ def test_a_mixture_says_where_batches_differ():
   assert len({make().digest, *(other.digest for other in others)}) == 5
 
 
+@pytest.mark.parametrize("num, batch", [(20, 16), (60, 32), (200, 32)])
+def test_few_pictures_make_batches_of_different_ones(num, batch):
+  """Of so few, each with a shape of its own, a budget of 64 buckets must not make as many."""
+  tokenizer = made_up_web.train_tokenizer(["a red ball"], 300)
+  index = made_up_web.make_index(num, False, tokenizer)
+  make = lambda **more: Mixture((DatasetSpec("", "a"),), (Resolution(512, batch, RATIOS),), 128, tokenizer, 0, (32, 64), 0.4,
+                                find=lambda spec: (None, index | {"caption_tokens": np.minimum(index["caption_tokens"], 128)}, None, ()), **more)
+  distinct = lambda mixture: np.mean([len(np.unique(mixture.plan(k).places)) for k in range(200)]) / batch
+  merged, apart = make(max_programs=64), make()
+  assert distinct(merged) > max(1.25 * distinct(apart), 0.4) and merged.merging.left_out == 0 and len(merged.buckets) < len(apart.buckets) / 2
+
+
+def test_latents_for_which_there_is_no_bucket_are_refused_with_the_way_out():
+  index = plain_index([(64, 64)] * 20, tokens=[20] * 10 + [60] * 10, base_px=np.full(20, 64))
+  states = Cache("float16", 4, 16, feature_width=0, num_system_tokens=1)
+  def make(shapes, **more):
+    found = (None, index, states, shapes)
+    return Mixture((DatasetSpec("", "a"),), (Resolution(64, 4, ("1:1",)),), 64, TOKENIZER, 0, (24,), find=lambda _: found, **more)
+  short, long = (("t2i", 64, (64, 64), (), tokens) for tokens in (24, 64))
+  assert len(make((short, long), max_programs=2).buckets) == len(make((short, long)).buckets) == 2 and len(make((long,)).buckets) == 1
+  for budget in (0, 64):
+    with pytest.raises(ValueError, match="50.0% of the records of data set 'a' .t2i. fit none of the buckets that their latents were cached for"):
+      make((short,), max_programs=budget)
+  with pytest.raises(ValueError, match="latent caches of the mixture are made for 2 buckets, and max_programs=1: raise it"):
+    make((short, long), max_programs=1)
+  assert len(make((), max_programs=1).buckets) == 1, "of an older version: prompts alone can be merged"
+
+
 def test_data_sets_share_programs():
   pictures = plain_index([(64, 64)] * 40 + [(64, 128)] * 40)
   specs = (DatasetSpec("", "a"), DatasetSpec("", "b"))
@@ -289,8 +324,7 @@ def test_what_is_shown_whole_lies_on_white_paper():
 def cached(pixels, spec, index, options):
   """The index of a latent cache of a data set, made for the stage of a mixture, and the shapes that it is made for."""
   chosen, shapes = _of_dataset(pixels, spec.name, pixels.resolutions)
-  plain = DatasetSpec("", spec.name, task=spec.task)
-  mixture = Mixture([plain], pixels.resolutions, **options, programs=chosen, every=True, find=lambda _: (None, index, None, ()))
+  mixture = Mixture([spec], pixels.resolutions, **options, programs=chosen, every=True, find=lambda _: (None, index, None, ()))
   places = np.concatenate([cell.records for cell in mixture.cells])
   buckets = [mixture.buckets[cell.bucket] for cell in mixture.cells for _ in cell.records]
   columns = {name: index[name][places] for name in ("quality", "sample_id", "stage", "has_text", "num_captions", "caption_language", "caption_kind",
@@ -300,20 +334,25 @@ def cached(pixels, spec, index, options):
   return index | columns | {
       "height": np.array([bucket.height for bucket in buckets]), "width": np.array([bucket.width for bucket in buckets]),
       "source_sizes": np.array(sources, np.int32).reshape(len(buckets), most, 2),
+      "own_height": index["height"][places], "own_width": index["width"][places],
       "base_px": np.array([pixels.resolutions[cell.resolution].base_px for cell in mixture.cells for _ in cell.records])}, tuple(
           (task, base_px, tuple(target), tuple(map(tuple, images)), tokens) for task, base_px, target, images, tokens in shapes)
 
 
-@pytest.mark.parametrize("change", [{}, {"min_bucket_records": 60}, {"max_programs": 30, "batch_size": 256}], ids=["budget", "rare", "small cells"])
+@pytest.mark.parametrize("change", [{}, {"min_bucket_records": 60}, {"max_programs": 30, "batch_size": 256}, {"ratio_weights": (1.0, 3.0, 0.5) * 5}],
+                         ids=["budget", "rare", "small cells", "ratio weights"])
 def test_a_stage_on_latents_has_the_batches_of_its_pixels(change):
   tokenizer = made_up_web.train_tokenizer(["a red ball"], 300)
   made = {"a": made_up_web.make_index(3000, False, tokenizer, 1), "b": made_up_web.make_index(800, True, tokenizer, 2)}
   made["a"]["quality"][::7] = 0.1
-  batch = change.pop("batch_size", 32)
-  specs = (DatasetSpec("", "a", weight=0.7, min_quality=0.5), DatasetSpec("", "b", weight=0.3, task="ti2i"))
+  # A fifth has no English caption.
+  made["a"] |= {"caption_language": (np.arange(3000) % 5 == 0).astype(np.uint16), "language_names": np.array(["en", "de"])}
+  change = dict(change)
+  batch, ratio_weights = change.pop("batch_size", 32), change.pop("ratio_weights", ())
+  specs = (DatasetSpec("", "a", weight=0.7, min_quality=0.5, languages=("en",)), DatasetSpec("", "b", weight=0.3, task="ti2i"))
   common = dict(num_tokens=1024, tokenizer=tokenizer, seed=0, prompt_classes=(128, 256), max_crop=0.3)
-  build = lambda find: Mixture(specs, (Resolution(512, batch, RATIOS), Resolution(1024, batch, RATIOS)), **common, **({"max_programs": 40} | change),
-                               find=find)
+  resolutions = tuple(Resolution(base_px, batch, RATIOS, ratio_weights=ratio_weights) for base_px in (512, 1024))
+  build = lambda find: Mixture(specs, resolutions, **common, **({"max_programs": 40} | change), find=find)
   pixels = build(lambda spec: (None, made[spec.name], None, ()))
   caches = {spec.name: cached(pixels, spec, made[spec.name], common) for spec in specs}
   states = Cache("float16", 4, 16, feature_width=0, num_system_tokens=1)

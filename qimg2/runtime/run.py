@@ -42,9 +42,10 @@ from qimg2.training.trainer import differences
 
 EMBEDDED = ("glyphs", "emoji")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
-# What may change while a run goes on: it does not change what a step computes, or is a wish for longer training.
+# What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
+# order of batches may be another one, and the log says so.
 FREE = re.compile(r"config\.(mesh|data_dir|num_workers|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|keep|num_steps|faults|"
-                  r"mixture\[\d+\]\.data_dir))").fullmatch
+                  r"max_programs|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +145,10 @@ class Run(StageWeights):
       smaller = tuple(dataclasses.replace(one, batch_size=max(1, one.batch_size // self._micro_batches(stage, task, one)))
                       for one in stage.resolutions)
       loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, programs=training.mixture.programs)
+      if not loader.mixture.cells:
+        logging.warning("Stage %s: no held-out record of the task %s fits a bucket of its training data, so these have buckets of their own.",
+                        stage.name, task)
+        loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, max_programs=stage.max_programs)
       if loader.mixture.merging.left_out:
         logging.warning("Stage %s: %.2f%% of the held-out records of the task %s fit none of its buckets and are not looked at.", stage.name,
                         100 * loader.mixture.merging.left_out, task)

@@ -22,13 +22,14 @@ from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import open_cache
 from data_pipelines.loader import FIRST_ROWS, check_record, load_source, read_records
 from data_pipelines.mixture import Cell, Mixture
-from data_pipelines.specs import DatasetSpec, Resolution
+from data_pipelines.specs import Resolution
 from data_pipelines.transforms import encode_png, load_picture
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.caching.networks import Encoder, Options
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.run import Run
 
+_MORE = ("base_px", "own_height", "own_width")  # columns of a cache's index beside those of every data set
 _NAMED = 1000  # broken records that dataset.json names; all are counted
 
 
@@ -159,7 +160,8 @@ class _Job:
     """Which records of a split to cache. The validation split may have none of a task."""
     num_records, found = self._meta["facts"][split], []
     for task in self._tasks if num_records else ():
-      spec = DatasetSpec(str(self._data_dir), self._name, split, task=task)
+      part = next(one for one in self._stage.mixture if (one.name, one.task) == (self._name, task))
+      spec = dataclasses.replace(part, split=split)
       try:
         mixture = Mixture([spec], self._resolutions, self._run.cfg.num_tokens, self._run.tokenizer, 0, self._run.cfg.prompt_classes,
                           self._stage.max_crop, programs=self._programs, every=True)
@@ -194,15 +196,16 @@ class _Job:
 
   def _write_shard(self, opened: _Split, split: str, number: int, progress: tqdm) -> None:
     """Writes one shard, and then its index with what else `_finish` needs of it."""
-    path, columns, base_px, broken = self._place(split, number), R.Columns(), [], []
+    path, columns, more, broken = self._place(split, number), R.Columns(), {name: [] for name in _MORE}, []
 
     def stream() -> Iterator[dict]:
       for mixture, cell, batch, num_read in self._batches(opened, number):
         for sentence in batch.broken:
           logging.warning("Left out: %s", sentence)
         broken.extend(batch.broken)
-        for record in self._encode(mixture.buckets[cell.bucket], batch):
-          base_px.append(mixture.resolutions[cell.resolution].base_px)
+        for original, record in zip(batch.records, self._encode(mixture.buckets[cell.bucket], batch)):
+          for name, value in zip(_MORE, (mixture.resolutions[cell.resolution].base_px, original["height"], original["width"])):
+            more[name].append(value)
           yield record
         progress.update(num_read)
 
@@ -210,7 +213,8 @@ class _Job:
     about = json.dumps({"num_records": shard.num_records, "num_bytes": shard.num_bytes, "sha256": shard.sha256, "broken": broken})
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
-      np.savez(file, about=np.array(about), base_px=np.array(base_px, np.int32), **columns.arrays(self._run.tokenizer))
+      np.savez(file, about=np.array(about), **{name: np.array(values, np.int32) for name, values in more.items()},
+               **columns.arrays(self._run.tokenizer))
     part.replace(path.with_suffix(".npz"))
 
   def _rows(self, opened: _Split, number: int) -> Iterator[tuple[Mixture, Cell, np.ndarray]]:
@@ -273,7 +277,7 @@ class _Job:
     """Makes a data set of the shards, inside the work folder, and returns its facts."""
     built, tokenizer = self._work / self._out_name, self._run.tokenizer
     shutil.rmtree(built, ignore_errors=True)
-    empty = R.Columns().arrays(tokenizer) | {"base_px": np.zeros(0, np.int32)}
+    empty = R.Columns().arrays(tokenizer) | {name: np.zeros(0, np.int32) for name in _MORE}
     files, indices, broken = {split: [] for split in R.SPLITS}, {split: [] for split in R.SPLITS}, []
     for split, number in shards:
       with np.load(self._place(split, number).with_suffix(".npz")) as stored:
@@ -316,6 +320,8 @@ def _distinct(resolutions: Sequence[Resolution]) -> tuple[Resolution, ...]:
 
 def _check_request(folder: pathlib.Path, stored: dict, request: dict) -> None:
   for key, value in request.items():
+    if key == "shapes" and stored.get(key) != value:
+      raise ValueError(f"{folder} holds a latent cache for other buckets, or of an older version: remove that folder or choose another --name.")
     if stored.get(key) != value:
       raise ValueError(f"{folder} holds a latent cache made with {key}={stored.get(key)}, not {key}={value}: remove that folder or choose "
                        "another --name.")
