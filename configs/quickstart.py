@@ -1,4 +1,4 @@
-"""Quickstart: a whole curriculum on the embedded glyphs, on two CPU cores in 16 to 41 minutes.
+"""Quickstart: a whole curriculum on the embedded glyphs, on two CPU cores in 16 to 52 minutes.
 
 What to expect. Prompts such as "a large green K on yellow paper, centered" and edits such as "make it red": the last stage draws the right
 glyph, ink and paper nearly always, for triples that training never saw, and gets most edits right. The run evaluates that itself (200 held-out
