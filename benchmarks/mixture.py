@@ -8,7 +8,6 @@ to the order; programs and what merging costs; how far the shares of data sets a
 frequent record of a data set and resolution comes to how often the rarest does; distinct records of the worst batch; milliseconds of a plan.
 """
 
-import importlib
 import resource
 import time
 
@@ -103,9 +102,7 @@ def define_flags() -> None:
 def main(_) -> None:
   """Prints the figures."""
   args = flags.FLAGS
-  file, _, argument = args.run_config.partition(":")
-  cfg = parse(importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(argument))
-  row = measure(cfg, args.stage, int(args.pictures), int(args.edits), args.batches)
+  row = measure(parse(timing.read_stage(args.run_config, args.stage)[0]), args.stage, int(args.pictures), int(args.edits), args.batches)
   for name, value in row.items():
     print(f"{name:16} {value:.5g}")
   timing.write_json(args.json, [row], config=args.run_config, stage=args.stage, pictures=args.pictures, edits=args.edits)

@@ -78,7 +78,7 @@ def train_rows(config: str, stage: str, rounds: int) -> list[dict]:
     folder = pathlib.Path(folder)
     (folder / "one.py").write_text(CONFIG.format(config=str(pathlib.Path(file).resolve()), argument=argument, stage=stage,
                                                  data_dir=str(folder / "data"), save_every=SAVED), encoding="utf-8")
-    interval = _interval(file, argument, stage)
+    interval = timing.read_stage(config, stage)[1].save_every_steps
     _start(folder, stage, "data", "any", 1)
     for number in range(rounds):
       cache = f"cache{number}"
@@ -102,18 +102,6 @@ def save_costs(timings: list[dict]) -> tuple[float, float]:
   rows = {row["step"]: row for row in timings if "wall_s" in row and SAVED - 15 < row["step"] < LONGER}
   step = statistics.median(row["wall_s"] for number, row in rows.items() if number < SAVED)
   return step, max(0.0, sum(row["wall_s"] - step for number, row in rows.items() if number >= SAVED))
-
-
-def _interval(file: str, argument: str, stage: str) -> int:
-  """After how many steps the stage saves."""
-  if not pathlib.Path(file).is_file():
-    raise ValueError(f"--run_config={file}: there is no such file; give a config such as configs/quickstart.py.")
-  found = {}
-  exec(compile(pathlib.Path(file).read_text(encoding="utf-8"), file, "exec"), found)
-  stages = {one.name: one for one in found["get_config"](argument).stages}
-  if stage not in stages:
-    raise ValueError(f"--stage={stage}, but {file} has the stages {', '.join(stages)}.")
-  return stages[stage].save_every_steps
 
 
 def _start(folder: pathlib.Path, stage: str, name: str, cache: str, num_steps: int) -> tuple[float, list[dict]]:

@@ -36,6 +36,24 @@ class Times:
     return (max(self.seconds) - min(self.seconds)) / self.median
 
 
+def read_stage(run_config: str, name: str) -> tuple[Any, Any]:
+  """(what a config file returns, its stage of that name) for FILE or FILE:ARGUMENT.
+
+  Raises:
+    ValueError: there is no such file, or no such stage.
+  """
+  file, _, argument = run_config.partition(":")
+  if not pathlib.Path(file).is_file():
+    raise ValueError(f"--run_config={file}: there is no such file; give a config such as configs/quickstart.py.")
+  found = {}
+  exec(compile(pathlib.Path(file).read_text(encoding="utf-8"), file, "exec"), found)
+  cfg = found["get_config"](argument)
+  stages = {one.name: one for one in cfg.stages}
+  if name not in stages:
+    raise ValueError(f"--stage={name}, but {file} has the stages {', '.join(stages)}.")
+  return cfg, stages[name]
+
+
 def take_turns(ways: Mapping[str, Callable[[int], Any]], rounds: int, warm_up: int = 2) -> dict[str, Times]:
   """Name -> times of `way(round)`, which returns when its work is done. `round` counts from 0, warm-up included: inputs may differ by it."""
   found = {name: [] for name in ways}

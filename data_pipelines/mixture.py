@@ -169,7 +169,7 @@ class Mixture:
     keys, groups = _groups(sorts)
     stored = len({(one.spec.task, r, one.cache, *shape) for parts in sorts for r, one in enumerate(parts) for some in one.stored.values()
                   for shape in some.tolist()})
-    if self._max_programs and stored + len(groups) > self._max_programs:
+    if self._max_programs and stored and stored + bool(groups) > self._max_programs:
       raise ValueError(f"The latent caches of the mixture are made for {stored} buckets, and max_programs={self._max_programs}"
                        + (" leaves too few for the other data sets" if groups else "") + ": raise it, or cache for a stage with fewer.")
     most = self._max_programs - stored if self._max_programs else sum(len(group.shapes) for group in groups)

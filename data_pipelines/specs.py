@@ -58,6 +58,8 @@ class Resolution:
   def __post_init__(self):
     if min(self.base_px, self.batch_size, self.multiple) < 1:
       raise ValueError(f"base_px={self.base_px}, batch_size={self.batch_size} and multiple={self.multiple} must be at least 1.")
+    if not self.ratios:
+      raise ValueError(f"The resolution of {self.base_px} px has no ratios: give at least one, such as '1:1'.")
 
 
 def source_grids(source_sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

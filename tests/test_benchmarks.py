@@ -59,7 +59,7 @@ def test_networks_beside_the_published_classes(what):
 def test_every_command_is_timed_and_mistakes_are_named():
   assert {"launch.train", "launch.sample", "launch.evaluate"} < set(start.launchers()) and "launch.cli" not in start.launchers()
   with pytest.raises(ValueError, match="--stage=low, but configs/quickstart.py has the stages vae, low_resolution"):
-    start._interval("configs/quickstart.py", "smoke", "low")
+    timing.read_stage("configs/quickstart.py:smoke", "low")
   with pytest.raises(ChildProcessError, match="-c exit.3. ended with code 3"):
     start.command("-c", "exit(3)")
   start.command("-m", "launch.describe", "--help")

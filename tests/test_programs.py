@@ -9,6 +9,7 @@ import pytest
 from made_up import TOKENIZER, World, plain_index, world_of
 
 from benchmarks import mixture as made_up_web
+from data_pipelines import mixture as mixtures
 from data_pipelines import programs
 from data_pipelines.buckets import RATIOS, bucket_size, crop_fraction, shown_whole
 from data_pipelines.cache import Cache
@@ -251,6 +252,20 @@ def test_no_order_of_data_sets_hides_what_is_left_out():
       assert "would be in no batch" in str(error)
     else:
       assert mixture.merging.left_out <= 0.01
+
+
+def test_a_group_reaches_as_far_as_the_pictures_of_any_of_its_data_sets(monkeypatch):
+  seen = []
+  monkeypatch.setattr(mixtures, "Chooser", lambda groups, *_: seen.extend(groups) or Chooser(groups, *_))
+  near, far = plain_index([(64, 64)] * 20), plain_index([(64, 64)] * 10 + [(64, 72)] * 10 + [(70, 64)] * 10)
+  World((DatasetSpec("", "a"), DatasetSpec("", "b")), (Resolution(64, 4, ("1:1",)),), {"a": near, "b": far}, {}).build()
+  np.testing.assert_allclose(seen[0].family.reach, [(np.log(70 / 64), np.log(72 / 64))], atol=1e-9)
+
+
+def test_as_few_programs_as_there_are_may_leave_a_resolution_without():
+  """A record that has a bucket at one of two resolutions is not lost."""
+  mixture = world_of(plain_index([(64, 64)] * 20), [Resolution(64, 4, ("1:1",)), Resolution(128, 4, ("1:1",))], max_programs=1).build()
+  assert len(mixture.buckets) == 1 and mixture.merging.left_out == 0.5
 
 
 def test_a_mixture_says_where_batches_differ():
