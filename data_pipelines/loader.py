@@ -242,9 +242,15 @@ class Loader:
 
 
 def read_records(source: Sequence[dict], positions: list[int]) -> list[dict | Exception]:
-  """Returns the records at these positions; in place of one that cannot be read, why."""
+  """Returns the records at these positions; in place of one that cannot be read, why.
+
+  Raises:
+    OSError: the file system fails, which says nothing of the records.
+  """
   try:
     return list(source.__getitems__(positions))
+  except OSError:
+    raise
   except Exception as error:  # a damaged file makes the reader or the parser raise nearly anything
     return [error] if len(positions) == 1 else [read_records(source, [position])[0] for position in positions]
 

@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from data_pipelines.shards import Shards
 from data_pipelines.tokenizer import PromptTokenizer
 
 SPLITS = ("train", "validation")
@@ -318,7 +319,9 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   with np.load(_index_path(folder, split)) as file:
     index = {column: file[column] for column in file.files}
   import tensorflow_datasets as tfds
-  source = tfds.builder_from_directory(os.path.join(folder, version)).as_data_source(split)
+  builder = tfds.builder_from_directory(os.path.join(folder, version))
+  source, files = builder.as_data_source(split), builder.info.splits[split]
+  source.data_source = Shards(files.filepaths, files.shard_lengths)  # in place of the one that keeps all files open
   return source, index
 
 
