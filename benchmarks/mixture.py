@@ -1,14 +1,18 @@
 """How records are dealt at size: a made-up index of a web-like data set, sorted into buckets as a stage of a config would, and its batches.
 
-  python -m benchmarks.mixture [--pictures=1e6] [--edits=2e5] [--run_config=configs/pretrain.py] [--stage=sft] [--batches=10000] [--json=F]
+  python -m benchmarks.mixture [--pictures=1e6] [--edits=2e5] [--run_config=configs/pretrain.py] [--stage=sft] [--batches=10000] [--dir=D] [--json=F]
 
 Two thirds of the pictures have nearly a usual aspect ratio; captions have 20 to 1,024 tokens. Edits have one, two or three condition images (85, 12
-and 3 %), the first of which has the target's aspect ratio in 90 %. No picture is there. Printed are: processor seconds and more memory from the index
-to the order; programs and what merging costs; how far the shares of data sets are from what the config asks, after `--batches`; how often the most
-frequent record of a data set and resolution comes to how often the rarest does; distinct records of the worst batch; milliseconds of a plan.
+and 3 %), the first of which has the target's aspect ratio in 90 %. No picture is there; the index is in files, as that of a data set. Printed are:
+processor seconds and GiB of memory, without mapped files, from the index to the order; bytes that a worker process of the loader is sent; programs
+and what merging costs; how far the shares of data sets are from what the config asks, after `--batches`; how often the most frequent record of a data
+set and resolution comes to how often the rarest does; distinct records of the worst batch; milliseconds of a plan.
 """
 
-import resource
+import os
+import pickle
+import tempfile
+import threading
 import time
 
 import numpy as np
@@ -16,6 +20,7 @@ from absl import flags
 
 from benchmarks import timing
 from data_pipelines.mixture import Mixture
+from data_pipelines.tally import pieces
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 from launch import cli
 from qimg2.runtime.config import RunConfig, parse
@@ -24,9 +29,19 @@ USUAL = {1.0: 0.16, 4 / 3: 0.13, 3 / 4: 0.08, 3 / 2: 0.17, 2 / 3: 0.1, 16 / 9: 0
          0.5: 0.03, 2.0: 0.03}  # width to height -> share
 
 
-def make_index(num: int, edits: bool, tokenizer: PromptTokenizer, seed: int = 0) -> dict[str, np.ndarray]:
-  """The index, as `data_pipelines.records.open_split` gives it, of `num` made-up records with one English caption each."""
-  rng = np.random.default_rng(seed)
+def make_index(num: int, edits: bool, tokenizer: PromptTokenizer, folder: str, seed: int = 0) -> dict[str, np.ndarray]:
+  """The index, as `data_pipelines.records.open_split` gives it, of `num` made-up records with one English caption each, written into a folder."""
+  columns = {}
+  for number, piece in enumerate(pieces(num)):
+    for name, values in _some(piece, edits, np.random.default_rng(seed + number)).items():
+      if name not in columns:
+        columns[name] = np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "w+", values.dtype, (num, *values.shape[1:]))
+      columns[name][piece] = values
+  return columns | {"language_names": np.array(["en"]), "tokenizer": np.array(tokenizer.fingerprint)}
+
+
+def _some(piece: slice, edits: bool, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  num = piece.stop - piece.start
   longest = 256 if edits else 1024
   length = np.minimum(20 + rng.lognormal(3.5 if edits else 4.9, 0.6, num), longest).astype(np.int32)
   target = _aspects(rng, num)
@@ -37,10 +52,10 @@ def make_index(num: int, edits: bool, tokenizer: PromptTokenizer, seed: int = 0)
     for slot in range(3):
       aspects = np.where(rng.random(num) < 0.9, target, _aspects(rng, num)) if slot == 0 else _aspects(rng, num)
       source_sizes[:, slot] = np.where((number > slot)[:, None], np.stack(_sides(rng, aspects), axis=1), 0)
-  return {"height": height, "width": width, "quality": np.ones(num, np.float32), "sample_id": np.arange(num, dtype=np.int64),
+  return {"height": height, "width": width, "quality": np.ones(num, np.float32), "sample_id": np.arange(piece.start, piece.stop, dtype=np.int64),
           "stage": np.full(num, 6, np.uint8), "has_text": np.zeros(num, bool), "source_sizes": source_sizes,
-          "num_captions": np.ones(num, np.int32), "caption_language": np.zeros(num, np.uint16), "language_names": np.array(["en"]),
-          "caption_kind": np.zeros(num, np.uint8), "caption_tokens": length, "tokenizer": np.array(tokenizer.fingerprint)}
+          "num_captions": np.ones(num, np.int32), "caption_language": np.zeros(num, np.uint16), "caption_kind": np.zeros(num, np.uint8),
+          "caption_tokens": length}
 
 
 def _aspects(rng: np.random.Generator, num: int) -> np.ndarray:
@@ -54,18 +69,47 @@ def _sides(rng: np.random.Generator, aspects: np.ndarray) -> tuple[np.ndarray, n
   return tuple(np.rint(side * np.exp(sign * aspects / 2)).astype(np.int32) for sign in (-1, 1))
 
 
-def measure(cfg: RunConfig, stage_name: str, num_pictures: int, num_edits: int, num_batches: int) -> dict:
-  """What `main` prints."""
+class _Memory:
+  """The most memory of this process that is its own, without files that it only maps, from now on until `stop`; looked at every 20 ms."""
+
+  def __init__(self):
+    self._before = self._most = self._now()
+    self._end = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._thread.start()
+
+  def _watch(self) -> None:
+    while not self._end.wait(0.02):
+      self._most = max(self._most, self._now())
+
+  @staticmethod
+  def _now() -> int:
+    """Kilobytes."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+      return next(int(line.split()[1]) for line in file if line.startswith("RssAnon:"))
+
+  def stop(self) -> float:
+    """Returns by how many GiB it has grown."""
+    self._end.set()
+    self._thread.join()
+    return (max(self._most, self._now()) - self._before) / 2**20
+
+
+def measure(cfg: RunConfig, stage_name: str, num_pictures: int, num_edits: int, num_batches: int, folder: str) -> dict:
+  """What `main` prints; the index is written into a folder."""
   stage, = [one for one in cfg.stages if one.name == stage_name]
   tokenizer = train_tokenizer(["a red ball", "make it blue"], 300)
-  made = {task: make_index(num, task == "ti2i", tokenizer) for task, num in (("t2i", num_pictures), ("ti2i", num_edits))}
+  made = {}
+  for task, num in (("t2i", num_pictures), ("ti2i", num_edits)):
+    os.mkdir(os.path.join(folder, task))
+    made[task] = make_index(num, task == "ti2i", tokenizer, os.path.join(folder, task))
   find = lambda spec: (None, made[spec.task], None, ())
-  before, begin, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), time.perf_counter()
+  memory, begin, clock = _Memory(), time.process_time(), time.perf_counter()
   classes = () if stage.kind == "autoencoder" else cfg.prompt_classes
   mixture = Mixture(stage.mixture, stage.resolutions, cfg.num_tokens, tokenizer, cfg.seed, classes, stage.max_crop, stage.min_bucket_records,
                     stage.max_programs, find=find)
   found = {"cpu_s": time.process_time() - begin, "seconds": time.perf_counter() - clock,
-           "more_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, "shapes": mixture.merging.shapes,
+           "more_gb": memory.stop(), "bytes_per_worker": len(pickle.dumps(mixture)), "shapes": mixture.merging.shapes,
            "programs": mixture.merging.buckets, "left_out": mixture.merging.left_out, "padding": mixture.merging.padding,
            "cut_off": mixture.merging.cut_off, "own_cut_off": mixture.merging.own_cut_off, "most_repeated": mixture.merging.most_repeated}
   plans = [mixture.plan(k) for k in range(num_batches)]
@@ -96,13 +140,15 @@ def define_flags() -> None:
   flags.DEFINE_string("run_config", "configs/pretrain.py", "Config of which one stage is dealt.")
   flags.DEFINE_string("stage", "sft", "That stage.")
   flags.DEFINE_integer("batches", 10000, "How many batches are looked at.", lower_bound=1)
+  flags.DEFINE_string("dir", "", "Folder in which the index is made, 33 bytes per picture, 57 per edit; empty for that of temporary files.")
   flags.DEFINE_string("json", "", "File for the row.")
 
 
 def main(_) -> None:
   """Prints the figures."""
   args = flags.FLAGS
-  row = measure(parse(timing.read_stage(args.run_config, args.stage)[0]), args.stage, int(args.pictures), int(args.edits), args.batches)
+  with tempfile.TemporaryDirectory(dir=args.dir or None) as folder:
+    row = measure(parse(timing.read_stage(args.run_config, args.stage)[0]), args.stage, int(args.pictures), int(args.edits), args.batches, folder)
   for name, value in row.items():
     print(f"{name:16} {value:.5g}")
   timing.write_json(args.json, [row], config=args.run_config, stage=args.stage, pictures=args.pictures, edits=args.edits)

@@ -17,6 +17,8 @@ import numpy as np
 
 _LANDSCAPE = ("3:2", "4:3", "5:4", "16:9", "2:1", "21:9", "3:1")
 
+_TIE = 1e-9
+
 # Width to height, the list of the prompt enhancer with its transposes.
 RATIOS = ("1:1",) + _LANDSCAPE + tuple(":".join(reversed(ratio.split(":"))) for ratio in _LANDSCAPE)
 
@@ -69,10 +71,10 @@ def nearest_bucket(height, width, buckets: tuple[Bucket, ...]) -> np.ndarray:
 
   `height` and `width` are numbers or arrays of one shape, which is the shape of the answer.
   """
-  wanted = np.log(np.asarray(width, np.float64) / np.asarray(height, np.float64))
-  offered = np.log(np.array([bucket.width / bucket.height for bucket in buckets]))
-  # Rounding makes mirror-image distances true ties, broken alike on every machine.
-  return np.argmin(np.round(np.abs(wanted[..., None] - offered), 9), axis=-1)
+  ratios, first = np.unique([bucket.width / bucket.height for bucket in buckets], return_index=True)
+  # Halfway in the logarithm. Mirror-image distances are true ties, which must not hang on the last bit of a quotient.
+  halfway = np.sqrt(ratios[:-1] * ratios[1:]) * np.where(first[:-1] < first[1:], 1 + _TIE, 1 - _TIE)
+  return first[np.searchsorted(halfway, np.asarray(width, np.float64) / np.asarray(height, np.float64))]
 
 
 def crop_fraction(height, width, bucket_height: int, bucket_width: int) -> np.ndarray:

@@ -27,8 +27,9 @@ from data_pipelines.cache import Cache, cached_shapes, open_cache
 from data_pipelines.order import Turns, permute, scatter
 from data_pipelines.programs import PENALTIES, Chooser, Family, Group
 from data_pipelines.records import KINDS, open_split
-from data_pipelines.sorting import Count, Placed, Sorted, exact, merging
+from data_pipelines.sorting import REASONS, Count, Placed, Sorted, exact, merging
 from data_pipelines.specs import TASKS, DatasetSpec, Resolution, source_grids
+from data_pipelines.tally import pieces
 from data_pipelines.tokenizer import PromptTokenizer
 
 MOST_LEFT_OUT = 0.01  # of the records of a data set, for want of programs
@@ -55,7 +56,7 @@ class Plan:
   @property
   def records(self) -> np.ndarray:
     """Positions of the records in their split, B int64."""
-    return self.cell.records[self.places].astype(np.int64)
+    return np.asarray(self.cell.records[self.places], np.int64)
 
 
 Found = tuple[Sequence[dict], Mapping[str, np.ndarray], Cache | None, Sequence]
@@ -112,24 +113,22 @@ class Mixture:
       source, index, cached, shapes = find(spec)
       self.sources.append(source)
       self._sample_ids.append(index["sample_id"])
-      reasons, length = self._unusable(spec, index)
-      prompt = np.searchsorted(self._classes, length)
+      reason, prompt = self._unusable(spec, index)
       if self._every:  # those that the spec refuses go by their pictures alone
-        prompt[functools.reduce(np.logical_or, reasons.values())] = 0
-        reasons = {name: np.zeros_like(reason) for name, reason in reasons.items()}
-      sort = functools.partial(Sorted, spec, index=index, cache=cached, shapes=shapes, classes=self._classes, prompt=prompt, reasons=reasons,
+        prompt[reason > 0], reason[:] = 0, 0
+      sort = functools.partial(Sorted, spec, index=index, cache=cached, shapes=shapes, classes=self._classes, prompt=prompt, reason=reason,
                                max_crop=self.max_crop)
       sorts.append([sort(resolution=resolution) for resolution in self.resolutions])
     chosen = self._choose(sorts) if given is None else given
     placed = self._place(sorts, chosen, self._min_records, stored=given is None)
     buckets, cells = {}, []
     for d, (spec, parts, own) in enumerate(zip(self.datasets, sorts, placed)):
-      if not any(one.cells for one in own):
+      if not any(one.kept for one in own):
         self._nothing_left(spec, given is not None)
         continue
-      total = sum(weight for one in own for _, weight in one.cells.values())
+      total = sum(sum(one.weights) for one in own)
       for r, (part, one) in enumerate(zip(parts, own)):
-        for (target, source_sizes, prompt), (records, weight) in one.cells.items():
+        for (target, source_sizes, prompt), (records, weight) in part.cells(one).items():
           bucket = dataclasses.replace(self._bucket(part.targets[target], source_sizes, self._classes[prompt]), cache=part.cache)
           cells.append(Cell(buckets.setdefault(bucket, len(buckets)), d, r, weight / total * exact(spec.weight), records))
     self.buckets: tuple[Bucket, ...] = tuple(buckets)
@@ -178,7 +177,7 @@ class Mixture:
       chosen = dict(zip(keys, chooser(np.array(PENALTIES)[level])))
       if not self._max_programs and not stored:
         return chosen
-      lost, usable = np.array([_lost(own) for own in self._place(sorts, chosen, 0)]).T
+      lost, usable = np.array([_lost(parts, own) for parts, own in zip(sorts, self._place(sorts, chosen, 0))]).T
       over = lost > np.maximum(1, MOST_LEFT_OUT * usable)
       if not over.any():
         return chosen
@@ -194,21 +193,23 @@ class Mixture:
     raise ValueError(f"With max_programs={self._max_programs}{latents}, {sentence} would be in no batch; all records together have "
                      f"{chooser.num_shapes} shapes. Raise it, or max_crop, or leave out ratios or resolutions.")
 
-  def _unusable(self, spec: DatasetSpec, index: dict) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Returns (reason -> which records it leaves out, each record under the first that holds; the longest usable caption of each record, tokens)."""
-    tokens = index["caption_tokens"]
-    if str(index["tokenizer"]) != self._tokenizer.fingerprint:
-      # Lengths by another tokenizer say nothing: all prompts get the longest class, and one that does not fit is found when it is read.
-      tokens = np.full_like(tokens, self._classes[-1])
-    usable = usable_captions(index, spec)
-    length = _longest(np.where(usable, tokens, 0), index["num_captions"])
-    tests = {"low_quality": index["quality"] < np.float32(spec.min_quality), "low_stage": index["stage"] < spec.min_stage,
-             "no_caption": length == 0, "too_long": length > self._classes[-1]}
-    seen = np.zeros(len(length), bool)
-    for name, test in tests.items():
-      tests[name] = test & ~seen
-      seen |= test
-    return tests, np.minimum(length, self._classes[-1])
+  def _unusable(self, spec: DatasetSpec, index: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (why each record cannot be used, a place in `REASONS`, the first that holds; the prompt class of its longest usable caption)."""
+    num = len(index["height"])
+    reason, prompt, first = np.zeros(num, np.uint8), np.zeros(num, np.uint8 if len(self._classes) < 256 else np.uint32), 0
+    # Lengths by another tokenizer say nothing: all prompts get the longest class, and one that does not fit is found when it is read.
+    known = str(index["tokenizer"]) == self._tokenizer.fingerprint
+    for piece in pieces(num):
+      counts = np.array(index["num_captions"][piece])
+      captions = slice(first, first := first + int(counts.sum()))
+      some = {name: np.array(index[name][captions]) for name in ("caption_language", "caption_kind", "caption_tokens")}
+      tokens = some["caption_tokens"] if known else np.full_like(some["caption_tokens"], self._classes[-1])
+      length = _longest(np.where(usable_captions(some | {"language_names": index["language_names"]}, spec), tokens, 0), counts)
+      tests = {"low_quality": np.array(index["quality"][piece]) < np.float32(spec.min_quality),
+               "low_stage": np.array(index["stage"][piece]) < spec.min_stage, "no_caption": length == 0, "too_long": length > self._classes[-1]}
+      reason[piece] = np.select(list(tests.values()), [REASONS.index(name) for name in tests], 0)
+      prompt[piece] = np.searchsorted(self._classes, np.minimum(length, self._classes[-1]))
+    return reason, prompt
 
   def _bucket(self, target: Bucket, source_sizes: tuple[tuple[int, int], ...], prompt_tokens: int) -> Bucket:
     """Returns the bucket with condition images and room for their tokens: `prompt_tokens` counts text."""
@@ -227,7 +228,7 @@ class Mixture:
 
   def sample_ids(self, dataset: int, records: np.ndarray) -> np.ndarray:
     """Returns the ids, int64, of records of a data set."""
-    return self._sample_ids[dataset][records]
+    return np.asarray(self._sample_ids[dataset][records])
 
   @property
   def cells(self) -> tuple[Cell, ...]:
@@ -316,9 +317,10 @@ def _groups(sorts: Sequence[Sequence[Sorted]]) -> tuple[list[tuple], list[Group]
   return list(found), groups
 
 
-def _lost(own: Sequence[Placed]) -> tuple[int, int]:
+def _lost(parts: Sequence[Sorted], own: Sequence[Placed]) -> tuple[int, int]:
   """Returns (how many records of a data set have a shape at some resolution, and a bucket at none; how many have a shape)."""
-  usable, kept = (functools.reduce(np.logical_or, masks) for masks in ([one.usable for one in own], [one.kept for one in own]))
+  usable = functools.reduce(np.logical_or, (one.usable() for one in parts))
+  kept = functools.reduce(np.logical_or, (one.place >= 0 for one in own))
   return int(usable.sum()) - int(kept.sum()), int(usable.sum())
 
 

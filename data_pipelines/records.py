@@ -31,6 +31,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from data_pipelines.columns import map_columns
 from data_pipelines.shards import Shards
 from data_pipelines.tokenizer import PromptTokenizer
 
@@ -290,6 +292,15 @@ def publish(built: str | os.PathLike, path: str | os.PathLike) -> bool:
   return True
 
 
+def local_folder(place: str | os.PathLike, what: str) -> pathlib.Path:
+  """Returns the path of something on this machine; `ValueError`, which calls it `what`, for a URL: of gs://B/F a path would make a folder "gs:"."""
+  scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(place))
+  if scheme:
+    raise ValueError(f"{what} is {os.fspath(place)}, but {scheme[1]}:// is not a folder of this machine: mount the bucket (docs/pods.md shows it "
+                     "with gcsfuse) and give its folder there, or copy what it holds.")
+  return pathlib.Path(place)
+
+
 def _index_path(folder: str | os.PathLike, split: str) -> str:
   return os.path.join(folder, f"index-{split}.npz")
 
@@ -316,8 +327,7 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
   if not os.path.exists(_index_path(folder, split)):
     raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
-  with np.load(_index_path(folder, split)) as file:
-    index = {column: file[column] for column in file.files}
+  index = map_columns(_index_path(folder, split))
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]

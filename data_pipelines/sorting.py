@@ -2,7 +2,6 @@
 
 import dataclasses
 import fractions
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -11,10 +10,12 @@ import numpy as np
 from data_pipelines import buckets as sizes
 from data_pipelines.buckets import Bucket
 from data_pipelines.cache import Cache
+from data_pipelines.columns import scratch
 from data_pipelines.programs import Family, assign, costs, padding
 from data_pipelines.specs import SLOT_PX, DatasetSpec, Resolution
+from data_pipelines.tally import Tally, pieces
 
-_MOST_CODES = 2**24  # possible shapes that are counted in a table
+REASONS = ("", "low_quality", "low_stage", "no_caption", "too_long", "cropped")  # why a record cannot be used; the first: it can
 _SAMPLE = 10**6  # records that are enough to know how far their aspect ratios spread
 
 
@@ -67,27 +68,47 @@ class Placed:
   """Where the records of one data set at one resolution went.
 
   Attributes:
-    cells: (target, source sizes, prompt class) -> (positions of its records, ascending; the sum of their weights).
+    place: [n], the number of each record's program among `programs`, -1 for none.
+    programs: all that were offered, each as `Chooser` gives them.
+    sizes, weights: how many records each of them has, and the sum of their weights.
     counts: per target size.
-    usable, kept: [n] which records have a shape, and which a bucket.
+    usable, kept: how many records have a shape, and how many a bucket.
     used: number of condition images -> the programs that have records, as `Chooser` gives them.
     shapes: names of all shapes.
     padding, cut_off, own_cut_off: sums over the records that are kept of what `Merging` has the means of.
   """
-  cells: dict[tuple, tuple[np.ndarray, fractions.Fraction]]
+  place: np.ndarray
+  programs: list[tuple[int, ...]]
+  sizes: np.ndarray
+  weights: list[fractions.Fraction]
   counts: list[Count]
-  usable: np.ndarray
-  kept: np.ndarray
+  usable: int
+  kept: int
   used: dict[int, np.ndarray]
   shapes: set[tuple]
   padding: float
   cut_off: float
   own_cut_off: float
 
+  def positions(self) -> list[np.ndarray]:
+    """Returns the positions of the records of each program, ascending, uint32."""
+    every, ends = scratch(self.kept, np.uint32), np.cumsum(self.sizes)
+    filled = ends - self.sizes
+    for piece in pieces(len(self.place)):
+      here = self.place[piece]
+      order = np.argsort(here, kind="stable")
+      nums = np.bincount(here + 1, minlength=len(self.programs) + 1)
+      stops = np.cumsum(nums)
+      for number in np.flatnonzero(nums[1:]):
+        some = order[stops[number]:stops[number + 1]]
+        every[filled[number]:filled[number] + len(some)] = some + piece.start
+        filled[number] += len(some)
+    return [every[end - size:end] for size, end in zip(self.sizes, ends)]
+
 
 def merging(placed: Sequence[Placed], num_buckets: int, most_repeated: int) -> Merging:
   """Sums up what became of all data sets at all resolutions."""
-  records, kept = (sum(int(mask.sum()) for mask in masks) for masks in ([one.usable for one in placed], [one.kept for one in placed]))
+  records, kept = sum(one.usable for one in placed), sum(one.kept for one in placed)
   mean = lambda name: sum(getattr(one, name) for one in placed) / max(1, kept)
   return Merging(len(set().union(*(one.shapes for one in placed))), num_buckets, 1 - kept / max(1, records), mean("padding"), mean("cut_off"),
                  mean("own_cut_off"), most_repeated)
@@ -106,24 +127,45 @@ class Sorted:
   """
 
   def __init__(self, spec: DatasetSpec, resolution: Resolution, index: Mapping, cache: Cache | None, shapes: Sequence, classes: tuple[int, ...],
-               prompt: np.ndarray, reasons: dict[str, np.ndarray], max_crop: float):
+               prompt: np.ndarray, reason: np.ndarray, max_crop: float):
+    """Args: data set; resolution; its index; how its latents are stored, and for which shapes; prompt classes, tokens; [n] the class of each record;
+    [n] why it cannot be used, a place in `REASONS`, 0 if it can; largest share of a target that may be cut off."""
     self.spec, self.resolution, self.cache, self._index = spec, resolution, cache, index
     self.targets = sizes.make_buckets(spec.task, resolution.base_px, resolution.ratios, 0, resolution.batch_size, resolution.multiple)
     self.ratio_weights = _per_target(resolution, self.targets)
-    slots = sizes.make_buckets(spec.task, resolution.base_px, sizes.RATIOS, 0, 1, SLOT_PX) if spec.task == "ti2i" else ()
+    self._slots = sizes.make_buckets(spec.task, resolution.base_px, sizes.RATIOS, 0, 1, SLOT_PX) if spec.task == "ti2i" else ()
+    num_sources = index["source_sizes"].shape[1] if self._slots else 0
+    self._ranges = (len(self.targets), *[len(self._slots) + 1] * num_sources, len(classes))
+    if math.prod(self._ranges) >= 2**62:
+      raise ValueError(f"A record has {num_sources} condition images: so many cannot be sorted.")
+    self._tally = Tally(math.prod(self._ranges))
+    self._code = np.full(len(index["height"]), -1, np.int32 if math.prod(self._ranges) < 2**31 else np.int64)
+    self._reasons = np.zeros((len(REASONS), len(self.targets)), np.int64)
+    spread = [self._look(piece, prompt[piece], reason[piece], max_crop) for piece in pieces(len(self._code))]
+    codes, self.counts = self._tally.result()
+    self.shapes = _unpacked(codes, self._ranges)
     size = lambda some: tuple((bucket.height, bucket.width) for bucket in some)
-    rigid = "base_px" in index
-    own = index["source_sizes"].any(axis=(1, 2)) == (spec.task == "ti2i")
-    if rigid:  # a latent cache holds pictures of one size each
-      own &= index["base_px"] == resolution.base_px
-    self._target, self._cut = _fit(index["height"], index["width"], self.targets)
-    columns = [self._target, *_nearest(index["source_sizes"], slots).T] if slots else [self._target]
-    left_out = functools.reduce(np.logical_or, reasons.values())
-    self._reasons = reasons | {"cropped": (self._cut > max_crop) & ~left_out}
-    self._own, self._usable = own, own & ~left_out & ~self._reasons["cropped"]
-    self.shapes, self.counts, self._number = _distinct([*columns, prompt], self._usable)
-    self.family = Family(size(self.targets), size(slots), classes, self._reach(), rigid)
+    self.family = Family(size(self.targets), size(self._slots), classes, self._reach(spread), "base_px" in index)
     self.stored = self._stored(shapes)
+
+  def _look(self, piece: slice, prompt: np.ndarray, reason: np.ndarray, max_crop: float) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the shapes of some records; returns (target, logarithm of width to height) of a sample of those that have one."""
+    rows = {name: np.array(self._index[name][piece]) for name in ("height", "width", "source_sizes", "base_px") if name in self._index}
+    own = rows["source_sizes"].any(axis=(1, 2)) == (self.spec.task == "ti2i")
+    if "base_px" in rows:  # a latent cache holds pictures of one size each
+      own &= rows["base_px"] == self.resolution.base_px
+    target, cut = _fit(rows["height"], rows["width"], self.targets)
+    reason = np.where((reason == 0) & (cut > max_crop), REASONS.index("cropped"), reason)
+    self._reasons += np.bincount(reason[own] * len(self.targets) + target[own], minlength=self._reasons.size).reshape(self._reasons.shape)
+    usable = np.flatnonzero(own & (reason == 0))
+    columns = [target, *(_nearest(rows["source_sizes"], self._slots).T + 1 if self._slots else ()), prompt]
+    code = np.zeros(len(usable), np.int64)
+    for column, size in zip(columns, self._ranges, strict=True):
+      code = code * size + column[usable]
+    self._code[piece.start + usable] = code
+    self._tally.add(code)
+    some = usable[(piece.start + usable) % max(1, len(self._code) // _SAMPLE) == 0]
+    return target[some], np.log(rows["width"][some] / rows["height"][some])
 
   def _stored(self, shapes: Sequence) -> dict[int, np.ndarray]:
     """Returns the shapes (task, base_px, target, condition images, prompt tokens) of this task and resolution as programs."""
@@ -142,14 +184,12 @@ class Sorted:
     family = self.family
     return self.spec.task, self.resolution.base_px, family.targets[target], tuple(family.sources[i] for i in images), family.prompts[prompt]
 
-  def _reach(self) -> tuple[tuple[float, float], ...]:
+  def _reach(self, spread: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[tuple[float, float], ...]:
     """`Family.reach` of a sample of the records."""
-    some = np.flatnonzero(self._usable)
-    some = some[::max(1, len(some) // _SAMPLE)]
-    ratio = np.log(self._index["width"][some] / self._index["height"][some])
+    target, ratio = (np.concatenate(some) for some in zip(*spread)) if spread else (np.zeros(0), np.zeros(0))
     found = []
     for number, bucket in enumerate(self.targets):
-      here = ratio[self._target[some] == number] - math.log(bucket.width / bucket.height)
+      here = ratio[target == number] - math.log(bucket.width / bucket.height)
       below, above = np.quantile(here, (0.01, 0.99)) if len(here) else (0.0, 0.0)
       found.append((-float(below), float(above)))
     return tuple(found)
@@ -162,6 +202,10 @@ class Sorted:
   def weights(self) -> np.ndarray:
     """How often each shape is seen, up to a factor, [N]."""
     return self.counts * self.resolution.weight * np.array([float(weight) for weight in self.ratio_weights])[self.shapes[:, 0]]
+
+  def usable(self) -> np.ndarray:
+    """Returns which records have a shape, [n]."""
+    return self._code >= 0
 
   def place(self, chosen: Mapping[int, np.ndarray], max_crop: float, enough: int, required: int) -> Placed:
     """Sorts the records.
@@ -176,76 +220,105 @@ class Sorted:
       known = {tuple(one): len(offered) + i for i, one in enumerate(some.tolist())}
       same[rows] = [known.get(tuple(shape), -2) for shape in shapes.tolist()]
       offered += map(tuple, some.tolist())
-    nowhere = np.full(len(self._usable), -1)
-    place = np.where(self._usable, home[self._number], -1) if len(home) else nowhere
-    cut = self._recut(place, home, offered, max_crop)
-    kept = place >= 0
-    moved = kept & (place != (same[self._number] if len(home) else nowhere))
-    order = np.argsort(place.astype(np.int16 if len(offered) < 2**15 else np.int32), kind="stable").astype(np.uint32)[(~kept).sum():]
-    sizes_of = np.bincount(place[kept], minlength=len(offered))
-    ends, weights, cells = np.cumsum(sizes_of), self._weights_of(place, kept, len(offered)), {}
-    for number in sorted(np.flatnonzero(sizes_of), key=lambda number: self._key(offered[number])):
-      cells[self._key(offered[number])] = order[ends[number] - sizes_of[number]:ends[number]], weights[number]
+    num, num_targets = max(1, len(offered)), len(self.targets)
+    everywhere = np.full(len(self._code), -1, np.int16 if num < 2**15 else np.int32)
+    pairs, ratios, cuts = Tally(len(self.shapes) * num), Tally(num * num_targets), np.zeros(2)
+    recut = _Recut(self.family, self.shapes, offered, np.unique(home[home >= 0]), max_crop)
+    for piece in pieces(len(self._code)):
+      usable = np.flatnonzero(self._code[piece] >= 0)
+      shape = self._tally.place(self._code[piece][usable])
+      height, width = (np.array(self._index[side][piece])[usable] for side in ("height", "width"))
+      place, own_cut, cut = recut(height, width, shape, home[shape])
+      kept = np.flatnonzero(place >= 0)
+      everywhere[piece.start + usable] = place
+      pairs.add(shape[kept] * num + place[kept])
+      ratios.add(place[kept] * num_targets + self._own_target(piece, usable, shape)[kept])
+      cuts += cut[kept].sum(), own_cut[kept].sum()
+    code, times = pairs.result()
+    shape, place = np.divmod(code, num)
+    sizes_of = np.bincount(place, times, minlength=len(offered)).astype(np.int64)
+    by_target = lambda some: np.bincount(self.shapes[shape[some], 0], times[some], minlength=num_targets).astype(np.int64)
     used = {number: np.array([one for i, one in enumerate(offered) if sizes_of[i] and len(one) == 2 + number], int).reshape(-1, 2 + number)
             for number in self.groups()}
-    names = {(self.spec.task, self.resolution, self.cache, *shape) for shape in map(tuple, self.shapes.tolist())}
-    return Placed(cells, self._count(kept, moved), self._usable, kept, used, names, self._padding(place, kept, offered), float(cut[kept].sum()),
-                  float(self._cut[kept].sum()))
+    names = {(self.spec.task, self.resolution, self.cache, *one) for one in map(tuple, self.shapes.tolist())}
+    return Placed(everywhere, offered, sizes_of, self._weights_of(*ratios.result(), len(offered)),
+                  self._count(by_target(slice(None)), by_target(place != same[shape])), int(self.counts.sum()), int(times.sum()), used, names,
+                  self._padding(shape, place, times, offered), *map(float, cuts))
 
-  def _key(self, shape: tuple[int, ...]) -> tuple:
-    return shape[0], tuple(self.family.sources[i] for i in shape[1:-1]), shape[-1]
+  def cells(self, placed: Placed) -> dict[tuple, tuple[np.ndarray, fractions.Fraction]]:
+    """Returns (target, source sizes, prompt class) -> (positions of its records, ascending; the sum of their weights)."""
+    key = lambda shape: (shape[0], tuple(self.family.sources[i] for i in shape[1:-1]), shape[-1])
+    found = zip(map(key, placed.programs), placed.positions(), placed.weights)
+    return {key: (records, weight) for key, records, weight in sorted(found, key=lambda one: one[0]) if len(records)}
 
-  def _weights_of(self, place: np.ndarray, kept: np.ndarray, num: int) -> list[fractions.Fraction]:
+  def _own_target(self, piece: slice, usable: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """Returns the target size nearest to each picture: where the records hold latents, to the one that these were made of."""
+    if "own_height" not in self._index:
+      return self.shapes[shape, 0]
+    return _fit(*(np.array(self._index[side][piece])[usable] for side in ("own_height", "own_width")), self.targets)[0]
+
+  def _weights_of(self, code: np.ndarray, times: np.ndarray, num: int) -> list[fractions.Fraction]:
     """Returns the weight of each program: the sum over its records of those of their own ratios, not of the ratio that they share now."""
-    target = self._target
-    if "own_height" in self._index:  # of the picture that latents were made of
-      target = _fit(self._index["own_height"], self._index["own_width"], self.targets)[0]
-    own = np.bincount(place[kept] * len(self.targets) + target[kept], minlength=num * len(self.targets)).reshape(num, len(self.targets))
-    factors = [exact(self.resolution.weight) * exact(weight) for weight in self.ratio_weights]
-    return [sum((int(count) * factor for count, factor in zip(row, factors) if count), fractions.Fraction(0)) for row in own]
+    found, factors = [fractions.Fraction(0)] * num, [exact(self.resolution.weight) * exact(weight) for weight in self.ratio_weights]
+    for one, count in zip(code.tolist(), times.tolist()):
+      found[one // len(factors)] += count * factors[one % len(factors)]
+    return found
 
-  def _recut(self, place: np.ndarray, home: np.ndarray, offered: list[tuple], max_crop: float) -> np.ndarray:
-    """Looks at the records whose target size is not their own, and moves on, in `place`, those that would lose more than `max_crop`; -1 where nothing
-    holds them. Returns the share of each record's target that is cut off."""
-    cut = self._cut.copy()
-    if not offered or self.family.rigid:
-      return cut
-    target, (height, width) = np.array([shape[0] for shape in offered]), np.array(self.family.targets).T
-    sides = lambda records: (self._index["height"][records], self._index["width"][records])
-    crop = lambda records, targets: sizes.crop_fraction(*sides(records), height[targets], width[targets])
-    elsewhere = np.flatnonzero((place >= 0) & (target[place] != self._target))
-    cut[elsewhere] = crop(elsewhere, target[place[elsewhere]])
-    bad = elsewhere[cut[elsewhere] > max_crop]
-    bad = bad[np.argsort(self._number[bad], kind="stable")]
-    used = np.unique(home[home >= 0])
-    shapes, first = np.unique(self._number[bad], return_index=True)
-    for shape, records in zip(shapes, np.split(bad, first[1:])):
-      own = self.shapes[shape][self.shapes[shape] >= 0]
-      others = [i for i in used if len(offered[i]) == len(own)]
-      cost = costs(self.family, own[None], np.array([offered[i] for i in others]), None)[0]
-      place[records] = -1
-      for i in np.argsort(cost, kind="stable"):
-        if np.isfinite(cost[i]) and len(records):
-          lost = crop(records, target[others[i]])
-          place[records[lost <= max_crop]], cut[records[lost <= max_crop]] = others[i], lost[lost <= max_crop]
-          records = records[lost > max_crop]
-    return cut
-
-  def _padding(self, place: np.ndarray, kept: np.ndarray, offered: list[tuple]) -> float:
-    code, num = np.unique(self._number[kept] * len(offered) + place[kept], return_counts=True) if offered else (np.zeros(0, int), np.zeros(0, int))
-    shapes, total = self.shapes[code // max(1, len(offered))], 0.0
+  def _padding(self, shape: np.ndarray, place: np.ndarray, times: np.ndarray, offered: list[tuple]) -> float:
+    shapes, total = self.shapes[shape], 0.0
     for number in self.groups():
       here = np.flatnonzero((shapes >= 0).sum(axis=1) == 2 + number)
-      there = np.array([offered[i] for i in code[here] % len(offered)], int).reshape(-1, 2 + number)
-      total += float(num[here] @ padding(self.family, shapes[here, :2 + number], there))
+      there = np.array([offered[i] for i in place[here]], int).reshape(-1, 2 + number)
+      total += float(times[here] @ padding(self.family, shapes[here, :2 + number], there))
     return total
 
   def _count(self, kept: np.ndarray, moved: np.ndarray) -> list[Count]:
-    reasons = self._reasons | {"rare": self._usable & ~kept}
-    count = lambda mask: np.bincount(self._target[self._own & mask], minlength=len(self.targets)).tolist()
-    columns = {"records": count(True), "kept": count(kept), "moved": count(moved), **{name: count(reason) for name, reason in reasons.items()}}
+    columns = dict(zip(REASONS, self._reasons)) | {"records": self._reasons.sum(axis=0), "kept": kept, "moved": moved}
+    columns["rare"] = columns.pop("") - kept
     return [Count(self.spec.name, self.spec.split, self.spec.task, self.resolution.base_px, bucket.height, bucket.width,
-                  **{name: values[i] for name, values in columns.items()}) for i, bucket in enumerate(self.targets) if columns["records"][i]]
+                  **{name: int(values[i]) for name, values in columns.items()}) for i, bucket in enumerate(self.targets) if columns["records"][i]]
+
+
+class _Recut:
+  """Looks at records one by one whose program has another target size than their own, and moves on those that would lose more than `max_crop`."""
+
+  def __init__(self, family: Family, shapes: np.ndarray, offered: list[tuple], used: np.ndarray, max_crop: float):
+    self._family, self._shapes, self._offered, self._used, self._max_crop = family, shapes, offered, used, max_crop
+    self._target = np.array([shape[0] for shape in offered], int)
+    self._sides = np.array(family.targets).T
+    self._ranked: dict[int, list[int]] = {}
+
+  def __call__(self, height: np.ndarray, width: np.ndarray, shape: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (the program of each record, -1 where none holds it; the share that its own target size cuts off; that which its program's does)."""
+    crop = lambda rows, targets: sizes.crop_fraction(height[rows], width[rows], *(side[targets] for side in self._sides))
+    own = crop(slice(None), self._shapes[shape, 0])
+    cut, place = own.copy(), place.copy()
+    if not self._offered or self._family.rigid:
+      return place, own, cut
+    elsewhere = np.flatnonzero((place >= 0) & (self._target[place] != self._shapes[shape, 0]))
+    cut[elsewhere] = crop(elsewhere, self._target[place[elsewhere]])
+    bad = elsewhere[cut[elsewhere] > self._max_crop]
+    bad = bad[np.argsort(shape[bad], kind="stable")]
+    numbers, first = np.unique(shape[bad], return_index=True)
+    for number, rows in zip(numbers.tolist(), np.split(bad, first[1:])):
+      place[rows] = -1
+      for other in self._others(number):
+        lost = crop(rows, self._target[other])
+        fits = lost <= self._max_crop
+        place[rows[fits]], cut[rows[fits]] = other, lost[fits]
+        rows = rows[~fits]
+        if not len(rows):
+          break
+    return place, own, cut
+
+  def _others(self, number: int) -> list[int]:
+    """Returns the programs that a shape's records may go to, the cheapest first."""
+    if number not in self._ranked:
+      own = self._shapes[number][self._shapes[number] >= 0]
+      others = [i for i in self._used.tolist() if len(self._offered[i]) == len(own)]
+      cost = costs(self._family, own[None], np.array([self._offered[i] for i in others]), None)[0]
+      self._ranked[number] = [others[i] for i in np.argsort(cost, kind="stable") if np.isfinite(cost[i])]
+    return self._ranked[number]
 
 
 def exact(weight: float) -> fractions.Fraction:
@@ -276,25 +349,8 @@ def _nearest(source_sizes: np.ndarray, slots: Sequence[Bucket]) -> np.ndarray:
   return _fit(source_sizes[..., 0], source_sizes[..., 1], slots)[0]
 
 
-def _distinct(columns: Sequence[np.ndarray], which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns (the distinct rows of columns of small numbers from -1 on, [N, C], a -1 moved to the end; how many of the records `which` have each, [N];
-  the place of each record's, n, of which only those of `which` mean something)."""
-  ranges = [int(column.max(initial=0)) + 2 for column in columns]
-  code = np.zeros(len(which), np.int64)
-  if math.prod(ranges) >= 2**62:
-    raise ValueError(f"A record has {len(columns) - 2} condition images: so many cannot be sorted.")
-  for column, size in zip(columns, ranges):
-    code = code * size + (column + 1)
-  if math.prod(ranges) <= _MOST_CODES:  # much quicker than sorting
-    every = np.bincount(code[which], minlength=math.prod(ranges))
-    codes = np.flatnonzero(every)
-    counts, number = every[codes], np.cumsum(every > 0)[code] - 1
-  else:
-    codes, counts = np.unique(code[which], return_counts=True)
-    number = np.searchsorted(codes, code)
-  rows = np.empty((len(codes), len(columns)), np.int64)
-  rest = codes
-  for place in reversed(range(len(columns))):
-    rest, rows[:, place] = np.divmod(rest, ranges[place])
-  rows -= 1
-  return np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1), counts, np.clip(number, 0, max(0, len(codes) - 1))
+def _unpacked(codes: np.ndarray, ranges: Sequence[int]) -> np.ndarray:
+  """Returns the shapes of codes, [N, number of ranges]; a condition image that is not there is -1, at the end."""
+  rows = np.stack(np.unravel_index(codes, ranges), axis=1).astype(np.int64)
+  rows[:, 1:-1] -= 1
+  return np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1)

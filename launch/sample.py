@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
+from data_pipelines.records import local_folder
 from launch import cli
 from qimg2.runtime import processes
 from qimg2.runtime.pretrained import Pretrained
@@ -69,7 +70,7 @@ def main(_) -> None:
   if bool(args.workdir) == bool(args.pretrained):
     raise ValueError("Give either --workdir, the folder of a run, or --pretrained, a published folder.")
   request = request_from_flags(args)
-  if pathlib.Path(args.out).is_dir():
+  if local_folder(args.out, "--out").is_dir():
     raise ValueError(f"--out={args.out} is a folder: name a PNG file; --pictures takes a folder.")
   if args.pretrained:
     if args.stage or args.average != DEPLOYED:

@@ -5,13 +5,13 @@ SIGTERM or Ctrl-C saves after the running step and exits with 75; the same comma
   python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.stages[1].num_steps=10]
 """
 
-import pathlib
 import sys
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
+from data_pipelines.records import local_folder
 from launch import cli
 from qimg2.runtime import processes
 from qimg2.runtime.config import parse
@@ -42,7 +42,7 @@ def main(_) -> None:
   args = flags.FLAGS
   window = _parse_window(args.profile)
   if args.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(args.compilation_cache).expanduser()))
+    jax.config.update("jax_compilation_cache_dir", str(local_folder(args.compilation_cache, "--compilation_cache").expanduser()))
   try:
     run = train(parse(args.config), args.workdir, args.allow_config_change, window)
   except faults.Preempted as stopped:

@@ -95,7 +95,8 @@ def test_what_a_save_costs():
   assert start.save_costs(rows) == pytest.approx((0.5, 1.2))
 
 
-def test_a_made_up_index_is_dealt_as_the_config_asks():
-  row = mixture.measure(parse(pretrain.get_config()), "pretrain_512", 3000, 600, 1000)
+def test_a_made_up_index_is_dealt_as_the_config_asks(tmp_path):
+  row = mixture.measure(parse(pretrain.get_config()), "pretrain_512", 3000, 600, 1000, str(tmp_path))
+  assert 0 <= row["more_gb"] < 1 and row["bytes_per_worker"] < 10**6
   assert row["share_off_by"] < 0.01 and row["rarest_to_most"] < 1.001 and row["shapes"] > 100 and row["programs"] <= 64
   assert 0 < row["distinct"] < 1 and 0 <= row["left_out"] <= 0.02 and 0 < row["plan_ms"] <= row["slowest_plan_ms"]

@@ -1,5 +1,7 @@
 """The published size table, and fitting pictures to it."""
 
+import fractions
+
 import numpy as np
 import pytest
 
@@ -56,3 +58,16 @@ def test_bad_ratios_are_named(ratio):
 def test_too_small_area_is_named():
   with pytest.raises(ValueError, match="3:1.*16 px"):
     buckets.bucket_size(16, "3:1")
+
+
+def test_the_nearest_is_found_among_ties():
+  """Against the definition, in exact arithmetic: a < b as distances of logarithms if the larger quotient of the one is below that of the other."""
+  rng = np.random.default_rng(0)
+  for trial in range(40):
+    sides = [tuple(map(int, rng.integers(1, 9, 2))) for _ in range(rng.integers(1, 7))]
+    made = tuple(buckets.Bucket("t2i", *pair, num_tokens=1, batch_size=1) for pair in sides + [(b, a) for a, b in sides])
+    height, width = rng.integers(1, 40, (2, 300))
+    found = buckets.nearest_bucket(height, width, made)
+    for h, w, place in zip(height.tolist(), width.tolist(), found.tolist()):
+      apart = [max(q, 1 / q) for q in (fractions.Fraction(w * one.height, h * one.width) for one in made)]
+      assert place == apart.index(min(apart)), (sides, h, w)

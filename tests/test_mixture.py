@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_up import LANGUAGES, TOKENIZER, World, make_index, plain_index, world_of, worlds
 
+from data_pipelines import columns, tally
 from data_pipelines.buckets import RATIOS, bucket_size
 from data_pipelines.loader import Loader
 from data_pipelines.order import permute
@@ -293,6 +294,25 @@ def test_no_memory_grows_with_the_number_of_records():
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert peak < 100_000, "a plan takes as much memory as there are records"
+
+
+@repeat(40)
+@given(worlds(), st.sampled_from([0, 4]))
+def test_looking_at_records_in_pieces_changes_nothing(world, max_programs):
+  def look():
+    try:
+      mixture = world.build(max_programs=max_programs)
+    except ValueError as error:
+      return str(error)
+    rounded = {name: round(value, 9) for name, value in dataclasses.asdict(mixture.merging).items()}
+    return mixture.digest, mixture.counts, rounded
+
+  whole = look()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tally, "PIECE", 7)
+    patch.setattr(tally, "_MOST_CODES", 0)
+    patch.setattr(columns, "LARGE", 1)  # and in files
+    assert look() == whole
 
 
 # ---- examples --------------------------------------------------------------------------------------

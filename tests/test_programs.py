@@ -137,10 +137,11 @@ def test_records_are_not_given_up_while_others_can_come_to_them(counts, expected
 
 
 @pytest.fixture(scope="module")
-def web():
+def web(tmp_path_factory):
   """A stage as it meets the web: 20,000 pictures, 6,000 edits with one to three condition images, two resolutions."""
   tokenizer = made_up_web.train_tokenizer(["a red ball"], 300)
-  made = {"t2i": made_up_web.make_index(20_000, False, tokenizer), "ti2i": made_up_web.make_index(6000, True, tokenizer)}
+  folder = lambda: str(tmp_path_factory.mktemp("index"))
+  made = {"t2i": made_up_web.make_index(20_000, False, tokenizer, folder()), "ti2i": made_up_web.make_index(6000, True, tokenizer, folder())}
   specs = (DatasetSpec("", "a", weight=0.7), DatasetSpec("", "b", weight=0.3, task="ti2i"))
   resolutions = (Resolution(512, 64, RATIOS), Resolution(1024, 32, RATIOS))
   build = lambda specs=specs, resolutions=resolutions, **more: Mixture(
@@ -278,10 +279,10 @@ def test_a_mixture_says_where_batches_differ():
 
 
 @pytest.mark.parametrize("num, batch", [(20, 16), (60, 32), (200, 32)])
-def test_few_pictures_make_batches_of_different_ones(num, batch):
+def test_few_pictures_make_batches_of_different_ones(num, batch, tmp_path):
   """Of so few, each with a shape of its own, a budget of 64 buckets must not make as many."""
   tokenizer = made_up_web.train_tokenizer(["a red ball"], 300)
-  index = made_up_web.make_index(num, False, tokenizer)
+  index = made_up_web.make_index(num, False, tokenizer, str(tmp_path))
   make = lambda **more: Mixture((DatasetSpec("", "a"),), (Resolution(512, batch, RATIOS),), 128, tokenizer, 0, (32, 64), 0.4,
                                 find=lambda spec: (None, index | {"caption_tokens": np.minimum(index["caption_tokens"], 128)}, None, ()), **more)
   distinct = lambda mixture: np.mean([len(np.unique(mixture.plan(k).places)) for k in range(200)]) / batch
@@ -356,9 +357,12 @@ def cached(pixels, spec, index, options):
 
 @pytest.mark.parametrize("change", [{}, {"min_bucket_records": 60}, {"max_programs": 30, "batch_size": 256}, {"ratio_weights": (1.0, 3.0, 0.5) * 5}],
                          ids=["budget", "rare", "small cells", "ratio weights"])
-def test_a_stage_on_latents_has_the_batches_of_its_pixels(change):
+def test_a_stage_on_latents_has_the_batches_of_its_pixels(change, tmp_path):
   tokenizer = made_up_web.train_tokenizer(["a red ball"], 300)
-  made = {"a": made_up_web.make_index(3000, False, tokenizer, 1), "b": made_up_web.make_index(800, True, tokenizer, 2)}
+  made = {}
+  for seed, (name, num, edits) in enumerate((("a", 3000, False), ("b", 800, True)), 1):
+    (tmp_path / name).mkdir()
+    made[name] = made_up_web.make_index(num, edits, tokenizer, str(tmp_path / name), seed)
   made["a"]["quality"][::7] = 0.1
   # A fifth has no English caption.
   made["a"] |= {"caption_language": (np.arange(3000) % 5 == 0).astype(np.uint16), "language_names": np.array(["en", "de"])}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 from commands import launch, process
 
+from configs import quickstart
 from data_pipelines import embedded, records
 from data_pipelines.transforms import decode_image
+from qimg2.runtime import run
+from qimg2.runtime.config import parse, plain
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,17 @@ def test_launcher_prepares_and_explains(tmp_path):
   again = launch("launch.prepare_data", "--dataset=glyphs", f"--out={tmp_path}", "--num_examples=3")
   assert again.returncode != 0 and again.stdout == "" and "Traceback" not in again.stderr
   assert "num_examples=2, not num_examples=3" in again.stderr
+
+
+USES = {"prepare": lambda place: embedded.prepare("glyphs", place, 3), "load_run": run.load_run,
+        "Run": lambda place: run.Run(quickstart.get_config("smoke"), place),
+        "data_dir": lambda place: parse(plain(quickstart.get_config("smoke")) | {"data_dir": str(place)})}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("place", ["gs://bucket/folder", pathlib.Path("s3://bucket/folder")], ids=["gs", "s3"])
+def test_a_url_never_becomes_a_folder_of_its_name(use, place, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="(--out|--workdir|config.data_dir) is (gs|s3):/.*mount the bucket"):
+    use(place)
+  assert not list(tmp_path.iterdir())

@@ -53,7 +53,7 @@ def prepare(dataset: str, out: str | os.PathLike, num_examples: int | None = Non
   if seed < 0:
     raise ValueError(f"seed={seed} must not be negative.")
   request = {"dataset": dataset, "num_examples": num_examples, "seed": seed, "vocab_size": vocab_size or SOURCES[dataset].vocab_size}
-  path = os.path.join(out, dataset)
+  path = os.path.join(records.local_folder(out, "--out"), dataset)
   if not os.path.exists(path):
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{dataset}.incomplete.", dir=out) as partial:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from data_pipelines.records import local_folder
 from qimg2.published.export import DIFFUSERS_VERSION, export_pipeline, export_transformer
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import parse_source
@@ -39,7 +40,7 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", average: str
   nets = run.nets
   if transformer_only:
     return export_transformer(out, nets.model, weights["mmdit"], dtype)
-  card = model_card(run, name, average, dtype, pathlib.Path(out).name)
+  card = model_card(run, name, average, dtype, local_folder(out, "--out").name)
   return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, _tokenizer_json(run), dtype, max_shard_bytes, card,
                          run.cfg.sampling.sigmas or None)
 

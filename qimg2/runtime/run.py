@@ -24,7 +24,7 @@ from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.loader import Loader
-from data_pipelines.records import list_splits
+from data_pipelines.records import list_splits, local_folder
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
@@ -73,7 +73,7 @@ class Run(StageWeights):
     Raises:
       ValueError: a config that does not fit together.
     """
-    self.cfg, self.workdir = parse(cfg), pathlib.Path(workdir)
+    self.cfg, self.workdir = parse(cfg), local_folder(workdir, "--workdir")
     cfg = self.cfg
     self.mesh = sharding.make_mesh(plain(cfg.mesh), strict=not trained)
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
@@ -266,7 +266,7 @@ def load_run(workdir: str | pathlib.Path, dtype: str | None = None) -> Run:
   Raises:
     ValueError: the folder holds no run, or its config cannot be understood.
   """
-  path = pathlib.Path(workdir) / "config.json"
+  path = local_folder(workdir, "--workdir") / "config.json"
   if not path.is_file():
     raise ValueError(f"There is no run in {workdir}: {path} is missing. Give the --workdir of launch.train.")
   cfg = read_record(path)

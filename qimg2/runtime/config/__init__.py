@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipelines.records import local_folder
 from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2 import flow
 from qimg2.layers import POLICIES
@@ -194,6 +195,7 @@ def parse(cfg: Any) -> RunConfig:
   if not isinstance(sections, tuple):
     raise ValueError(f"config.stages is {sections!r}: give a tuple of sections.")
   run = from_section(RunConfig, values, "config", stages=())
+  local_folder(run.data_dir, "config.data_dir")
   _check_evals(run.evals)
   return dataclasses.replace(run, stages=tuple(_stage(section, number, run) for number, section in enumerate(sections)))
 
