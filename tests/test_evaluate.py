@@ -31,6 +31,15 @@ def test_mean_of_bin_means_without_filler(caplog):
     Evaluator(method(None, 1), None, [])
 
 
+def test_losses_are_added_as_exactly_as_they_are():
+  """What a TPU would make of the default cannot be seen here; the compiled sums say how they are to be added."""
+  validation = lambda params, nets, batch, key: ({"loss": params["scale"] * batch["x"]}, batch["bin"])
+  batch = {"x": jnp.ones(4), "bin": jnp.zeros(4, int), "weight": jnp.ones(4)}
+  text = Evaluator(method(validation, 2), None, [batch])._sums.lower({"scale": 2.0}, batch).as_text()
+  products = [line for line in text.splitlines() if "dot_general" in line]
+  assert len(products) == 1 and "precision = [HIGHEST, HIGHEST]" in products[0]
+
+
 class Nets:
   """Latents are the pixels; the velocity is a gain times x_t."""
 

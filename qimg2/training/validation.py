@@ -34,7 +34,8 @@ class Evaluator:
     def sums(params, batch):
       metrics, bins = algorithm.validation(params, nets, batch, jax.random.key(0))
       member = jax.nn.one_hot(bins, algorithm.num_bins) * batch["weight"][:, None]  # B bins
-      return {name: values @ member for name, values in metrics.items()}, jnp.sum(member, axis=0)
+      # By default a TPU would round the losses to bfloat16 before it adds them.
+      return {name: jnp.matmul(values, member, precision="highest") for name, values in metrics.items()}, jnp.sum(member, axis=0)
     self._sums = jax.jit(sums)
 
   def __call__(self, params: dict) -> dict[str, float]:
