@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import timing
+from data_pipelines.columns import Column
 from data_pipelines.mixture import Mixture
 from data_pipelines.tally import pieces
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
@@ -35,7 +36,8 @@ def make_index(num: int, edits: bool, tokenizer: PromptTokenizer, folder: str, s
   for number, piece in enumerate(pieces(num)):
     for name, values in _some(piece, edits, np.random.default_rng(seed + number)).items():
       if name not in columns:
-        columns[name] = np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "w+", values.dtype, (num, *values.shape[1:]))
+        file = np.lib.format.open_memmap(os.path.join(folder, f"{name}.npy"), "w+", values.dtype, (num, *values.shape[1:]))
+        columns[name] = file.view(Column)
       columns[name][piece] = values
   return columns | {"language_names": np.array(["en"]), "tokenizer": np.array(tokenizer.fingerprint)}
 
