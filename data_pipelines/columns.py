@@ -2,12 +2,15 @@
 
 import mmap
 import os
+import pathlib
 import tempfile
 import weakref
 import zipfile
 from typing import Any
 
 import numpy as np
+
+from data_pipelines.tally import pieces
 
 LARGE = 2**22  # bytes, from which on a column that is made is in a file
 _HEADER_BYTES = 30  # of a member of a ZIP file, before its name and its extra field, whose lengths are the last four bytes
@@ -44,8 +47,21 @@ def scratch(num: int, dtype: Any) -> np.ndarray:
   finally:
     os.close(handle)
   column = Column(path, dtype, "r+", 0, (num,))
-  weakref.finalize(column._mmap, os.unlink, path)
+  weakref.finalize(column._mmap, _remove, path, os.getpid())
   return column
+
+
+def _remove(path: str, owner: int) -> None:
+  if os.getpid() == owner:  # not one that was forked from it
+    pathlib.Path(path).unlink(missing_ok=True)
+
+
+def nearby(column: np.ndarray) -> np.ndarray:
+  """Returns a copy of a column as `scratch` gives it: its rows will be read one by one from anywhere, and its file may be on a mounted bucket."""
+  copy = scratch(len(column), column.dtype)
+  for piece in pieces(len(column)):
+    copy[piece] = column[piece]
+  return copy
 
 
 def map_columns(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -74,5 +90,3 @@ def map_columns(path: str | os.PathLike) -> dict[str, np.ndarray]:
   except (zipfile.BadZipFile, ValueError, EOFError) as error:
     raise ValueError(f"{path} is no index of a data set ({error}): copy it again, or remove the data set and prepare it anew.") from error
   return columns
-
-

@@ -24,6 +24,7 @@ from absl import logging
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.cache import Cache, cached_shapes, open_cache
+from data_pipelines.columns import nearby
 from data_pipelines.order import Turns, permute, scatter
 from data_pipelines.programs import PENALTIES, Chooser, Family, Group
 from data_pipelines.records import KINDS, open_split
@@ -112,7 +113,7 @@ class Mixture:
     for spec in self.datasets:
       source, index, cached, shapes = find(spec)
       self.sources.append(source)
-      self._sample_ids.append(index["sample_id"])
+      self._sample_ids.append(nearby(index["sample_id"]))
       reason, prompt = self._unusable(spec, index)
       if self._every:  # those that the spec refuses go by their pictures alone
         prompt[reason > 0], reason[:] = 0, 0

@@ -60,10 +60,10 @@ class Shards(Sequence):
     Raises:
       OSError: this process may not have as many files open as it would.
     """
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and limit < 2 * MOST_OPEN:
-      raise OSError(f"This process may have {limit} files open, too few for {min(len(paths), MOST_OPEN)} files of records beside its others: allow "
-                    f"{4 * MOST_OPEN} with `ulimit -n {4 * MOST_OPEN}`.")
+    limit, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[0], min(len(paths), MOST_OPEN)
+    if limit != resource.RLIM_INFINITY and limit < 2 * wanted:
+      raise OSError(f"This process may have {limit} files open, too few for {wanted} files of records beside its others: allow {4 * MOST_OPEN} with "
+                    f"`ulimit -n {4 * MOST_OPEN}`.")
     self._paths, self._ends = tuple(map(str, paths)), list(itertools.accumulate(lengths))
 
   def __len__(self) -> int:

@@ -118,7 +118,8 @@ def test_too_few_files_may_be_open(paths):
   before = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (2 * shards.MOST_OPEN - 1, before[1]))
   try:
-    with pytest.raises(OSError, match="may have 511 files open, too few for 9 files.*ulimit -n 1024"):
-      shards.Shards(paths, [PER_FILE] * NUM_FILES)
+    with pytest.raises(OSError, match="may have 511 files open, too few for 256 files.*ulimit -n 1024"):
+      shards.Shards(paths * 30, [PER_FILE] * NUM_FILES * 30)
+    assert shards.Shards(paths, [PER_FILE] * NUM_FILES)[7] == record(7)
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
