@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from data_pipelines.records import local_folder
 from data_pipelines.specs import Resolution
 from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
@@ -43,7 +44,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
   """
-  cfg, workdir, began = parse(cfg), pathlib.Path(workdir), time.monotonic()
+  cfg, workdir, began = parse(cfg), local_folder(workdir, "--workdir"), time.monotonic()
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.PreemptionNotice() as stop:
     run = Run(cfg, workdir)
