@@ -13,6 +13,7 @@ Where weights come from, in `start_from` and `frozen`:
   diffusers:DIR       a folder in the published layout
   FOLDER, FOLDER:ema  a stage's folder in another run; for frozen roles also a folder of weights alone, such as another run's frozen/encoder
   default             for frozen roles: from the diffusers folder that the chain of stages started from, or else as "scratch"
+A frozen role that is drawn from the seed teaches nothing but tiny runs: it is refused unless `random_frozen` says that it is meant.
 """
 
 from ml_collections import ConfigDict
@@ -39,6 +40,7 @@ def base() -> ConfigDict:
   cfg.num_tokens = 48  # longest prompt in tokens, system turn included, condition images not counted
   cfg.prompt_classes = ()  # shorter prompt lengths that have buckets of their own, so that less of a batch is padding
   cfg.num_workers = 0
+  cfg.random_frozen = False  # whether frozen roles may be drawn from the seed, as the encoders of the embedded data sets are
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
   cfg.schedule = ConfigDict(plain(flow.Schedule()))
   cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, sigmas=(), num_images=16))  # sigmas: own times before the shift, 1 first
@@ -129,7 +131,7 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
   cfg.prepare.num_examples = 4800
   cfg.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
   cfg.sampling.update(dict(num_steps=2, num_images=8))
-  cfg.micro_batches = ()
+  cfg.micro_batches, cfg.random_frozen = (), True
   for settings in cfg.evals.values():
     settings.update({key: min(8, value) for key, value in settings.items()})
   for one in cfg.stages:

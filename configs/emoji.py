@@ -21,6 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.evals = ConfigDict(dict(emoji=dict(num_prompts=100, num_candidates=100), emoji_edits=dict(num_prompts=100)))
   cfg.encoder.vocab_size = 16_384
   cfg.num_tokens = 54
+  cfg.random_frozen = True  # a tiny encoder tells these prompts apart without training
   cfg.sampling.guidance = 4.0
   cfg.prepare.num_examples = 1300  # about 240 of the 1367 emoji
   square = dict(base_px=64, batch_size=32, ratios=("1:1",), weight=1.0)

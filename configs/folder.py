@@ -22,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
   """A run on the data set that `arg` names; "smoke" is two steps on the glyphs."""
   cfg = base.base()
   cfg.encoder.vocab_size = 8192
+  cfg.random_frozen = True  # a tiny encoder tells these prompts apart without training
   cfg.num_tokens, cfg.prompt_classes = 128, (32, 64)
   cfg.sampling.guidance = 3.0
   pictures = base.part("glyphs" if arg == "smoke" else arg or "mine")

@@ -86,12 +86,20 @@ def test_an_old_run_goes_on_under_a_record_of_today(tmp_path):
   cfg = read_record(written(tmp_path, OLD))
   save_config(cfg, tmp_path)
   record = json.loads((tmp_path / "config.json").read_text())
-  assert record["format"] == FORMAT == 4 and record["config"]["stages"][2]["start_from"] == "stage:low_resolution:ema"
+  assert record["format"] == FORMAT == 5 and record["config"]["stages"][2]["start_from"] == "stage:low_resolution:ema"
   assert read_record(tmp_path / "config.json") == cfg and {stage.max_programs for stage in cfg.stages} == {0}, "as many buckets as before"
   save_config(dataclasses.replace(cfg, stages=tuple(dataclasses.replace(stage, max_programs=64) for stage in cfg.stages)), tmp_path)
   with pytest.raises(ValueError, match=r"was started with another config: config.stages\[2\].start_from was 'stage:low_resolution:ema' and is 'scr"):
     stages = (*cfg.stages[:2], dataclasses.replace(cfg.stages[2], start_from="scratch"), cfg.stages[3])
     save_config(dataclasses.replace(cfg, stages=stages), tmp_path)
+
+
+def test_a_run_of_the_fourth_format_may_have_drawn_its_frozen_networks(tmp_path):
+  cfg = dataclasses.replace(parse(quickstart.get_config("smoke")), random_frozen=False)
+  config = json.loads(json.dumps(plain(cfg)))
+  del config["random_frozen"]
+  assert read_record(written(tmp_path, {"config": config, "format": 4})).random_frozen is True
+  save_config(cfg, tmp_path)  # one that names them now goes on
 
 
 def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
@@ -111,7 +119,8 @@ def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("place, free", [
-    ("num_workers", True), ("sampling.num_steps", True), ("mesh.fsdp", True), ("micro_batches", False), ("stages[1].num_steps", True),
+    ("num_workers", True), ("random_frozen", True), ("sampling.num_steps", True), ("mesh.fsdp", True), ("micro_batches", False),
+    ("stages[1].num_steps", True),
     ("stages[1].keep", True), ("stages[1].faults.max_skipped", True), ("evals.glyphs.num", True), ("stages[1].algorithm.num_steps", False),
     ("stages[1].optimizer.faults", False), ("model.num_layers", False), ("stages[1].resolutions[0].keep", False), ("seed", False),
 ])
@@ -159,7 +168,7 @@ def spoiled(*path, value):
 
 @pytest.mark.parametrize("record, message", [
     ("{", "is no JSON file"), ("[]", "lacks the key 'config'"), ({"config": 3}, "lacks the key 'config'"),
-    (OLD | {"format": 5}, "has the key 'format' at 5, but this program reads 1 to 4"),
+    (OLD | {"format": 6}, "has the key 'format' at 6, but this program reads 1 to 5"),
     (OLD | {"format": 2}, "cannot be understood: config.check.name is '': it was one of none, glyphs, emoji."),
     (spoiled("check", "num_prompts", value="8"), "cannot be understood: config.check is {"),
     (spoiled("stages", 1, "start_from", value=7), "cannot be understood: config.stages[low_resolution].start_from is 7: give a text."),

@@ -152,6 +152,26 @@ def test_mistakes_of_any_stage_are_named_before_the_first_one_trains(smoke_confi
   assert not list(tmp_path.iterdir())
 
 
+def test_a_frozen_network_is_drawn_from_the_seed_only_where_the_config_says_so(smoke_config, tmp_path, one_device):
+  cfg = copy.deepcopy(smoke_config)
+  cfg.random_frozen, folder = False, tmp_path / "weights"
+  folder.mkdir()
+  refused = lambda: pytest.raises(ValueError, match=expected)
+  expected = (r"config.stages\[low_resolution\].frozen.encoder is 'default', which would draw its weights from the seed: name a folder .*"
+              r"--config.stages\[1\].frozen.encoder=diffusers:DIR, .*--config.random_frozen=True")
+  with refused():
+    train(cfg, tmp_path / "run")
+  for stage in cfg.stages[1:]:
+    stage.frozen.encoder = f"diffusers:{folder}"
+  cfg.stages[2].frozen.vae = "scratch"
+  expected = r"config.stages\[high_resolution\].frozen.vae is 'scratch'"
+  with refused():
+    train(cfg, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  cfg.stages[2].frozen.vae = "stage:vae"
+  Run(cfg, tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("module, trained", [
     pytest.param(pretrain, {1}, marks=pytest.mark.apart("pretrain")), (folder, {1}),

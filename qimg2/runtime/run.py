@@ -44,8 +44,8 @@ EMBEDDED = ("glyphs", "emoji")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
 # order of batches may be another one, and the log says so.
-FREE = re.compile(r"config\.(mesh|data_dir|num_workers|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|keep|num_steps|faults|"
-                  r"max_programs|mixture\[\d+\]\.data_dir))").fullmatch
+FREE = re.compile(r"config\.(mesh|data_dir|num_workers|random_frozen|sampling|evals|"
+                  r"stages\[\d+\]\.((log|eval|sample|save)_every_steps|keep|num_steps|faults|max_programs|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,11 @@ class Run(StageWeights):
       check_source(stage.start_from, f"{where}.start_from", names[:number], names, may_be_default=False)
       for role, text in stage.frozen.items():
         check_source(text, f"{where}.frozen.{role}", names[:number], names, may_be_default=True)
+      drawn = [] if self.cfg.random_frozen else [role for role in self.algorithm(stage).frozen if self.is_drawn(stage, role)]
+      for role in drawn:
+        raise ValueError(f"{where}.frozen.{role} is {stage.frozen.get(role, 'default')!r}, which would draw its weights from the seed: name a folder "
+                         f"in the published layout, --config.stages[{number}].frozen.{role}=diffusers:DIR, or for all stages at once as "
+                         "configs/pretrain.py does, or set --config.random_frozen=True to train on a random network.")
 
   def _ensure_data(self) -> None:
     for name in sorted({part.name for stage in self.cfg.stages for part in stage.mixture}):

@@ -68,11 +68,14 @@ class StageWeights:
       return source
     return parse_source(stage.start_from) if self.algorithm(stage).roles[role].start else self._published_root(stage, role)
 
+  def is_drawn(self, stage: StageConfig, role: str) -> bool:
+    """Whether a frozen role is drawn from the seed, and starts as no other one."""
+    return self._frozen_source(stage, role).kind == "scratch" and not self.algorithm(stage).roles[role].start
+
   def _frozen_role(self, stage: StageConfig, role: str) -> dict:
-    source = self._frozen_source(stage, role)
-    if source.kind == "scratch" and not self.algorithm(stage).roles[role].start:
+    if self.is_drawn(stage, role):
       return self._saved_random_weights(stage, role)
-    return self._read(stage, role, source)
+    return self._read(stage, role, self._frozen_source(stage, role))
 
   def stage_weights(self, name: str) -> "LazyWeights":
     """All roles and averages of a stage of this run by name, each read when it is asked for: from the newest checkpoint, or where frozen ones are.

@@ -155,6 +155,7 @@ class RunConfig:
   num_tokens: int
   prompt_classes: tuple[int, ...]
   num_workers: int
+  random_frozen: bool
   model: mmdit.Config
   encoder: qwen3_vl.Config
   vae: vae.Config

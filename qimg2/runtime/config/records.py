@@ -7,7 +7,7 @@ from typing import Any
 from qimg2.runtime.config import RunConfig, parse
 from qimg2.runtime.config.sources import DIFFUSERS, STAGE
 
-FORMAT = 4
+FORMAT = 5
 
 
 def read_record(path: pathlib.Path) -> RunConfig:
@@ -34,7 +34,8 @@ def translate(config: dict[str, Any], version: int) -> dict[str, Any]:
   """A config of an earlier format as today's.
 
   Format 1 had "" and the bare names of stages where "scratch", "default", "none" and "stage:NAME" are now; formats 1 and 2 had a section `check`
-  of one name where `evals` names suites; before format 4 a stage had as many buckets as there were shapes.
+  of one name where `evals` names suites; before format 4 a stage had as many buckets as there were shapes; before format 5
+  any frozen role might be drawn from the seed.
 
   Raises:
     ValueError: a section that is none, or a check that there was not.
@@ -45,6 +46,8 @@ def translate(config: dict[str, Any], version: int) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if key != "check"} | {"evals": _evals(config["check"])}
   if version < 4:
     config = config | {"stages": [{"max_programs": 0} | stage if isinstance(stage, dict) else stage for stage in config.get("stages", ())]}
+  if version < 5:
+    config = {"random_frozen": True} | config
   return config
 
 
