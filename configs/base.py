@@ -22,6 +22,7 @@ from configs import sizes
 from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2 import flow
 from qimg2.runtime.config import plain
+from qimg2.runtime.config.sources import DIFFUSERS
 from qimg2.runtime.methods import METHODS
 from qimg2.training import faults, optim
 
@@ -105,6 +106,23 @@ def part(name: str, weight: float = DatasetSpec.weight, task: str = DatasetSpec.
   structured, how often captions of each kind are drawn; without any all kinds alike.
   """
   return plain(DatasetSpec("", name, split, weight, task, min_quality, min_stage, languages, caption_weights))
+
+
+def published(cfg: ConfigDict, source: str) -> ConfigDict:
+  """The run with the encoder and the tokenizer of a folder in the published layout, and with "vae:" before it also with its VAE, which no stage
+  trains then: `source` is "diffusers:DIR" or "vae:diffusers:DIR".
+
+  Raises:
+    ValueError: another word.
+  """
+  roles, folder = ("encoder", "vae") if source.startswith("vae:") else ("encoder",), source.removeprefix("vae:")
+  if not folder.removeprefix(DIFFUSERS) or not folder.startswith(DIFFUSERS):
+    raise ValueError(f"--config=...:{source} is unknown: say diffusers:DIR for a published folder's encoder, or vae:diffusers:DIR for its VAE too.")
+  cfg.tokenizer = folder
+  cfg.stages = tuple(stage for stage in cfg.stages if "vae" not in roles or METHODS[stage.algorithm.name].kind != "autoencoder")
+  for stage in cfg.stages:
+    stage.frozen.update({role: folder for role in roles if role in stage.frozen})
+  return cfg
 
 
 def chosen(cfg: ConfigDict, arg: str) -> ConfigDict:

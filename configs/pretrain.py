@@ -16,8 +16,12 @@ The VAE learns from the text-to-image pictures.
 What it costs: a pod for weeks. `python -m launch.describe --config=configs/pretrain.py` lists every weight; `:smoke` runs all stages here; a pod's
 name, such as `:v6e-256`, takes the plan for it; docs/pods.md says what was rehearsed of them.
 
+The encoder is trained already: DIR is a folder in the published layout (docs/published.md), of which the encoder and the tokenizer
+are taken. The stage "vae" trains the VAE; with `:v5p-256:vae:diffusers:DIR` the folder's is taken, and there is no such stage. Without a folder the
+run is refused, because its encoder would be a random one.
+
 Command:
-  python -m launch.train --config=configs/pretrain.py:v5p-256 --distributed=auto --workdir=bucket/RUN --config.data_dir=bucket/DATA
+  python -m launch.train --config=configs/pretrain.py:v5p-256:diffusers:DIR --distributed=auto --workdir=bucket/RUN --config.data_dir=bucket/DATA
 """
 
 import dataclasses
@@ -52,14 +56,17 @@ PLANS = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """The report's curriculum; `arg` is a pod of `PLANS`, "" for v5p-256, or "smoke".
+  """The report's curriculum; `arg` is "smoke", or a pod of `PLANS`, "" for v5p-256, alone or with what `base.published` takes, such as
+  "v5p-256:diffusers:DIR".
 
   Raises:
     ValueError: another word.
   """
-  if arg not in ("", "smoke", *PLANS):
-    raise ValueError(f"configs/pretrain.py knows no {arg!r}: choose one of smoke, {', '.join(PLANS)}, or set config.mesh yourself.")
-  plan = PLANS.get(arg, PLANS["v5p-256"])
+  name, _, source = arg.partition(":")
+  if name not in ("", "smoke", *PLANS) or source and name == "smoke":
+    raise ValueError(f"configs/pretrain.py knows no {arg!r}: choose one of smoke, {', '.join(PLANS)}, or set config.mesh yourself; behind a pod may "
+                     "stand :diffusers:DIR or :vae:diffusers:DIR.")
+  plan = PLANS.get(name, PLANS["v5p-256"])
   cfg = base.base()
   cfg.mesh = ConfigDict(dict(data=plan.data, fsdp=plan.fsdp, context=1, tensor=plan.tensor))
   cfg.data_dir = "data"
@@ -78,7 +85,9 @@ def get_config(arg: str = "") -> ConfigDict:
       generator("cpt_2048", "stage:cpt_1024", 125_000, 2e-5, (512, 1024, 2048), mixture(0.7)),  # S5
       generator("sft", "stage:cpt_2048", 10_000, 1e-5, (512, 1024, 2048), tuple(dict(part, min_quality=1.0) for part in mixture(0.7))),  # S6
   )
-  return smoke(cfg) if arg == "smoke" else cfg
+  if source:
+    base.published(cfg, source)
+  return smoke(cfg) if name == "smoke" else cfg
 
 
 def mixture(t2i_share: float) -> tuple[dict, dict]:

@@ -279,6 +279,20 @@ def test_a_source_that_is_not_there_is_one_sentence(text, message, tmp_path, mon
   ask("default", True)
 
 
+def test_a_published_folder_gives_the_encoder_and_the_vae_of_the_published_curriculum():
+  cfg = parse(pretrain.get_config("v5p-128:diffusers:a/b:c"))
+  assert cfg.tokenizer == "diffusers:a/b:c" and cfg.mesh.fsdp == 32
+  assert [(stage.name, dict(stage.frozen)) for stage in cfg.stages][:2] == [
+      ("vae", {}), ("pretrain_256_t2i", {"encoder": "diffusers:a/b:c", "vae": "stage:vae"})]
+  whole = parse(pretrain.get_config("v5p-128:vae:diffusers:a"))
+  assert [stage.name for stage in whole.stages] == [stage.name for stage in cfg.stages[1:]] and whole.stages[0].start_from == "scratch"
+  assert all(stage.frozen == {"encoder": "diffusers:a", "vae": "diffusers:a"} for stage in whole.stages)
+  for argument, message in (("v5p-128:a", "=...:a is unknown: say diffusers:DIR"), ("v5p-128:vae:diffusers:", "=...:vae:diffusers: is unknown"),
+                            ("diffusers:a", "knows no 'diffusers:a': choose one of smoke, "), ("smoke:diffusers:a", "knows no 'smoke:diffusers:a'")):
+    with pytest.raises(ValueError, match=message):
+      pretrain.get_config(argument)
+
+
 # What else reads a config.
 
 

@@ -12,6 +12,9 @@ import sys
 import pytest
 import yaml
 
+from configs import pretrain
+from qimg2.runtime.config import parse
+
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
 SHELLCHECK = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
@@ -198,6 +201,16 @@ def test_its_command_has_only_flags_that_exist(manifest):
   for argument in arguments:
     name = argument.removeprefix("--").partition("=")[0].partition(".")[0]
     assert f'"{name}"' in text, argument
+
+
+def test_the_command_is_the_same_everywhere_and_its_encoder_is_trained(manifest):
+  """In the script's example, in the manifest, and on the page once for each and for XPK."""
+  texts = (SCRIPT.read_text(), "\n".join(pods(manifest)["template"]["spec"]["containers"][0]["args"]), (ROOT / "docs" / "pods.md").read_text())
+  found = [re.findall(r"--config=configs/pretrain\.py:(v5p-256:\S+)", text.replace("/bucket/", "bucket/")) for text in texts]
+  assert found == [["v5p-256:diffusers:bucket/published"]] * 2 + [["v5p-256:diffusers:bucket/published"] * 2]
+  assert all("--config=configs/pretrain.py:v5p-256 --distributed" not in text and "pretrain.py:v5p-256 --workdir" not in text for text in texts)
+  cfg = parse(pretrain.get_config(found[0][0]))
+  assert {stage.frozen["encoder"] for stage in cfg.stages[1:]} == {"diffusers:bucket/published"} == {cfg.tokenizer}
 
 
 def test_the_image_copies_what_is_there():

@@ -15,6 +15,7 @@ import pytest
 
 from configs import pretrain, quickstart
 from data_pipelines.buckets import Bucket
+from data_pipelines.tokenizer import train_tokenizer
 from qimg2 import networks
 from qimg2 import params as P
 from qimg2.analysis import flops
@@ -117,6 +118,14 @@ def test_buckets_of_the_published_curriculum():
   with pytest.raises(ValueError, match="16384 cannot be divided over 4 devices of the axes data and fsdp in 3 micro-batches"):
     section = dataclasses.replace(section, optimizer=dataclasses.replace(section.optimizer, accumulate=3))
     steps.row(section, steps.buckets(section)[0])
+
+
+def test_a_published_folder_s_tokenizer_counts_where_it_is_there(tmp_path):
+  cfg = parse(pretrain.get_config(f"v5p-128:diffusers:{tmp_path}"))
+  assert steps.find_tokenizer(cfg) is None
+  (tmp_path / "processor").mkdir()
+  (tmp_path / "processor" / "tokenizer.json").write_bytes(train_tokenizer(["a cat"], 300).to_bytes())
+  assert steps.find_tokenizer(cfg).vocab_size == 300
 
 
 def test_plans_of_the_published_curriculum():

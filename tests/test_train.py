@@ -10,7 +10,7 @@ import pytest
 from marks import needs_emoji
 from ml_collections import ConfigDict
 
-from configs import emoji, folder, pretrain
+from configs import base, emoji, folder, pretrain
 from qimg2.runtime import curriculum, suites
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
@@ -122,8 +122,8 @@ def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, publ
 @pytest.mark.slow
 def test_training_goes_on_from_a_published_folder(smoke_config, published, tmp_path, one_device):
   cfg = copy.deepcopy(smoke_config)
-  cfg.stages, cfg.evals, cfg.tokenizer = cfg.stages[3:], ConfigDict(), f"diffusers:{published}"
-  cfg.stages[0].start_from, cfg.stages[0].frozen.vae = f"diffusers:{published}", "default"
+  cfg.stages, cfg.evals, cfg.random_frozen = cfg.stages[3:], ConfigDict(), False
+  base.published(cfg, f"vae:diffusers:{published}").stages[0].start_from = f"diffusers:{published}"
   train(cfg, tmp_path)
   assert [row["step"] for row in read_rows(tmp_path / "sft" / "metrics.jsonl") if "loss" in row] == [1, 2]
 

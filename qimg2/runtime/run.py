@@ -29,7 +29,7 @@ from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2.algorithms import Algorithm
-from qimg2.published.folder import open_folder
+from qimg2.published.folder import TOKENIZER, open_folder
 from qimg2.runtime import micro_batches
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
@@ -130,8 +130,8 @@ class Run(StageWeights):
 
   def _tokenizer_path(self) -> pathlib.Path:
     if self.cfg.tokenizer.startswith(DIFFUSERS):
-      return open_folder(self.cfg.tokenizer.removeprefix(DIFFUSERS)).tokenizer
-    return default_tokenizer(self.cfg) if self.cfg.tokenizer == "default" else pathlib.Path(self.cfg.tokenizer)
+      open_folder(self.cfg.tokenizer.removeprefix(DIFFUSERS))  # which says what is wrong with it
+    return tokenizer_path(self.cfg)
 
   # Data.
 
@@ -213,9 +213,11 @@ class Run(StageWeights):
     return jax.random.key(fold_name(self.cfg.seed, name))
 
 
-def default_tokenizer(cfg: RunConfig) -> pathlib.Path:
-  """The folder of the tokenizer of a run that names none: that of the first stage's first data set."""
-  return pathlib.Path(cfg.data_dir) / cfg.stages[0].mixture[0].name
+def tokenizer_path(cfg: RunConfig) -> pathlib.Path:
+  """Where a run's tokenizer is, a tokenizer.json or its folder: that of the first stage's first data set in a run that names none."""
+  if cfg.tokenizer.startswith(DIFFUSERS):
+    return pathlib.Path(cfg.tokenizer.removeprefix(DIFFUSERS)) / TOKENIZER
+  return pathlib.Path(cfg.data_dir) / cfg.stages[0].mixture[0].name if cfg.tokenizer == "default" else pathlib.Path(cfg.tokenizer)
 
 
 def fold_name(seed: int, name: str) -> int:

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import pathlib
 import threading
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal import table, topology
 from qimg2.runtime.rehearsal.table import Row
-from qimg2.runtime.run import default_tokenizer
+from qimg2.runtime.run import tokenizer_path
 from qimg2.training.state import abstract_state, make_optimizers
 from qimg2.training.trainer import Stage, compile_steps
 
@@ -229,5 +228,5 @@ def _ratios(ratios: Sequence[Any], choice: Choice) -> list[Any]:
 
 def find_tokenizer(cfg: RunConfig) -> PromptTokenizer | None:
   """The tokenizer that the config names or whose data set is there; None if there is none."""
-  path = default_tokenizer(cfg) if cfg.tokenizer == "default" else pathlib.Path(cfg.tokenizer)
+  path = tokenizer_path(cfg)
   return PromptTokenizer.load(path) if path.is_file() or (path / "tokenizer.json").is_file() else None
