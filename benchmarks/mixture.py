@@ -9,6 +9,7 @@ and what merging costs; how far the shares of data sets are from what the config
 set and resolution comes to how often the rarest does; distinct records of the worst batch; milliseconds of a plan.
 """
 
+import dataclasses
 import os
 import pickle
 import tempfile
@@ -108,7 +109,8 @@ def measure(cfg: RunConfig, stage_name: str, num_pictures: int, num_edits: int, 
   find = lambda spec: (None, made[spec.task], None, ())
   memory, begin, clock = _Memory(), time.process_time(), time.perf_counter()
   classes = () if stage.kind == "autoencoder" else cfg.prompt_classes
-  mixture = Mixture(stage.mixture, stage.resolutions, cfg.num_tokens, tokenizer, cfg.seed, classes, stage.max_crop, stage.min_bucket_records,
+  datasets = [dataclasses.replace(spec, min_stage=0, max_enlarge=0.0) for spec in stage.mixture]  # these pictures went through no funnel
+  mixture = Mixture(datasets, stage.resolutions, cfg.num_tokens, tokenizer, cfg.seed, classes, stage.max_crop, stage.min_bucket_records,
                     stage.max_programs, find=find)
   found = {"cpu_s": time.process_time() - begin, "seconds": time.perf_counter() - clock,
            "more_gb": memory.stop(), "bytes_per_worker": len(pickle.dumps(mixture)), "shapes": mixture.merging.shapes,

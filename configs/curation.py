@@ -5,8 +5,7 @@ What to expect. Every picture walks down the list up to the first operator that 
 and strict in S6. S4 takes far longer than the others, nearly all of it for finding text.
 
 Left out are the three judgements that need a model of yours (see data_pipelines/curation/scorers.py): the argument "full" lists them, with
-an empty `model` to be filled on the command line, and text tags. Manual curation is one more entry:
-  dict(name="listed", stage="S6", path="keys.txt", mode="keep")
+an empty `model` to be filled on the command line, and text tags. Manual curation is one more entry, which ":listed" has behind the first.
 
 Command:
   python -m launch.prepare_data --source=DIR --name=NAME --out=DIR --config=configs/curation.py
@@ -21,11 +20,15 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """Curation of photographs, designs and drawings; `arg` is "", "full" (also with models and text tags) or "small" (pictures of 64 px)."""
-  if arg not in ("", "full", "small"):
-    raise ValueError(f'No such argument {arg!r}: give "", "full" or "small".')
+  """Curation of photographs, designs and drawings; `arg` is "", "full" (also with models and text tags), "listed" (samples of a list
+  of keys alone) or "small" (pictures of 64 px)."""
+  if arg not in ("", "full", "listed", "small"):
+    raise ValueError(f'No such argument {arg!r}: give "", "full", "listed" or "small".')
   cfg = ConfigDict()
-  cfg.operators = tuple(ConfigDict(one) for one in (_small() if arg == "small" else _report(models=arg == "full")))
+  steps = _small() if arg == "small" else _report(models=arg == "full")
+  if arg == "listed":
+    steps.insert(1, dict(name="listed", stage="S1", path="", mode="keep"))  # config.operators[1].path: a file with a key on each line
+  cfg.operators = tuple(ConfigDict(one) for one in steps)
   cfg.encode = ConfigDict(dict(max_px=2048, format="webp", quality=95, synthetic_format="png"))  # webp, jpeg or png
   cfg.samples_per_unit = 512  # of work, which is done or redone as a whole
   cfg.validation_share = 0.02

@@ -8,6 +8,10 @@
   learning rate       1e-4               2e-5                 1e-5
   Adam, weight decay 0.001, gradient clipped at norm 1.0, unconditional dropout 0.1, everywhere
 
+Each stage takes the records that passed the filters of its data stage (`min_stage`, configs/curation.py): S1 asks for 256 px, S4 for 1024 and S5 for
+2048; S2 and S3 add data and filter nothing. At no resolution is a picture enlarged more than MAX_ENLARGE. Fine-tuning takes data sets of its own,
+`t2i_curated` and `ti2i_curated`, which are chosen by hand; docs/data.md says how all four are made.
+
 The report does not say how the steps divide over the resolutions of a stage. Here each resolution of pre-training is a stage (the data stages
 S1 and S3 of section 2.3), and the later stages mix their resolutions in equal shares of steps. Not stated either, and chosen here: betas
 (0.9, 0.95), 1,000 steps of warm-up in every stage, a constant rate, EMA 0.9999, logit-normal times with the resolution shift. K is 1,024.
@@ -31,6 +35,7 @@ from ml_collections import ConfigDict
 from configs import base, sizes
 
 K = 1024
+MAX_ENLARGE = 1.25  # a picture of just enough pixels whose crop may take a fifth of them is enlarged by 1.12, and rounding of the sides adds a little
 RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "1:3", "3:1")
 
 
@@ -78,28 +83,34 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.micro_batches = tuple(ConfigDict(dict(remat=remat, tokens=tokens)) for remat, tokens in plan.micro_batches)
   cfg.stages = (
       autoencoder(),
-      generator("pretrain_256_t2i", "scratch", 250_000, 1e-4, (256,), (base.part("t2i"),)),  # S1
-      generator("pretrain_256", "stage:pretrain_256_t2i", 200_000, 1e-4, (256,), mixture(0.9)),  # S2
-      generator("pretrain_512", "stage:pretrain_256", 250_000, 1e-4, (512,), mixture(0.9)),  # S3
-      generator("cpt_1024", "stage:pretrain_512", 125_000, 2e-5, (512, 1024), mixture(0.7)),  # S4
-      generator("cpt_2048", "stage:cpt_1024", 125_000, 2e-5, (512, 1024, 2048), mixture(0.7)),  # S5
-      generator("sft", "stage:cpt_2048", 10_000, 1e-5, (512, 1024, 2048), tuple(dict(part, min_quality=1.0) for part in mixture(0.7))),  # S6
+      generator("pretrain_256_t2i", "scratch", 250_000, 1e-4, (256,), pictures(1)),  # S1
+      generator("pretrain_256", "stage:pretrain_256_t2i", 200_000, 1e-4, (256,), mixture(0.9, 2)),  # S2
+      generator("pretrain_512", "stage:pretrain_256", 250_000, 1e-4, (512,), mixture(0.9, 3)),  # S3
+      generator("cpt_1024", "stage:pretrain_512", 125_000, 2e-5, (512, 1024), mixture(0.7, 4)),  # S4
+      generator("cpt_2048", "stage:cpt_1024", 125_000, 2e-5, (512, 1024, 2048), mixture(0.7, 5)),  # S5
+      generator("sft", "stage:cpt_2048", 10_000, 1e-5, (512, 1024, 2048), mixture(0.7, 6, "_curated")),  # S6
   )
   if source:
     base.published(cfg, source)
   return smoke(cfg) if name == "smoke" else cfg
 
 
-def mixture(t2i_share: float) -> tuple[dict, dict]:
-  """Text-to-image and editing records in the shares t2i_share and 1 - t2i_share."""
-  return base.part("t2i", t2i_share), base.part("ti2i", round(1 - t2i_share, 6), "ti2i")
+def pictures(min_stage: int) -> tuple[dict]:
+  """Text-to-image records that passed the filters of a data stage."""
+  return (base.part("t2i", min_stage=min_stage, max_enlarge=MAX_ENLARGE),)
+
+
+def mixture(t2i_share: float, min_stage: int, suffix: str = "") -> tuple[dict, dict]:
+  """Text-to-image and editing records of a data stage in the shares t2i_share and 1 - t2i_share; `suffix` is that of the data sets' names."""
+  common = dict(min_stage=min_stage, max_enlarge=MAX_ENLARGE)
+  return base.part(f"t2i{suffix}", t2i_share, **common), base.part(f"ti2i{suffix}", round(1 - t2i_share, 6), "ti2i", **common)
 
 
 def autoencoder() -> ConfigDict:
   """The VAE's stage. The report gives its losses and data but neither steps nor rates: those are VA-VAE's kind of numbers."""
   return base.stage(
       "vae", "reconstruction", num_steps=300_000, resolutions=(dict(base_px=256, batch_size=K, ratios=RATIOS, weight=1.0),),
-      mixture=(base.part("t2i"),), evaluation=dict(num_samples=4096),
+      mixture=pictures(1), evaluation=dict(num_samples=4096),
       optimizer=dict(learning_rate=1e-4, warmup_steps=1000), log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000,
       save_every_steps=1000, keep=3)
 
@@ -127,5 +138,5 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
     stage.resolutions = stage.resolutions[:1]
     stage.resolutions[0].ratios = ("1:1", "2:1", "1:2")
     for part in stage.mixture:
-      part.name = "glyphs"
+      part.name, part.max_enlarge = "glyphs", 0.0  # pictures of 96 px
   return base.smoke(cfg)

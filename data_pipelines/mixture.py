@@ -91,8 +91,8 @@ class Mixture:
     """Args: data sets; resolutions; M, the longest prompt, condition images not counted; tokenizer; seed; further, shorter prompt lengths that
     have buckets of their own; largest share of a target that may be cut off; fewest records for which a bucket is worth a compiled step; most
     buckets, 0 for one per shape; `programs` of another mixture with the same resolutions, but for batch sizes, and the same prompt lengths, in
-    place of own ones; whether records count whose quality, stage or captions the data sets' specs refuse; what opens a data set, `open_dataset`
-    unless it is made up.
+    place of own ones; whether records count whose quality, stage, size or captions the data sets' specs refuse; what opens a data set,
+    `open_dataset` unless it is made up.
 
     Raises:
       ValueError: numbers that make no mixture, or a data set of which nothing is left.
@@ -117,6 +117,7 @@ class Mixture:
       reason, prompt = self._unusable(spec, index)
       if self._every:  # those that the spec refuses go by their pictures alone
         prompt[reason > 0], reason[:] = 0, 0
+        spec = dataclasses.replace(spec, max_enlarge=0.0)
       sort = functools.partial(Sorted, spec, index=index, cache=cached, shapes=shapes, classes=self._classes, prompt=prompt, reason=reason,
                                max_crop=self.max_crop)
       sorts.append([sort(resolution=resolution) for resolution in self.resolutions])
@@ -144,9 +145,9 @@ class Mixture:
 
   def _nothing_left(self, spec: DatasetSpec, may_be: bool) -> None:
     sentence = (f"No record of {spec.name!r} ({spec.split}) is left by task={spec.task}, min_quality={spec.min_quality}, "
-                f"min_stage={spec.min_stage}, languages={spec.languages}, caption_weights={dict(spec.caption_weights)}, "
-                f"num_tokens={self._classes[-1]}, max_crop={self.max_crop}, min_bucket_records={self._min_records} and "
-                f"max_programs={self._max_programs}")
+                f"min_stage={spec.min_stage}, max_enlarge={spec.max_enlarge}, languages={spec.languages}, "
+                f"caption_weights={dict(spec.caption_weights)}, num_tokens={self._classes[-1]}, max_crop={self.max_crop}, "
+                f"min_bucket_records={self._min_records} and max_programs={self._max_programs}")
     if not may_be:
       raise ValueError(f"{sentence}: loosen one or add ratios.")
     logging.warning("%s and the buckets of the training data: it is not looked at.", sentence)
@@ -362,6 +363,8 @@ def _check(datasets, resolutions, num_tokens, prompt_classes, seed) -> None:
       raise ValueError(f"Data set {spec.name!r} has task={spec.task!r}: choose one of {', '.join(TASKS)}.")
     if spec.weight <= 0:
       raise ValueError(f"Data set {spec.name!r} has weight={spec.weight}: give a positive one or leave the set out.")
+    if spec.max_enlarge < 0:
+      raise ValueError(f"Data set {spec.name!r} has max_enlarge={spec.max_enlarge}: give the largest factor, such as 1.25, or 0 for any.")
     unknown = [kind for kind in spec.caption_weights if kind not in KINDS]
     if unknown or any(weight < 0 for weight in spec.caption_weights.values()):
       raise ValueError(f"Data set {spec.name!r} has caption_weights={dict(spec.caption_weights)}: give {', '.join(KINDS)} weights of 0 or more.")

@@ -15,13 +15,14 @@ from data_pipelines.programs import Family, assign, costs, padding
 from data_pipelines.specs import SLOT_PX, DatasetSpec, Resolution
 from data_pipelines.tally import Tally, pieces
 
-REASONS = ("", "low_quality", "low_stage", "no_caption", "too_long", "cropped")  # why a record cannot be used; the first: it can
+REASONS = ("", "low_quality", "low_stage", "no_caption", "too_long", "cropped", "enlarged")  # why a record cannot be used; the first: it can
 _SAMPLE = 10**6  # records that are enough to know how far their aspect ratios spread
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-  """What became of a task's records nearest to one target size: kept + low_quality + low_stage + no_caption + too_long + cropped + rare = records.
+  """What became of a task's records nearest to one target size: kept + low_quality + low_stage + no_caption + too_long + cropped + enlarged + rare =
+  records.
 
   `moved` of the kept ones are in a bucket of another shape than their own. For `rare` ones no bucket was worth its step, or fits.
   """
@@ -39,6 +40,7 @@ class Count:
   no_caption: int
   too_long: int
   cropped: int
+  enlarged: int
   rare: int
   moved: int
 
@@ -156,6 +158,8 @@ class Sorted:
       own &= rows["base_px"] == self.resolution.base_px
     target, cut = _fit(rows["height"], rows["width"], self.targets)
     reason = np.where((reason == 0) & (cut > max_crop), REASONS.index("cropped"), reason)
+    if self.spec.max_enlarge:
+      reason = np.where((reason == 0) & (self._enlarged(piece) > self.spec.max_enlarge), REASONS.index("enlarged"), reason)
     self._reasons += np.bincount(reason[own] * len(self.targets) + target[own], minlength=self._reasons.size).reshape(self._reasons.shape)
     usable = np.flatnonzero(own & (reason == 0))
     columns = [target, *(_nearest(rows["source_sizes"], self._slots).T + 1 if self._slots else ()), prompt]
@@ -166,6 +170,14 @@ class Sorted:
     self._tally.add(code)
     some = usable[(piece.start + usable) % max(1, len(self._code) // _SAMPLE) == 0]
     return target[some], np.log(rows["width"][some] / rows["height"][some])
+
+  def _enlarged(self, piece: slice) -> np.ndarray:
+    """Returns by how much some pictures, or those that latents were made of, are scaled up to cover the target sizes nearest to them."""
+    own = "own_" * ("own_height" in self._index)
+    height, width = (np.maximum(1, self._index[f"{own}{side}"][piece]) for side in ("height", "width"))
+    target, _ = _fit(height, width, self.targets)
+    tall, wide = (np.array([getattr(bucket, side) for bucket in self.targets])[target] for side in ("height", "width"))
+    return np.maximum(tall / height, wide / width)
 
   def _stored(self, shapes: Sequence) -> dict[int, np.ndarray]:
     """Returns the shapes (task, base_px, target, condition images, prompt tokens) of this task and resolution as programs."""

@@ -22,6 +22,8 @@ class DatasetSpec:
     languages: captions in others are not used; empty takes all.
     caption_weights: kind of caption -> how often it is drawn where a record has several kinds; empty draws all kinds alike, and a kind that
       is not named, or has weight 0, is not used.
+    max_enlarge: at each resolution, records whose picture would be scaled up by more than this to cover the nearest target size are not used; 0
+      takes any.
   """
 
   data_dir: str
@@ -33,6 +35,7 @@ class DatasetSpec:
   min_stage: int = 0
   languages: tuple[str, ...] = ()
   caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  max_enlarge: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

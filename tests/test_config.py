@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base, emoji, folder, pretrain, quickstart, sizes
+from data_pipelines.buckets import bucket_size
 from data_pipelines.specs import DatasetSpec
 from qimg2 import flow
 from qimg2.models import mmdit, qwen3_vl, vae
@@ -291,6 +292,18 @@ def test_a_published_folder_gives_the_encoder_and_the_vae_of_the_published_curri
                             ("diffusers:a", "knows no 'diffusers:a': choose one of smoke, "), ("smoke:diffusers:a", "knows no 'smoke:diffusers:a'")):
     with pytest.raises(ValueError, match=message):
       pretrain.get_config(argument)
+
+
+def test_each_stage_of_the_published_curriculum_takes_what_passed_its_data_stage():
+  cfg = parse(pretrain.get_config())
+  assert {stage.name: {part.min_stage for part in stage.mixture} for stage in cfg.stages} == {
+      "vae": {1}, "pretrain_256_t2i": {1}, "pretrain_256": {2}, "pretrain_512": {3}, "cpt_1024": {4}, "cpt_2048": {5}, "sft": {6}}
+  assert [part.name for part in cfg.stages[-1].mixture] == ["t2i_curated", "ti2i_curated"]
+  # None that has the pixels of its resolution, and of which `max_crop` may be cut off, is enlarged too much.
+  for stage in cfg.stages:
+    areas = [height * width / one.base_px**2 for one in stage.resolutions for height, width in
+             [bucket_size(one.base_px, ratio, one.multiple) for ratio in one.ratios]]
+    assert {part.max_enlarge for part in stage.mixture} == {1.25} and max(areas) / (1 - stage.max_crop) < 1.25**2
 
 
 # What else reads a config.

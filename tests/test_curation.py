@@ -24,7 +24,9 @@ from configs import curation
 from data_pipelines import records
 from data_pipelines.curation import duplicates, encode, files, funnel, pipeline
 from data_pipelines.curation.funnel import Row
+from data_pipelines.curation.operators import make_operators, missing_report_operators
 from data_pipelines.curation.sample import Caption, Sample
+from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import decode_image
 from data_pipelines.verify import verify
 from qimg2.runtime.config import plain
@@ -160,6 +162,16 @@ def test_later_stages_do_not_run_in_the_survey_and_take_no_captions_out():
   assert funnel.survey_length(entries) == 2
   with pytest.raises(ValueError, match="Operator 'token_length' of S4 takes captions out, which all stages share: list it in S1"):
     pipeline._check(settings(operators=(*entries, {"name": "token_length", "stage": "S4"})), "mine")
+
+
+def test_a_list_of_keys_keeps_nothing_else(tmp_path):
+  (tmp_path / "keys.txt").write_text("cats/1.jpg\n")
+  entries = plain(curation.get_config("listed"))["operators"]
+  entries[1]["path"] = str(tmp_path / "keys.txt")
+  steps = make_operators(entries, train_tokenizer([], 300))
+  assert [steps[1].apply(Sample(key)) is None for key in ("cats/1.jpg", "cats/2.jpg")] == [True, False]
+  assert funnel.last_stage(steps, (1, steps[1].apply(Sample("cats/2.jpg")))) == 0
+  assert "S6 listed" not in missing_report_operators(steps) and len(steps) == 1 + len(curation.get_config().operators)
 
 
 def test_a_changed_source_or_config_does_not_go_on(small, tmp_path, monkeypatch):

@@ -355,8 +355,8 @@ def cached(pixels, spec, index, options):
           (task, base_px, tuple(target), tuple(map(tuple, images)), tokens) for task, base_px, target, images, tokens in shapes)
 
 
-@pytest.mark.parametrize("change", [{}, {"min_bucket_records": 60}, {"max_programs": 30, "batch_size": 256}, {"ratio_weights": (1.0, 3.0, 0.5) * 5}],
-                         ids=["budget", "rare", "small cells", "ratio weights"])
+@pytest.mark.parametrize("change", [{}, {"min_bucket_records": 60}, {"max_programs": 30, "batch_size": 256}, {"ratio_weights": (1.0, 3.0, 0.5) * 5},
+                                    {"max_enlarge": 1.1}], ids=["budget", "rare", "small cells", "ratio weights", "enlarged"])
 def test_a_stage_on_latents_has_the_batches_of_its_pixels(change, tmp_path):
   tokenizer = made_up_web.train_tokenizer(["a red ball"], 300)
   made = {}
@@ -368,7 +368,8 @@ def test_a_stage_on_latents_has_the_batches_of_its_pixels(change, tmp_path):
   made["a"] |= {"caption_language": (np.arange(3000) % 5 == 0).astype(np.uint16), "language_names": np.array(["en", "de"])}
   change = dict(change)
   batch, ratio_weights = change.pop("batch_size", 32), change.pop("ratio_weights", ())
-  specs = (DatasetSpec("", "a", weight=0.7, min_quality=0.5, languages=("en",)), DatasetSpec("", "b", weight=0.3, task="ti2i"))
+  most = change.pop("max_enlarge", 0.0)
+  specs = (DatasetSpec("", "a", weight=0.7, min_quality=0.5, languages=("en",), max_enlarge=most), DatasetSpec("", "b", weight=0.3, task="ti2i"))
   common = dict(num_tokens=1024, tokenizer=tokenizer, seed=0, prompt_classes=(128, 256), max_crop=0.3)
   resolutions = tuple(Resolution(base_px, batch, RATIOS, ratio_weights=ratio_weights) for base_px in (512, 1024))
   build = lambda find: Mixture(specs, resolutions, **common, **({"max_programs": 40} | change), find=find)

@@ -349,7 +349,7 @@ def make_operators(entries: Sequence[dict[str, Any]], tokenizer: PromptTokenizer
 
 def missing_report_operators(steps: Sequence[Step]) -> list[str]:
   """Returns what the report's funnel has and the list leaves out, in the report's order, such as ["S1 nsfw", "S6 listed"]."""
-  present = {(step.stage, step.name) for step in steps}
+  present = {(step.stage, step.name) for step in steps} | {("S6", "listed") for step in steps if step.name == "listed"}  # wherever it stands
   return [f"{stage} {name}" for stage, name in REPORT_ORDER if (stage, name) not in present]
 
 

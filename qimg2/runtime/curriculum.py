@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from data_pipelines.records import local_folder
-from data_pipelines.specs import Resolution
+from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
@@ -30,6 +30,7 @@ from qimg2.training.state import make_optimizers
 from qimg2.training.trainer import ORDER, Stage, train_stage
 from qimg2.training.validation import Evaluator
 
+LATER = ("multiple", "ratio_weights", "max_enlarge")  # keys of resolutions and data sets that the first checkpoints did not have
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
@@ -97,12 +98,13 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambd
 
 
 def description(cfg: RunConfig, config: StageConfig) -> dict[str, Any]:
-  """What checkpoints say of a stage. Keys of a resolution that older ones did not have are left out at their default, so that a stage which goes
-  on from one is not told that its data changed."""
-  later = {field.name: field.default for field in dataclasses.fields(Resolution) if field.name in ("multiple", "ratio_weights")}
-  resolutions = [{key: value for key, value in plain(one).items() if key not in later or value != later[key]} for one in config.resolutions]
+  """What checkpoints say of a stage. Keys of resolutions and data sets that older ones did not have are left out at their default, so that a stage
+  that goes on from one is not told that its data changed."""
+  later = {field.name: field.default for cls in (Resolution, DatasetSpec) for field in dataclasses.fields(cls) if field.name in LATER}
+  data = {name: [{key: value for key, value in plain(one).items() if key not in later or value != later[key]} for one in getattr(config, name)]
+          for name in ("resolutions", "mixture")}
   run = {"order": ORDER, "seed": cfg.seed, "num_tokens": cfg.num_tokens, "prompt_classes": cfg.prompt_classes}
-  return {**run, **plain(config), "resolutions": resolutions}
+  return {**run, **plain(config), **data}
 
 
 def evaluation_hook(run: Run, config: StageConfig, batches: dict[str, HeldOut]):
