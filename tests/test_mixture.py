@@ -344,12 +344,13 @@ def test_min_stage_leaves_out_what_did_not_pass():
 
 
 def test_what_a_resolution_would_enlarge_too_much_is_left_out_there_and_counted():
-  index = plain_index([(64, 64)] * 4 + [(104, 120)] * 2 + [(128, 128)] * 3)  # at 128 px enlarged by 2, 1.23 and 1
+  index = plain_index([(64, 64)] * 4 + [(104, 120), (120, 104)] + [(128, 128)] * 3)  # at 128 px enlarged by 2, 1.23 and 1
   both = [Resolution(64, 4, ("1:1",)), Resolution(128, 4, ("1:1",))]
-  made = {most: world_of(index, both, spec=dict(max_enlarge=most)).build() for most in (0.0, 1.0, 1.25, 2.0)}
+  made = {most: world_of(index, both, spec=dict(max_enlarge=most)).build() for most in (0.0, 1.15, 1.25, 2.0)}
   assert {most: [(count.kept, count.enlarged) for count in one.counts] for most, one in made.items()} == {
-      0.0: [(9, 0), (9, 0)], 1.0: [(9, 0), (3, 6)], 1.25: [(9, 0), (5, 4)], 2.0: [(9, 0), (9, 0)]}
+      0.0: [(9, 0), (9, 0)], 1.15: [(9, 0), (3, 6)], 1.25: [(9, 0), (5, 4)], 2.0: [(9, 0), (9, 0)]}
   assert made[2.0].digest == made[0.0].digest == world_of(index, both).build().digest != made[1.25].digest
+  assert world_of(index, both, spec=dict(max_enlarge=1.15)).build(every=True).digest == made[0.0].digest  # what a latent cache is made of
 
 
 def test_few_records_move_to_the_nearest_ratio_or_are_rare():
