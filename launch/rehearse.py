@@ -4,7 +4,8 @@ fast it could be. Nothing is allocated, no data is read.
   python -m launch.rehearse --config=configs/pretrain.py --topology=v5p:4x4x8 [--stage=pretrain_512] [--task=t2i] [--base_px=512] [--search]
 
 The topology is a chip (v5e, v5p, v6e, tpu7x) and the shape of its slice, and needs `pip install libtpu`; `cpu:8` stands for eight simulated CPU
-devices, which have no memory limit and no published rates. How to read the table: docs/pods.md.
+devices, which have no memory limit and no published rates. With --cost also what the whole curriculum would take, computed from the rows of this call
+or, without compiling anything, from those of an earlier one's --json file, --cost --rows=FILE. How to read the table: docs/pods.md.
 
 Buckets come from the config alone: each task of the stage's mixture at each resolution, with prompts of `num_tokens`, the longest class. One
 condition image, of the target's own size, goes into an edit. Where the config's tokenizer cannot be read, the system turn has 12 tokens (one
@@ -22,12 +23,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
-from qimg2.runtime.config import parse, plain
-from qimg2.runtime.rehearsal import table
+from qimg2.runtime.config import RunConfig, parse, plain
+from qimg2.runtime.rehearsal import cost, table
 from qimg2.runtime.rehearsal.search import chosen_stages, print_row, rehearse, search
 from qimg2.runtime.rehearsal.steps import ChildProcess, Choice
 from qimg2.runtime.rehearsal.table import Row
-from qimg2.runtime.rehearsal.topology import find_devices, prepare_environment
+from qimg2.runtime.rehearsal.topology import find_devices, num_chips, prepare_environment
 
 
 def define_flags() -> None:
@@ -44,15 +45,22 @@ def define_flags() -> None:
   flags.DEFINE_string("rules", "", "Rule set in place of config.rules; with --search the only one to try.")
   flags.DEFINE_bool("search", False, "Look for the rule set, remat policy and micro-batches that fit with the best bound.")
   flags.DEFINE_bool("machine_code", False, "Compile for a TPU to the end. Takes minutes more and changes no number, but tries each kernel.")
+  flags.DEFINE_bool("cost", False, "Also print days and chip-hours of each stage and of all.")
+  flags.DEFINE_string("rows", "", "File that an earlier call wrote with --json: with --cost its rows are taken, and nothing is compiled.")
   flags.DEFINE_string("json", "", "File to write the rows to as JSON.")
 
 
 def main(_) -> None:
   """Rehearses as the flags say; exits with 1 if a row does not fit, or a searched stage has nothing that does."""
   args = flags.FLAGS
+  cfg = parse(args.config)
+  if args.rows and not args.cost or args.search and args.cost:
+    raise ValueError("--cost goes with the rows of a plan, not with --search, and --rows with nothing but --cost: leave one of the flags out.")
+  if args.rows:
+    _print_cost(cfg, cost.read_rows(args.rows, args.topology, args.num_slices))
+    return
   prepare_environment(args.topology)
   devices, chip = find_devices(args.topology, args.num_slices)
-  cfg = parse(args.config)
   cfg = dataclasses.replace(cfg, rules=args.rules or cfg.rules)
   sizes = plain(cfg.mesh).values()
   if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
@@ -78,9 +86,16 @@ def main(_) -> None:
   for number, stage in enumerate(cfg.stages):
     if stage.name in best:
       print(table.advice(best[stage.name], number, bool(cfg.micro_batches)))
+  if args.cost and not missing:
+    print()
+    _print_cost(cfg, so_far)
   if missing:
     print(f"Does not fit: {', '.join(dict.fromkeys(missing))}.", file=sys.stderr)
     sys.exit(1)
+
+
+def _print_cost(cfg: RunConfig, rows: list[dict]) -> None:
+  print(cost.table(*cost.costs(cfg, rows), num_chips(flags.FLAGS.topology, flags.FLAGS.num_slices)))
 
 
 if __name__ == "__main__":

@@ -116,11 +116,11 @@ def table(rows: Sequence[Row]) -> str:
     lines.append([row.stage, bucket_name(row), row.rules, row.remat, f"{row.batch_size:,}", str(row.accumulate), f"{row.per_chip:g}",
                   f"{row.peak_bytes / GIB:,.2f}", limit, fit_text(row), f"{sum(row.model_flops.values()) / 1e12:,.2f}", *traffic, *times,
                   *(f"{row.bound[key]:.1%}" if row.bound else "-" for key in ("mfu", "serial_mfu"))])
-  text = _columns([head, *lines])
+  text = columns([head, *lines], 4)
   messages = [[row.stage, bucket_name(row), row.remat, one["kind"], one["axes"], f"{one['bytes'] / 1e9:,.3f}", f"{one['calls']:,}"]
               for row in rows for one in _by_axes(row)]
   if messages:
-    text += "\n\n" + _columns([["stage", "bucket", "remat", "messages", "mesh axes", "GB sent", "calls"], *messages])
+    text += "\n\n" + columns([["stage", "bucket", "remat", "messages", "mesh axes", "GB sent", "calls"], *messages], 5)
   unknown = sum(len(row.traffic.unknown_loops) for row in rows if row.traffic)
   return text + (f"\n\n{unknown} loops of unknown length were counted once." if unknown else "")
 
@@ -135,10 +135,10 @@ def _by_axes(row: Row) -> list[dict]:
   return list(sums.values())
 
 
-def _columns(lines: Sequence[Sequence[str]]) -> str:
+def columns(lines: Sequence[Sequence[str]], num_texts: int) -> str:
+  """Lines of cells as text; the first `num_texts` columns begin below each other, the others end so."""
   widths = [max(map(len, column)) for column in zip(*lines)]
-  texts = {0, 1, 2, 3} if len(lines[0]) > 8 else {0, 1, 2, 3, 4}
-  return "\n".join("  ".join(cell.ljust(width) if place in texts else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths)))
+  return "\n".join("  ".join(cell.ljust(width) if place < num_texts else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths)))
                    .rstrip() for line in lines)
 
 

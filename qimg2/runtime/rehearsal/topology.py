@@ -2,6 +2,7 @@
 
 import atexit
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -43,6 +44,11 @@ def find_devices(topology: str, num_slices: int = 1) -> tuple[list[Any], rooflin
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f"Topology {topology!r} cannot be had: {error}.") from error
   return list(described.devices), roofline.CHIPS[kind]
+
+
+def num_chips(topology: str, num_slices: int = 1) -> int:
+  """How many chips a topology such as "v5p:4x4x8" has; simulated devices count as one each."""
+  return num_slices * math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 def prepare_environment(topology: str) -> None:
