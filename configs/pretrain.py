@@ -54,6 +54,7 @@ PLANS = {
     "v5p-128": Plan(32, 2),
     "v5p-256": Plan(64, 2),
     "v5p-1024": Plan(256, 2),
+    "v5p-8192": Plan(256, 2, data=8),
     "v5p-128x2": Plan(32, 2, data=2),  # two slices
     "v6e-256": Plan(128, 2, micro_batches=(("dots", 11_000), ("attention", 36_000))),
     "tpu7x-128": Plan(64, 2),
@@ -106,26 +107,22 @@ def mixture(t2i_share: float, min_stage: int, suffix: str = "") -> tuple[dict, d
   return base.part(f"t2i{suffix}", t2i_share, **common), base.part(f"ti2i{suffix}", round(1 - t2i_share, 6), "ti2i", **common)
 
 
-def autoencoder() -> ConfigDict:
+def autoencoder(num_steps: int = 300_000) -> ConfigDict:
   """The VAE's stage. The report gives its losses and data but neither steps nor rates: those are VA-VAE's kind of numbers."""
   return base.stage(
-      "vae", "reconstruction", num_steps=300_000, resolutions=(dict(base_px=256, batch_size=K, ratios=RATIOS, weight=1.0),),
+      "vae", "reconstruction", num_steps=num_steps, resolutions=(dict(base_px=256, batch_size=K, ratios=RATIOS, weight=1.0),),
       mixture=pictures(1), evaluation=dict(num_samples=4096),
       optimizer=dict(learning_rate=1e-4, warmup_steps=1000), log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000,
       save_every_steps=1000, keep=3)
 
 
-def batch_size(px: int) -> int:
-  """The report's batch at a resolution: 32K at 256 px, halved with each doubling of the side."""
-  return 32 * K * 256 // px
-
-
-def generator(name: str, start_from: str, num_steps: int, learning_rate: float, base_px: tuple[int, ...], parts: tuple[dict, ...]) -> ConfigDict:
-  """A stage of the generator at the report's batch size for each resolution."""
+def generator(name: str, start_from: str, num_steps: int, learning_rate: float, base_px: tuple[int, ...], parts: tuple[dict, ...],
+              batch_size: int = 32 * K) -> ConfigDict:
+  """A stage of the generator; the batch is `batch_size`, the report's by default, at 256 px and is halved with each doubling of the side."""
   return base.stage(
       name, "flow_matching", start_from=start_from, num_steps=num_steps,
       algorithm=dict(ema_decay=0.9999),
-      resolutions=tuple(dict(base_px=px, batch_size=batch_size(px), ratios=RATIOS, weight=1.0) for px in base_px),
+      resolutions=tuple(dict(base_px=px, batch_size=batch_size * 256 // px, ratios=RATIOS, weight=1.0) for px in base_px),
       mixture=parts, evaluation=dict(num_samples=4096), caption_dropout=0.1,
       optimizer=dict(learning_rate=learning_rate, warmup_steps=1000, schedule="constant", weight_decay=0.001, clip_norm=1.0),
       log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000, save_every_steps=1000, keep=3)

@@ -12,6 +12,11 @@ def mmdit_7b() -> ConfigDict:
                          remat="dots", dtype="bfloat16"))
 
 
+def mmdit_1b() -> ConfigDict:
+  """The published generator at half the width, 18 layers deep, for an encoder of 2B: 1,015,814,656 weights."""
+  return ConfigDict(dict(mmdit_7b(), width=2048, num_layers=18, num_heads=16, context_width=2048))
+
+
 def mmdit_tiny() -> ConfigDict:
   """A generator that learns the embedded data sets on two CPU cores in minutes."""
   return ConfigDict(dict(latent_channels=32, width=192, num_layers=4, num_heads=4, head_dim=48, mlp_ratio=3, context_width=64,

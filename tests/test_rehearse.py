@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import pretrain, quickstart
-from data_pipelines.buckets import Bucket
+from configs import pretrain, pretrain_1b, quickstart
+from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.tokenizer import train_tokenizer
 from qimg2 import networks
 from qimg2 import params as P
@@ -130,7 +130,7 @@ def test_a_published_folder_s_tokenizer_counts_where_it_is_there(tmp_path):
 
 def test_plans_of_the_published_curriculum():
   """Each pod's mesh has its chips, or cores for tpu7x, and every batch divides into the micro-batches."""
-  devices = {"v5p-128": 64, "v5p-256": 128, "v5p-1024": 512, "v5p-128x2": 128, "v6e-256": 256, "tpu7x-128": 128}
+  devices = {"v5p-128": 64, "v5p-256": 128, "v5p-1024": 512, "v5p-8192": 4096, "v5p-128x2": 128, "v6e-256": 256, "tpu7x-128": 128}
   assert devices.keys() == pretrain.PLANS.keys()
   for name, num in devices.items():
     cfg = pretrain.get_config(name)
@@ -140,12 +140,25 @@ def test_plans_of_the_published_curriculum():
       for resolution in stage.resolutions:
         square = Bucket("t2i", resolution.base_px, resolution.base_px, num_tokens=1024, batch_size=resolution.batch_size)
         _, num = micro_batches.choose(run, run.stages[-1], square, cfg.mesh.data * cfg.mesh.fsdp)
-        assert num > 1 and resolution.batch_size % (cfg.mesh.data * cfg.mesh.fsdp * num) == 0
+        assert resolution.batch_size % (cfg.mesh.data * cfg.mesh.fsdp * num) == 0 and (num > 1 or name == "v5p-8192")
     # The longest row has room, so none goes alone with a warning.
     longest = Bucket("ti2i", 1184, 3552, ((1184, 3552),), num_tokens=1024 + 37 * 111 + 6, batch_size=4096)
     assert micro_batches.num_tokens(longest, 16) <= cfg.micro_batches[-1].tokens
   with pytest.raises(ValueError, match="knows no 'v4-8': choose one of smoke, v5p-128,"):
     pretrain.get_config("v4-8")
+
+
+def test_the_plan_of_the_small_curriculum():
+  run = parse(pretrain_1b.get_config())
+  assert math.prod(dataclasses.asdict(run.mesh).values()) == 64 and run.model.context_width == run.encoder.width == 2048
+  for stage in run.stages[1:]:
+    for one in stage.resolutions:
+      square = Bucket("t2i", one.base_px, one.base_px, num_tokens=512, batch_size=one.batch_size)
+      assert one.batch_size % (64 * micro_batches.choose(run, stage, square, 64)[1]) == 0
+  longest = Bucket("ti2i", 1760, 576, ((1760, 576),), num_tokens=512 + 55 * 18 + 6, batch_size=1024)
+  assert 2 * micro_batches.num_tokens(longest, 16) <= run.micro_batches[-1].tokens
+  assert bucket_size(1024, "1:3") == (longest.height, longest.width) and run.num_tokens == 512
+  assert [stage.name for stage in parse(pretrain_1b.get_config("vae:diffusers:a")).stages][0] == "pretrain_256"
 
 
 def test_the_table_says_what_does_not_fit():

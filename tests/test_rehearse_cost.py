@@ -19,7 +19,8 @@ def row(task, px, batch_size, compute_s, stage="sft", num_tokens=1024, **bound):
 
 
 ROWS = [row("t2i", 256, 32768, 10, "pretrain_256"), row("ti2i", 256, 32768, 20, "pretrain_256"),
-        row("t2i", 512, 16384, 4), row("ti2i", 512, 16384, 8), row("t2i", 1024, 8192, 6), row("ti2i", 1024, 8192, 12), row("t2i", 2048, 4096, 20), row("ti2i", 2048, 4096, 50)]
+        row("t2i", 512, 16384, 4), row("ti2i", 512, 16384, 8), row("t2i", 1024, 8192, 6), row("ti2i", 1024, 8192, 12),
+        row("t2i", 2048, 4096, 20), row("ti2i", 2048, 4096, 50)]
 
 
 def test_steps_times_the_mean_over_resolutions_and_tasks_is_the_cost():
