@@ -84,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.model.remat = plan.micro_batches[-1][0]
   cfg.micro_batches = tuple(ConfigDict(dict(remat=remat, tokens=tokens)) for remat, tokens in plan.micro_batches)
   cfg.stages = (
-      autoencoder(),
+      autoencoder(batch_size=max(K, plan.data * plan.fsdp)),  # a picture for each part that rows are divided into
       generator("pretrain_256_t2i", "scratch", 250_000, 1e-4, (256,), pictures(1)),  # S1
       generator("pretrain_256", "stage:pretrain_256_t2i", 200_000, 1e-4, (256,), mixture(0.9, 2)),  # S2
       generator("pretrain_512", "stage:pretrain_256", 250_000, 1e-4, (512,), mixture(0.9, 3)),  # S3
@@ -108,10 +108,10 @@ def mixture(t2i_share: float, min_stage: int, suffix: str = "") -> tuple[dict, d
   return base.part(f"t2i{suffix}", t2i_share, **common), base.part(f"ti2i{suffix}", round(1 - t2i_share, 6), "ti2i", **common)
 
 
-def autoencoder(num_steps: int = 300_000) -> ConfigDict:
+def autoencoder(num_steps: int = 300_000, batch_size: int = K) -> ConfigDict:
   """The VAE's stage. The report gives its losses and data but neither steps nor rates: those are VA-VAE's kind of numbers."""
   return base.stage(
-      "vae", "reconstruction", num_steps=num_steps, resolutions=(dict(base_px=256, batch_size=K, ratios=RATIOS, weight=1.0),),
+      "vae", "reconstruction", num_steps=num_steps, resolutions=(dict(base_px=256, batch_size=batch_size, ratios=RATIOS, weight=1.0),),
       mixture=pictures(1), evaluation=dict(num_samples=4096),
       optimizer=dict(learning_rate=1e-4, warmup_steps=1000), log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000,
       save_every_steps=1000, keep=3)

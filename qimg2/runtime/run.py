@@ -103,8 +103,8 @@ class Run(StageWeights):
       drawn = [] if self.cfg.random_frozen else [role for role in self.algorithm(stage).frozen if self.is_drawn(stage, role)]
       for role in drawn:
         raise ValueError(f"{where}.frozen.{role} is {stage.frozen.get(role, 'default')!r}, which would draw its weights from the seed: name a folder "
-                         f"in the published layout, --config.stages[{number}].frozen.{role}=diffusers:DIR (configs/pretrain.py:PLAN:diffusers:DIR names "
-                         "it in all stages and for the tokenizer), or set --config.random_frozen=True to train on a random network.")
+                         f"in the published layout, --config.stages[{number}].frozen.{role}=diffusers:DIR (configs/pretrain.py:PLAN:diffusers:DIR "
+                         "names it in all stages and for the tokenizer), or set --config.random_frozen=True to train on a random network.")
 
   def _ensure_data(self) -> None:
     for name in sorted({part.name for stage in self.cfg.stages for part in stage.mixture}):
