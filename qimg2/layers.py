@@ -4,13 +4,18 @@ Weights arrive in float32 and are cast to the compute type at use. Norms, softma
 S sequence, D width, H heads, K head dim, F MLP width.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+
+from qimg2 import products
 
 
 def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1, join: bool = False) -> jax.Array:
@@ -22,8 +27,21 @@ def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1, join: bool = Fals
   if join:
     inner = math.prod(weight.shape[:num_dims])
     return linear(x.reshape(-1, inner), weight.reshape(inner, -1)).reshape(*x.shape[:x.ndim - num_dims], *weight.shape[num_dims:])
-  product = jax.lax.dot_general(x, weight.astype(x.dtype), ((tuple(range(x.ndim - num_dims, x.ndim)), tuple(range(num_dims))), ((), ())))
-  return checkpoint_name(product, PRODUCT)
+  return checkpoint_name(products.linear(x, weight, num_dims), PRODUCT)
+
+
+def full_precision(network: Callable) -> Callable:
+  """`network(cfg, ...)`, whose products are float32 where `cfg.dtype` says so: by default TPUs round the factors to bfloat16, and GPUs to TF32."""
+  @functools.wraps(network)
+  def exact(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    with jax.default_matmul_precision("highest") if cfg.dtype == "float32" else contextlib.nullcontext():
+      return network(cfg, *args, **kwargs)
+  return exact
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """`x` plus `bias` along its last dimension. It is spread in its own type, so that its gradient is summed in that."""
+  return x + jnp.broadcast_to(align(bias, x), x.shape).astype(x.dtype)
 
 
 def align(values: jax.Array, x: jax.Array) -> jax.Array:

@@ -127,6 +127,8 @@ SFT = ("stages", 3)
     (put(["schedule", "terminal"], "late"), "config.schedule.terminal is 'late': give a number or None."),
     (put(["sampling"], 40), "config.sampling is 40: give a section with the keys num_steps, guidance, sigmas, num_images."),
     (put([*SFT, "optimizer", "learning_rate"], "fast"), "config.stages[sft].optimizer.learning_rate is 'fast': give a number."),
+    (put([*SFT, "optimizer", "gradient_dtype"], "bfloat16"),
+     "config.stages[sft].optimizer.gradient_dtype is 'bfloat16', but the network computes in float32"),
     (put([*SFT, "algorithm", "ema_decay"], "slow"), "config.stages[sft].algorithm.ema_decay is 'slow': give a number."),
     (put([*SFT, "resolutions", 0, "ratios"], "1:1"), "config.stages[sft].resolutions[0].ratios is '1:1': give a tuple."),
     (put([*SFT, "mixture", 0, "caption_weights"], {"text": "often"}),

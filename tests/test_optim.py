@@ -80,6 +80,18 @@ def test_it_is_optax_adamw_on_clipped_gradients(clip_norm, mu_dtype):
   assert {x.dtype.name for x in jax.tree.leaves(own.adam[1].mu)} == {mu_dtype} and int(own.count) == 5
 
 
+def test_a_loss_sees_matrices_in_the_type_in_which_their_gradients_are_summed():
+  """So that it is the one in which they leave the products; vectors stay as they are."""
+  weights = {"one": P.init(LINEAR, jax.random.key(0)), "many": P.init(P.stack(LINEAR, 2), jax.random.key(0))}
+  specs = {"one": LINEAR, "many": P.stack(LINEAR, 2)}
+  for dtype in ("float32", "bfloat16"):
+    optimizer = optim.make_optimizer(optim.Config(gradient_dtype=dtype), 10, specs)
+    seen = optimizer.seen(weights)
+    assert all(tree["w"].dtype == dtype and tree["b"].dtype == "float32" for tree in seen.values())
+    slope = jax.grad(lambda w: sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in jax.tree.leaves(optimizer.seen(w))))(weights)
+    assert {x.dtype.name for x in jax.tree.leaves(slope)} == {"float32"}
+
+
 @pytest.mark.parametrize("gradient, loss", [(np.nan, 0.0), (np.inf, 0.0), (1e30, 0.0), (1.0, np.nan), (1.0, np.inf)])  # squares of 1e30 overflow
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
 def test_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(mu_dtype, gradient, loss):
@@ -92,7 +104,8 @@ def test_a_gradient_or_a_loss_that_is_not_finite_changes_nothing(mu_dtype, gradi
   jax.tree.map(np.testing.assert_array_equal, (new, after), (weights, before))
 
 
-@pytest.mark.parametrize("fields, message", [({"schedule": "step"}, "optimizer.schedule is 'step'"), ({"learning_rate": 0.0}, "must be above 0")])
+@pytest.mark.parametrize("fields, message", [({"schedule": "step"}, "optimizer.schedule is 'step'"), ({"learning_rate": 0.0}, "must be above 0"),
+                                             ({"gradient_dtype": "float16"}, "optimizer.gradient_dtype is 'float16'")])
 def test_optimizer_errors(fields, message):
   with pytest.raises(ValueError, match=message):
     optim.Config(**fields)

@@ -1,5 +1,6 @@
 """FLOP counts against counts by hand and XLA's, and rehearsals on simulated devices and, where its compiler is installed, for a TPU."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -278,6 +279,7 @@ from configs import quickstart
 
 def get_config(arg=""):
   cfg = quickstart.get_config("smoke")
+  cfg.model.dtype = "bfloat16"
   large = copy.deepcopy(cfg.stages[3])
   large.name, large.resolutions[0].batch_size, large.resolutions[0].base_px = "large", 4194304, 64
   cfg.stages = *cfg.stages, large
@@ -302,6 +304,11 @@ def test_a_tpu(tmp_path):
   assert row["fits"] and 0 < row["peak_bytes"] < 2**30 and row["limit_bytes"] == 15.75 * 2**30
   assert 0 < row["bound"]["mfu"] < 1 and row["bound"]["ici_s"] > 0 and not row["traffic"]["unknown_loops"]
   assert any(one["axes"] == "fsdp" and one["calls"] >= 2 for one in row["collectives"])
+  # Gradients are added in float32. What is added in bfloat16 are activations, behind weights that stay divided along what a product sums over.
+  sums = collections.Counter()
+  for one in row["collectives"]:
+    sums[one["dtype"]] += one["bytes"] * (one["kind"] in ("all-reduce", "reduce-scatter"))
+  assert sums["f32"] > 4 * sums["bf16"]
 
 
 @pytest.mark.slow

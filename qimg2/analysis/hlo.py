@@ -9,6 +9,7 @@ Memory: an instruction reads its operands and writes its results; a fusion is on
 place writes what it changes. Arrays in a memory space other than the main one (`S(1)` in a layout: on-chip memory) do not count.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -62,8 +63,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A message pattern: `kind`; `groups` [G, n] of indices in the device order; bytes that a device sends per call (1); calls per step."""
+  """A message pattern: `kind`; `dtype` of what is sent, such as "bf16"; `groups` [G, n] of indices in the device order; bytes that a device sends per
+  call (1); calls per step. What sends arrays of two types at once is two of them."""
   kind: str
+  dtype: str
   groups: np.ndarray
   num_bytes: float
   times: int
@@ -225,14 +228,16 @@ class _Walker:
           self.visit(called, times, inside or one.opcode in ("fusion", "async-start", "custom-call"), seen)
 
   def _collect(self, one: Instruction, kind: str, named: dict, times: int, computation: str) -> None:
-    num_bytes = sum(array.num_bytes for name in one.operands if name in named for array in named[name].arrays)
+    num_bytes = collections.Counter()
+    for array in (array for name in one.operands if name in named for array in named[name].arrays):
+      num_bytes[array.dtype] += array.num_bytes
     groups = _groups(one.attributes, self._num_devices)
     n = groups.shape[1]
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"  # the TPU compiler writes it as an all-reduce whose result is cut
     if n > 1:
       factor = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, 1 if kind in ("collective-permute", "send") else (n - 1) / n)
-      self.collectives.append(Collective(kind, groups, factor * num_bytes, times))
+      self.collectives += [Collective(kind, dtype, groups, factor * size, times) for dtype, size in num_bytes.items()]
 
   def _trips(self, one: Instruction) -> int:
     """The trip count that the compiler wrote down, or the one constant that the loop's condition compares with."""

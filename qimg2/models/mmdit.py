@@ -141,6 +141,7 @@ def _block_specs(cfg: Config) -> dict:
   }
 
 
+@layers.full_precision
 def apply(cfg: Config, params: dict, target: jax.Array, t: jax.Array, text: jax.Array, images: jax.Array | None, layout: Layout,
           shard: Shard = identity) -> jax.Array:
   """The velocity [B, N, C] of the target latents, float32.
@@ -163,6 +164,7 @@ def apply(cfg: Config, params: dict, target: jax.Array, t: jax.Array, text: jax.
   return _project_out(cfg, params, x[:, -target.shape[1]:], scale_out)
 
 
+@layers.full_precision
 def prefix_cache(cfg: Config, params: dict, text: jax.Array, images: jax.Array | None, layout: Layout, shard: Shard = identity) -> Cache:
   """The prefix's keys and values in every layer, for `apply_cached`; arguments as in `apply`.
 
@@ -179,6 +181,7 @@ def prefix_cache(cfg: Config, params: dict, text: jax.Array, images: jax.Array |
   return cache
 
 
+@layers.full_precision
 def apply_cached(cfg: Config, params: dict, target: jax.Array, t: jax.Array, cache: Cache, layout: Layout, shard: Shard = identity) -> jax.Array:
   """`apply` with the prefix in place of its text and images: the same velocity [B, N, C], at the cost of the target tokens alone."""
   x = layers.linear(target.astype(cfg.dtype), params["img_in"])  # B N D

@@ -130,6 +130,7 @@ def _norm(width: int) -> P.Param:
   return P.Param((width,), (None,), P.ones)
 
 
+@layers.full_precision
 def apply(cfg: Config, params: dict, tokens: jax.Array, token_count: jax.Array, images: Sequence[jax.Array] = (),
           shard: Shard = identity) -> jax.Array:
   """The state after the last layer, before the final norm: [B, M, D] in `cfg.dtype`, zero at padding.
@@ -171,6 +172,7 @@ def apply(cfg: Config, params: dict, tokens: jax.Array, token_count: jax.Array, 
   return jnp.where(_real(tokens, token_count)[..., None], x, 0)
 
 
+@layers.full_precision
 def logits(cfg: Config, params: dict, state: jax.Array) -> jax.Array:
   """Next-token logits [B, M, vocab_size], float32, of the `state` that `apply` returns."""
   head = params["embed"].T if cfg.tie_embeddings else params["head"]

@@ -172,7 +172,7 @@ def embed_patches(cfg: VisionConfig, params: dict, image: jax.Array, dtype: str 
   rows, cols = image_grid(cfg, image.shape)
   patches = split_patches(cfg, image).astype(dtype)  # B N p p C
   x = layers.linear(patches, jnp.sum(params["patch"]["weight"], axis=0), num_dims=3)
-  x = x + _bias(params["patch"]["bias"], x)
+  x = layers.add_bias(x, params["patch"]["bias"])
   row, col = _patch_index(cfg, rows, cols)
   positions = interpolate_positions(params["positions"], rows * cfg.merge, cols * cfg.merge)
   return x + positions[row, col][None].astype(dtype)
@@ -229,9 +229,4 @@ def _layer_norm(x: jax.Array, params: dict, eps: float) -> jax.Array:
 
 
 def _linear(x: jax.Array, params: dict, num_dims: int = 1) -> jax.Array:
-  y = layers.linear(x, params["weight"], num_dims)
-  return y + _bias(params["bias"], y)
-
-
-def _bias(bias: jax.Array, x: jax.Array) -> jax.Array:
-  return layers.align(bias.astype(x.dtype), x)
+  return layers.add_bias(layers.linear(x, params["weight"], num_dims), params["bias"])

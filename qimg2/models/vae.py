@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qimg2 import attention, layers
+from qimg2 import attention, layers, products
 from qimg2 import params as P
 from qimg2.params import Param
 from qimg2.sharding import Shard, identity
@@ -215,6 +215,7 @@ def _conv_specs(window: int, num_in: int, num_out: int, init: P.Init | None = No
 # Network.
 
 
+@layers.full_precision
 def encode(cfg: Config, params: dict, image: jax.Array, shard: Shard = identity) -> Posterior:
   """The posterior over the latents of `image`.
 
@@ -238,6 +239,7 @@ def encode(cfg: Config, params: dict, image: jax.Array, shard: Shard = identity)
   return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
 
+@layers.full_precision
 def decode(cfg: Config, params: dict, latents: jax.Array, shard: Shard = identity, clamp: bool = True) -> jax.Array:
   """The image [B, H, W, image_channels] of `latents` (not normalised), float32 in [-1, 1].
 
@@ -316,11 +318,8 @@ def _norm(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _conv(x: jax.Array, p: dict, stride: int = 1) -> jax.Array:
-  kernel, bias = p["kernel"].astype(x.dtype), layers.align(p["bias"].astype(x.dtype), x)
-  if kernel.shape[0] == 1:
-    return layers.linear(x, kernel[0, 0]) + bias
-  pad = (1, 1) if stride == 1 else (0, 1)
-  return jax.lax.conv_general_dilated(x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+  kernel = p["kernel"]
+  return layers.add_bias(layers.linear(x, kernel[0, 0]) if kernel.shape[0] == 1 else products.convolve(x, kernel, stride), p["bias"])
 
 
 def _enlarge(x: jax.Array) -> jax.Array:

@@ -32,6 +32,8 @@ class Config:
     schedule: "constant" after warm-up, or "cosine" or "linear" down towards `final_ratio` of the peak, where the update after the last would be.
     b1, b2, eps, weight_decay: AdamW (arXiv 1711.05101); weight decay is decoupled and leaves vectors (norm weights, biases) alone.
     mu_dtype: type in which the first moment is kept, "float32" or "bfloat16"; the second stays in float32.
+    gradient_dtype: type in which the gradients of matrices are summed over devices, "float32", or "bfloat16" for half the bytes and a rounding of
+      each device's part.
     clip_norm: largest global norm of the gradient.
     accumulate: micro-batches per step; each row of a batch belongs to one of them. One number for all updates of a stage.
 
@@ -47,14 +49,16 @@ class Config:
   eps: float = 1e-8
   weight_decay: float = 0.001
   mu_dtype: str = "float32"
+  gradient_dtype: str = "float32"
   clip_norm: float = 1.0
   accumulate: int = 1
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
       raise ValueError(f"optimizer.schedule is {self.schedule!r}: choose one of {', '.join(SCHEDULES)}.")
-    if self.mu_dtype not in ("float32", "bfloat16"):
-      raise ValueError(f"optimizer.mu_dtype is {self.mu_dtype!r}: choose 'float32' or 'bfloat16'.")
+    for key in ("mu_dtype", "gradient_dtype"):
+      if getattr(self, key) not in ("float32", "bfloat16"):
+        raise ValueError(f"optimizer.{key} is {getattr(self, key)!r}: choose 'float32' or 'bfloat16'.")
     if self.learning_rate <= 0 or self.clip_norm <= 0 or self.accumulate < 1 or self.warmup_steps < 0:
       raise ValueError("optimizer.learning_rate and clip_norm must be above 0, accumulate at least 1 and warmup_steps not negative.")
 
@@ -99,17 +103,21 @@ class Optimizer:
 
   Attributes:
     cfg, num_updates: settings, and how many updates the stage asks of it.
-    decayed: {role: tree of bool}, the weights that decay.
+    matrices: {role: tree of bool}, the weights that are no vectors: they decay.
     chain: optax's clipping, AdamW and decay, which `update` computes in one pass. The state has its layout, in checkpoints too.
   """
   cfg: Config
   num_updates: int
-  decayed: dict
+  matrices: dict
   chain: optax.GradientTransformation
 
   def init(self, weights: dict) -> OptState:
     """The state before the first update of `weights`, {role: tree}."""
     return OptState(jnp.zeros((), jnp.int32), make_rate(self.cfg, self.num_updates), self.chain.init(weights))
+
+  def seen(self, weights: dict) -> dict:
+    """`weights`, {role: tree}, as a loss is to see them: matrices in the type in which their gradients are summed (`qimg2.products`)."""
+    return jax.tree.map(lambda w, is_matrix: w.astype(self.cfg.gradient_dtype) if is_matrix else w, weights, self.matrices)
 
   def update(self, grads: dict, loss: jax.Array, state: OptState, weights: dict) -> tuple[dict, OptState, dict, jax.Array]:
     """AdamW (arXiv 1711.05101) on the clipped gradient, in one pass over the weights.
@@ -131,7 +139,7 @@ class Optimizer:
     good = jnp.isfinite(norm) & jnp.isfinite(loss)
     numbers = {"clip": jnp.minimum(1.0, cfg.clip_norm / norm), "rate": rate, "mean": 1 - cfg.b1 ** count, "square": 1 - cfg.b2 ** count}
     leaves, tree = jax.tree.flatten(weights)
-    parts = [tree.flatten_up_to(one) for one in (grads, adam.mu, adam.nu, self.decayed)]
+    parts = [tree.flatten_up_to(one) for one in (grads, adam.mu, adam.nu, self.matrices)]
     each = [_adamw(cfg.b1, cfg.b2, cfg.eps, cfg.weight_decay if decays else 0.0, good, numbers, w, *moments)
             for w, *moments, decays in zip(leaves, *parts, strict=True)]
     new, mu, nu = (tree.unflatten(leaf[i] for leaf in each) for i in range(3))
@@ -147,10 +155,10 @@ class Optimizer:
 
 def make_optimizer(cfg: Config, num_updates: int, specs: dict) -> Optimizer:
   """The optimizer of weights declared by `specs`, {role: specs}, for a stage in which it makes `num_updates`."""
-  decayed = jax.tree.map(lambda p: sum(axis != "layer" for axis in p.axes) > 1, specs, is_leaf=P.is_param)
-  return Optimizer(cfg, num_updates, decayed, optax.chain(
+  matrices = jax.tree.map(lambda p: sum(axis != "layer" for axis in p.axes) > 1, specs, is_leaf=P.is_param)
+  return Optimizer(cfg, num_updates, matrices, optax.chain(
       optax.clip_by_global_norm(cfg.clip_norm), optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.mu_dtype),
-      optax.add_decayed_weights(cfg.weight_decay, decayed)))
+      optax.add_decayed_weights(cfg.weight_decay, matrices)))
 
 
 def global_norm(tree: dict) -> jax.Array:

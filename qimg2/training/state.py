@@ -174,13 +174,13 @@ def due_metrics(algorithm: Algorithm, step: int, metrics: Mapping[str, Any]) -> 
 def _update(update: Update, optimizer: optim.Optimizer, nets: Any, params: dict, old: dict, opt: optim.OptState, batch: dict, key: jax.Array,
             accumulate: int) -> tuple[dict, optim.OptState, dict, jax.Array]:
   """({role: weights}, optimizer state, metrics, whether the update was made): the old ones where it was not."""
-  metrics, grads = _gradient(update.loss, nets, old, params, batch, key, accumulate)
+  metrics, grads = _gradient(update.loss, optimizer.seen, nets, old, params, batch, key, accumulate)
   new, new_opt, own, good = optimizer.update(grads, metrics["loss"], opt, old)
   return new, new_opt, metrics | own, good
 
 
-def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key: jax.Array, accumulate: int) -> tuple[dict, dict]:
-  """(metrics, gradient) of the mean loss over the batch, in micro-batches."""
+def _gradient(loss_fn, seen, nets: Any, trained: dict, params: dict, batch: dict, key: jax.Array, accumulate: int) -> tuple[dict, dict]:
+  """(metrics, gradient) of the mean loss over the batch, in micro-batches; the loss sees `seen(trained)`."""
   num = jax.tree.leaves(batch)[0].shape[0]
   if num % accumulate:
     raise ValueError(f"A batch of {num} rows cannot be divided into {accumulate} micro-batches: change batch_size, or optimizer.accumulate "
@@ -190,7 +190,7 @@ def _gradient(loss_fn, nets: Any, trained: dict, params: dict, batch: dict, key:
 
   def one(micro, micro_key, total):
     def objective(weights):
-      per_example, metrics = loss_fn(weights, params, nets, micro, micro_key)
+      per_example, metrics = loss_fn(seen(weights), params, nets, micro, micro_key)
       mean = lambda x: x if jnp.ndim(x) == 0 else _mean(x, micro.get("weight"), total)
       if jnp.shape(per_example) != (num // accumulate,):
         raise ValueError(f"The loss gives {jnp.shape(per_example)}: it must be one number for each of the {num // accumulate} examples, whose "

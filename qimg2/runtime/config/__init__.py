@@ -229,7 +229,7 @@ def _stage(section: Any, number: int, run: RunConfig) -> StageConfig:
   stage = from_section(StageConfig, rest, where, **given)
   if not stage.name or set(stage.name) & set(":/"):
     raise ValueError(f"{where}.name is {stage.name!r}: it is a folder's name and part of \"stage:NAME:ema\", so give one without : and /.")
-  _check_roles(stage, where, run.schedule)
+  _check_roles(stage, where, run)
   return stage
 
 
@@ -261,9 +261,10 @@ def _optimizers(common: optim.Config, own: Mapping[str, optim.Config], sections:
   return found
 
 
-def _check_roles(stage: StageConfig, where: str, schedule: flow.Schedule) -> None:
-  """Whether the stage says of each frozen role, and of no other, where its weights come from, and names optimizers of its own updates alone."""
-  algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, schedule)
+def _check_roles(stage: StageConfig, where: str, run: RunConfig) -> None:
+  """Whether the stage says of each frozen role, and of no other, where its weights come from, names optimizers of its own updates alone, and sums
+  gradients in float32 or the type of the network."""
+  algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, run.schedule)
   roles = algorithm.frozen
   placed(where, check_due, algorithm, stage.num_steps)
   if len(algorithm.trained) > 1 and parse_source(stage.start_from).average:
@@ -274,3 +275,10 @@ def _check_roles(stage: StageConfig, where: str, schedule: flow.Schedule) -> Non
   for role in roles:
     if role not in stage.frozen and not algorithm.roles[role].start:  # that one starts where the stage does
       raise ValueError(f"{where}.frozen lacks {role!r}: say where these weights come from, \"default\" or as in start_from.")
+  dtypes = {"mmdit": run.model.dtype, "qwen3_vl": run.encoder.dtype, "vae": run.vae.dtype}
+  for update in algorithm.updates:
+    wanted = stage.optimizers.get(update.name, stage.optimizer).gradient_dtype
+    for dtype in (dtypes.get(algorithm.roles[role].network, wanted) for role in update.roles):
+      if wanted not in ("float32", dtype):
+        raise ValueError(f"{where}.optimizer.gradient_dtype is {wanted!r}, but the network computes in {dtype}, and its weights would be rounded: "
+                         "say 'float32'.")

@@ -122,7 +122,8 @@ class Rehearsal:
     if algorithm.rollout is not None:
       raise ValueError(f"Stage {config.name!r} has a rollout, and a rehearsal knows steps alone: leave the stage out with --stage.")
     batch = self._batch(bucket, algorithm.unconditional)
-    key = str((plain(config.algorithm), bucket, remat, accumulate, settings.mu_dtype, {k: v.mu_dtype for k, v in config.optimizers.items()}))
+    types = {name: (own.mu_dtype, own.gradient_dtype) for name, own in ({"": settings} | dict(config.optimizers)).items()}
+    key = str((plain(config.algorithm), bucket, remat, accumulate, types))
     if key not in self._measured:
       specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
       optimizers = make_optimizers(algorithm, specs, settings, config.num_steps, config.optimizers)

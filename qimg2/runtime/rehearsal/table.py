@@ -25,7 +25,7 @@ class Row:
     peak_bytes, limit_bytes: memory that the program reserves, and what there is; None for devices without a limit.
     compile_s: seconds.
     traffic: what the compiled program does; None if it does not fit.
-    collectives: rows of kind, axes, bytes, calls, route: the traffic's messages added up by kind and mesh axes.
+    collectives: rows of kind, dtype, axes, bytes, calls, route: the traffic's messages added up by kind, type and mesh axes.
     bound: `roofline.bound`; empty without rates or traffic.
   """
   stage: str
@@ -74,7 +74,7 @@ def with_bound(row: Row, chip: roofline.Chip | None, mesh: Mesh) -> Row:
     way = roofline.route(chip, list(mesh.devices.flat), one.groups) if chip else None
     if kind == "send":  # to the host, and from there to the other slices
       axes, way = "data", roofline.NETWORK
-    entry = sums.setdefault((kind, axes, way), {"kind": kind, "axes": axes, "bytes": 0.0, "calls": 0, "route": way})
+    entry = sums.setdefault((kind, one.dtype, axes, way), {"kind": kind, "dtype": one.dtype, "axes": axes, "bytes": 0.0, "calls": 0, "route": way})
     entry["bytes"] += one.num_bytes * one.times
     entry["calls"] += one.times
   collectives = tuple(sorted(sums.values(), key=lambda entry: -entry["bytes"]))
@@ -117,10 +117,10 @@ def table(rows: Sequence[Row]) -> str:
                   f"{row.peak_bytes / GIB:,.2f}", limit, fit_text(row), f"{sum(row.model_flops.values()) / 1e12:,.2f}", *traffic, *times,
                   *(f"{row.bound[key]:.1%}" if row.bound else "-" for key in ("mfu", "serial_mfu"))])
   text = columns([head, *lines], 4)
-  messages = [[row.stage, bucket_name(row), row.remat, one["kind"], one["axes"], f"{one['bytes'] / 1e9:,.3f}", f"{one['calls']:,}"]
+  messages = [[row.stage, bucket_name(row), row.remat, one["kind"], one["dtype"], one["axes"], f"{one['bytes'] / 1e9:,.3f}", f"{one['calls']:,}"]
               for row in rows for one in _by_axes(row)]
   if messages:
-    text += "\n\n" + columns([["stage", "bucket", "remat", "messages", "mesh axes", "GB sent", "calls"], *messages], 5)
+    text += "\n\n" + columns([["stage", "bucket", "remat", "messages", "type", "mesh axes", "GB sent", "calls"], *messages], 6)
   unknown = sum(len(row.traffic.unknown_loops) for row in rows if row.traffic)
   return text + (f"\n\n{unknown} loops of unknown length were counted once." if unknown else "")
 
@@ -129,7 +129,7 @@ def _by_axes(row: Row) -> list[dict]:
   """The collectives with those of different routes added up."""
   sums: dict[tuple, dict] = {}
   for one in row.collectives:
-    entry = sums.setdefault((one["kind"], one["axes"]), {**one, "bytes": 0.0, "calls": 0})
+    entry = sums.setdefault((one["kind"], one["dtype"], one["axes"]), {**one, "bytes": 0.0, "calls": 0})
     entry["bytes"] += one["bytes"]
     entry["calls"] += one["calls"]
   return list(sums.values())
@@ -157,5 +157,5 @@ def as_json(row: Row) -> dict[str, Any]:
   """A row as JSON-serialisable values, its properties among them."""
   values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name not in ("traffic", "collectives")}
   traffic = row.traffic and {"hbm_bytes": row.traffic.hbm_bytes, "flops": row.traffic.flops, "unknown_loops": list(row.traffic.unknown_loops)}
-  messages = [{key: one[key] for key in ("kind", "axes", "bytes", "calls")} for one in _by_axes(row)]
+  messages = [{key: one[key] for key in ("kind", "dtype", "axes", "bytes", "calls")} for one in _by_axes(row)]
   return {**values, "fits": row.fits, "per_chip": row.per_chip, "traffic": traffic, "collectives": messages}
