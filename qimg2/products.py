@@ -1,8 +1,8 @@
 """Products of activations and weights, the gradient of which by the weights is float32 whatever the activations are.
 
-Left to itself, the gradient by a weight of a product in bfloat16 is bfloat16: each device rounds its part, the parts are added over the devices in
-bfloat16, and only the sum becomes float32. Over 64 devices that is a relative error of about 1 % in each sum; twice the bytes avoid it. So the product
-of the backward pass, which a TPU or GPU accumulates in float32 in any case, gives float32 here; the sum over devices follows from that.
+Left to itself, the gradient by a weight of a product in bfloat16 is bfloat16: each device rounds its part, the parts are added over the devices
+in bfloat16, and only the sum becomes float32. Over 64 devices that is a relative error of about 1 % in each sum; twice the bytes avoid it. So the
+product of the backward pass, which a TPU or GPU accumulates in float32 in any case, gives float32 here; the sum over devices follows from that.
 
 Each product is a primitive with rules of its own, because `jax.custom_vjp` would forbid `jax.jvp`. Under `jax.vmap` it is the plain product, with the
 plain gradient. Weights that already have the type of the activations, or activations in float32, take the plain product too.
