@@ -41,6 +41,7 @@ def base() -> ConfigDict:
   cfg.num_tokens = 48  # longest prompt in tokens, system turn included, condition images not counted
   cfg.prompt_classes = ()  # shorter prompt lengths that have buckets of their own, so that less of a batch is padding
   cfg.num_workers = 0
+  cfg.compile = "ahead"  # all programs of a stage before its first step, or in the "background" while it trains
   cfg.random_frozen = False  # whether frozen roles may be drawn from the seed, as the encoders of the embedded data sets are
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
   cfg.schedule = ConfigDict(plain(flow.Schedule()))
@@ -150,7 +151,7 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
   cfg.prepare.num_examples = 4800
   cfg.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
   cfg.sampling.update(dict(num_steps=2, num_images=8))
-  cfg.micro_batches, cfg.random_frozen = (), True
+  cfg.micro_batches, cfg.random_frozen, cfg.compile = (), True, "ahead"
   for settings in cfg.evals.values():
     settings.update({key: min(8, value) for key, value in settings.items()})
   for one in cfg.stages:

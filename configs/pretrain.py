@@ -80,6 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.num_tokens = 1024
   cfg.prompt_classes = (128, 256, 512)
   cfg.num_workers = 8
+  cfg.compile = "background"
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_7b(), sizes.qwen3_vl("8B"), sizes.vae_f16c64(image_channels=4)
   cfg.model.remat = plan.micro_batches[-1][0]
   cfg.micro_batches = tuple(ConfigDict(dict(remat=remat, tokens=tokens)) for remat, tokens in plan.micro_batches)

@@ -37,6 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.data_dir = "data"
   cfg.num_tokens, cfg.prompt_classes = 512, (128, 256)
   cfg.num_workers = 8
+  cfg.compile = "background"
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_1b(), sizes.qwen3_vl("2B"), sizes.vae_f16c64(image_channels=4)
   cfg.micro_batches = (ConfigDict(dict(remat=cfg.model.remat, tokens=25_000)),)
   cfg.stages = (

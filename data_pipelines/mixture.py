@@ -12,6 +12,7 @@ ratios at the resolution's area, in multiples of one vision slot; and the smalle
 may use. Where that would be more shapes than `max_programs`, `data_pipelines.programs` says which buckets there are.
 """
 
+import collections
 import dataclasses
 import fractions
 import functools
@@ -227,6 +228,15 @@ class Mixture:
     batch_size, num = self.buckets[cell.bucket].batch_size, len(cell.records)
     position = visit * batch_size + np.arange(batch_size)
     return Plan(cell.bucket, cell.dataset, cell, permute(position % num, num, (self._seed, 2, number), position // num))
+
+  def first_needed(self, start: int, end: int) -> list[int]:
+    """Returns the numbers of all buckets: in the order in which the batches from `start` on need them, as far as these are looked at; then those that
+    none of them needs, the most frequent first. Looked at are those before `end`, 10,000 at most."""
+    order = dict.fromkeys(self._cells[self._turns(k)[0]].bucket for k in range(start, min(end, start + 10_000)))
+    share = collections.Counter()
+    for cell, part in zip(self._cells, self.shares):
+      share[cell.bucket] += part
+    return list(order | dict.fromkeys(sorted(range(len(self.buckets)), key=lambda bucket: -share[bucket])))
 
   def sample_ids(self, dataset: int, records: np.ndarray) -> np.ndarray:
     """Returns the ids, int64, of records of a data set."""

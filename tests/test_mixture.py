@@ -85,9 +85,6 @@ def cells_of(mixture, dataset=None, resolution=None):
   return [cell for cell in mixture._cells if dataset in (None, cell.dataset) and resolution in (None, cell.resolution)]
 
 
-# ---- properties ------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_most_random_mixtures_can_be_made():
   """So that the properties below are not about nothing."""
@@ -191,6 +188,8 @@ def test_the_plan_is_a_function_of_k_and_no_host_enters(world, numbers, random):
       assert {plan.bucket for plan in theirs} == {plans[k].bucket} and all(part.buckets == whole.buckets for part in parts)
       rows = np.concatenate([plan.records[part.own_rows(len(plan.places))] for plan, part in zip(theirs, parts)])
       np.testing.assert_array_equal(rows, plans[k].records)
+  order, needed = whole.mixture.first_needed(numbers[0], numbers[0] + 99), [whole.mixture.plan(numbers[0] + k).bucket for k in range(99)]
+  assert order[:len(set(needed))] == list(dict.fromkeys(needed)) and sorted(order) == list(range(len(whole.buckets)))
 
 
 @st.composite

@@ -11,12 +11,15 @@ from marks import needs_emoji
 from ml_collections import ConfigDict
 
 from configs import base, emoji, folder, pretrain
+from data_pipelines.mixture import Mixture
 from qimg2.runtime import curriculum, suites
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run
 from qimg2.training import faults
 from qimg2.training.metrics import read_rows
+
+FIRST_NEEDED = Mixture.first_needed
 
 
 def files(run):
@@ -57,6 +60,18 @@ def test_training_again_changes_nothing_and_reads_nothing(smoke_run, smoke_confi
   with pytest.raises(TypeError):  # there is no loader
     train(cfg, workdir)
   assert not (workdir / "evaluation.json").exists()  # it was of weights that are gone
+
+
+@pytest.mark.slow
+def test_when_a_program_is_compiled_changes_no_number(smoke_run, smoke_config, tmp_path, one_device, monkeypatch):
+  """Two buckets, of which the second is compiled while the first one trains; the step that needs it waits."""
+  cfg, order = copy.deepcopy(smoke_config), []
+  cfg.compile, cfg.evals = "background", ConfigDict()
+  monkeypatch.setattr(Mixture, "first_needed", lambda mixture, *args: order.append(FIRST_NEEDED(mixture, *args)) or order[-1])
+  run = Run(cfg, tmp_path)
+  train_one(run, run.stages["vae"])
+  rows = [read_rows(workdir / "vae" / "metrics.jsonl") for workdir in (tmp_path, smoke_run.workdir)]
+  assert rows[0] == rows[1] and len(order) == 1 and len(order[0]) > 1
 
 
 def test_each_stage_starts_from_the_one_it_names(smoke_run):

@@ -14,6 +14,7 @@ import pytest
 from qimg2.algorithms import Algorithm, Role, Update
 from qimg2.training import checkpoint, faults, feed, metrics, trainer
 from qimg2.training.profiler import Profiler
+from qimg2.training.programs import StepPrograms
 
 ALGORITHM = Algorithm({"model": Role("mlp")}, (Update(("model",), None),))
 STAGE = trainer.Stage("s", ALGORITHM, None, {}, num_steps=7, batch_shapes=({"sample_id": np.zeros(4)},) * 2, save_every_steps=3)
@@ -58,7 +59,8 @@ class Loop:
     checkpoints = types.SimpleNamespace(folder=pathlib.Path(), save=save, wait=lambda: None, close=lambda: None)
     watch = faults.StepMonitor("s", stage.faults, lambda step, row: self.faults.append((step, row)))
     self.output = trainer.StageOutput(writer, checkpoints, watch, metrics.GoodputRecorder())
-    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, [self.step] * 2, None,
+    programs = StepPrograms(lambda bucket: self.step, range(2))
+    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, programs, None,
                                      trainer.Feed(self.iterate(start), self.put), self.output, stop, Profiler(pathlib.Path(), None))
 
   def iterate(self, start):

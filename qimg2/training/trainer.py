@@ -1,8 +1,8 @@
 """The training loop: one for all algorithms.
 
-A stage is compiled for every bucket shape before its first step, restored from its own newest checkpoint if there is one, and then runs to
-its last step. What happens at a step is a function of the step alone, so that a run that is killed anywhere and started again computes the
-same numbers as one that never stopped.
+A stage is restored from its own newest checkpoint if there is one, and then runs to its last step. Its step is compiled for every bucket shape,
+before the first one or while it trains (`qimg2.training.programs`). What happens at a step is a function of the step alone, so that a run that is
+killed anywhere and started again computes the same numbers as one that never stopped.
 
 Nothing stands between two steps but their dispatch: while a step runs, the next one is dispatched and the batch after that is on its way to the
 device. No more than that: beside the batch of the running step the device holds at most two. What a step computed is looked at when later ones have
@@ -33,6 +33,7 @@ from qimg2.training.faults import Preempted, Settings, StepMonitor
 from qimg2.training.feed import Feed
 from qimg2.training.metrics import GoodputRecorder, MetricsWriter
 from qimg2.training.profiler import Profiler
+from qimg2.training.programs import StepPrograms
 from qimg2.training.rollout import Programs, compile_rollout
 from qimg2.training.state import Optimizers, TrainState, abstract_state, as_configured, due_metrics, init_state, make_step
 
@@ -68,6 +69,8 @@ class Stage:
     description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and "frozen_steps", {role:
       (folder, step)} of frozen weights that another run may change.
     variants: (networks, micro-batches) of each bucket's step, where they are not `nets` and `accumulate` for all.
+    first_needed: the numbers of all buckets in the order in which the steps from the given one on need them: their programs are compiled in this
+      order while training runs. None compiles all before the first step.
   """
   name: str
   algorithm: Algorithm
@@ -84,6 +87,7 @@ class Stage:
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   profile: tuple[int, int] | None = None
   variants: tuple[tuple[Any, int], ...] = ()
+  first_needed: Callable[[int], Iterable[int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +137,17 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   _leave_before_start(stage, step, stop)
   with recorder.measure("compile"):
     rollouts = compile_rollouts(stage, nets, abstract, frozen, mesh, rules)
-    steps = compile_steps(stage, nets, abstract, frozen, mesh, rollouts)
-  _leave_before_start(stage, step, stop)
-  if meta.get("hooks_due"):
-    _run_hooks(stage, state, frozen, step, output)
-  writer.write_timing(step, recorder.row())
-  feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
-  with contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler:
-    state = _loop(stage, state, frozen, steps, rollouts, feed, output, stop, profiler)
+    compile_one = step_compiler(stage, nets, abstract, frozen, mesh, rollouts)
+    order = list(stage.first_needed(step) if stage.first_needed else range(len(stage.batch_shapes)))
+  with contextlib.closing(StepPrograms(compile_one, order)) as programs, contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler:
+    with recorder.measure("compile"):
+      programs.wait(f"{stage.name}: compile", 1 if stage.first_needed else len(order))
+    _leave_before_start(stage, step, stop)
+    if meta.get("hooks_due"):
+      _run_hooks(stage, state, frozen, step, output)
+    writer.write_timing(step, recorder.row())
+    feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
+    state = _loop(stage, state, frozen, programs, rollouts, feed, output, stop, profiler)
   return _end(stage, state, frozen, nets, finish_batches, output, stop)
 
 
@@ -189,22 +196,22 @@ def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict
   return [compile_rollout(stage.algorithm, nets, abstract, _shapes(frozen), batch, mesh, rules) for batch in shapes]
 
 
-def compile_steps(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
-                  rollouts: list[Programs] | None = None) -> list[Any]:
-  """The train step compiled for each bucket's batch, or for the data that its rollout gives, with progress. Nothing is run."""
+def step_compiler(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
+                  rollouts: list[Programs] | None = None) -> Callable[[int], Any]:
+  """What compiles the train step for the batch of the bucket of a number, or for the data that its rollout gives. Nothing is run."""
   make = lambda nets, accumulate: jax.jit(make_step(stage.algorithm, stage.optimizers, nets, accumulate), donate_argnums=0,
                                           out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
   batches = stage.batch_shapes if rollouts is None else [rollout.data for rollout in rollouts]
   variants = stage.variants or ((nets, stage.accumulate),) * len(batches)
-  shapes = tqdm(list(zip(variants, batches, strict=True)), desc=f"{stage.name}: compile", unit="bucket", disable=None, leave=False)
-  return [make(*variant).lower(abstract, _shapes(frozen), batch).compile(compiler_options=compile_options(mesh)) for variant, batch in shapes]
+  shapes, options = _shapes(frozen), compile_options(mesh)
+  return lambda bucket: make(*variants[bucket]).lower(abstract, shapes, batches[bucket]).compile(compiler_options=options)
 
 
 def _shapes(frozen: dict) -> dict:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
 
 
-def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollouts: list[Programs] | None, feed: Feed, output: StageOutput,
+def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms, rollouts: list[Programs] | None, feed: Feed, output: StageOutput,
           stop: Callable[[int], bool], profiler: Profiler) -> TrainState:
   """Runs the steps that are left; saves, but not after the last one, which `finalize` still follows."""
   first = int(state.step)
@@ -221,7 +228,12 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, steps: list[Any], rollo
         _observe(dispatched, len(dispatched), output.monitor)  # the time of the step before is not the rollout's
       with output.recorder.measure("rollout"):
         batch, extra = rollouts[bucket](state, frozen, batch, rows)
-    state, metrics = steps[bucket](state, frozen, batch)
+    if not programs.is_ready(bucket):
+      pause = time.monotonic()
+      with output.recorder.measure("compile"):
+        programs[bucket]
+      clock += time.monotonic() - pause
+    state, metrics = programs[bucket](state, frozen, batch)
     del batch  # so that the device is free of it as soon as the step is done
     dispatched.append((step, rows["sample_id"], extra | due_metrics(stage.algorithm, step, metrics)))
     if len(dispatched) > MAX_DISPATCHED:

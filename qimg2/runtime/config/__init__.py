@@ -155,6 +155,7 @@ class RunConfig:
   num_tokens: int
   prompt_classes: tuple[int, ...]
   num_workers: int
+  compile: str
   random_frozen: bool
   model: mmdit.Config
   encoder: qwen3_vl.Config
@@ -174,6 +175,8 @@ class RunConfig:
     if self.model.latent_channels != self.vae.latent_channels:
       raise ValueError(f"config.model.latent_channels is {self.model.latent_channels}, but config.vae.latent_channels is "
                        f"{self.vae.latent_channels}: make them equal.")
+    if self.compile not in ("ahead", "background"):
+      raise ValueError(f"config.compile is {self.compile!r}: choose 'ahead', all programs of a stage before its first step, or 'background'.")
     if not self.tokenizer:
       raise ValueError("config.tokenizer is empty: say \"default\", \"diffusers:DIR\", or where a tokenizer.json or its folder is.")
     if len({stage.name for stage in self.stages}) != len(self.stages):

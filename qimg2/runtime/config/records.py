@@ -47,7 +47,7 @@ def translate(config: dict[str, Any], version: int) -> dict[str, Any]:
   if version < 4:
     config = config | {"stages": [{"max_programs": 0} | stage if isinstance(stage, dict) else stage for stage in config.get("stages", ())]}
   if version < 5:
-    config = {"random_frozen": True} | config
+    config = {"random_frozen": True, "compile": "ahead"} | config
   return config
 
 

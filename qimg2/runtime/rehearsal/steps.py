@@ -30,7 +30,7 @@ from qimg2.runtime.rehearsal import table, topology
 from qimg2.runtime.rehearsal.table import Row
 from qimg2.runtime.run import tokenizer_path
 from qimg2.training.state import abstract_state, make_optimizers
-from qimg2.training.trainer import Stage, compile_steps
+from qimg2.training.trainer import Stage, step_compiler
 
 SYSTEM_TOKENS, WORDS_PER_IMAGE = 12, 6  # where there is no tokenizer
 
@@ -163,7 +163,7 @@ class Rehearsal:
         return answer
     else:
       try:
-        compiled, = compile_steps(stage, self.nets, state, frozen, self.mesh)
+        compiled = step_compiler(stage, self.nets, state, frozen, self.mesh)(0)
       except jax.errors.JaxRuntimeError as error:
         sizes = hlo.out_of_memory(str(error))
         if sizes is None:

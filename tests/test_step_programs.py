@@ -1,0 +1,64 @@
+"""Programs that are compiled while a stage trains."""
+
+import threading
+
+import pytest
+
+from qimg2.training.programs import StepPrograms, num_threads
+
+
+class Compiler:
+  """Compiles a bucket's program when the test says so."""
+
+  def __init__(self):
+    self.begun, self._may = [], [threading.Event() for _ in range(4)]
+
+  def __call__(self, bucket):
+    self.begun.append(bucket)
+    assert self._may[bucket].wait(30)
+    if bucket == 1:
+      raise ValueError("no room")
+    return f"program {bucket}"
+
+  def finish(self, *buckets):
+    for bucket in buckets:
+      self._may[bucket].set()
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+  monkeypatch.setattr("os.cpu_count", lambda: 4)  # one thread
+  compiler = Compiler()
+  yield compiler
+  compiler.finish(0, 1, 2, 3)
+
+
+def test_a_program_is_there_when_it_is_asked_for_whatever_the_others_do(compiler):
+  programs = StepPrograms(compiler, [2, 0, 3, 1])
+  assert not programs.is_ready(2)
+  compiler.finish(2)
+  programs.wait("", 1)
+  assert programs.is_ready(2) and programs[2] == "program 2" and not programs.is_ready(0)
+  compiler.finish(0, 3)
+  assert programs[3] == "program 3" and compiler.begun[:3] == [2, 0, 3]
+  compiler.finish(1)
+  with pytest.raises(ValueError, match="no room"):
+    programs[1]  # pylint: disable=pointless-statement
+  with pytest.raises(ValueError, match="no room"):
+    programs.wait("", 4)
+  programs.close()
+
+
+def test_what_is_not_begun_is_given_up_at_the_end(compiler):
+  programs = StepPrograms(compiler, [2, 0, 3, 1])
+  compiler.finish(2)
+  programs.wait("", 1)
+  while len(compiler.begun) < 2:
+    pass
+  programs.close()
+  compiler.finish(0, 1, 3)
+  assert programs[0] == "program 0" and compiler.begun == [2, 0]
+
+
+def test_threads():
+  assert [num_threads(num) for num in (1, 2, 31, 32, 208)] == [1, 1, 1, 2, 8]
