@@ -15,7 +15,7 @@ from qimg2.runtime import curriculum, suites
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run
-from qimg2.training import faults
+from qimg2.training import faults, manifest
 from qimg2.training.metrics import read_rows
 
 
@@ -57,6 +57,34 @@ def test_training_again_changes_nothing_and_reads_nothing(smoke_run, smoke_confi
   with pytest.raises(TypeError):  # there is no loader
     train(cfg, workdir)
   assert not (workdir / "evaluation.json").exists()  # it was of weights that are gone
+
+
+@pytest.mark.parametrize("gone, damaged, trained, hashed", [
+    ((), (), [], set()),
+    ((), ("vae", "low_resolution", "sft"), [], set()),  # nobody reads them now
+    (("sft",), ("low_resolution",), ["sft"], {"vae", "high_resolution"}),
+    (("sft",), ("high_resolution",), ["high_resolution", "sft"], {"vae", "high_resolution"}),
+    (("sft",), ("vae",), ["vae", "sft"], {"vae", "high_resolution"}),
+    (("evaluation.json",), (), [], {"vae", "sft"}),
+    (("evaluation.json",), ("sft",), ["sft"], {"vae", "sft"})])
+def test_of_a_finished_stage_only_what_is_needed_is_read(smoke_run, smoke_config, tmp_path, one_device, monkeypatch, gone, damaged, trained, hashed):
+  """What is needed is read once, and trained again where it is damaged."""
+  workdir = shutil.copytree(smoke_run.workdir, tmp_path / "run")
+  for name in gone:
+    shutil.rmtree(workdir / name) if (workdir / name).is_dir() else (workdir / name).unlink()
+  for name in damaged:
+    path = max((workdir / name / "checkpoints" / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
+    path.write_bytes(bytes(path.stat().st_size))
+  begun, read, digest = [], [], manifest._digest
+  monkeypatch.setattr(manifest, "_digest", lambda path: read.append(path) or digest(path))
+  monkeypatch.setattr(curriculum, "train_one", lambda run, stage, *_: begun.append(stage.name))
+  monkeypatch.setattr(curriculum, "evaluation", lambda run: {})
+  train(copy.deepcopy(smoke_config), workdir)
+  assert begun == trained and {path.relative_to(workdir).parts[0] for path in read} == hashed and len(read) == len(set(read))
+  if "sft" in gone and not set(damaged) & hashed:
+    run = Run(copy.deepcopy(smoke_config), workdir)
+    run.start_weights(run.stages["sft"]), run.frozen_weights(run.stages["sft"])
+    assert len(read) == len(set(read))  # not again
 
 
 def test_each_stage_starts_from_the_one_it_names(smoke_run):

@@ -32,6 +32,7 @@ _ALL_WRITTEN = "async_write_complete"  # Orbax's barrier between the writing of 
 _RENAMED = re.compile(r"^slow\.")  # items of older checkpoints
 OLDER = (". If an older version of this program left the stage unfinished, it cannot go on, because that kept other optimizer states: move the "
          "checkpoint away to train the stage anew; finished stages can be started from, sampled and exported")
+MEND = "; where you move a damaged folder away, launch.train makes it anew"
 ACCEPT = "qimg2.training.manifest.write_manifest(FOLDER) accepts it as it is"
 
 
@@ -67,7 +68,7 @@ class Checkpoints:
       fault = _agreed_fault(self.folder / str(step))
       if not fault:
         if faults:
-          logging.warning("%s The checkpoint before it, of step %d, is used instead; launch.train makes those after it anew.", " ".join(faults), step)
+          logging.warning("%s The checkpoint before it, of step %d, is used instead%s.", " ".join(faults), step, MEND if self._keep is None else "")
         return step
       if (self.folder / str(step)).is_dir():  # not one that a run has just replaced by a newer one
         faults.append(f"The checkpoint {self.folder / str(step)} is damaged: {fault}.")
@@ -169,11 +170,17 @@ class Checkpoints:
       raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}{hint}") from error
 
 
-def is_done(folder: pathlib.Path, num_steps: int) -> bool:
-  """Whether the newest checkpoint in a folder is of step `num_steps` or later, and intact. Nothing but its bytes is looked at."""
+def newest_step(folder: pathlib.Path) -> int | None:
+  """The step of the newest checkpoint in a folder, None when there is none. Nothing but names is looked at, so it may be damaged."""
+  return next(iter(_agreed_steps(pathlib.Path(folder).absolute())), None)
+
+
+def is_done(folder: pathlib.Path, num_steps: int, intact: bool = True) -> bool:
+  """Whether the newest checkpoint in a folder is of step `num_steps` or later, and with `intact` also undamaged, for which all of its bytes are read,
+  once in a process."""
   folder = pathlib.Path(folder).absolute()
-  newest = next(iter(_agreed_steps(folder)), 0)
-  return newest >= num_steps and not _agreed_fault(folder / str(newest))
+  newest = newest_step(folder) or 0
+  return newest >= num_steps and not (intact and _agreed_fault(folder / str(newest)))
 
 
 def save_weights(folder: pathlib.Path, params: dict) -> None:
