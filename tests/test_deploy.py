@@ -203,5 +203,5 @@ def test_its_command_has_only_flags_that_exist(manifest):
 def test_the_image_copies_what_is_there():
   text = (ROOT / "deploy" / "Dockerfile").read_text()
   sources = re.findall(r"^COPY (\S+) ", text, re.MULTILINE)
-  assert {"qimg2", "launch", "configs", "data_pipelines", "requirements.txt"} == set(sources)
+  assert {"qimg2", "launch", "configs", "data_pipelines", "requirements.txt", "requirements.lock", "requirements-tpu.lock"} == set(sources)
   assert all((ROOT / source).exists() for source in sources)
