@@ -92,7 +92,7 @@ def autoencoder() -> ConfigDict:
       "vae", "reconstruction", num_steps=300_000, resolutions=(dict(base_px=256, batch_size=K, ratios=RATIOS, weight=1.0),),
       mixture=(base.part("t2i"),), evaluation=dict(num_samples=4096),
       optimizer=dict(learning_rate=1e-4, warmup_steps=1000), log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000,
-      save_every_steps=1000, keep=3)
+      save_every_steps=1000, save_every_s=1200.0, keep=3)
 
 
 def batch_size(px: int) -> int:
@@ -108,7 +108,7 @@ def generator(name: str, start_from: str, num_steps: int, learning_rate: float, 
       resolutions=tuple(dict(base_px=px, batch_size=batch_size(px), ratios=RATIOS, weight=1.0) for px in base_px),
       mixture=parts, evaluation=dict(num_samples=4096), caption_dropout=0.1,
       optimizer=dict(learning_rate=learning_rate, warmup_steps=1000, schedule="constant", weight_decay=0.001, clip_norm=1.0),
-      log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000, save_every_steps=1000, keep=3)
+      log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000, save_every_steps=1000, save_every_s=1200.0, keep=3)
 
 
 def smoke(cfg: ConfigDict) -> ConfigDict:

@@ -106,7 +106,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambd
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
-      variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else ())
+      variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s)
   if processes.is_first():
     report.save_counts(run, config, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,

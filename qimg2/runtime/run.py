@@ -44,8 +44,8 @@ EMBEDDED = ("glyphs", "emoji")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
 # order of batches may be another one, and the log says so.
-FREE = re.compile(r"config\.(mesh|data_dir|num_workers|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|keep|num_steps|faults|"
-                  r"max_programs|mixture\[\d+\]\.data_dir))").fullmatch
+FREE = re.compile(r"config\.(mesh|data_dir|num_workers|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|save_every_s|keep|"
+                  r"num_steps|faults|max_programs|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,8 +43,9 @@ class SaveError(OSError):
 class Checkpoints:
   """The checkpoints of one stage."""
 
-  def __init__(self, folder: pathlib.Path, keep: int | None = None):
-    """Args: folder; keep, how many of the newest to keep, which makes the folder if it is missing; None only to read.
+  def __init__(self, folder: pathlib.Path, keep: int | None = None, every: int = 1):
+    """Args: folder; keep, how many of the newest to keep, and as many of the newest whose step is a multiple of `every`, which makes the folder if it
+    is missing; None only to read.
 
     With `keep`, damaged steps that are newer than the newest intact one are renamed to <step>.damaged, so that they can be saved again.
 
@@ -52,6 +53,7 @@ class Checkpoints:
       ValueError: with `keep`, there are checkpoints but none is intact.
     """
     self.folder, self._keep = pathlib.Path(folder).absolute(), keep
+    self._every = every
     self._saving = 0  # the step of the save that was started last
     if keep is not None:
       _set_aside(self.folder, self.latest_step())
@@ -143,7 +145,8 @@ class Checkpoints:
     if self._keep is None:
       return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=False))
     asynchronous = _with_manifest(lambda: self.folder / str(self._saving))
-    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True, async_options=asynchronous)
+    options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._keep, self._every), create=True, cleanup_tmp_directories=True,
+                                               async_options=asynchronous)
     return ocp.CheckpointManager(self.folder, options=options)
 
   def _guard(self, save: Callable[[], Any]) -> None:
@@ -168,6 +171,21 @@ class Checkpoints:
       return self._manager.restore(step, args=args)
     except (ValueError, KeyError, FileNotFoundError) as error:
       raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}{hint}") from error
+
+
+class _Kept:
+  """Orbax's preservation policy of the newest `num` checkpoints, and the newest `num` at multiples of `every`: those by time, which are close to each
+  other, would soon have pushed out all that are far apart."""
+
+  def __init__(self, num: int, every: int):
+    self._num, self._every = num, every
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    """Of each checkpoint, oldest first, whether it is kept."""
+    del context
+    steps = [one.step for one in checkpoints]
+    kept = {*steps[-self._num:], *[step for step in steps if step % self._every == 0][-self._num:]}
+    return [step in kept for step in steps]
 
 
 def newest_step(folder: pathlib.Path) -> int | None:
