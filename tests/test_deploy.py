@@ -12,6 +12,8 @@ import sys
 import pytest
 import yaml
 
+from configs import pretrain
+
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
 SHELLCHECK = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
@@ -112,6 +114,20 @@ def test_a_worker_starts_training_again_after_75(tmp_path, codes, ends, runs):
   assert result.returncode == ends and (tmp_path / "qimg2.exit").read_text() == f"{ends}\n"
   started = (tmp_path / "runs").read_text().splitlines()
   assert started == ["-m launch.train --distributed=auto --config=qimg2/configs/pretrain.py:smoke --workdir=bucket/run"] * runs
+
+
+def test_what_is_lost_at_worst_follows_from_the_rehearsed_steps():
+  """The table of docs/pods.md: the longest of the times of the longest bucket, their sum, and 20 min and four of these sums."""
+  text, every_s, times = (ROOT / "docs" / "pods.md").read_text(), {stage.save_every_s for stage in pretrain.get_config().stages}, {}
+  lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+  for plan, bucket, *cells in lines:
+    if plan in pretrain.PLANS and len(cells) > 10:  # ... compute, HBM, ICI, DCN, bound, serial
+      times.setdefault(plan, {})[bucket] = list(map(float, cells[-6:-2]))
+  assert set(times) == set(pretrain.PLANS) and every_s == {1200}
+  for plan, found in times.items():
+    longest = [max((values for bucket, values in found.items() if int(bucket.split()[1]) <= px), key=sum) for px in (512, 2048)]
+    row, = [cells for cells in lines if cells[0] == plan and len(cells) == 5]
+    assert row[1:] == [*(f"{max(one):.0f} to {sum(one):.0f}" for one in longest), *(f"{(1200 + 4 * sum(one)) / 60:.0f}" for one in longest)]
 
 
 # Manifests.
