@@ -34,12 +34,12 @@ PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
 def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = False,
-          profile: tuple[int, int] | None = None) -> Run:
+          profile: tuple[int, int] | None = None, allow_version_change: bool = False) -> Run:
   """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites unless that was done before, and
   returns the run.
 
   Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken; first and last step of each
-  stage to trace.
+  stage to trace; whether packages of other versions than the run's are taken.
 
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
@@ -48,7 +48,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.PreemptionNotice() as stop:
     run = Run(cfg, workdir)
-    save_config(cfg, workdir, allow_config_change)
+    save_config(cfg, workdir, allow_config_change, allow_version_change)
     left = unfinished(run)
     for stage in cfg.stages:
       if stage.name not in left:
