@@ -73,7 +73,7 @@ def unfinished(run: Run) -> set[str]:
   frozen, or is to be evaluated, must be intact too, or it trains again from the checkpoint before. Of any other nothing but its folder is looked at.
   """
   left, read, evaluated = set(), set(), last_generator(run)
-  if run.cfg.evals and evaluated and not recorded_evaluation(run):
+  if run.cfg.evals and evaluated and recorded_evaluation(run) is None:
     read |= {evaluated, *run.read_stages(run.stages[evaluated])}
   for stage in reversed(run.cfg.stages):  # a stage reads earlier ones alone
     if not is_done(run.workdir / stage.name / "checkpoints", stage.num_steps, intact=stage.name in read):

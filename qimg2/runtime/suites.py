@@ -78,16 +78,17 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
 
 def evaluation(run: Run) -> dict[str, Any]:
   """What `evaluate` gives for a run whose stages are trained: read where it was done before."""
-  return recorded_evaluation(run) or evaluate(run)
+  found = recorded_evaluation(run)
+  return evaluate(run) if found is None else found
 
 
-def recorded_evaluation(run: Run) -> dict[str, Any]:
+def recorded_evaluation(run: Run) -> dict[str, Any] | None:
   """What evaluation.json says where it is of the run's last generator, its newest checkpoint, and the same config, which the first process sees for
-  all; {} elsewhere. No checkpoint is read."""
+  all; else None. No checkpoint is read."""
   path, name = run.workdir / "evaluation.json", last_generator(run)
   wanted = {"stage": name, "step": newest_step(run.workdir / name / "checkpoints"), "config": _digest(run)}
   found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-  return found if broadcast_from_first(np.int32({key: found.get(key) for key in wanted} == wanted)) else {}
+  return found if broadcast_from_first(np.int32({key: found.get(key) for key in wanted} == wanted)) else None
 
 
 def last_generator(run: Run) -> str:
