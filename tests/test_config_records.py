@@ -137,6 +137,7 @@ def test_other_versions_are_refused_or_said_and_recorded(tmp_path, capsys, monke
 def test_versions_are_those_that_are_installed():
   found = run_module._installed_versions()
   assert found["jax"] == jax.__version__ and found["numpy"] == np.__version__ and set(run_module.FIXED) - set(found) <= {"libtpu"}
+  assert set(run_module.FIXED) < set(run_module.PACKAGES)
 
 
 @pytest.mark.parametrize("place, free", [
