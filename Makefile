@@ -33,12 +33,12 @@ lint: .venv/.installed-dev
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/.installed: requirements.txt | .venv/bin/python
-	.venv/bin/python -m pip install -q --no-compile -r requirements.txt
+.venv/.installed: requirements.txt requirements.lock | .venv/bin/python
+	.venv/bin/python -m pip install -q --no-compile -r requirements.txt -c requirements.lock
 	touch $@
 
 # torchvision's wheels name a torch build of their own; its Python code is all that the tests need.
 .venv/.installed-dev: requirements-data.txt requirements-dev.txt .venv/.installed
-	.venv/bin/python -m pip install -q --no-compile -r requirements-data.txt -r requirements-dev.txt
-	.venv/bin/python -m pip install -q --no-compile --no-deps torchvision
+	.venv/bin/python -m pip install -q --no-compile -r requirements-data.txt -r requirements-dev.txt -c requirements.lock
+	.venv/bin/python -m pip install -q --no-compile --no-deps torchvision==0.29.1
 	touch $@

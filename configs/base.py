@@ -80,7 +80,9 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}
       faults=plain(faults.Settings()),
-      log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200, keep=2,
+      log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200,
+      save_every_s=0.0,  # seconds after a save when another is due, where a step is long; 0: by steps alone
+      keep=2,  # newest checkpoints, and as many of the newest at multiples of save_every_steps
   ))
   for key, value in changes.items():
     if key not in cfg:
@@ -156,6 +158,7 @@ def smoke(cfg: ConfigDict) -> ConfigDict:
     settings.update({key: min(8, value) for key, value in settings.items()})
   for one in cfg.stages:
     one.num_steps, one.log_every_steps, one.eval_every_steps, one.sample_every_steps, one.save_every_steps = 2, 1, 2, 2, 1
+    one.save_every_s = 0.0
     one.evaluation.num_samples = 64
     for resolution in one.resolutions:
       resolution.batch_size, resolution.base_px, resolution.ratios = 8, min(resolution.base_px, 96), resolution.ratios[-1:]

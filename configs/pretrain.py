@@ -115,7 +115,7 @@ def autoencoder(num_steps: int = 300_000, batch_size: int = K) -> ConfigDict:
       "vae", "reconstruction", num_steps=num_steps, resolutions=(dict(base_px=256, batch_size=batch_size, ratios=RATIOS, weight=1.0),),
       mixture=pictures(1), evaluation=dict(num_samples=4096),
       optimizer=dict(learning_rate=1e-4, warmup_steps=1000), log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000,
-      save_every_steps=1000, keep=3)
+      save_every_steps=1000, save_every_s=1200.0, keep=3)
 
 
 def generator(name: str, start_from: str, num_steps: int, learning_rate: float, base_px: tuple[int, ...], parts: tuple[dict, ...],
@@ -127,7 +127,7 @@ def generator(name: str, start_from: str, num_steps: int, learning_rate: float, 
       resolutions=tuple(dict(base_px=px, batch_size=batch_size * 256 // px, ratios=RATIOS, weight=1.0) for px in base_px),
       mixture=parts, evaluation=dict(num_samples=4096), caption_dropout=0.1,
       optimizer=dict(learning_rate=learning_rate, warmup_steps=1000, schedule="constant", weight_decay=0.001, clip_norm=1.0),
-      log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000, save_every_steps=1000, keep=3)
+      log_every_steps=100, eval_every_steps=5000, sample_every_steps=5000, save_every_steps=1000, save_every_s=1200.0, keep=3)
 
 
 def smoke(cfg: ConfigDict) -> ConfigDict:

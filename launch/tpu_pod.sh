@@ -96,7 +96,8 @@ install() {
     $END_EARLIER
     rm -rf qimg2 && mkdir -p qimg2 bucket && tar -xzf qimg2.tar.gz -C qimg2
     python3 -m pip install -q --user uv && export PATH=\$HOME/.local/bin:\$PATH  # the image's own Python is too old
-    uv venv -q --clear --python 3.12 .venv && uv pip install -q --python .venv/bin/python -r qimg2/requirements.txt 'jax[tpu]'
+    uv venv -q --clear --python 3.12 .venv && uv pip install -q --python .venv/bin/python \
+      -r qimg2/requirements.txt 'jax[tpu]' -c qimg2/requirements.lock -c qimg2/requirements-tpu.lock
     command -v gcsfuse >/dev/null || {
       export CODENAME=gcsfuse-\$(lsb_release -c -s)
       echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt \$CODENAME main\" |

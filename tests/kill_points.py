@@ -96,10 +96,14 @@ def assert_same_bits(one: pathlib.Path, other: pathlib.Path) -> None:
 
 
 def last_arrays(stage: pathlib.Path) -> dict:
-  """All arrays of the newest checkpoint of a stage, whole and in this process, whatever devices saved them."""
-  newest = max((path for path in (stage / "checkpoints").iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+  """All arrays of the newest checkpoint of a stage, see `arrays`."""
+  return arrays(stage, max(int(path.name) for path in (stage / "checkpoints").iterdir() if path.name.isdigit()))
+
+
+def arrays(stage: pathlib.Path, step: int) -> dict:
+  """All arrays of a checkpoint of a stage, whole and in this process, whatever devices saved them."""
   trees = {}
-  for item in (path for path in newest.iterdir() if path.is_dir() and path.name != "meta"):
+  for item in (path for path in (stage / "checkpoints" / str(step)).iterdir() if path.is_dir() and path.name != "meta"):
     reader = ocp.PyTreeCheckpointer()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).item_metadata.tree)
     trees[item.name] = reader.restore(item, restore_args=as_numpy)

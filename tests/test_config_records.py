@@ -4,11 +4,14 @@ import copy
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from configs import quickstart
 from data_pipelines.specs import Resolution
 from qimg2.runtime import curriculum
+from qimg2.runtime import run as run_module
 from qimg2.runtime.config import parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record
 from qimg2.runtime.run import FREE, load_run, save_config
@@ -116,6 +119,33 @@ def test_an_allowed_change_of_the_config_is_printed(tmp_path, capsys):
   assert capsys.readouterr().err == "config.stages[0].mixture[0].weight was 0.65 and is 0.8\n"
   save_config(config(0.8, 2), tmp_path, allow_change=True)
   assert capsys.readouterr().err == ""
+
+
+def test_other_versions_are_refused_or_said_and_recorded(tmp_path, capsys, monkeypatch):
+  """Of packages that the record has, too; libtpu need not be installed."""
+  cfg, path, versions = parse(quickstart.get_config("smoke")), tmp_path / "config.json", {"jax": "1", "libtpu": "1", "grain": "1", "optax": "1"}
+  monkeypatch.setattr(run_module, "_installed_versions", lambda: versions)
+  record = lambda: json.loads(path.read_text())["versions"]
+  save_config(cfg, tmp_path)
+  versions = {"jax": "2", "jaxlib": "2", "grain": "2", "optax": "2"}
+  begun = path.read_bytes()
+  with pytest.raises(ValueError, match="trained with other packages: jax was 1 and is 2; grain was 1 and is 2. Install .* or --allow_version_change"):
+    save_config(cfg, tmp_path, allow_change=True)
+  assert path.read_bytes() == begun and capsys.readouterr().err == ""
+  save_config(cfg, tmp_path, allow_version_change=True)
+  assert capsys.readouterr().err == "jax was 1 and is 2\ngrain was 1 and is 2\n" and record() == versions | {"libtpu": "1"}
+  versions = versions | {"libtpu": "2"}
+  with pytest.raises(ValueError, match="packages: libtpu was 1 and is 2. Install"):  # which another machine did not have
+    save_config(cfg, tmp_path)
+  path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "versions"}))
+  save_config(cfg, tmp_path)
+  assert record() == versions
+
+
+def test_versions_are_those_that_are_installed():
+  found = run_module._installed_versions()
+  assert found["jax"] == jax.__version__ and found["numpy"] == np.__version__ and set(run_module.FIXED) - set(found) <= {"libtpu"}
+  assert set(run_module.FIXED) < set(run_module.PACKAGES)
 
 
 @pytest.mark.parametrize("place, free", [

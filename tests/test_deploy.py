@@ -117,6 +117,20 @@ def test_a_worker_starts_training_again_after_75(tmp_path, codes, ends, runs):
   assert started == ["-m launch.train --distributed=auto --config=qimg2/configs/pretrain.py:smoke --workdir=bucket/run"] * runs
 
 
+def test_what_is_lost_at_worst_follows_from_the_rehearsed_steps():
+  """The table of docs/pods.md: the longest of the times of the longest bucket, their sum, and 20 min and four of these sums."""
+  text, every_s, times = (ROOT / "docs" / "pods.md").read_text(), {stage.save_every_s for stage in pretrain.get_config().stages}, {}
+  lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+  for plan, bucket, *cells in lines:
+    if plan in pretrain.PLANS and len(cells) > 10:  # ... compute, HBM, ICI, DCN, bound, serial
+      times.setdefault(plan, {})[bucket] = list(map(float, cells[-6:-2]))
+  assert set(times) == set(pretrain.PLANS) and every_s == {1200}
+  for plan, found in times.items():
+    longest = [max((values for bucket, values in found.items() if int(bucket.split()[1]) <= px), key=sum) for px in (512, 2048)]
+    row, = [cells for cells in lines if cells[0] == plan and len(cells) == 5]
+    assert row[1:] == [*(f"{max(one):.0f} to {sum(one):.0f}" for one in longest), *(f"{(1200 + 4 * sum(one)) / 60:.0f}" for one in longest)]
+
+
 # Manifests.
 
 
@@ -216,5 +230,5 @@ def test_the_command_is_the_same_everywhere_and_its_encoder_is_trained(manifest)
 def test_the_image_copies_what_is_there():
   text = (ROOT / "deploy" / "Dockerfile").read_text()
   sources = re.findall(r"^COPY (\S+) ", text, re.MULTILINE)
-  assert {"qimg2", "launch", "configs", "data_pipelines", "requirements.txt"} == set(sources)
+  assert {"qimg2", "launch", "configs", "data_pipelines", "requirements.txt", "requirements.lock", "requirements-tpu.lock"} == set(sources)
   assert all((ROOT / source).exists() for source in sources)

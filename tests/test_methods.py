@@ -5,6 +5,7 @@ import itertools
 import json
 import signal
 import time
+import types
 
 import jax
 import numpy as np
@@ -58,6 +59,18 @@ def rows(folder):
 def assert_same(one, other):
   assert (one / "toy" / "metrics.jsonl").read_bytes() == (other / "toy" / "metrics.jsonl").read_bytes()
   jax.tree.map(np.testing.assert_array_equal, last_arrays(one / "toy"), last_arrays(other / "toy"))
+
+
+def test_saves_by_time_change_no_number(whole, tmp_path, monkeypatch):
+  """Saved after every third step, which is no multiple of what is due by number, and killed between."""
+  monkeypatch.setattr(faults, "time", types.SimpleNamespace(monotonic=itertools.count().__next__))
+  job = toy.Job("supervised", save_every=1000, save_every_s=3, **ONE)
+  with pytest.raises(Killed):
+    toy.run(job, tmp_path, wrap=die_before(10))
+  let_threads_end(tmp_path)
+  assert max(int(path.name) for path in (tmp_path / "toy" / "checkpoints").iterdir() if path.name.isdigit()) == 9
+  toy.run(job, tmp_path)
+  assert_same(tmp_path, whole("supervised"))
 
 
 @pytest.fixture(scope="module")

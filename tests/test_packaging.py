@@ -1,5 +1,7 @@
 """The project as a package: every module and every requirement is in it, and a cluster's workers get it with the job."""
 
+import contextlib
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -10,6 +12,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 from apache_beam.runners.portability.stager import Stager
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from setuptools import find_packages
 
 from data_pipelines.curation import workers
@@ -26,6 +29,17 @@ def requirements(*names):
   return sorted(str(Requirement(line)) for line in lines if line)
 
 
+def locked(*names):
+  """{normalised name: version} of lock files, whatever the platform."""
+  return {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in map(Requirement, requirements(*names))}
+
+
+def unlocked(required, versions):
+  """Those of the required packages that have no version, or one that they do not allow."""
+  return [one for one in map(Requirement, required) if not one.specifier.contains(versions.get(canonicalize_name(one.name), "0"), prereleases=True)
+          or canonicalize_name(one.name) not in versions]
+
+
 def modules():
   return {str(path.relative_to(ROOT)) for package in workers.PACKAGES for path in (ROOT / package).rglob("*.py")}
 
@@ -33,6 +47,30 @@ def modules():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
   return workers.build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-data.txt", "requirements-dev.txt"])
+def test_the_lock_has_a_version_of_every_package_and_it_is_allowed(name):
+  required = [one for one in requirements(name) if not one.startswith("libtpu")]
+  assert not unlocked(required, locked("requirements.lock"))
+
+
+def test_the_locks_name_one_version_each_and_no_place_to_get_it_from():
+  lines = requirements("requirements.lock", "requirements-tpu.lock")
+  assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .*)?", line) for line in lines)
+  assert len(locked("requirements.lock", "requirements-tpu.lock")) == len(lines) and "://" not in (ROOT / "requirements.lock").read_text()
+
+
+def test_the_lock_fits_what_its_packages_ask_for():
+  """Of what is installed here in the locked version."""
+  versions, faults = locked("requirements.lock", "requirements-tpu.lock"), []
+  for name, version in versions.items():
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found = importlib.metadata.distribution(name)
+      extra = "tpu" if name == "jax" else ""
+      required = [one for one in map(Requirement, found.requires or ()) if one.marker is None or one.marker.evaluate({"extra": extra})]
+      faults += [f"{name}: {one}" for one in unlocked(map(str, required), versions)] if found.version.partition("+")[0] == version else []
+  assert not faults
 
 
 def test_every_package_is_found():

@@ -265,6 +265,22 @@ def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(alone, tmp_path):
   assert_same_numbers(tmp_path, alone)
 
 
+@pytest.mark.slow
+def test_processes_agree_on_saves_by_time(alone, tmp_path):
+  """Whose clock it is, is killed between two of them."""
+  job = toy(tmp_path, SLOW, "--save_every=1000", "--save_every_s=0.5")
+  started = start(2, *job, heartbeat_s=UNHURRIED_S)
+  saved = lambda: [int(path.parent.name) for path in (tmp_path / "toy" / "checkpoints").glob("*/manifest.json") if path.parent.name.isdigit()]
+  wait_for(saved, started)
+  for one in started:
+    one.send_signal(signal.SIGKILL)
+  ends(started, PATIENCE_S)
+  step = max(saved())
+  together(2, *job, heartbeat_s=UNHURRIED_S)
+  assert 0 < step < STEPS and [row["step"] for row in read_rows(tmp_path / "toy" / "timing.jsonl") if "wall_s" in row].count(step) >= 1
+  assert_same_numbers(tmp_path, alone)
+
+
 # Flags.
 
 

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from kill_points import arrays, assert_same_bits, last_arrays
 from marks import needs_emoji
 from ml_collections import ConfigDict
 
@@ -16,8 +17,9 @@ from qimg2.runtime import curriculum, suites
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run
-from qimg2.training import faults
+from qimg2.training import faults, manifest, trainer
 from qimg2.training.metrics import read_rows
+from qimg2.training.optim import learning_rate, make_rate
 
 FIRST_NEEDED = Mixture.first_needed
 
@@ -74,6 +76,34 @@ def test_when_a_program_is_compiled_changes_no_number(smoke_run, smoke_config, t
   assert rows[0] == rows[1] and len(order) == 1 and len(order[0]) > 1
 
 
+@pytest.mark.parametrize("gone, damaged, trained, hashed", [
+    ((), (), [], set()),
+    ((), ("vae", "low_resolution", "sft"), [], set()),  # nobody reads them now
+    (("sft",), ("low_resolution",), ["sft"], {"vae", "high_resolution"}),
+    (("sft",), ("high_resolution",), ["high_resolution", "sft"], {"vae", "high_resolution"}),
+    (("sft",), ("vae",), ["vae", "sft"], {"vae", "high_resolution"}),
+    (("evaluation.json",), (), [], {"vae", "sft"}),
+    (("evaluation.json",), ("sft",), ["sft"], {"vae", "sft"})])
+def test_of_a_finished_stage_only_what_is_needed_is_read(smoke_run, smoke_config, tmp_path, one_device, monkeypatch, gone, damaged, trained, hashed):
+  """What is needed is read once, and trained again where it is damaged."""
+  workdir = shutil.copytree(smoke_run.workdir, tmp_path / "run")
+  for name in gone:
+    shutil.rmtree(workdir / name) if (workdir / name).is_dir() else (workdir / name).unlink()
+  for name in damaged:
+    path = max((workdir / name / "checkpoints" / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
+    path.write_bytes(bytes(path.stat().st_size))
+  begun, read, digest = [], [], manifest._digest
+  monkeypatch.setattr(manifest, "_digest", lambda path: read.append(path) or digest(path))
+  monkeypatch.setattr(curriculum, "train_one", lambda run, stage, *_: begun.append(stage.name))
+  monkeypatch.setattr(curriculum, "evaluation", lambda run: {})
+  train(copy.deepcopy(smoke_config), workdir)
+  assert begun == trained and {path.relative_to(workdir).parts[0] for path in read} == hashed and len(read) == len(set(read))
+  if "sft" in gone and not set(damaged) & hashed:
+    run = Run(copy.deepcopy(smoke_config), workdir)
+    run.start_weights(run.stages["sft"]), run.frozen_weights(run.stages["sft"])
+    assert len(read) == len(set(read))  # not again
+
+
 def test_each_stage_starts_from_the_one_it_names(smoke_run):
   stage = smoke_run.stages["sft"]
   started, averages = smoke_run.start_weights(stage)
@@ -83,6 +113,44 @@ def test_each_stage_starts_from_the_one_it_names(smoke_run):
   frozen = smoke_run.frozen_weights(stage)
   jax.tree.map(np.testing.assert_array_equal, frozen["vae"], smoke_run.stage_weights("vae")["vae"])
   assert np.std(frozen["vae"]["statistics"]["std"]) > 0  # measured, not the initial ones
+
+
+def test_what_a_stage_takes_over_and_what_begins_anew(smoke_run):
+  """Seen in the first of two steps, which all three stages of the generator saved: the weights of the stage before, not their average, and that
+  average, which does not ramp up again; moments, updates and schedule from 0."""
+  weights = smoke_run.random_weights(smoke_run.stages["low_resolution"], "model")
+  before = {"params.model": weights, "average.ema": weights}
+  for name in ("low_resolution", "high_resolution", "sft"):
+    stage, first = smoke_run.stages[name], arrays(smoke_run.workdir / name, 1)
+    rates = [float(learning_rate(make_rate(stage.optimizer, stage.num_steps), n)) for n in range(2)]
+    rows = [row for row in read_rows(smoke_run.workdir / name / "metrics.jsonl") if "loss" in row]
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], rates, rtol=1e-6)
+    opt, = first["optimizer"]["opt"].values()
+    assert opt["count"] == 1 and all(leaf == 1 for leaf in jax.tree.leaves(opt["adam"]) if np.ndim(leaf) == 0)
+    moves = np.concatenate([np.ravel(new - old) for new, old in zip(jax.tree.leaves(first["params.model"]), jax.tree.leaves(before["params.model"]))])
+    assert 0.9 * rates[0] < np.abs(moves).max() < 1.02 * rates[0]  # as AdamW's first update, whose moments are of one gradient
+    share = 1 - (0.1 if name == "low_resolution" else stage.algorithm.settings["ema_decay"])
+    mixed = jax.tree.map(lambda old, new, share=share: old + share * (new - old), before["average.ema"], first["params.model"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), first["average.ema"], mixed)
+    before = last_arrays(smoke_run.workdir / name)
+
+
+def test_a_restart_between_two_stages_changes_no_bit(smoke_run, smoke_config, tmp_path, one_device, monkeypatch):
+  """The last stage begins anew beside those before it, with the batches that its name, the seed and the step give, whatever stages there are."""
+  cfg, workdir, trained = copy.deepcopy(smoke_config), shutil.copytree(smoke_run.workdir, tmp_path / "run"), []
+  shutil.rmtree(workdir / "sft")
+  put = trainer.put_batch
+  monkeypatch.setattr(trainer, "put_batch", lambda batch, *mesh: trained.append(batch["sample_id"].tolist()) or put(batch, *mesh))
+  monkeypatch.setattr(curriculum, "evaluation", lambda run: {})
+  monkeypatch.setattr(curriculum, "DRAWERS", {})  # pictures change nothing
+  train(cfg, workdir)
+  assert_same_bits(smoke_run.workdir, workdir)
+  cfg.stages, cfg.evals = cfg.stages[3:], ConfigDict()
+  cfg.stages[0].start_from, cfg.stages[0].frozen.vae = "scratch", "default"
+  ids = lambda run: [run.loader(run.cfg.stages[0]).batch(k)[1]["sample_id"].tolist() for k in range(2)]
+  assert trained == ids(Run(cfg, tmp_path / "alone"))
+  cfg.stages[0].name = "another"
+  assert trained != ids(Run(cfg, tmp_path / "alone"))
 
 
 def test_weights_can_come_from_another_run(smoke_run, smoke_config, tmp_path, one_device):

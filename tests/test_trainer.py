@@ -48,7 +48,8 @@ class Batch:
 class Loop:
   """`trainer._loop` over made-up batches, which the steps write down."""
 
-  def __init__(self, num_steps=7, start=0, losses=None, broken=None, log_every=2, settings=None, hooks=(), stop=lambda step: False):
+  def __init__(self, num_steps=7, start=0, losses=None, broken=None, log_every=2, settings=None, hooks=(), stop=lambda step: False,
+               is_save_due=lambda by_number: by_number):
     self.seen, self.put_ids, self.alive, self.results, self.most_unready, self.logged = [], [], [], [], 0, {}
     self.losses, self.broken = losses or {}, broken
     stage = dataclasses.replace(STAGE, num_steps=num_steps, log_every_steps=log_every)
@@ -61,7 +62,7 @@ class Loop:
     self.output = trainer.StageOutput(writer, checkpoints, watch, metrics.GoodputRecorder())
     programs = StepPrograms(lambda bucket: self.step, range(2))
     self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, programs, None,
-                                     trainer.Feed(self.iterate(start), self.put), self.output, stop, Profiler(pathlib.Path(), None))
+                                     trainer.Feed(self.iterate(start), self.put), self.output, stop, Profiler(pathlib.Path(), None), is_save_due)
 
   def iterate(self, start):
     for k in range(start, 10**6):
@@ -149,6 +150,20 @@ def test_a_save_that_fails_stops_the_run_or_is_said(caplog):
       loop.run()
     assert len(loop.seen) == (3 if on_save_error == "stop" else 7)
   assert caplog.text.count("goes on without a save: no space") == 1
+
+
+def test_saves_are_due_by_number_and_by_the_time_since_the_last_one(monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(faults, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+  for every_s, saved in ((0.0, [3, 6, 9]), (15.0, [2, 3, 5, 6, 8, 9]), (20.1, [3, 6, 9]), (5.0, list(range(1, 11)))):
+    with faults.SaveClock(every_s) as due:
+
+      def later(by_number, due=due):
+        clock[0] += 10
+        return due(by_number)
+      loop = Loop(num_steps=11, is_save_due=later)
+      loop.run()
+    assert [meta["loader_step"] for meta in loop.saved] == saved  # and after the last step, by who called the loop
 
 
 def test_a_broken_batch_stops_its_own_step_and_not_the_one_before():

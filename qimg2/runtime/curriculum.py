@@ -21,7 +21,7 @@ from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.micro_batches import variants
 from qimg2.runtime.run import HeldOut, Run, save_config
 from qimg2.runtime.sheets import grid, save_png
-from qimg2.runtime.suites import describe, evaluation
+from qimg2.runtime.suites import describe, evaluation, last_generator, recorded_evaluation
 from qimg2.sharding import to_host
 from qimg2.training import faults
 from qimg2.training.checkpoint import is_done
@@ -35,12 +35,12 @@ PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
 def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = False,
-          profile: tuple[int, int] | None = None) -> Run:
+          profile: tuple[int, int] | None = None, allow_version_change: bool = False) -> Run:
   """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites unless that was done before, and
   returns the run.
 
   Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken; first and last step of each
-  stage to trace.
+  stage to trace; whether packages of other versions than the run's are taken.
 
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
@@ -49,8 +49,11 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.PreemptionNotice() as stop:
     run = Run(cfg, workdir)
-    save_config(cfg, workdir, allow_config_change)
+    save_config(cfg, workdir, allow_config_change, allow_version_change)
+    left = unfinished(run)
     for stage in cfg.stages:
+      if stage.name not in left:
+        continue  # its data and weights, which may take minutes to read, are not needed any more
       train_one(run, stage, stop, began, profile, allow_config_change)
       gc.collect()  # or what only its own cycles hold of this stage would share the devices with the next one
       if processes.is_first():
@@ -64,14 +67,28 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
   return run
 
 
+def unfinished(run: Run) -> set[str]:
+  """Names of the stages that have something to train.
+
+  A stage is finished when it has a checkpoint of its last step. One whose weights are read now, because a later stage begins with them, needs them
+  frozen, or is to be evaluated, must be intact too, or it trains again from the checkpoint before. Of any other nothing but its folder is looked at.
+  """
+  left, read, evaluated = set(), set(), last_generator(run)
+  if run.cfg.evals and evaluated and recorded_evaluation(run) is None:
+    read |= {evaluated, *run.read_stages(run.stages[evaluated])}
+  for stage in reversed(run.cfg.stages):  # a stage reads earlier ones alone
+    if not is_done(run.workdir / stage.name / "checkpoints", stage.num_steps, intact=stage.name in read):
+      left.add(stage.name)
+      read |= run.read_stages(stage)
+  return left
+
+
 def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None,
               profile: tuple[int, int] | None = None, allow_config_change: bool = False) -> None:
-  """Trains one stage, or leaves it as it is when that was done before.
+  """Trains one stage; one that is done is read and left as it is, see `unfinished`.
 
   `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` and `allow_config_change` as for `train`.
   """
-  if is_done(run.workdir / config.name / "checkpoints", config.num_steps):
-    return  # nothing of what follows, which reads its data and weights, is needed any more
   if processes.is_first():
     (run.workdir / "evaluation.json").unlink(missing_ok=True)  # it is of weights that are about to change
   frozen_steps = run.frozen_steps(config)  # before they are read, so that a step which is saved meanwhile is noticed, not missed
@@ -90,8 +107,8 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambd
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
-      variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (),
-      first_needed=(lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None)
+      variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
+      (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None)
   if processes.is_first():
     report.save_counts(run, config, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,

@@ -33,7 +33,7 @@ from qimg2.published.folder import TOKENIZER, open_folder
 from qimg2.runtime import micro_batches
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
-from qimg2.runtime.config.records import FORMAT, read_record
+from qimg2.runtime.config.records import FORMAT, read_record, read_versions
 from qimg2.runtime.config.sources import DIFFUSERS, check_source
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.processes import barrier, in_turn, is_first
@@ -41,11 +41,13 @@ from qimg2.runtime.weights import StageWeights
 from qimg2.training.trainer import differences
 
 EMBEDDED = ("glyphs", "emoji")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+# Those of which another version may compute other numbers, read other batches, or not read what was saved.
+FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
 # order of batches may be another one, and the log says so.
-FREE = re.compile(r"config\.(mesh|data_dir|num_workers|compile|random_frozen|sampling|evals|"
-                  r"stages\[\d+\]\.((log|eval|sample|save)_every_steps|keep|num_steps|faults|max_programs|mixture\[\d+\]\.data_dir))").fullmatch
+FREE = re.compile(r"config\.(mesh|data_dir|num_workers|compile|random_frozen|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|"
+                  r"save_every_s|keep|num_steps|faults|max_programs|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,12 +230,13 @@ def fold_name(seed: int, name: str) -> int:
 # The record of a run.
 
 
-def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = False) -> None:
-  """Writes config.json, by process 0. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` lets
-  pass is printed to stderr, a line per difference.
+def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = False, allow_version_change: bool = False) -> None:
+  """Writes config.json, by process 0. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` and
+  `allow_version_change` let pass is printed to stderr, a line per difference.
 
   Raises:
-    ValueError: the config changed in a way that matters and `allow_change` is False.
+    ValueError: the config changed in a way that matters and `allow_change` is False, or a package of `FIXED` has another version than the run began
+      with and `allow_version_change` is False.
   """
   path, config = workdir / "config.json", _as_json(cfg)
   before = _as_json(read_record(path)) if path.exists() else config
@@ -241,17 +244,29 @@ def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = Fals
   if changes and not allow_change:
     raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
                      "--allow_config_change to go on with the new one.")
+  recorded, versions = read_versions(path) if path.exists() else {}, _installed_versions()
+  both = [name for name in FIXED if name in recorded and name in versions]
+  others = [f"{name} was {recorded[name]} and is {versions[name]}" for name in both if recorded[name] != versions[name]]
+  if others and not allow_version_change:
+    raise ValueError(f"The run in {workdir} was trained with other packages: {'; '.join(others)}. Install those that it had, or "
+                     "--allow_version_change to go on with these, which may compute other numbers.")
   barrier("config")  # all have compared it with the old record
   if not is_first():
     return
-  for change in changes:
+  for change in (*changes, *others):
     print(change, file=sys.stderr)
   workdir.mkdir(parents=True, exist_ok=True)
-  record = {"format": FORMAT, "config": config, "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+  record = {"format": FORMAT, "config": config, "versions": {**recorded, **versions},
             "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
   part = path.with_suffix(".part")
   part.write_text(json.dumps(record, indent=1), encoding="utf-8")
   part.replace(path)
+
+
+def _installed_versions() -> dict[str, str]:
+  """{package: version} of those of `PACKAGES` that are installed; libtpu is where there is a TPU."""
+  found = {name: next(importlib.metadata.distributions(name=name), None) for name in PACKAGES}
+  return {name: one.version for name, one in found.items() if one}
 
 
 def _other_lengths(old: Sequence[dict], new: Sequence[dict], workdir: pathlib.Path) -> Iterator[str]:

@@ -26,10 +26,10 @@ from qimg2.runtime import processes
 from qimg2.runtime.config import PrepareConfig, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import Run
-from qimg2.runtime.sampling import sampling_stage, sampling_weights
+from qimg2.runtime.sampling import sampling_weights
 from qimg2.runtime.sheets import grid, save_png
 from qimg2.sharding import broadcast_from_first
-from qimg2.training.checkpoint import Checkpoints
+from qimg2.training.checkpoint import Checkpoints, newest_step
 
 SEED = 7
 NUM_SHOWN = 48
@@ -53,7 +53,7 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   if not suites:
     raise ValueError(f"config.evals is empty, so there is nothing to evaluate: add a suite, one of {', '.join(SUITES)}.")
   name, weights = sampling_weights(run, stage_name)
-  step = _step(run, name)
+  step = Checkpoints(run.workdir / name / "checkpoints").latest_step()
   buckets, results, shown = run.loader(run.stages[name]).buckets, {}, []
   for suite_name, (suite, num) in suites.items():
     tasks = suite.tasks(num, SEED)
@@ -77,17 +77,23 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
 
 
 def evaluation(run: Run) -> dict[str, Any]:
-  """What `evaluate` gives for a run: read from evaluation.json where that is of the same config and step, which the first process sees for all."""
-  path, name = run.workdir / "evaluation.json", sampling_stage(run)
-  wanted = {"stage": name, "step": _step(run, name), "config": _digest(run)}
+  """What `evaluate` gives for a run whose stages are trained: read where it was done before."""
+  found = recorded_evaluation(run)
+  return evaluate(run) if found is None else found
+
+
+def recorded_evaluation(run: Run) -> dict[str, Any] | None:
+  """What evaluation.json says where it is of the run's last generator, its newest checkpoint, and the same config, which the first process sees for
+  all; else None. No checkpoint is read."""
+  path, name = run.workdir / "evaluation.json", last_generator(run)
+  wanted = {"stage": name, "step": newest_step(run.workdir / name / "checkpoints"), "config": _digest(run)}
   found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-  if broadcast_from_first(np.int32({key: found.get(key) for key in wanted} == wanted)):
-    return found
-  return evaluate(run)
+  return found if broadcast_from_first(np.int32({key: found.get(key) for key in wanted} == wanted)) else None
 
 
-def _step(run: Run, stage_name: str) -> int | None:
-  return Checkpoints(run.workdir / stage_name / "checkpoints").latest_step()
+def last_generator(run: Run) -> str:
+  """Name of the last stage that trains the generator, which is evaluated when all are trained; "" where there is none."""
+  return next((stage.name for stage in reversed(run.cfg.stages) if stage.kind == "generator"), "")
 
 
 def _digest(run: Run) -> str:

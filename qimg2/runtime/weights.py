@@ -17,7 +17,7 @@ from qimg2.algorithms import Algorithm
 from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
-from qimg2.training.checkpoint import Checkpoints, restore_weights, save_weights
+from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights
 
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
 
@@ -61,6 +61,14 @@ class StageWeights:
     folders = {role: self._folder(source) for role, source in sources.items() if source.kind == "folder"}
     return {role: (str(folder), Checkpoints(folder / "checkpoints").latest_step()) for role, folder in folders.items()
             if (folder / "checkpoints").is_dir()}
+
+  def read_stages(self, stage: StageConfig) -> set[str]:
+    """Names of the stages of this run whose weights are read where `stage` begins to train or goes on: those of its frozen roles, and until it has a
+    checkpoint of its own that of `start_from`."""
+    sources = [self._frozen_source(stage, role) for role in self.algorithm(stage).frozen]
+    if newest_step(self.workdir / stage.name / "checkpoints") is None:
+      sources.append(parse_source(stage.start_from))
+    return {source.name for source in sources if source.kind == "stage"}
 
   def _frozen_source(self, stage: StageConfig, role: str) -> Source:
     source = parse_source(stage.frozen.get(role, "default"))

@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ _ALL_WRITTEN = "async_write_complete"  # Orbax's barrier between the writing of 
 _RENAMED = re.compile(r"^slow\.")  # items of older checkpoints
 OLDER = (". If an older version of this program left the stage unfinished, it cannot go on, because that kept other optimizer states: move the "
          "checkpoint away to train the stage anew; finished stages can be started from, sampled and exported")
+MEND = "; where you move a damaged folder away, launch.train makes it anew"
 ACCEPT = "qimg2.training.manifest.write_manifest(FOLDER) accepts it as it is"
 
 
@@ -42,8 +43,9 @@ class SaveError(OSError):
 class Checkpoints:
   """The checkpoints of one stage."""
 
-  def __init__(self, folder: pathlib.Path, keep: int | None = None):
-    """Args: folder; keep, how many of the newest to keep, which makes the folder if it is missing; None only to read.
+  def __init__(self, folder: pathlib.Path, keep: int | None = None, every: int = 1):
+    """Args: folder; keep, how many of the newest to keep, and as many of the newest whose step is a multiple of `every`, which makes the folder if it
+    is missing; None only to read.
 
     With `keep`, damaged steps that are newer than the newest intact one are renamed to <step>.damaged, so that they can be saved again.
 
@@ -51,6 +53,7 @@ class Checkpoints:
       ValueError: with `keep`, there are checkpoints but none is intact.
     """
     self.folder, self._keep = pathlib.Path(folder).absolute(), keep
+    self._every = every
     self._saving = 0  # the step of the save that was started last
     if keep is not None:
       _set_aside(self.folder, self.latest_step())
@@ -67,7 +70,7 @@ class Checkpoints:
       fault = _agreed_fault(self.folder / str(step))
       if not fault:
         if faults:
-          logging.warning("%s The checkpoint before it, of step %d, is used instead; launch.train makes those after it anew.", " ".join(faults), step)
+          logging.warning("%s The checkpoint before it, of step %d, is used instead%s.", " ".join(faults), step, MEND if self._keep is None else "")
         return step
       if (self.folder / str(step)).is_dir():  # not one that a run has just replaced by a newer one
         faults.append(f"The checkpoint {self.folder / str(step)} is damaged: {fault}.")
@@ -142,7 +145,8 @@ class Checkpoints:
     if self._keep is None:
       return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=False))
     asynchronous = _with_manifest(lambda: self.folder / str(self._saving))
-    options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True, async_options=asynchronous)
+    options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._keep, self._every), create=True, cleanup_tmp_directories=True,
+                                               async_options=asynchronous)
     return ocp.CheckpointManager(self.folder, options=options)
 
   def _guard(self, save: Callable[[], Any]) -> None:
@@ -169,11 +173,32 @@ class Checkpoints:
       raise ValueError(f"The checkpoint {path} does not fit the config: {_first_line(error)}{hint}") from error
 
 
-def is_done(folder: pathlib.Path, num_steps: int) -> bool:
-  """Whether the newest checkpoint in a folder is of step `num_steps` or later, and intact. Nothing but its bytes is looked at."""
+class _Kept:
+  """Orbax's preservation policy of the newest `num` checkpoints, and the newest `num` at multiples of `every`: those by time, which are close to each
+  other, would soon have pushed out all that are far apart."""
+
+  def __init__(self, num: int, every: int):
+    self._num, self._every = num, every
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    """Of each checkpoint, oldest first, whether it is kept."""
+    del context
+    steps = [one.step for one in checkpoints]
+    kept = {*steps[-self._num:], *[step for step in steps if step % self._every == 0][-self._num:]}
+    return [step in kept for step in steps]
+
+
+def newest_step(folder: pathlib.Path) -> int | None:
+  """The step of the newest checkpoint in a folder, None when there is none. Nothing but names is looked at, so it may be damaged."""
+  return next(iter(_agreed_steps(pathlib.Path(folder).absolute())), None)
+
+
+def is_done(folder: pathlib.Path, num_steps: int, intact: bool = True) -> bool:
+  """Whether the newest checkpoint in a folder is of step `num_steps` or later, and with `intact` also undamaged, for which all of its bytes are read,
+  once in a process."""
   folder = pathlib.Path(folder).absolute()
-  newest = next(iter(_agreed_steps(folder)), 0)
-  return newest >= num_steps and not _agreed_fault(folder / str(newest))
+  newest = newest_step(folder) or 0
+  return newest >= num_steps and not (intact and _agreed_fault(folder / str(newest)))
 
 
 def save_weights(folder: pathlib.Path, params: dict) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import statistics
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ WINDOW = 100  # losses that the median of a spike is taken over
 MIN_LOSSES = 20  # fewer say nothing about a spike
 NUM_SHOWN = 8  # sample ids in a message; faults.jsonl has all
 HOUR_MS = 3_600_000
-_notices = itertools.count()  # every process makes them in the same order
+_agreements = itertools.count()  # every process makes them in the same order
 
 
 class Preempted(Exception):
@@ -55,28 +56,116 @@ class Settings:
       raise ValueError(f"faults.on_save_error is {self.on_save_error!r}: choose one of {', '.join(ON_SAVE_ERROR)}.")
 
 
-class PreemptionNotice:
-  """Whether the run is asked to stop: `with PreemptionNotice() as stop: ... stop(step)`.
+class Agreement:
+  """A call of `reached` on which all processes agree when one of them has called `ask`. Every process makes agreements in the same order and calls
+  `reached` equally often.
 
-  SIGTERM, which comes before a machine is taken away, and the first SIGINT ask for it; a second SIGINT ends the process at once, with 130. One
-  process stops after the step that it is running. Several stop after the same step: whichever of them is asked tells the others through the
-  coordination service of `jax.distributed`, and they agree on a step that none of them has passed. That costs a look at a local number per step.
+  One process alone reaches it at its next call. Of several, whichever asks tells the others through the coordination service of `jax.distributed`,
+  and they agree on a call that none of them has passed. That costs a look at a local number per call.
 
   JAX has such an agreement of its own (`reached_preemption_sync_point`). It is not used: it has one counter of steps, and Orbax sets it, too, so
   that the step agreed on may be one that some or all processes have passed.
   """
 
   def __init__(self):
-    self._asked, self._before = False, {}
-    self._num_calls, self._last_call = 0, math.inf  # of __call__ on this process, and the one where all stop
+    self._asked = False
+    self._num_calls, self._agreed_call = 0, math.inf  # of `reached` on this process, and the one that all agreed on
     self._lock = threading.Lock()
-    self._name = f"qimg2/stop/{next(_notices)}"
-    self._agreement: threading.Thread | None = None
+    self._name = f"qimg2/agreement/{next(_agreements)}"
+    self._thread = threading.Thread(target=self._agree, daemon=True) if _shared() else None
+    if self._thread:
+      self._thread.start()
+
+  def ask(self) -> None:
+    """Asks for the agreement; again does nothing."""
+    if self._thread and not self._asked:
+      self._tell("asked")
+    self._asked = True
+
+  def reached(self) -> bool:
+    """Whether this call is the one, or a later one."""
+    if not self._thread:
+      return self._asked
+    with self._lock:
+      self._num_calls += 1
+      return self._num_calls >= self._agreed_call
+
+  def close(self, together: bool = True) -> None:
+    """Ends it; `together`: whether all processes come to this point, which this one waits for."""
+    if self._thread:
+      if jax.process_index() == 0:
+        self._tell("done")
+      if together:
+        self._thread.join()
+
+  def _tell(self, word: str) -> None:
+    """Says a word to all processes, unless one was said."""
+    try:
+      distributed.global_state.client.key_value_set(self._name, word)
+    except jax.errors.JaxRuntimeError:
+      pass  # another one was faster, or the coordinator is gone: the others know
+
+  def _agree(self) -> None:
+    """Waits until a process asks. Then each says how often it has called, and may not call again before it knows the largest number of all: the
+    call after that is the one. The main thread of each may wait for another's step meanwhile; this one does not."""
+    client, calls = distributed.global_state.client, f"{self._name}/calls/"
+    try:
+      if _said(client, self._name) == "asked":
+        with self._lock:
+          client.key_value_set(f"{calls}{jax.process_index()}", str(self._num_calls))
+          client.wait_at_barrier(calls, HOUR_MS)
+          self._agreed_call = 1 + max(int(number) for _, number in client.key_value_dir_get(calls))
+    except jax.errors.JaxRuntimeError as error:  # `qimg2.runtime.processes` finds the lost process and ends this one
+      logging.warning("The processes cannot agree on a step: %s", str(error).partition("\n")[0])
+
+
+class SaveClock:
+  """Whether a checkpoint is due after a step, by number or by time: `with SaveClock(1200) as due: ... due(step % 500 == 0)`.
+
+  Every process asks after every step. The clock of the first process counts from the last save; the others agree with it on a step (`Agreement`).
+  """
+
+  def __init__(self, every_s: float):
+    """Args: seconds between two saves, 0 for none by time."""
+    self._every_s = every_s
 
   def __enter__(self):
-    if self._shared():
-      self._agreement = threading.Thread(target=self._agree, daemon=True)
-      self._agreement.start()
+    self._begin()
+    return self
+
+  def __exit__(self, failure: type[BaseException] | None, *_):
+    if self._every_s:
+      self._agreement.close(_together(failure))
+
+  def __call__(self, by_number: bool) -> bool:
+    """Whether all processes save after this step; by_number: whether they do so whatever the time is."""
+    if not self._every_s:
+      return by_number
+    if jax.process_index() == 0 and time.monotonic() - self._since >= self._every_s:
+      self._agreement.ask()
+    due = self._agreement.reached() or by_number
+    if due:
+      self._agreement.close()
+      self._begin()
+    return due
+
+  def _begin(self) -> None:
+    if self._every_s:
+      self._since, self._agreement = time.monotonic(), Agreement()
+
+
+class PreemptionNotice:
+  """Whether the run is asked to stop: `with PreemptionNotice() as stop: ... stop(step)`.
+
+  SIGTERM, which comes before a machine is taken away, and the first SIGINT ask for it; a second SIGINT ends the process at once, with 130. One
+  process stops after the step that it is running. Several stop after the same step, whichever of them is asked (`Agreement`).
+  """
+
+  def __init__(self):
+    self._before = {}
+
+  def __enter__(self):
+    self._agreement = Agreement()
     if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
       for number in (signal.SIGINT, signal.SIGTERM):
         self._before[number] = signal.signal(number, self._handle)
@@ -92,26 +181,15 @@ class PreemptionNotice:
     if self._before:
       signal.set_wakeup_fd(self._pipe_before)
       os.close(self._pipe)
-    if self._agreement is not None:
-      if jax.process_index() == 0:
-        self._tell("done")
-      if failure is None or issubclass(failure, Preempted):  # else the others do not come to this point
-        self._agreement.join()
+    self._agreement.close(_together(failure))
 
   def __call__(self, step: int) -> bool:
     """Whether all processes stop after `step`. Every process asks equally often."""
-    if not self._shared():
-      return self._asked
-    with self._lock:
-      # The point where all stop is a number of calls, not of steps: those begin anew with each stage.
-      self._num_calls += 1
-      return self._num_calls >= self._last_call
-
-  def _shared(self) -> bool:
-    return jax.process_count() > 1
+    return self._agreement.reached()  # a number of calls, not of steps: those begin anew with each stage
 
   def _handle(self, *_) -> None:
-    self._asked = True
+    if not _shared():
+      self._agreement.ask()  # else `_hear` does, because a handler may interrupt what talks to the other processes
 
   def _hear(self, pipe: int) -> None:
     """Reads the numbers of signals as they come, which Python's handlers, in the main thread, cannot while that compiles or waits for a device."""
@@ -121,28 +199,17 @@ class PreemptionNotice:
         num_interrupts += some.count(signal.SIGINT)
         if num_interrupts > 1:
           os._exit(130)
-        if self._shared() and (signal.SIGINT in some or signal.SIGTERM in some):
-          self._tell("asked")
+        if _shared() and (signal.SIGINT in some or signal.SIGTERM in some):
+          self._agreement.ask()
 
-  def _tell(self, word: str) -> None:
-    """Says a word to all processes, unless one was said."""
-    try:
-      distributed.global_state.client.key_value_set(self._name, word)
-    except jax.errors.JaxRuntimeError:
-      pass  # another one was faster, or the coordinator is gone: the others know
 
-  def _agree(self) -> None:
-    """Waits until a process is asked to stop. Then each says how often it has called, and may not call again before it knows the largest number
-    of all: they stop at the call after that. The main thread of each may wait for another's step meanwhile; this one does not."""
-    client, calls = distributed.global_state.client, f"{self._name}/calls/"
-    try:
-      if _said(client, self._name) == "asked":
-        with self._lock:
-          client.key_value_set(f"{calls}{jax.process_index()}", str(self._num_calls))
-          client.wait_at_barrier(calls, HOUR_MS)
-          self._last_call = 1 + max(int(number) for _, number in client.key_value_dir_get(calls))
-    except jax.errors.JaxRuntimeError as error:  # `qimg2.runtime.processes` finds the lost process and ends this one
-      logging.warning("The processes cannot agree where to stop: %s", str(error).partition("\n")[0])
+def _shared() -> bool:
+  return jax.process_count() > 1
+
+
+def _together(failure: type[BaseException] | None) -> bool:
+  """Whether the other processes leave a block as this one does."""
+  return failure is None or issubclass(failure, Preempted)
 
 
 def _said(client: Any, key: str) -> str:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from qimg2.algorithms import Algorithm
 from qimg2.sharding import Rules, compile_options, gather_ids, put_batch
 from qimg2.training.checkpoint import Checkpoints, SaveError
-from qimg2.training.faults import Preempted, Settings, StepMonitor
+from qimg2.training.faults import Preempted, SaveClock, Settings, StepMonitor
 from qimg2.training.feed import Feed
 from qimg2.training.metrics import GoodputRecorder, MetricsWriter
 from qimg2.training.profiler import Profiler
@@ -63,12 +63,13 @@ class Stage:
     batch_shapes: the abstract global batch of each bucket.
     hooks: (every n steps, function of (weights of all roles, step, writer) -> scalars to log); also run after the last step.
     accumulate: micro-batches per step.
-    log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep.
+    log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep, see `Checkpoints`.
     faults: fault-tolerance settings.
     profile: (first, last) step, counted from 1, to trace for XProf and Perfetto, into the folder `profile`; None for none.
     description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and "frozen_steps", {role:
       (folder, step)} of frozen weights that another run may change.
     variants: (networks, micro-batches) of each bucket's step, where they are not `nets` and `accumulate` for all.
+    save_every_s: seconds after a save when another one is due, wherever the step stands; 0 for never.
     first_needed: the numbers of all buckets in the order in which the steps from the given one on need them: their programs are compiled in this
       order while training runs. None compiles all before the first step.
   """
@@ -87,6 +88,7 @@ class Stage:
   description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   profile: tuple[int, int] | None = None
   variants: tuple[tuple[Any, int], ...] = ()
+  save_every_s: float = 0.0
   first_needed: Callable[[int], Iterable[int]] | None = None
 
 
@@ -125,7 +127,7 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   """
   folder, recorder = workdir / stage.name, GoodputRecorder(began)
   with recorder.measure("start"):
-    checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.save_every_steps)
     if (checkpoints.latest_step() or 0) >= stage.num_steps:
       checkpoints.close()
       return None
@@ -139,7 +141,7 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     rollouts = compile_rollouts(stage, nets, abstract, frozen, mesh, rules)
     compile_one = step_compiler(stage, nets, abstract, frozen, mesh, rollouts)
     order = list(stage.first_needed(step) if stage.first_needed else range(len(stage.batch_shapes)))
-  with contextlib.closing(StepPrograms(compile_one, order)) as programs, contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler:
+  with contextlib.closing(StepPrograms(compile_one, order)) as programs:
     with recorder.measure("compile"):
       programs.wait(f"{stage.name}: compile", 1 if stage.first_needed else len(order))
     _leave_before_start(stage, step, stop)
@@ -147,7 +149,8 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
       _run_hooks(stage, state, frozen, step, output)
     writer.write_timing(step, recorder.row())
     feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
-    state = _loop(stage, state, frozen, programs, rollouts, feed, output, stop, profiler)
+    with contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler, SaveClock(stage.save_every_s) as is_save_due:
+      state = _loop(stage, state, frozen, programs, rollouts, feed, output, stop, profiler, is_save_due)
   return _end(stage, state, frozen, nets, finish_batches, output, stop)
 
 
@@ -212,7 +215,7 @@ def _shapes(frozen: dict) -> dict:
 
 
 def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms, rollouts: list[Programs] | None, feed: Feed, output: StageOutput,
-          stop: Callable[[int], bool], profiler: Profiler) -> TrainState:
+          stop: Callable[[int], bool], profiler: Profiler, is_save_due: Callable[[bool], bool]) -> TrainState:
   """Runs the steps that are left; saves, but not after the last one, which `finalize` still follows."""
   first = int(state.step)
   progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
@@ -253,15 +256,15 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
     progress.update(1)
     if last:
       break
-    stopping = stop(step)
-    if stopping or _is_due(stage, step) or step % stage.save_every_steps == 0:
+    stopping, saving = stop(step), is_save_due(step % stage.save_every_steps == 0)
+    if stopping or saving or _is_due(stage, step):
       _observe(dispatched, len(dispatched), output.monitor)  # the device is done with the steps: what follows is no time of theirs
       pause = time.monotonic()
       if stopping:
         progress.close()
         _leave(stage, state, step, output)
       _run_hooks(stage, state, frozen, step, output)
-      if step % stage.save_every_steps == 0:
+      if saving:
         with output.recorder.measure("save"):
           _save(stage, state, step, output, can_continue=True)
       clock += time.monotonic() - pause

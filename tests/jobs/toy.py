@@ -82,6 +82,7 @@ class Job:
   restored: dict = dataclasses.field(default_factory=dict)
   profile: tuple | None = None
   description: dict = dataclasses.field(default_factory=lambda: {"seed": 0})
+  save_every_s: float = 0.0
 
   def loader(self, mesh, rules):
     """The loader of the method's data."""
@@ -106,7 +107,7 @@ def stage_of(job):
   shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
-                       job.tolerance, job.description, job.profile), mesh, rules
+                       job.tolerance, job.description, job.profile, save_every_s=job.save_every_s), mesh, rules
 
 
 def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
@@ -136,6 +137,7 @@ def define_flags():
   flags.DEFINE_string("workdir", None, "Folder.", required=True)
   flags.DEFINE_integer("num_steps", 12, "Steps.")
   flags.DEFINE_integer("save_every", 4, "Steps between saves.")
+  flags.DEFINE_float("save_every_s", 0.0, "Seconds between saves by time.")
   flags.DEFINE_float("slow_s", 0.0, "Seconds that each batch takes.")
   flags.DEFINE_bool("biased_judge", False, "Whether the judge says something else on every process but the first.")
   flags.DEFINE_string("mesh", '{"fsdp": -1}', "Mesh, as JSON.")
@@ -145,7 +147,8 @@ def define_flags():
 def main(_):
   """Trains as the flags say."""
   args = flags.FLAGS
-  job = Job(args.method, args.num_steps, json.loads(args.mesh), save_every=args.save_every, slow_s=args.slow_s)
+  job = Job(args.method, args.num_steps, json.loads(args.mesh), save_every=args.save_every, slow_s=args.slow_s,
+            save_every_s=args.save_every_s)
   if args.biased_judge:
     job = dataclasses.replace(job, algorithm=biased(METHODS[args.method]()))
   try:

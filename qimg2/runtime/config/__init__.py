@@ -125,11 +125,14 @@ class StageConfig:
   save_every_steps: int
   keep: int
   optimizers: Mapping[str, optim.Config] = dataclasses.field(default_factory=dict)
+  save_every_s: float = 0.0
 
   def __post_init__(self):
     for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
       if getattr(self, key) < 1:
         raise ValueError(f"config.stages[{self.name}].{key} is {getattr(self, key)}: give at least 1.")
+    if self.save_every_s < 0:
+      raise ValueError(f"config.stages[{self.name}].save_every_s is {self.save_every_s}: give seconds, or 0 for no checkpoint by time.")
     if self.max_programs < 0:
       raise ValueError(f"config.stages[{self.name}].max_programs is {self.max_programs}: give a number of buckets, or 0 for one per shape.")
 

@@ -16,10 +16,7 @@ def read_record(path: pathlib.Path) -> RunConfig:
   Raises:
     ValueError: it cannot be read or understood, with the file and the key.
   """
-  try:
-    record = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is no JSON file ({error}): it was changed or cut off; a copy of the run may still have it.") from error
+  record = _read(path)
   if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
     raise ValueError(f"{path} lacks the key 'config': it is no record of a run.")
   if record.get("format", 1) not in range(1, FORMAT + 1):
@@ -28,6 +25,24 @@ def read_record(path: pathlib.Path) -> RunConfig:
     return parse(translate(record["config"], record.get("format", 1)))
   except ValueError as error:
     raise ValueError(f"{path} cannot be understood: {error}") from error
+
+
+def read_versions(path: pathlib.Path) -> dict[str, str]:
+  """{package: version} that a config.json records; {} where it says nothing of them.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  record = _read(path)
+  versions = record.get("versions") if isinstance(record, dict) else None
+  return versions if isinstance(versions, dict) else {}
+
+
+def _read(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON file ({error}): it was changed or cut off; a copy of the run may still have it.") from error
 
 
 def translate(config: dict[str, Any], version: int) -> dict[str, Any]:
