@@ -10,7 +10,7 @@
 The stages, their data and all else are those of configs/pretrain.py, with fewer steps and an eighth of the batch: 820 million pictures are seen at
 256 px, 290 million at 512. Prompts have at most 512 tokens. Nobody has trained this yet, so what it draws is not known.
 
-What it costs: on 64 chips of TPU v6e, `v6e:8x8`, 6.6 days if nothing overlaps and 3.3 if everything does; docs/pods.md has the command that says so.
+What it costs: on 64 chips of TPU v6e, `v6e:8x8`, 6.9 days if nothing overlaps and 3.3 if everything does; docs/pods.md has the command that says so.
 
 DIR is a folder in the published layout (docs/published.md) whose text_encoder and processor are those of Qwen3-VL-2B; its VAE is taken, too. With
 `:diffusers:DIR` the encoder alone is, and the stage "vae" trains a VAE first. Without a folder the run is refused.
