@@ -237,8 +237,10 @@ def test_mistakes_of_any_stage_are_named_before_the_first_one_trains(smoke_confi
 
 def test_a_frozen_network_is_drawn_from_the_seed_only_where_the_config_says_so(smoke_config, tmp_path, one_device):
   cfg = copy.deepcopy(smoke_config)
-  cfg.random_frozen, folder = False, tmp_path / "weights"
+  cfg.random_frozen, cfg.data_dir, folder = False, str(tmp_path), tmp_path / "weights"
   folder.mkdir()
+  for part in (part for stage in cfg.stages for part in stage.mixture):
+    part.name = "mine"
   refused = lambda: pytest.raises(ValueError, match=expected)
   expected = (r"config.stages\[low_resolution\].frozen.encoder is 'default', which would draw its weights from the seed: name a folder .*"
               r"--config.stages\[1\].frozen.encoder=diffusers:DIR \(.*--config.random_frozen=True")
@@ -250,9 +252,10 @@ def test_a_frozen_network_is_drawn_from_the_seed_only_where_the_config_says_so(s
   expected = r"config.stages\[high_resolution\].frozen.vae is 'scratch'"
   with refused():
     train(cfg, tmp_path / "run")
+  cfg.stages[2].frozen.vae, expected = "stage:vae", "There is no data set 'mine'"  # which is what a run looks for next
+  with refused():
+    train(cfg, tmp_path / "run")
   assert not (tmp_path / "run").exists()
-  cfg.stages[2].frozen.vae = "stage:vae"
-  Run(cfg, tmp_path / "run")
 
 
 @pytest.mark.slow
