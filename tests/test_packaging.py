@@ -73,6 +73,13 @@ def test_the_lock_fits_what_its_packages_ask_for():
   assert not faults
 
 
+@pytest.mark.parametrize("name", ["Makefile", "deploy/Dockerfile", "launch/tpu_pod.sh"])
+def test_what_installs_keeps_to_the_lock(name):
+  lines = [line for line in (ROOT / name).read_text().splitlines() if re.search(r"-r \S*requirements", line)]
+  assert lines and all(re.search(r"-c \S*requirements\.lock", line) for line in lines)
+  assert all(("jax[" in line) == ("requirements-tpu.lock" in line) for line in lines)
+
+
 def test_every_package_is_found():
   include = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
   assert set(find_packages(ROOT, include=include)) == {str(pathlib.Path(name).parent).replace("/", ".") for name in modules()}
