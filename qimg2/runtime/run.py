@@ -264,9 +264,9 @@ def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = Fals
 
 
 def _installed_versions() -> dict[str, str]:
-  """{package: version} of those of `PACKAGES` that are installed; libtpu is where there is a TPU."""
+  """{package: version} of those of `PACKAGES` that are installed; libtpu where it computes, elsewhere it only rehearses."""
   found = {name: next(importlib.metadata.distributions(name=name), None) for name in PACKAGES}
-  return {name: one.version for name, one in found.items() if one}
+  return {name: one.version for name, one in found.items() if one and (name != "libtpu" or jax.default_backend() == "tpu")}
 
 
 def _other_lengths(old: Sequence[dict], new: Sequence[dict], workdir: pathlib.Path) -> Iterator[str]:
