@@ -119,6 +119,18 @@ def test_equals_the_definition(case, backend, monkeypatch):
   close(both(run, mask, arguments), expected(case))
 
 
+@pytest.mark.parametrize("case", MASKS)
+def test_cudnn_is_asked_for_nothing_that_it_refuses(case, monkeypatch):
+  """A mask that is an array has even lengths: the kernel's backward pass refuses odd ones."""
+  run, masks = jax.nn.dot_product_attention, []
+  monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **options: masks.append(options.get("mask")) or run(*args, **options))
+  mask, num_queries = MASKS[case]
+  cudnn.attend(*arrays(mask, num_queries)[:3], mask, implementation="xla")
+  shapes = [one.shape for one in masks if one is not None]
+  assert masks and all(size % 2 == 0 for shape in shapes for size in shape[2:])
+  assert bool(shapes) == (mask.last is not None and mask.num_prefix > 0 and mask.reach > 0)
+
+
 MESHES = [({"context": 4, "tensor": 2}, "fsdp_tensor"), ({"data": 2, "fsdp": 2, "context": 2}, "fsdp_context"), ({"data": 2, "fsdp": 4}, "fsdp")]
 
 

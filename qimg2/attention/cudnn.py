@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qimg2.attention.mask import Mask, dense
+from qimg2.layers import pad
 
 MAX_HEAD_DIM = 128
 
@@ -23,10 +24,12 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, imple
   """
   run, P = functools.partial(jax.nn.dot_product_attention, implementation=implementation), 0 if mask.last is None else mask.num_prefix
   parts = []
-  if P:
-    here = Mask(mask.last[:, :P], None if mask.valid is None else mask.valid[:, :P])
-    seen = {"is_causal": True} if mask.reach == 0 else {"mask": dense(here, P)[:, None]}  # padding of a causal prefix is on its right
-    parts.append(run(query[:, :P], key[:, :P], value[:, :P], **seen))
+  if P and mask.reach == 0:  # padding of a causal prefix is on its right
+    parts.append(run(query[:, :P], key[:, :P], value[:, :P], is_causal=True))
+  elif P:
+    valid = jnp.ones((query.shape[0], P), bool) if mask.valid is None else mask.valid[:, :P]
+    here = Mask(pad(mask.last[:, :P], 2), pad(valid, 2))  # with a mask the kernel's backward pass needs lengths that are even
+    parts.append(run(*(pad(x[:, :P], 2) for x in (query, key, value)), mask=dense(here, P + P % 2)[:, None])[:, :P])
   if P < query.shape[1]:
     lengths = {}
     if mask.valid is not None:
