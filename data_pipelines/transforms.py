@@ -30,6 +30,7 @@ from data_pipelines.colours import to_srgb
 
 pyvips.cache_set_max(0)
 
+DECODING = 1  # version of what a file becomes; caches without one are older than the conversion of profiles
 MAX_PIXELS = 89_478_485  # Pillow's own limit; such a picture takes 0.4 GB decoded and up to 1.2 GB where it is transparent
 MAX_JPEG_SCANS = 256  # honest progressive files have about ten; each scan of a few bytes can cost a pass over all pixels
 
