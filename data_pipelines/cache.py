@@ -9,22 +9,24 @@ bucket's size, because the encoder looks at them too. Arrays are raw little-endi
   "cache": {"dtype": "float16", "channels": 64, "factor": 16, "feature_width": 4096, "num_system_tokens": 14, "made_with": {...}}
 
 made_with says what it can be used for: base_px, and for each the `sizes` of its buckets; the fingerprints of the weights of `vae`, `encoder` and
-of the `tokenizer`, `num_tokens`, and where the weights came from (`weights_from`).
+of the `tokenizer`, `num_tokens`, where the weights came from (`weights_from`), and the version of `decoding` of its pictures.
 
 In a batch, `latents` B h w C and `source_latents` (a tuple of B h w C) take the place of `target`; with features `features` B M' E (M' the
 prompt without the system turn, zeros after its end) takes that of `sources`, which is then empty.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.records import read_meta
-from data_pipelines.transforms import load_picture
+from data_pipelines.transforms import DECODING, load_picture
 
 DTYPES = ("float16", "float32")  # float16 has 11 bits of precision; what goes beyond its largest number, 65504, is refused when it is written
 _AGAIN = "write it again with launch.cache_latents for this stage"
@@ -103,7 +105,7 @@ def cached_shapes(data_dir: str | os.PathLike, name: str) -> tuple:
 
 def check_use(data_dir: str | os.PathLike, name: str, stage: str, resolutions: Sequence[tuple[int, tuple, int]],
               needs: Mapping[str, Any]) -> None:
-  """Checks that a stage can train on a latent cache; pixels always pass.
+  """Checks that a stage can train on a latent cache; pixels always pass. The log warns of one whose pictures were decoded otherwise than today.
 
   Args:
     data_dir, name: the data set.
@@ -119,6 +121,7 @@ def check_use(data_dir: str | os.PathLike, name: str, stage: str, resolutions: S
   if cache is None:
     return
   made_with = _made_with(data_dir, name)
+  _warn_of_decoding(str(data_dir), name, made_with.get("decoding"))
   has = made_with | dataclasses.asdict(cache)
   for key in ("channels", "factor") + (("feature_width", "num_system_tokens", "tokenizer") if cache.has_features else ()):
     if has[key] != needs[key]:
@@ -148,6 +151,14 @@ def check_weights(data_dir: str | os.PathLike, name: str, stage: str, fingerprin
       origin = made_with["weights_from"][role]
       raise ValueError(f"Data set {name!r} was cached with other weights of the {role} than stage {stage!r} has (from {origin!r} then, fingerprint "
                        f"{made_with[role]}, and {fingerprints[role]} now): {_AGAIN}, or give the stage those weights as frozen.{role}.")
+
+
+@functools.cache
+def _warn_of_decoding(data_dir: str, name: str, decoding: int | None) -> None:
+  """Warns once per process of a cache that was made with another version of decoding; None: made before pictures with a profile became sRGB."""
+  if decoding != DECODING:
+    logging.warning("Data set %r in %s was cached by another version of decoding (%s, now %s): the colours of its pictures that had an ICC profile "
+                    "may be other than those of pixels; where it has such pictures, remove it and %s.", name, data_dir, decoding, DECODING, _AGAIN)
 
 
 def _made_with(data_dir: str | os.PathLike, name: str) -> dict:

@@ -3,9 +3,9 @@
 An image is a uint8 array H W 3 in RGB everywhere in this package. Left out on purpose: flips and colour jitter, which
 would make captions such as "in the left corner" or "a red ball" wrong.
 
-What a file becomes: colours are sRGB, into which those of a picture with another ICC profile are converted; transparency is laid on white paper, the
-camera's rotation (EXIF) is applied, an animation gives its first frame, CMYK without a profile is taken as Adobe writes it, integers above 8 bits
-count from 0 (black) to 65535 (white), floats from 0 to 1.
+What a file becomes: colours are sRGB, into which those of a picture with another ICC profile are converted (data_pipelines.colours); transparency is
+laid on white paper, the camera's rotation (EXIF) is applied, an animation gives its first frame, CMYK without a profile is taken as Adobe writes it,
+integers above 8 bits count from 0 (black) to 65535 (white), floats from 0 to 1.
 """
 
 import contextlib
@@ -23,13 +23,14 @@ os.environ.setdefault("VIPS_CONCURRENCY", "1")
 
 import numpy as np
 import pyvips
-from absl import logging as absl_logging
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data_pipelines.buckets import shown_whole
+from data_pipelines.colours import to_srgb
 
 pyvips.cache_set_max(0)
 
+DECODING = 1  # version of what a file becomes; caches without one are older than the conversion of profiles
 MAX_PIXELS = 89_478_485  # Pillow's own limit; such a picture takes 0.4 GB decoded and up to 1.2 GB where it is transparent
 MAX_JPEG_SCANS = 256  # honest progressive files have about ten; each scan of a few bytes can cost a pass over all pixels
 
@@ -37,7 +38,6 @@ MAX_JPEG_SCANS = 256  # honest progressive files have about ten; each scan of a 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _KINDS = {"1": "GRAY", "L": "GRAY", "LA": "GRAY", "La": "GRAY", "CMYK": "CMYK"} | dict.fromkeys(_DEEP, "GRAY")  # colour spaces; of others RGB
-_PROBES = 9  # levels of each channel at which a profile is compared with sRGB
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 _SIDEWAYS = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
@@ -57,7 +57,7 @@ def decode_image(data: bytes, name: str = "image", keep_alpha: bool = False) -> 
   with _one_sentence(data, name):
     image = _open(data)
     image.load()
-    return _pixels(_turned(_plain(image, keep_alpha), _turn(image)))
+    return _pixels(_turned(_plain(image, name, keep_alpha), _turn(image)))
 
 
 def load_picture(data: bytes, height: int, width: int, name: str = "image") -> np.ndarray:
@@ -78,7 +78,7 @@ def load_picture(data: bytes, height: int, width: int, name: str = "image") -> n
     sides = (width, height) if turn in _SIDEWAYS else (height, width)
     # The last pixels of a reduced file may lie partly outside of the picture.
     extent = reduced[1][2:] if reduced else image.size
-    return _pixels(_turned(_fit(_plain(image), extent, *sides), turn))
+    return _pixels(_turned(_fit(_plain(image, name), extent, *sides), turn))
 
 
 def composite_on_white(pixels: np.ndarray) -> np.ndarray:
@@ -167,59 +167,20 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 # ---- Pillow's images to pixels ------------------------------------------------------------------
 
 
-def _plain(image: Image.Image, keep_alpha: bool = False) -> Image.Image:
+def _plain(image: Image.Image, name: str, keep_alpha: bool = False) -> Image.Image:
   """Returns the image in mode RGB or, where that is as good, L; RGBA if it has transparency to keep."""
-  profile, kind = image.info.get("icc_profile"), _KINDS.get(image.mode, "RGB ")
+  info, kind = image.info, _KINDS.get(image.mode, "RGB ")
   if image.mode in _DEEP:
     image = _to_8_bits(image)
   if image.has_transparency_data:
     image = image if image.mode == "RGBA" else image.convert("RGBA")
   elif image.mode == "1":
     return image.convert("L")
-  if profile:
-    image = _to_srgb(image, profile, kind)
+  if info.get("icc_profile", b"") != b"":
+    image = to_srgb(image, info["icc_profile"], kind, name)
   if image.mode == "RGBA":
     return image if keep_alpha else _on_white(image)
   return image if image.mode in ("L", "RGB") else image.convert("RGB")
-
-
-def _to_srgb(image: Image.Image, profile: bytes, kind: str) -> Image.Image:
-  """Returns the image with the colours of a profile converted; `kind` is the colour space of its file."""
-  takes, convert = _conversion(profile, kind)
-  if convert is None:
-    return image
-  if image.mode != "RGBA":
-    return ImageCms.applyTransform(image if image.mode == takes else image.convert(takes), convert)
-  opaque = ImageCms.applyTransform(image.convert("RGB").convert(takes), convert)
-  opaque.putalpha(image.getchannel("A"))
-  return opaque
-
-
-@functools.lru_cache(maxsize=32)
-def _conversion(profile: bytes, kind: str) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-  """Returns (the mode of pictures that it takes, the conversion of a profile's colours to sRGB), None where nothing needs to be converted.
-
-  Intent and black point are those that Adobe's programs use by default. A profile that cannot be used is named in the log, once, and its pictures
-  count as sRGB, which is what browsers make of them.
-  """
-  try:
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    space = source.profile.xcolor_space
-    takes = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}.get(space)
-    if space != kind and (space, kind) != ("RGB ", "GRAY"):
-      raise ValueError(f"it is of {space.strip()} colours, and the picture of {kind.strip()}")
-    convert = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), takes, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                                      ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE)
-  except (ImageCms.PyCMSError, OSError, ValueError) as error:
-    absl_logging.warning("A colour profile of %d bytes cannot be used: %s. Pictures that have it count as sRGB.", len(profile), error)
-    return kind, None
-  if takes == "RGB":
-    levels = np.linspace(0, 255, _PROBES).round().astype(np.uint8)
-    probe = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
-    change = np.asarray(ImageCms.applyTransform(Image.fromarray(probe), convert)).astype(int) - probe
-    if np.abs(change).max() <= 1:
-      return takes, None  # it is sRGB, or as good as that
-  return takes, convert
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

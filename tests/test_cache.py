@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from configs import base, quickstart
 from data_pipelines import records
+from data_pipelines.cache import check_use
+from data_pipelines.transforms import DECODING
 from launch import cache_latents as launch_cache_latents
 from qimg2.runtime.caching import latents as launcher
 from qimg2.runtime.caching.latents import cache_latents
@@ -209,6 +211,7 @@ def test_what_the_cache_keeps_of_its_records(config, caches):
   assert facts["train"] == len(source) == len(index["base_px"])
   assert set(index["base_px"].tolist()) == {32, 48}
   by_id = {int(record["sample_id"]): record for record in original[0]}
+  assert records.read_meta(pathlib.Path(config.data_dir) / cache_name("float32", False))["cache"]["made_with"]["decoding"] == DECODING
   for position in range(0, len(source), 7):
     record = source[position]
     before = by_id[int(record["sample_id"])]
@@ -279,6 +282,17 @@ def test_a_cache_for_something_else_is_refused(config, caches, tmp_path, feature
     change(cfg)
   with pytest.raises(ValueError, match=message):
     Run(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("made_with, warned", [({}, ["by another version of decoding (None, now 1)"]), ({"decoding": DECODING}, [])])
+def test_a_cache_of_colours_that_were_not_converted_is_named_once(tmp_path, caplog, made_with, warned):
+  facts = {"dtype": "float32", "channels": 4, "factor": 16, "feature_width": 0, "num_system_tokens": 0, "made_with": made_with}
+  (tmp_path / "old").mkdir()
+  (tmp_path / "old" / "dataset.json").write_text(json.dumps({"request": {}, "facts": {}, "cache": facts}))
+  for _ in range(2):
+    check_use(tmp_path, "old", STAGE, [], {"channels": 4, "factor": 16})
+  assert len(caplog.messages) == len(warned)
+  assert all(words in message and "remove it and write it again" in message for words, message in zip(warned, caplog.messages))
 
 
 @pytest.mark.parametrize("change, name, message", [

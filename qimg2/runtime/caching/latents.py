@@ -23,7 +23,7 @@ from data_pipelines.cache import open_cache
 from data_pipelines.loader import FIRST_ROWS, check_record, load_source, read_records
 from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.specs import Resolution
-from data_pipelines.transforms import encode_png, load_picture
+from data_pipelines.transforms import DECODING, encode_png, load_picture
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.caching.networks import Encoder, Options
 from qimg2.runtime.config import StageConfig
@@ -128,7 +128,7 @@ class _Job:
     request = {"dataset": self._name, "dataset_sha256": R.checksum(self._data_dir / self._name / "dataset.json"), "tasks": self._tasks,
                "resolutions": sizes, "max_crop": self._stage.max_crop, "shapes": self._shapes, "features": options.features, "dtype": options.dtype,
                "shard_records": options.shard_records, "tokenizer": run.tokenizer.fingerprint, "vae": self._encoder.fingerprints["vae"],
-               "vae_dtype": run.cfg.vae.dtype}
+               "vae_dtype": run.cfg.vae.dtype, "decoding": DECODING}
     if options.features:
       request |= {"encoder": self._encoder.fingerprints["encoder"], "encoder_dtype": run.nets.encoder.dtype, "num_tokens": run.cfg.num_tokens}
     return request
@@ -143,7 +143,7 @@ class _Job:
     made_with = {"base_px": [one.base_px for one in self._resolutions], "sizes": sizes,
                  "resolutions": self._request["resolutions"], "shapes": self._request["shapes"],
                  "tokenizer": run.tokenizer.fingerprint, "num_tokens": run.cfg.num_tokens, **self._encoder.fingerprints,
-                 "weights_from": weights_from}
+                 "weights_from": weights_from, "decoding": DECODING}
     return {"dtype": self._options.dtype, "channels": run.nets.vae.latent_channels, "factor": run.nets.vae.spatial_factor,
             "feature_width": run.nets.encoder.width if features else 0, "num_system_tokens": run.nets.num_system_tokens, "made_with": made_with}
 

@@ -2,12 +2,13 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from data_pipelines import transforms
+from data_pipelines import colours
 from data_pipelines.curation import encode
 from data_pipelines.transforms import decode_image, load_picture
 
@@ -127,13 +128,60 @@ def test_transparency_and_palettes_keep_theirs():
   assert np.abs(both(buffer.getvalue()) - expected).max() <= 1.5
 
 
-@pytest.mark.parametrize("profile, words", [(b"no profile" * 20, "cannot be used"), (ink(), "of CMYK colours, and the picture of RGB"),
-                                            (icc(b"GRAY", {b"kTRC": curve(1.0)}), "of GRAY colours, and the picture of RGB")])
-def test_a_profile_that_cannot_be_used_is_named_once(profile, words, caplog):
-  transforms._conversion.cache_clear()
-  for _ in range(3):
-    assert both(picture("RGB", (97, 197, 81), profile)).tolist() == [97, 197, 81]
-  assert len(caplog.messages) == 1 and words in caplog.messages[0] and "count as sRGB" in caplog.messages[0]
+@pytest.mark.parametrize("gamma", [1.0, 1.8, 2.2, 3.0])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_every_grey_is_converted_by_the_definition(gamma, alpha):
+  levels = np.arange(256, dtype=np.uint8)
+  image = Image.fromarray(np.tile(levels, (4, 1)))
+  if alpha:
+    image.putalpha(Image.fromarray(np.full((4, 256), 77, np.uint8)))
+  expected = np.stack([to_srgb([level] * 3, SRGB, gamma) for level in levels])
+  for profile in (icc(b"GRAY", {b"kTRC": curve(gamma)}), matrix(SRGB, gamma)):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", icc_profile=profile)
+    pixels = decode_image(buffer.getvalue(), keep_alpha=alpha)
+    assert np.abs(pixels[0, :, :3] - expected).max() <= 0.7  # half a level is rounding
+    assert (pixels[..., 3:] == 77).all()
+
+
+@pytest.mark.parametrize("profile", [icc(b"GRAY", {b"kTRC": curve(None)}), matrix(SRGB, None)], ids=["grey", "colours"])
+def test_greys_with_the_curve_of_srgb_change_no_bit(profile):
+  levels = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+  buffer = io.BytesIO()
+  Image.fromarray(levels).save(buffer, "PNG", icc_profile=profile)
+  assert (decode_image(buffer.getvalue()) == levels[..., None]).all()
+
+
+def damaged() -> bytes:
+  """A PNG whose profile cannot be decompressed."""
+  data = picture("RGB", (97, 197, 81), None)
+  chunk = b"iCCP" + b"made\0\0" + b"no zlib stream"
+  return data[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+
+
+@pytest.mark.parametrize("data, words", [
+    (picture("RGB", (97, 197, 81), b"no profile" * 20), "a profile of 200 bytes cannot be used"),
+    (picture("RGB", (97, 197, 81), ink()), "of CMYK colours, and the picture of RGB"),
+    (picture("RGB", (97, 197, 81), icc(b"GRAY", {b"kTRC": curve(1.0)})), "of GRAY colours, and the picture of RGB"), (damaged(), "is damaged")],
+    ids=["no profile", "of ink", "of grey", "damaged"])
+@pytest.mark.parametrize("max_bytes", [colours.MAX_KEPT_BYTES, 10], ids=["kept", "too large to be kept"])
+def test_a_profile_that_cannot_be_used_is_named_once_with_its_first_picture(data, words, max_bytes, caplog, monkeypatch):
+  monkeypatch.setattr(colours, "_told", set())
+  monkeypatch.setattr(colours, "MAX_KEPT_BYTES", max_bytes)
+  for name in ("first.png", "second.png"):
+    assert decode_image(data, name)[0, 0].tolist() == load_picture(data, 16, 24, name)[0, 0].tolist() == [97, 197, 81]
+  assert len(caplog.messages) == 1
+  assert words in caplog.messages[0] and "first.png" in caplog.messages[0] and "count as sRGB" in caplog.messages[0]
+
+
+def test_only_small_profiles_are_kept(monkeypatch):
+  colours._kept.cache_clear()
+  profile, large = matrix(P3, None), matrix(P3, None) + bytes(1000)
+  monkeypatch.setattr(colours, "MAX_KEPT_BYTES", len(profile))
+  first = [both(picture("RGB", (97, 197, 81), one, "TIFF")).tolist() for one in (profile, large)]
+  assert first[0] == first[1] != [97, 197, 81]
+  info = colours._kept.cache_info()
+  assert info.currsize == 1 and info.maxsize == colours.MAX_KEPT == 16
 
 
 @pytest.mark.parametrize("max_px", [32, 1024], ids=["encoded anew", "kept to the byte"])
