@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from data_pipelines import buckets as sizes
 
@@ -22,6 +23,7 @@ class DatasetSpec:
     languages: captions in others are not used; empty takes all.
     caption_weights: kind of caption -> how often it is drawn where a record has several kinds; empty draws all kinds alike, and a kind that
       is not named, or has weight 0, is not used.
+    alpha: whether the pictures' transparency is kept, for a VAE of four channels; otherwise they are laid on white paper.
   """
 
   data_dir: str
@@ -33,6 +35,13 @@ class DatasetSpec:
   min_stage: int = 0
   languages: tuple[str, ...] = ()
   caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  alpha: bool = False
+
+  def section(self) -> dict[str, Any]:
+    """Returns the fields as a config has them: without data_dir, which stands once, and with alpha only where it is kept, so that runs from before
+    there was such a choice go on."""
+    left_out = ("data_dir",) if self.alpha else ("data_dir", "alpha")
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in left_out}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,8 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from data_pipelines.specs import DatasetSpec
-
 Dataclass = TypeVar("Dataclass")
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", tuple: "a tuple", Mapping: "a section", type(None): "None"}
-FROM_ABOVE = {DatasetSpec: ("data_dir",)}  # fields that stand once, in the run's section
 
 
 def plain(value: Any) -> Any:
@@ -28,8 +25,7 @@ def plain(value: Any) -> Any:
   if hasattr(value, "section"):
     return plain(value.section())
   if dataclasses.is_dataclass(value):
-    names = [field.name for field in dataclasses.fields(value) if field.name not in FROM_ABOVE.get(type(value), ())]
-    return {name: plain(getattr(value, name)) for name in names}
+    return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
   return tuple(plain(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
