@@ -2,6 +2,7 @@
 
 import io
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +13,9 @@ from data_pipelines.loader import Loader
 from data_pipelines.mixture import Mixture
 from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.transforms import encode_png, load_picture
+from qimg2.runtime import run as run_module
+from qimg2.runtime.caching.latents import cache_latents
+from qimg2.runtime.caching.networks import Options
 from qimg2.runtime.config import parse, plain
 from qimg2.runtime.run import Run
 from tests.made_up import plain_index, world_of
@@ -118,3 +122,27 @@ def test_alpha_wants_a_vae_of_four_channels(tmp_path):
   cfg.stages[0].mixture = (base.part("glyphs", alpha=True),)
   with pytest.raises(ValueError, match=r"keeps the alpha of data set 'glyphs', but config.vae.image_channels is 3: choose a VAE of 4"):
     Run(cfg, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_latent_cache_is_of_the_pixels_with_their_alpha(tmp_path, monkeypatch):
+  monkeypatch.setattr(run_module, "EMBEDDED", ())
+  cfg = quickstart.get_config("smoke")
+  cfg.data_dir, cfg.num_tokens = str(write(tmp_path / "data", monkeypatch)), 64
+  cfg.stages = (base.stage("draw", "flow_matching", frozen=dict(encoder="default", vae="default"), num_steps=1,
+                           resolutions=(dict(base_px=64, batch_size=2, ratios=("1:1",), weight=1.0, multiple=32),),
+                           mixture=(base.part("glyphs", task="ti2i", alpha=True),)),)
+  cache_latents(cfg, "draw", tmp_path / "run", options=Options(dtype="float32"))
+  run = Run(cfg, tmp_path / "run")
+  stage, weights = run.stages["draw"], run.frozen_weights(run.stages["draw"])["vae"]
+  latents = {int(record["sample_id"]): record for record in records.open_split(cfg.data_dir, "glyphs_latents", "train")[0]}
+  _, batch = run.loader(stage).batch(0)
+  encode = jax.jit(run.nets.encode)
+  for pixels, stored in ((batch["target"], lambda one: one["latents"]), (batch["sources"][0], lambda one: one["source_latents"][0])):
+    wanted, opaque = encode(weights, pixels), encode(weights, pixels[..., :3])
+    cached = np.stack([np.frombuffer(stored(latents[int(number)]), np.float32).reshape(wanted.shape[1:]) for number in batch["sample_id"]])
+    np.testing.assert_allclose(cached, wanted, atol=1e-4)
+    assert np.abs(cached - opaque).max() > 1e-2
+  cfg.stages[0].mixture = (base.part("glyphs_latents", task="ti2i"),)
+  with pytest.raises(ValueError, match="was cached with alpha=True, but stage 'draw' has alpha=False"):
+    Run(cfg, tmp_path / "other")
