@@ -26,15 +26,21 @@ RATIOS = ("1:1",) + _LANDSCAPE + tuple(":".join(reversed(ratio.split(":"))) for 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
   """One static batch shape: sides in px, M prompt tokens, the number of rows of the global batch, and what stands in place of pixels: None, or
-  the `data_pipelines.cache.Cache` that the records hold."""
+  the `data_pipelines.cache.Cache` that the records hold. With `alpha` pixels have four channels."""
 
   task: str
   height: int
   width: int
   source_sizes: tuple[tuple[int, int], ...] = ()
   cache: Any = None
+  alpha: bool = dataclasses.field(default=False, kw_only=True, repr=False)  # no part of the repr, of which the order of batches is a digest
   num_tokens: int = dataclasses.field(kw_only=True)
   batch_size: int = dataclasses.field(kw_only=True)
+
+  @property
+  def image_channels(self) -> int:
+    """Channels of the pixels: 3 for RGB, 4 for RGBA."""
+    return 4 if self.alpha else 3
 
 
 def parse_ratio(ratio: float | str) -> float:

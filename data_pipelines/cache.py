@@ -9,7 +9,8 @@ bucket's size, because the encoder looks at them too. Arrays are raw little-endi
   "cache": {"dtype": "float16", "channels": 64, "factor": 16, "feature_width": 4096, "num_system_tokens": 14, "made_with": {...}}
 
 made_with says what it can be used for: base_px, and for each the `sizes` of its buckets; the fingerprints of the weights of `vae`, `encoder` and
-of the `tokenizer`, `num_tokens`, where the weights came from (`weights_from`), and the version of `decoding` of its pictures.
+of the `tokenizer`, `num_tokens`, where the weights came from (`weights_from`), the version of `decoding` of its pictures,
+and whether their `alpha` was kept.
 
 In a batch, `latents` B h w C and `source_latents` (a tuple of B h w C) take the place of `target`; with features `features` B M' E (M' the
 prompt without the system turn, zeros after its end) takes that of `sources`, which is then empty.
@@ -111,8 +112,8 @@ def check_use(data_dir: str | os.PathLike, name: str, stage: str, resolutions: S
     data_dir, name: the data set.
     stage: name of the stage, for the message.
     resolutions: (base_px, ratios, multiple) of each resolution of the stage.
-    needs: channels, factor, feature_width, num_system_tokens, tokenizer (its fingerprint) and num_tokens of the stage. All but the first two
-      matter where states are stored.
+    needs: channels, factor, alpha (whether its pictures keep theirs), feature_width, num_system_tokens, tokenizer (its fingerprint) and num_tokens
+      of the stage. All but the first three matter where states are stored.
 
   Raises:
     ValueError: the cache was made for something else.
@@ -122,8 +123,8 @@ def check_use(data_dir: str | os.PathLike, name: str, stage: str, resolutions: S
     return
   made_with = _made_with(data_dir, name)
   _warn_of_decoding(str(data_dir), name, made_with.get("decoding"))
-  has = made_with | dataclasses.asdict(cache)
-  for key in ("channels", "factor") + (("feature_width", "num_system_tokens", "tokenizer") if cache.has_features else ()):
+  has = {"alpha": False} | made_with | dataclasses.asdict(cache)
+  for key in ("channels", "factor", "alpha") + (("feature_width", "num_system_tokens", "tokenizer") if cache.has_features else ()):
     if has[key] != needs[key]:
       raise ValueError(f"Data set {name!r} was cached with {key}={has[key]}, but stage {stage!r} has {key}={needs[key]}: {_AGAIN}.")
   if cache.has_features and needs["num_tokens"] > has["num_tokens"]:

@@ -38,7 +38,8 @@ class Fault:
 class Loader:
   """The batches of a mixture; see the module docstring.
 
-  A batch is a dict: target B H W 3 uint8, sources (a tuple of B h w 3 uint8, in prompt order), tokens B M int32, token_count B int32,
+  A batch is a dict: target B H W 3 uint8, sources (a tuple of B h w 3 uint8, in prompt order; all of them RGBA, 4 in place of 3, where a data set of
+  the mixture keeps alpha, and opaque for those that do not), tokens B M int32, token_count B int32,
   sample_id B int64, where B is this process's share of the bucket's batch size. From a latent cache, see data_pipelines.cache for what
   takes the place of pixels. With `unconditional` also null_tokens and null_token_count, the empty prompt around the same condition images, and
   null_features where there are features. `buckets` and `counts` are the same on every process; `faults` holds this process's, in the order of
@@ -190,7 +191,7 @@ class Loader:
         check_record(record, sample_id, bucket, name)
         number = self._pick_caption(record, spec, draw)
         self._encode(arrays, row, record, number, bucket, name)
-        _decode(arrays, row, record, bucket, name, self.mixture.max_crop)
+        _decode(arrays, row, record, bucket, name, self.mixture.max_crop, spec.alpha)
       except ValueError as error:
         broken.append((sample_id, str(error)))
       else:
@@ -267,8 +268,8 @@ def _arrays(num: int, bucket: Bucket) -> dict:
   """Returns the arrays of `num` rows of a bucket that hold pictures, not filled; those of condition images are lists."""
   if bucket.cache is not None:
     return bucket.cache.empty(num, bucket)
-  return {"target": np.empty((num, bucket.height, bucket.width, 3), np.uint8),
-          "sources": [np.empty((num, *size, 3), np.uint8) for size in bucket.source_sizes]}
+  return {"target": np.empty((num, bucket.height, bucket.width, bucket.image_channels), np.uint8),
+          "sources": [np.empty((num, *size, bucket.image_channels), np.uint8) for size in bucket.source_sizes]}
 
 
 def _prompts(num: int, bucket: Bucket) -> dict:
@@ -280,20 +281,26 @@ def _tuples(arrays: dict) -> dict:
   return {name: tuple(value) if isinstance(value, list) else value for name, value in arrays.items()}
 
 
-def _decode(arrays: dict, row: int, record: dict, bucket: Bucket, name: str, max_crop: float) -> None:
+def _decode(arrays: dict, row: int, record: dict, bucket: Bucket, name: str, max_crop: float, alpha: bool) -> None:
   """Writes the pictures of a record into a row of the arrays; `ValueError` for what cannot be decoded."""
   if bucket.cache is not None:
     bucket.cache.read(arrays, row, record, bucket, name)
     return
-  arrays["target"][row] = load_picture(record["image"], bucket.height, bucket.width, name)
+  fill_pixels(arrays["target"][row], load_picture(record["image"], bucket.height, bucket.width, name, alpha))
   for slot, size in enumerate(bucket.source_sizes):
-    arrays["sources"][slot][row] = load_source(record, slot, size, max_crop, name)
+    fill_pixels(arrays["sources"][slot][row], load_source(record, slot, size, max_crop, name, alpha))
 
 
-def load_source(record: dict, slot: int, size: tuple[int, int], max_crop: float, name: str) -> np.ndarray:
-  """Returns condition image `slot` of a record, height width 3 uint8: it fills `size`, or is whole on white paper where that would cut more than
-  `max_crop` off; `ValueError` if it cannot be decoded."""
-  load = functools.partial(load_picture, record["sources"][slot], name=f"condition image {slot + 1} of {name}")
+def fill_pixels(row: np.ndarray, pixels: np.ndarray) -> None:
+  """Writes a picture into a row of a batch; RGB becomes opaque in a row of RGBA."""
+  row[..., 3:] = 255
+  row[..., :pixels.shape[-1]] = pixels
+
+
+def load_source(record: dict, slot: int, size: tuple[int, int], max_crop: float, name: str, alpha: bool = False) -> np.ndarray:
+  """Returns condition image `slot` of a record, height width 3 uint8, or 4 with `alpha` as in `load_picture`: it fills `size`, or is
+  whole on white paper where that would cut more than `max_crop` off; `ValueError` if it cannot be decoded."""
+  load = functools.partial(load_picture, record["sources"][slot], name=f"condition image {slot + 1} of {name}", alpha=alpha)
   return fit_source(load, (record["source_height"][slot], record["source_width"][slot]), size, max_crop)
 
 

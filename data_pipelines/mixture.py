@@ -124,7 +124,7 @@ class Mixture:
       sorts.append([sort(resolution=resolution) for resolution in self.resolutions])
     chosen = self._choose(sorts) if given is None else given
     placed = self._place(sorts, chosen, self._min_records, stored=given is None)
-    buckets, cells = {}, []
+    buckets, cells, alpha = {}, [], any(spec.alpha for spec in self.datasets)
     for d, (spec, parts, own) in enumerate(zip(self.datasets, sorts, placed)):
       if not any(one.kept for one in own):
         self._nothing_left(spec, given is not None)
@@ -132,7 +132,8 @@ class Mixture:
       total = sum(sum(one.weights) for one in own)
       for r, (part, one) in enumerate(zip(parts, own)):
         for (target, source_sizes, prompt), (records, weight) in part.cells(one).items():
-          bucket = dataclasses.replace(self._bucket(part.targets[target], source_sizes, self._classes[prompt]), cache=part.cache)
+          bucket = self._bucket(part.targets[target], source_sizes, self._classes[prompt])
+          bucket = dataclasses.replace(bucket, cache=part.cache, alpha=alpha)
           cells.append(Cell(buckets.setdefault(bucket, len(buckets)), d, r, weight / total * exact(spec.weight), records))
     self.buckets: tuple[Bucket, ...] = tuple(buckets)
     self.counts: tuple[Count, ...] = tuple(count for own in placed for one in own for count in one.counts)

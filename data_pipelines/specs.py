@@ -24,6 +24,7 @@ class DatasetSpec:
       is not named, or has weight 0, is not used.
     max_enlarge: at each resolution, records whose picture would be scaled up by more than this to cover the nearest target size are not used; 0
       takes any.
+    alpha: whether the pictures' transparency is kept, for a VAE of four channels; otherwise they are laid on white paper.
   """
 
   data_dir: str
@@ -36,6 +37,7 @@ class DatasetSpec:
   languages: tuple[str, ...] = ()
   caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   max_enlarge: float = 0.0
+  alpha: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

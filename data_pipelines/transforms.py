@@ -60,8 +60,11 @@ def decode_image(data: bytes, name: str = "image", keep_alpha: bool = False) -> 
     return _pixels(_turned(_plain(image, name, keep_alpha), _turn(image)))
 
 
-def load_picture(data: bytes, height: int, width: int, name: str = "image") -> np.ndarray:
+def load_picture(data: bytes, height: int, width: int, name: str = "image", alpha: bool = False) -> np.ndarray:
   """Returns an encoded image scaled to cover height x width px and cut around its centre, uint8 height width 3.
+
+  With `alpha` it is height width 4: transparency is kept, and a picture without any is opaque. Colours are not premultiplied; they are while the
+  picture is scaled, so that those of clear pixels do not show at edges. A pixel with alpha 0 is white, whatever colour the file gives it.
 
   What `resize_crop(decode_image(data, name), height, width)` gives, but sooner: a JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its
   sides that still covers the target, so that pixels differ slightly there (above 40 dB on photographs). Errors as in `decode_image`.
@@ -78,7 +81,7 @@ def load_picture(data: bytes, height: int, width: int, name: str = "image") -> n
     sides = (width, height) if turn in _SIDEWAYS else (height, width)
     # The last pixels of a reduced file may lie partly outside of the picture.
     extent = reduced[1][2:] if reduced else image.size
-    return _pixels(_turned(_fit(_plain(image, name), extent, *sides), turn))
+    return _pixels(_turned(_fit(_plain(image, name, alpha), extent, *sides), turn), alpha)
 
 
 def composite_on_white(pixels: np.ndarray) -> np.ndarray:
@@ -98,13 +101,14 @@ def resize_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_source(load: Callable[[int, int], np.ndarray], sides: tuple[int, int], size: tuple[int, int], max_crop: float) -> np.ndarray:
-  """Returns a condition image of the given sides as it goes into a batch, uint8 of `size` (height, width) x 3: `load(height, width)` fills that, or
-  is laid on white paper whole where filling would cut more than `max_crop` off."""
+  """Returns a condition image of the given sides as it goes into a batch, uint8 of `size` (height, width) x 3 or 4: `load(height, width)` fills that,
+  or is laid on white, opaque paper whole where filling would cut more than `max_crop` off."""
   whole = shown_whole(*sides, size, max_crop)
   if whole is None:
     return load(*size)
-  paper, (top, left) = np.full((*size, 3), 255, np.uint8), ((one - part) // 2 for one, part in zip(size, whole))
-  paper[top:top + whole[0], left:left + whole[1]] = load(*whole)
+  picture, (top, left) = load(*whole), ((one - part) // 2 for one, part in zip(size, whole))
+  paper = np.full((*size, picture.shape[-1]), 255, np.uint8)
+  paper[top:top + whole[0], left:left + whole[1]] = picture
   return paper
 
 
@@ -205,9 +209,9 @@ def _fit(image: Image.Image, extent: tuple[float, float], height: int, width: in
   scale = min(rows / height, columns / width)
   across, down = min(columns, width * scale), min(rows, height * scale)  # rounding must not carry the box over the edge
   left, top = (columns - across) / 2, (rows - down) / 2
-  if 1 < scale <= _MAX_VIPS and (columns, rows) == image.size:
+  if 1 < scale <= _MAX_VIPS and image.mode != "RGBA" and (columns, rows) == image.size:
     return _shrink(image, left, top, across / width, down / height, height, width)
-  # From a fourfold reduction on, a box prefilter saves most of the time and cannot be seen.
+  # Pillow premultiplies RGBA for this. From a fourfold reduction on, a box prefilter saves most of the time and cannot be seen.
   return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down), reducing_gap=2.0)
 
 
@@ -232,5 +236,10 @@ def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
   return image if turn is None else image.transpose(turn)
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-  return np.array(image.convert("RGB") if image.mode == "L" else image)
+def _pixels(image: Image.Image, alpha: bool = False) -> np.ndarray:
+  """The pixels in RGB, or RGBA if the image or `alpha` says so; with `alpha` clear ones are white."""
+  if not alpha:
+    return np.array(image.convert("RGB") if image.mode == "L" else image)
+  pixels = np.array(image.convert("RGBA"))
+  pixels[pixels[..., 3] == 0, :3] = 255
+  return pixels

@@ -290,7 +290,7 @@ def test_a_cache_of_colours_that_were_not_converted_is_named_once(tmp_path, capl
   (tmp_path / "old").mkdir()
   (tmp_path / "old" / "dataset.json").write_text(json.dumps({"request": {}, "facts": {}, "cache": facts}))
   for _ in range(2):
-    check_use(tmp_path, "old", STAGE, [], {"channels": 4, "factor": 16})
+    check_use(tmp_path, "old", STAGE, [], {"channels": 4, "factor": 16, "alpha": False})
   assert len(caplog.messages) == len(warned)
   assert all(words in message and "remove it and write it again" in message for words, message in zip(warned, caplog.messages))
 

@@ -92,7 +92,7 @@ class Run(StageWeights):
     self.nets = networks.Networks(cfg.model, encoder, cfg.vae, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
     self._trained = trained
     for stage in () if trained else cfg.stages:
-      self._check_caches(stage)
+      self._check_data(stage)
 
   def _check_sources(self) -> None:
     """Finds weights that are not there, of all stages, before the first one trains."""
@@ -115,17 +115,21 @@ class Run(StageWeights):
       elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
         raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
 
-  def _check_caches(self, stage: StageConfig, weights: dict | None = None) -> None:
-    """Finds the latent caches of a stage that it cannot train on; with its frozen weights, those that were made by others."""
+  def _check_data(self, stage: StageConfig, weights: dict | None = None) -> None:
+    """Finds data sets whose alpha the VAE cannot take, and the latent caches of a stage that it cannot train on; with its frozen weights, those
+    that were made by others."""
     nets, sizes = self.nets, [(one.base_px, one.ratios, one.multiple) for one in stage.resolutions]
     needs = {"channels": nets.vae.latent_channels, "factor": nets.vae.spatial_factor, "feature_width": nets.encoder.width,
              "num_system_tokens": nets.num_system_tokens, "tokenizer": self.tokenizer.fingerprint, "num_tokens": self.cfg.num_tokens}
     for part in stage.mixture:
+      if part.alpha and nets.vae.image_channels != 4:
+        raise ValueError(f"Stage {stage.name!r} keeps the alpha of data set {part.name!r}, but config.vae.image_channels is "
+                         f"{nets.vae.image_channels}: choose a VAE of 4, or leave alpha out.")
       cache = open_cache(part.data_dir, part.name)
       if cache and stage.kind == "autoencoder":
         raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
       if cache:
-        check_use(part.data_dir, part.name, stage.name, sizes, needs)
+        check_use(part.data_dir, part.name, stage.name, sizes, needs | {"alpha": part.alpha})
       if cache and weights:
         made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})

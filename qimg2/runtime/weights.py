@@ -52,7 +52,7 @@ class StageWeights:
     """
     weights = {role: self._frozen_role(stage, role) for role in self.algorithm(stage).frozen}
     if not self._trained:
-      self._check_caches(stage, weights)
+      self._check_data(stage, weights)
     return weights
 
   def frozen_steps(self, stage: StageConfig) -> dict[str, tuple[str, int]]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import open_cache
-from data_pipelines.loader import FIRST_ROWS, check_record, load_source, read_records
+from data_pipelines.loader import FIRST_ROWS, check_record, fill_pixels, load_source, read_records
 from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.specs import Resolution
 from data_pipelines.transforms import DECODING, encode_png, load_picture
@@ -94,6 +94,10 @@ class _Job:
       raise ValueError(f"--name={out_name} is the name of the original data set: choose another one.")
     self._resolutions = _distinct(stage.resolutions)
     self._tasks = tuple(sorted({part.task for part in stage.mixture if part.name == name}))
+    alphas = {part.alpha for part in stage.mixture if part.name == name}
+    if len(alphas) > 1:
+      raise ValueError(f"Stage {stage.name!r} keeps the alpha of data set {name!r} in one part of its mixture and not in another: choose one.")
+    self._alpha = {"alpha": True} if True in alphas else {}
     self._programs, self._shapes = _of_dataset(run.loader(stage).mixture, name, self._resolutions)
     self._meta = R.read_meta(self._data_dir / name)
     self._work = self._data_dir / f".{out_name}.incomplete"
@@ -128,7 +132,7 @@ class _Job:
     request = {"dataset": self._name, "dataset_sha256": R.checksum(self._data_dir / self._name / "dataset.json"), "tasks": self._tasks,
                "resolutions": sizes, "max_crop": self._stage.max_crop, "shapes": self._shapes, "features": options.features, "dtype": options.dtype,
                "shard_records": options.shard_records, "tokenizer": run.tokenizer.fingerprint, "vae": self._encoder.fingerprints["vae"],
-               "vae_dtype": run.cfg.vae.dtype, "decoding": DECODING}
+               "vae_dtype": run.cfg.vae.dtype, "decoding": DECODING} | self._alpha
     if options.features:
       request |= {"encoder": self._encoder.fingerprints["encoder"], "encoder_dtype": run.nets.encoder.dtype, "num_tokens": run.cfg.num_tokens}
     return request
@@ -143,7 +147,7 @@ class _Job:
     made_with = {"base_px": [one.base_px for one in self._resolutions], "sizes": sizes,
                  "resolutions": self._request["resolutions"], "shapes": self._request["shapes"],
                  "tokenizer": run.tokenizer.fingerprint, "num_tokens": run.cfg.num_tokens, **self._encoder.fingerprints,
-                 "weights_from": weights_from, "decoding": DECODING}
+                 "weights_from": weights_from, "decoding": DECODING} | self._alpha
     return {"dtype": self._options.dtype, "channels": run.nets.vae.latent_channels, "factor": run.nets.vae.spatial_factor,
             "feature_width": run.nets.encoder.width if features else 0, "num_system_tokens": run.nets.num_system_tokens, "made_with": made_with}
 
@@ -240,15 +244,15 @@ class _Job:
   def _load(self, mixture: Mixture, cell: Cell, positions: np.ndarray) -> _Batch:
     bucket = mixture.buckets[cell.bucket]
     num, good, broken = self._batch_size(bucket), [], []
-    target = np.zeros((num, bucket.height, bucket.width, 3), np.uint8)
-    sources = [np.zeros((num, *size, 3), np.uint8) for size in bucket.source_sizes]
+    target = np.zeros((num, bucket.height, bucket.width, bucket.image_channels), np.uint8)
+    sources = [np.zeros((num, *size, bucket.image_channels), np.uint8) for size in bucket.source_sizes]
     for sample_id, record in zip(mixture.sample_ids(cell.dataset, positions), read_records(mixture.sources[cell.dataset], positions.tolist())):
       row, name = len(good), f"sample {sample_id} of data set {self._name!r}"
       try:
         check_record(record, int(sample_id), bucket, name)
-        target[row] = load_picture(record["image"], bucket.height, bucket.width, name)
+        fill_pixels(target[row], load_picture(record["image"], bucket.height, bucket.width, name, bool(self._alpha)))
         for slot, size in enumerate(bucket.source_sizes):
-          sources[slot][row] = load_source(record, slot, size, mixture.max_crop, name)
+          fill_pixels(sources[slot][row], load_source(record, slot, size, mixture.max_crop, name, bool(self._alpha)))
       except ValueError as error:
         broken.append(str(error))
       else:
