@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
       pretrain.generator("pretrain_256", "scratch", 200_000, 1e-4, (256,), pretrain.pictures(1), 4 * K),
       pretrain.generator("pretrain_512", "stage:pretrain_256", 140_000, 1e-4, (512,), pretrain.mixture(0.9, 3), 4 * K),
       pretrain.generator("cpt_1024", "stage:pretrain_512", 70_000, 2e-5, (512, 1024), pretrain.mixture(0.7, 4), 4 * K),
-      pretrain.generator("sft", "stage:cpt_1024", 5_000, 1e-5, (512, 1024), pretrain.mixture(0.7, 6, "_curated"), 4 * K),
+      pretrain.generator("sft", "stage:cpt_1024", 5_000, 1e-5, (512, 1024), pretrain.mixture(0.7, 4, "_curated"), 4 * K),
   )
   if arg in ("", "smoke"):
     return pretrain.smoke(cfg) if arg else cfg

@@ -1,6 +1,7 @@
 """Every back end gives what the definition gives, forward and gradient, for every kind of mask; none holds a square of the sequence."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,19 @@ def test_cudnn_is_asked_for_nothing_that_it_refuses(case, monkeypatch):
   shapes = [one.shape for one in masks if one is not None]
   assert masks and all(size % 2 == 0 for shape in shapes for size in shape[2:])
   assert bool(shapes) == (mask.last is not None and mask.num_prefix > 0 and mask.reach > 0)
+
+
+@pytest.mark.parametrize("backend", ["splash", "ring", "chunked"])
+def test_float32_is_float32_backwards_too(backend):
+  """Kernels have backward passes of their own, which know nothing of where the network said so."""
+  mask, num_queries = MASKS["images"]
+  q, k, v, _ = arrays(mask, num_queries)
+  network = layers.full_precision(lambda cfg, *args: jnp.sum(jnp.sin(attention.attention(*args, mask, backend))))
+  for dtype, precise in (("float32", True), ("bfloat16", False)):
+    config, args = types.SimpleNamespace(dtype=dtype), [x.astype(dtype) for x in (q, k, v)]
+    text = str(jax.make_jaxpr(jax.grad(lambda *args: network(config, *args), (0, 1, 2)))(*args))
+    products = text.split("dot_general[")[1:]
+    assert len(products) >= 6 and {"HIGHEST" in one.partition("] ")[0] for one in products} == {precise}
 
 
 MESHES = [({"context": 4, "tensor": 2}, "fsdp_tensor"), ({"data": 2, "fsdp": 2, "context": 2}, "fsdp_context"), ({"data": 2, "fsdp": 4}, "fsdp")]

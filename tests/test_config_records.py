@@ -97,6 +97,15 @@ def test_an_old_run_goes_on_under_a_record_of_today(tmp_path):
     save_config(dataclasses.replace(cfg, stages=stages), tmp_path)
 
 
+def test_a_run_of_the_fourth_format_summed_gradients_as_its_networks_compute(tmp_path):
+  cfg = parse(quickstart.get_config("smoke"))
+  config = json.loads(json.dumps(plain(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16")))))
+  for stage in config["stages"]:
+    del stage["optimizer"]["gradient_dtype"]
+  read = lambda version: [stage.optimizer.gradient_dtype for stage in read_record(written(tmp_path, {"config": config, "format": version})).stages]
+  assert read(4) == ["float32", "bfloat16", "bfloat16", "bfloat16"] and read(5) == ["float32"] * 4  # the first is the VAE's
+
+
 def test_a_run_of_the_fourth_format_may_have_drawn_its_frozen_networks(tmp_path):
   cfg = dataclasses.replace(parse(quickstart.get_config("smoke")), random_frozen=False)
   config = json.loads(json.dumps(plain(cfg)))

@@ -1,6 +1,10 @@
 """Programs that are compiled while a stage trains."""
 
+import pathlib
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -58,6 +62,27 @@ def test_what_is_not_begun_is_given_up_at_the_end(compiler):
   programs.close()
   compiler.finish(0, 1, 3)
   assert programs[0] == "program 0" and compiler.begun == [2, 0]
+
+
+STOPPED = """
+import sys, time
+from qimg2.runtime import processes
+from qimg2.training.programs import StepPrograms
+
+def act():
+  programs = StepPrograms(lambda bucket: time.sleep(60), range(3))
+  programs.close()
+  print("saved")
+  sys.exit(75)
+processes.together(act, processes.Rendezvous(), ())
+"""
+
+
+def test_a_process_that_is_asked_to_stop_does_not_wait_for_a_compiler():
+  """Python joins threads at its end."""
+  start = time.monotonic()
+  result = subprocess.run([sys.executable, "-c", STOPPED], cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True)
+  assert (result.returncode, result.stdout) == (75, "saved\n") and time.monotonic() - start < 50, result.stderr
 
 
 def test_threads():

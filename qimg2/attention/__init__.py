@@ -99,8 +99,23 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask = M
   else:
     local = {"chunked": chunked.attend, "splash": functools.partial(splash.attend, interpret=platform == "cpu"), "cudnn": cudnn.attend,
              "ring": ring.attend}[name]
+    local = _exact(local) if query.dtype == jnp.float32 else local
     out = local(query, key, value, mask) if mesh is None else _on_each_device(local, query, key, value, mask, shard, name == "ring")
   return checkpoint_name(out, layers.ATTENTION_OUTPUT)
+
+
+def _exact(attend):
+  """`attend` with a backward pass in float32. Kernels have one of their own, which is traced where the gradient is taken: outside of the network, and
+  so of what `layers.full_precision` says."""
+  def exact(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, **options) -> jax.Array:
+    run = jax.custom_vjp(lambda query, key, value, mask: attend(query, key, value, mask, **options))
+
+    def backward(back, cotangent):
+      with jax.default_matmul_precision("highest"):
+        return *back(cotangent), None
+    run.defvjp(lambda query, key, value, mask: jax.vjp(lambda *three: attend(*three, mask, **options), query, key, value), backward)
+    return run(query, key, value, mask)
+  return exact
 
 
 def _on_each_device(local, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, shard: Shard, split_keys: bool) -> jax.Array:

@@ -73,14 +73,20 @@ def unfinished(run: Run) -> set[str]:
   A stage is finished when it has a checkpoint of its last step. One whose weights are read now, because a later stage begins with them, needs them
   frozen, or is to be evaluated, must be intact too, or it trains again from the checkpoint before. Of any other nothing but its folder is looked at.
   """
-  left, read, evaluated = set(), set(), last_generator(run)
-  if run.cfg.evals and evaluated and recorded_evaluation(run) is None:
-    read |= {evaluated, *run.read_stages(run.stages[evaluated])}
-  for stage in reversed(run.cfg.stages):  # a stage reads earlier ones alone
-    if not is_done(run.workdir / stage.name / "checkpoints", stage.num_steps, intact=stage.name in read):
-      left.add(stage.name)
-      read |= run.read_stages(stage)
-  return left
+  def find(read: set[str]) -> set[str]:
+    left = set()
+    for stage in reversed(run.cfg.stages):  # a stage reads earlier ones alone
+      if not is_done(run.workdir / stage.name / "checkpoints", stage.num_steps, intact=stage.name in read):
+        left.add(stage.name)
+        read = read | run.read_stages(stage)
+    return left
+
+  evaluated = last_generator(run) if run.cfg.evals else ""
+  if not evaluated:
+    return find(set())
+  left = find(set()) if recorded_evaluation(run) is not None else {evaluated}
+  # Where any stage trains, what was evaluated is no longer that of this run.
+  return find({evaluated, *run.read_stages(run.stages[evaluated])}) if left else left
 
 
 def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None,

@@ -32,6 +32,7 @@ from absl import logging
 from jax._src import distributed
 
 from qimg2.training.faults import EXIT_CODE
+from qimg2.training.programs import is_compiling
 
 BARRIER_S = 3600
 _POLL_S = 1.0
@@ -72,7 +73,10 @@ def together(act: Callable[[], None], rendezvous: Rendezvous, user_errors: tuple
   `qimg2.training.faults.PreemptionNotice`. An exception of `user_errors` is told to all as its sentence, any other with its traceback."""
   jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM; see PreemptionNotice
   if not start(rendezvous):
-    act()
+    try:
+      act()
+    except SystemExit as stopped:
+      _leave(stopped)
     return
   try:
     act()
@@ -81,7 +85,7 @@ def together(act: Callable[[], None], rendezvous: Rendezvous, user_errors: tuple
     if stopped.code != EXIT_CODE:
       _fail_all(f"it ended with {stopped.code}.")
     barrier("end")  # all stop together
-    raise
+    _leave(stopped)
   except KeyboardInterrupt:
     _fail_all("it was interrupted.")
   except Exception as error:  # whatever it is, the others must hear of it
@@ -184,6 +188,18 @@ def _end(sentence: str, code: int) -> None:
   sys.stdout.flush()
   print(f"error: {sentence}", file=sys.stderr, flush=True)
   os._exit(code)
+
+
+def _leave(stopped: SystemExit) -> None:
+  """Raises it. While programs are still being compiled it ends the process at once, with the same code: who takes the machine away does not wait."""
+  if not is_compiling():
+    raise stopped
+  _ended.set()
+  if jax.process_count() > 1:
+    jax.distributed.shutdown()  # which waits for the others
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None))
 
 
 def _fail_all(sentence: str) -> None:

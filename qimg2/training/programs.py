@@ -6,6 +6,7 @@ steps need them, while those that are there already train. Nothing that is compu
 
 import concurrent.futures
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 CPUS_PER_THREAD = 16  # the compiler is partly parallel itself, and the loader needs the others
 MAX_THREADS = 8
+_THREAD = "compile-step"  # beginning of the threads' names
 
 
 class StepPrograms:
@@ -20,7 +22,7 @@ class StepPrograms:
 
   def __init__(self, compile_one: Callable[[int], Any], order: Iterable[int]):
     """Args: what compiles the program of a bucket, called in other threads; numbers of all buckets, in the order in which they are needed."""
-    self._pool = concurrent.futures.ThreadPoolExecutor(num_threads(os.cpu_count() or 1), "compile")
+    self._pool = concurrent.futures.ThreadPoolExecutor(num_threads(os.cpu_count() or 1), _THREAD)
     self._futures = {bucket: self._pool.submit(compile_one, bucket) for bucket in order}
 
   def is_ready(self, bucket: int) -> bool:
@@ -45,8 +47,13 @@ class StepPrograms:
       self._futures[bucket].result()
 
   def close(self) -> None:
-    """Gives up what is not yet being compiled. A compilation that is under way is finished before the process can end."""
+    """Gives up what is not yet being compiled. A compilation that is under way goes on, and what it gives is not used."""
     self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def is_compiling() -> bool:
+  """Whether a thread of this process is still compiling. Python would wait for it at its end, for minutes."""
+  return any(thread.name.startswith(_THREAD) for thread in threading.enumerate())
 
 
 def num_threads(num_cpus: int) -> int:

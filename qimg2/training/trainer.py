@@ -224,6 +224,11 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
   for step in range(first + 1, stage.num_steps + 1):
     bucket, rows, batch = feed.get()
     num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
+    if not programs.is_ready(bucket):
+      pause = time.monotonic()
+      with output.recorder.measure("compile"):
+        programs[bucket]
+      clock += time.monotonic() - pause
     profiler.before(step)
     extra = {}
     if rollouts is not None:
@@ -231,11 +236,6 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
         _observe(dispatched, len(dispatched), output.monitor)  # the time of the step before is not the rollout's
       with output.recorder.measure("rollout"):
         batch, extra = rollouts[bucket](state, frozen, batch, rows)
-    if not programs.is_ready(bucket):
-      pause = time.monotonic()
-      with output.recorder.measure("compile"):
-        programs[bucket]
-      clock += time.monotonic() - pause
     state, metrics = programs[bucket](state, frozen, batch)
     del batch  # so that the device is free of it as soon as the step is done
     dispatched.append((step, rows["sample_id"], extra | due_metrics(stage.algorithm, step, metrics)))

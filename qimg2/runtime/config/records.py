@@ -62,8 +62,20 @@ def translate(config: dict[str, Any], version: int) -> dict[str, Any]:
   if version < 4:
     config = config | {"stages": [{"max_programs": 0} | stage if isinstance(stage, dict) else stage for stage in config.get("stages", ())]}
   if version < 5:
-    config = {"random_frozen": True, "compile": "ahead"} | config
+    config = _with_sums_as_before({"random_frozen": True, "compile": "ahead"} | config)
   return config
+
+
+def _with_sums_as_before(config: dict[str, Any]) -> dict[str, Any]:
+  """Gradients of networks that compute in bfloat16 were summed in that."""
+  def stage(section: Any) -> Any:
+    algorithm = section.get("algorithm") if isinstance(section, dict) else None
+    network = config.get("vae" if isinstance(algorithm, dict) and algorithm.get("name") == "reconstruction" else "model")
+    if not isinstance(network, dict) or network.get("dtype") != "bfloat16" or not isinstance(section.get("optimizer"), dict):
+      return section
+    return section | {"optimizer": {"gradient_dtype": "bfloat16"} | section["optimizer"]}
+  stages = config.get("stages")
+  return config | {"stages": [stage(section) for section in stages]} if isinstance(stages, (list, tuple)) else config
 
 
 def _with_words(config: dict[str, Any]) -> dict[str, Any]:
