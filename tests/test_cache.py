@@ -228,10 +228,10 @@ def test_broken_records_are_left_out_and_named(config, run, workdir, tmp_path, m
   cfg = with_data(config, "glyphs", tmp_path, small=True)
   cfg.stages[0].mixture, cfg.stages[0].max_faulty = cfg.stages[0].mixture[:1], 0.001
   decode = launcher.load_picture
-  def spoil(data, height, width, name):
+  def spoil(data, height, width, name, alpha):
     if name == "sample 40 of data set 'glyphs'":
       raise ValueError(f"Cannot decode {name}: spoiled.")
-    return decode(data, height, width, name)
+    return decode(data, height, width, name, alpha)
   monkeypatch.setattr(launcher, "load_picture", spoil)
   facts = cache_latents(cfg, STAGE, workdir)[0]
   assert facts["left_out"] == 1 and facts["path"].endswith("glyphs_latents")
@@ -239,7 +239,7 @@ def test_broken_records_are_left_out_and_named(config, run, workdir, tmp_path, m
   assert named == ["Cannot decode sample 40 of data set 'glyphs': spoiled."]
   _, index = records.open_split(tmp_path, "glyphs_latents", "train")
   assert 40 not in index["sample_id"]
-  monkeypatch.setattr(launcher, "load_picture", lambda data, height, width, name: spoil(data, height, width, "sample 40 of data set 'glyphs'"))
+  monkeypatch.setattr(launcher, "load_picture", lambda data, height, width, name, alpha: spoil(data, height, width, "sample 40 of data set 'glyphs'", alpha))
   with pytest.raises(ValueError, match="records of data set 'glyphs' could not be cached, more than max_faulty=0.001"):
     cache_latents(cfg, STAGE, workdir, "all_broken")
 
