@@ -239,7 +239,7 @@ def test_broken_records_are_left_out_and_named(config, run, workdir, tmp_path, m
   assert named == ["Cannot decode sample 40 of data set 'glyphs': spoiled."]
   _, index = records.open_split(tmp_path, "glyphs_latents", "train")
   assert 40 not in index["sample_id"]
-  monkeypatch.setattr(launcher, "load_picture", lambda data, height, width, name, alpha: spoil(data, height, width, "sample 40 of data set 'glyphs'", alpha))
+  monkeypatch.setattr(launcher, "load_picture", lambda *given: spoil(*given[:3], "sample 40 of data set 'glyphs'", given[4]))
   with pytest.raises(ValueError, match="records of data set 'glyphs' could not be cached, more than max_faulty=0.001"):
     cache_latents(cfg, STAGE, workdir, "all_broken")
 

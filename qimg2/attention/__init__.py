@@ -99,7 +99,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask = M
   else:
     local = {"chunked": chunked.attend, "splash": functools.partial(splash.attend, interpret=platform == "cpu"), "cudnn": cudnn.attend,
              "ring": ring.attend}[name]
-    local = _exact(local) if query.dtype == jnp.float32 else local
+    local = _exact(local) if query.dtype == jnp.float32 and name in ("splash", "ring") else local
     out = local(query, key, value, mask) if mesh is None else _on_each_device(local, query, key, value, mask, shard, name == "ring")
   return checkpoint_name(out, layers.ATTENTION_OUTPUT)
 
