@@ -1,11 +1,11 @@
 """Pixels in and out: decode, fit to a bucket, encode.
 
-An image is a uint8 array H W 3 in RGB everywhere in this package. Left out on purpose: flips and colour jitter, which
+An image is a uint8 array H W 3 in RGB everywhere in this package, and H W 4 where alpha is kept. Left out on purpose: flips and colour jitter, which
 would make captions such as "in the left corner" or "a red ball" wrong.
 
 What a file becomes: colours are sRGB, into which those of a picture with another ICC profile are converted (data_pipelines.colours); transparency is
-laid on white paper, the camera's rotation (EXIF) is applied, an animation gives its first frame, CMYK without a profile is taken as Adobe writes it,
-integers above 8 bits count from 0 (black) to 65535 (white), floats from 0 to 1.
+laid on white paper unless it is kept, the camera's rotation (EXIF) is applied, an animation gives its first frame, CMYK without a profile is taken as
+Adobe writes it, integers above 8 bits count from 0 (black) to 65535 (white), floats from 0 to 1.
 """
 
 import contextlib
