@@ -22,7 +22,7 @@ RUNTIME (v2-alpha-tpuv5), SPOT (1: spot machines, 0: on demand), SERVICE_ACCOUNT
 
 example:
   export PROJECT=my-project ZONE=us-east5-a NAME=qimg2 BUCKET=my-bucket
-  launch/tpu_pod.sh all -- --config=configs/pretrain.py:v5p-256:diffusers:bucket/published --workdir=bucket/runs/first --config.data_dir=bucket/data
+  launch/tpu_pod.sh all -- --config=configs/pretrain.py:v5p-256:diffusers:bucket/published --workdir=gs://BUCKET/runs/first --config.data_dir=bucket/data
 USAGE
 }
 
@@ -112,7 +112,7 @@ start() {
   local arguments
   printf -v arguments '%q ' "$@"
   say "Training starts on all workers."
-  # HOME is the folder of relative paths, so that --workdir=bucket/... is in the bucket.
+  # HOME is the folder of relative paths, so that --config.data_dir=bucket/... is in the bucket.
   on all "$END_EARLIER; rm -f qimg2.exit; MAX_RESTARTS=$MAX_RESTARTS nohup setsid bash qimg2/launch/tpu_pod.sh worker -- $arguments >>qimg2.log 2>&1 </dev/null &"
 }
 

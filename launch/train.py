@@ -11,8 +11,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipelines.records import local_folder
 from launch import cli
+from qimg2.places import find_place
 from qimg2.runtime import processes
 from qimg2.runtime.config import parse
 from qimg2.runtime.curriculum import train
@@ -43,7 +43,7 @@ def main(_) -> None:
   args = flags.FLAGS
   window = _parse_window(args.profile)
   if args.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", str(local_folder(args.compilation_cache, "--compilation_cache").expanduser()))
+    jax.config.update("jax_compilation_cache_dir", str(find_place(args.compilation_cache, "--compilation_cache").expanduser()))
   try:
     run = train(parse(args.config), args.workdir, args.allow_config_change, window, args.allow_version_change)
   except faults.Preempted as stopped:

@@ -14,7 +14,8 @@ ALLOWED = {
     # What only curation needs is in requirements-data.txt.
     "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr_onnxruntime",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
-    "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl"},
+    "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl", "etils", "fsspec", "gcsfs",
+              "google_crc32c"},
     "qimg2/evaluation": {"qimg2", "numpy"},
     # Joins config, data and networks.
     "qimg2/runtime": {"qimg2", "data_pipelines", "numpy", "jax", "grain", "tqdm", "absl", "matplotlib", "PIL"},
@@ -24,8 +25,8 @@ ALLOWED = {
     "configs": {"configs", "qimg2", "data_pipelines", "ml_collections"},
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
-ORDER = [["params", "products"], ["sharding", "layers", "batch"], ["attention"], ["models"], ["layout", "flax_module"], ["networks", "flow"],
-         ["sampler"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["runtime"]]
+ORDER = [["params", "products", "places"], ["sharding", "layers", "batch"], ["attention"], ["models"], ["layout", "flax_module"],
+         ["networks", "flow"], ["sampler"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.
 ABOVE_RUNTIME = {"configs", "launch", "notebooks", "benchmarks", "tests"}
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))

@@ -40,7 +40,7 @@ def batches(args):
 
 def save(args):
   folder, hashed, digest = pathlib.Path(args.workdir), [], manifest._digest
-  manifest._digest = lambda path: hashed.append(path.as_posix()) or digest(path)
+  manifest._digest = lambda file, *like: hashed.append(file.path.as_posix()) or digest(file, *like)
   mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
   params = put_global_batch({"w": jnp.arange(64.0 * jax.device_count())}, mesh, {"batch": ("fsdp",)})
   step, key = jax.jit(lambda: (jnp.int32(3), jax.random.key(0)), out_shardings=NamedSharding(mesh, PartitionSpec()))()

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from data_pipelines.records import local_folder
 from data_pipelines.specs import DatasetSpec, Resolution
+from qimg2.places import Place, find_place
 from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
@@ -34,7 +33,7 @@ LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha")  # keys of resolut
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
-def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = False,
+def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
           profile: tuple[int, int] | None = None, allow_version_change: bool = False) -> Run:
   """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites unless that was done before, and
   returns the run.
@@ -45,7 +44,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
   """
-  cfg, workdir, began = parse(cfg), local_folder(workdir, "--workdir"), time.monotonic()
+  cfg, workdir, began = parse(cfg), find_place(workdir, "--workdir"), time.monotonic()
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.PreemptionNotice() as stop:
     run = Run(cfg, workdir)

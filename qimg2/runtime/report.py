@@ -6,13 +6,13 @@ import functools
 import html
 import io
 import json
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
 from absl import logging
 
 from data_pipelines.loader import Loader
+from qimg2.places import Place, write_file
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.run import Run
 from qimg2.runtime.suites import counts_of, shares_of
@@ -36,10 +36,9 @@ def save_counts(run: Run, stage: StageConfig, loader: Loader) -> None:
   """Writes data.json of a stage: what became of the records of each target size, and what it cost that shapes share buckets. The log says what is in
   no batch."""
   folder = run.workdir / stage.name
-  folder.mkdir(parents=True, exist_ok=True)
   merging = loader.mixture.merging
   facts = {"merging": dataclasses.asdict(merging), "counts": [dataclasses.asdict(count) for count in loader.counts]}
-  (folder / "data.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+  write_file(folder / "data.json", json.dumps(facts, indent=1))
   if merging.most_repeated > 1:
     logging.warning("Stage %s: a batch holds a record up to %d times, because a data set has fewer records in a bucket than a batch has rows.",
                     stage.name, merging.most_repeated)
@@ -49,7 +48,7 @@ def save_counts(run: Run, stage: StageConfig, loader: Loader) -> None:
                     merging.buckets, folder / "data.json")
 
 
-def write_report(run: Run) -> pathlib.Path:
+def write_report(run: Run) -> Place:
   """Writes report.html of a run and returns its path; what does not exist yet is left out."""
   record = json.loads((run.workdir / "config.json").read_text(encoding="utf-8"))
   started = [stage for stage in run.cfg.stages if (run.workdir / stage.name / "data.json").exists()]
@@ -59,13 +58,11 @@ def write_report(run: Run) -> pathlib.Path:
   page = (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(run.workdir.name)}</title>"
           f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>")
   path = run.workdir / "report.html"
-  part = path.with_suffix(".part")
-  part.write_text(page, encoding="utf-8")
-  part.replace(path)
+  write_file(path, page)
   return path
 
 
-def _evaluation(workdir: pathlib.Path) -> str:
+def _evaluation(workdir: Place) -> str:
   path = workdir / "evaluation.json"
   if not path.exists():
     return ""
@@ -133,7 +130,7 @@ def _goodput(timing: Sequence[dict]) -> str:
           + _table(("time went to", "seconds", "share"), rows))
 
 
-def _faults(folder: pathlib.Path) -> str:
+def _faults(folder: Place) -> str:
   """How many updates were skipped and how many losses jumped; nothing where none did."""
   kinds = [row["fault"] for row in read_rows(folder / "faults.jsonl")]
   if not kinds:
@@ -143,7 +140,7 @@ def _faults(folder: pathlib.Path) -> str:
           "loss was far above its median: steps and samples are in faults.jsonl.</p>")
 
 
-def _counts(folder: pathlib.Path) -> str:
+def _counts(folder: Place) -> str:
   facts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
   counts, merging = (facts, {}) if isinstance(facts, list) else (facts["counts"], facts["merging"])  # a list is of an earlier version
   shown = _table(("shapes and buckets", ""), [(name.replace("_", " "), f"{value:.2%}" if isinstance(value, float) else value)

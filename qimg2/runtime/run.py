@@ -24,11 +24,12 @@ from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.loader import Loader
-from data_pipelines.records import list_splits, local_folder
+from data_pipelines.records import list_splits
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2.algorithms import Algorithm
+from qimg2.places import Place, find_place, named_failures, write_file
 from qimg2.published.folder import TOKENIZER, open_folder
 from qimg2.runtime import micro_batches
 from qimg2.runtime.caching import MADE_BY
@@ -68,14 +69,14 @@ class HeldOut:
 class Run(StageWeights):
   """A config and a folder, and what both together give."""
 
-  def __init__(self, cfg: Any, workdir: str | pathlib.Path, trained: bool = False):
+  def __init__(self, cfg: Any, workdir: str | Place, trained: bool = False):
     """Args: a `RunConfig`, or what a config file returns; folder; trained, whether the run is only read, so that what its stages started from may
     be gone.
 
     Raises:
       ValueError: a config that does not fit together.
     """
-    self.cfg, self.workdir = parse(cfg), local_folder(workdir, "--workdir")
+    self.cfg, self.workdir = parse(cfg), find_place(workdir, "--workdir")
     cfg = self.cfg
     self.mesh = sharding.make_mesh(plain(cfg.mesh), strict=not trained)
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
@@ -234,7 +235,7 @@ def fold_name(seed: int, name: str) -> int:
 # The record of a run.
 
 
-def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = False, allow_version_change: bool = False) -> None:
+def save_config(cfg: RunConfig, workdir: Place, allow_change: bool = False, allow_version_change: bool = False) -> None:
   """Writes config.json, by process 0. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` and
   `allow_version_change` let pass is printed to stderr, a line per difference.
 
@@ -259,12 +260,10 @@ def save_config(cfg: RunConfig, workdir: pathlib.Path, allow_change: bool = Fals
     return
   for change in (*changes, *others):
     print(change, file=sys.stderr)
-  workdir.mkdir(parents=True, exist_ok=True)
   record = {"format": FORMAT, "config": config, "versions": {**recorded, **versions},
             "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-  part.replace(path)
+  with named_failures(path):
+    write_file(path, json.dumps(record, indent=1))
 
 
 def _installed_versions() -> dict[str, str]:
@@ -273,7 +272,7 @@ def _installed_versions() -> dict[str, str]:
   return {name: one.version for name, one in found.items() if one and (name != "libtpu" or jax.default_backend() == "tpu")}
 
 
-def _other_lengths(old: Sequence[dict], new: Sequence[dict], workdir: pathlib.Path) -> Iterator[str]:
+def _other_lengths(old: Sequence[dict], new: Sequence[dict], workdir: Place) -> Iterator[str]:
   """Stages that are to become longer or shorter although a later one has begun: that would go on over other weights than it began with."""
   for number, (before, after) in enumerate(zip(old, new)):
     begun = [stage["name"] for stage in new[number + 1:] if (workdir / stage["name"] / "checkpoints").is_dir()]
@@ -286,13 +285,13 @@ def _as_json(cfg: RunConfig) -> dict:
   return json.loads(json.dumps(plain(cfg)))
 
 
-def load_run(workdir: str | pathlib.Path, dtype: str | None = None) -> Run:
+def load_run(workdir: str | Place, dtype: str | None = None) -> Run:
   """The run that was trained in a folder, with another compute type where `dtype` names one.
 
   Raises:
     ValueError: the folder holds no run, or its config cannot be understood.
   """
-  path = local_folder(workdir, "--workdir") / "config.json"
+  path = find_place(workdir, "--workdir") / "config.json"
   if not path.is_file():
     raise ValueError(f"There is no run in {workdir}: {path} is missing. Give the --workdir of launch.train.")
   cfg = read_record(path)

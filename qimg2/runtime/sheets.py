@@ -2,14 +2,16 @@
 
 import functools
 import importlib.util
+import io
 import itertools
 import os
-import pathlib
 import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from qimg2.places import Place, write_file
 
 MARGIN_PX = 6
 TILE_GAP_PX = 18  # wider than the margin, so that the pictures of a tile belong together
@@ -156,10 +158,8 @@ def write_lines(image: Image.Image, x: int, y: int, lines: Sequence[str]) -> Non
     draw.text((x, y + number * LINE_PX), line, "black", font())
 
 
-def save_png(image: np.ndarray, path: str | pathlib.Path) -> None:
+def save_png(image: np.ndarray, path: str | Place) -> None:
   """Writes an [H, W, 3 or 4] uint8 picture; folders are made."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".part")
-  Image.fromarray(image).save(part, "PNG", optimize=True)
-  part.replace(path)
+  content = io.BytesIO()
+  Image.fromarray(image).save(content, "PNG", optimize=True)
+  write_file(path, content.getvalue())

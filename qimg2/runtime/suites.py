@@ -22,6 +22,7 @@ from data_pipelines.buckets import Bucket, crop_fraction, nearest_bucket
 from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
 from data_pipelines.transforms import composite_on_white, fit_source, resize_crop
 from qimg2.evaluation import Suite, Task, mean_scores
+from qimg2.places import write_file
 from qimg2.runtime import processes
 from qimg2.runtime.config import PrepareConfig, plain
 from qimg2.runtime.generator import Generator, Size
@@ -70,9 +71,7 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   if processes.is_first():
     images, captions = zip(*[cell for cells in shown for cell in cells[:NUM_SHOWN // len(shown)]])
     save_png(grid(images, 8, captions), run.workdir / "evaluation.png")
-    part = run.workdir / "evaluation.json.part"
-    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    part.replace(run.workdir / "evaluation.json")
+    write_file(run.workdir / "evaluation.json", json.dumps(result, indent=1))
   return result
 
 

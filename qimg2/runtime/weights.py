@@ -4,7 +4,6 @@ A stage knows roles, and each role names its network (`qimg2.algorithms`): all t
 are those of `qimg2.runtime.config.sources`. A role that starts as another, such as a reference that starts as the model, reads the other's.
 """
 
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from qimg2 import params as P
 from qimg2 import sharding
 from qimg2.algorithms import Algorithm
+from qimg2.places import Place, find_place, is_complete
 from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
@@ -131,8 +131,8 @@ class StageWeights:
     name = algorithm.roles[role].start or role
     return self._item(source, f"average.{source.average}" if source.average else f"params.{name}", specs)
 
-  def _folder(self, source: Source) -> pathlib.Path:
-    return self.workdir / source.name if source.kind == "stage" else pathlib.Path(source.name)
+  def _folder(self, source: Source) -> Place:
+    return self.workdir / source.name if source.kind == "stage" else find_place(source.name, "start_from")
 
   def _item(self, source: Source, item: str, specs: dict) -> dict:
     """An item of the newest checkpoint of a stage, or of the folder of one; or a folder of weights alone."""
@@ -179,12 +179,12 @@ class StageWeights:
       source = parse_source(self.stages[source.name].start_from)
     if source.kind == "folder":
       raise ValueError(f"config.stages[{stage.name}].frozen.{role} is \"default\", but the stage's weights come from {source.name} and were trained "
-                       f"with others than this run's seed gives: name their source, such as {pathlib.Path(source.name).parent / 'frozen' / role}.")
+                       f"with others than this run's seed gives: name their source, such as {self._folder(source).parent / 'frozen' / role}.")
     return source if source.kind == "diffusers" else Source("scratch")
 
   def _saved_random_weights(self, stage: StageConfig, role: str) -> dict:
     folder = self.workdir / "frozen" / role
-    if sharding.broadcast_from_first(np.int32(not folder.is_dir())):  # all have looked before the first one writes
+    if sharding.broadcast_from_first(np.int32(not is_complete(folder))):  # all have looked before the first one writes
       save_weights(folder, self.random_weights(stage, role))
     return restore_weights(folder, self._abstract(self.role_specs(stage)[role]))
 

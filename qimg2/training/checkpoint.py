@@ -11,7 +11,6 @@ count as a checkpoint. Reading is strict: another shape or a missing weight is a
 compared with its manifest: a damaged one is named in the log and the one before it is read instead; where none is intact, that is an error.
 """
 
-import pathlib
 import re
 import shutil
 import time
@@ -24,6 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from qimg2.places import Place, as_absolute, is_complete, is_remote
 from qimg2.sharding import broadcast_from_first
 from qimg2.training import manifest
 from qimg2.training.state import TrainState
@@ -43,7 +43,7 @@ class SaveError(OSError):
 class Checkpoints:
   """The checkpoints of one stage."""
 
-  def __init__(self, folder: pathlib.Path, keep: int | None = None, every: int = 1):
+  def __init__(self, folder: Place, keep: int | None = None, every: int = 1):
     """Args: folder; keep, how many of the newest to keep, and as many of the newest whose step is a multiple of `every`, which makes the folder if it
     is missing; None only to read.
 
@@ -52,11 +52,12 @@ class Checkpoints:
     Raises:
       ValueError: with `keep`, there are checkpoints but none is intact.
     """
-    self.folder, self._keep = pathlib.Path(folder).absolute(), keep
+    self.folder, self._keep = as_absolute(folder), keep
     self._every = every
     self._saving = 0  # the step of the save that was started last
     if keep is not None:
       _set_aside(self.folder, self.latest_step())
+      _remove_uncommitted(self.folder)
     self._manager = self._open()
 
   def latest_step(self) -> int | None:
@@ -188,33 +189,33 @@ class _Kept:
     return [step in kept for step in steps]
 
 
-def newest_step(folder: pathlib.Path) -> int | None:
+def newest_step(folder: Place) -> int | None:
   """The step of the newest checkpoint in a folder, None when there is none. Nothing but names is looked at, so it may be damaged."""
-  return next(iter(_agreed_steps(pathlib.Path(folder).absolute())), None)
+  return next(iter(_agreed_steps(as_absolute(folder))), None)
 
 
-def is_done(folder: pathlib.Path, num_steps: int, intact: bool = True) -> bool:
+def is_done(folder: Place, num_steps: int, intact: bool = True) -> bool:
   """Whether the newest checkpoint in a folder is of step `num_steps` or later, and with `intact` also undamaged, for which all of its bytes are read,
   once in a process."""
-  folder = pathlib.Path(folder).absolute()
+  folder = as_absolute(folder)
   newest = newest_step(folder) or 0
   return newest >= num_steps and not (intact and _agreed_fault(folder / str(newest)))
 
 
-def save_weights(folder: pathlib.Path, params: dict) -> None:
+def save_weights(folder: Place, params: dict) -> None:
   """Writes weights that no stage trains (a frozen role) to a folder of their own; waits until they are there."""
-  folder = pathlib.Path(folder).absolute()
+  folder = as_absolute(folder)
   with ocp.StandardCheckpointer(async_options=_with_manifest(lambda: folder)) as checkpointer:
-    checkpointer.save(folder, params)
+    checkpointer.save(folder, params, force=is_remote(folder))  # what a process that was killed left in a bucket
 
 
-def restore_weights(folder: pathlib.Path, abstract: dict) -> dict:
+def restore_weights(folder: Place, abstract: dict) -> dict:
   """Weights written by `save_weights`.
 
   Raises:
     ValueError: they are damaged, or do not fit `abstract`.
   """
-  folder = pathlib.Path(folder).absolute()
+  folder = as_absolute(folder)
   fault = _agreed_fault(folder)
   if fault:
     raise ValueError(f"The weights in {folder} are damaged: {fault}: put back a copy, or remove the folder if the run drew them from its seed, which "
@@ -240,13 +241,22 @@ def _items(state: TrainState) -> dict[str, Any]:
 # Intact and damaged.
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
+def _steps(folder: Place) -> list[int]:
   """The steps whose save was completed, newest first, damaged or not."""
-  return sorted((int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()), reverse=True) if folder.is_dir() else []
+  paths = [path for path in folder.iterdir() if path.name.isdecimal() and is_complete(path)] if folder.is_dir() else []
+  return sorted((int(path.name) for path in paths), reverse=True)
 
 
-def _remove_parts(folder: pathlib.Path) -> None:
-  """Removes what a failed save left, until nothing new comes: other threads of it may still write for a moment."""
+def _remove_uncommitted(folder: Place) -> None:
+  """Removes what a killed process left in a bucket. Orbax would do it too, and then fail if nothing else is in the folder, which is gone with it."""
+  if is_remote(folder) and jax.process_index() == 0 and folder.is_dir():
+    for path in folder.iterdir():
+      if path.name.isdecimal() and not is_complete(path):
+        path.rmtree()
+
+
+def _remove_parts(folder: Place) -> None:
+  """Removes what a failed save left, until nothing new comes: other threads of it may still write for a moment. In a bucket Orbax does."""
   quiet = 0
   for _ in range(50):
     parts = list(folder.glob(f"*{manifest.TEMPORARY}*"))
@@ -258,7 +268,7 @@ def _remove_parts(folder: pathlib.Path) -> None:
     time.sleep(0.1)
 
 
-def _agreed_steps(folder: pathlib.Path) -> list[int]:
+def _agreed_steps(folder: Place) -> list[int]:
   """`_steps` as the first process sees them: the others may see an older listing.
 
   Raises:
@@ -277,12 +287,12 @@ def _agreed_steps(folder: pathlib.Path) -> list[int]:
   return steps
 
 
-def _with_manifest(find_folder: Callable[[], pathlib.Path]) -> ocp.AsyncOptions:
+def _with_manifest(find_folder: Callable[[], Place]) -> ocp.AsyncOptions:
   """Lets Orbax call `manifest.write_manifest` on the first process when a save is complete but for the renaming of its folder, which `find_folder`
   gives; and `manifest.write_part` on each of several processes when it has written its own files and is about to wait for the others."""
   wait = ocp.multihost.get_barrier_sync_fn()
 
-  def temporary() -> pathlib.Path:
+  def temporary() -> Place:
     folder = find_folder()
     path = folder.with_name(folder.name + manifest.TEMPORARY)
     return path if path.is_dir() else folder
@@ -295,7 +305,7 @@ def _with_manifest(find_folder: Callable[[], pathlib.Path]) -> ocp.AsyncOptions:
   return ocp.AsyncOptions(post_finalization_callback=lambda: manifest.write_manifest(temporary()), barrier_sync_fn=barrier)
 
 
-def _agreed_fault(folder: pathlib.Path) -> str:
+def _agreed_fault(folder: Place) -> str:
   """What is damaged in a folder, "" for nothing. Several processes read a part of it each and come to the same end."""
   index, count = jax.process_index(), jax.process_count()
   fault = manifest.find_fault(folder, (index, count))
@@ -304,7 +314,7 @@ def _agreed_fault(folder: pathlib.Path) -> str:
   return fault
 
 
-def _set_aside(folder: pathlib.Path, intact: int | None) -> None:
+def _set_aside(folder: Place, intact: int | None) -> None:
   """Renames the steps after the newest intact one, all of them damaged."""
   for step in _steps(folder) if jax.process_index() == 0 and intact is not None else ():
     if step <= intact:

@@ -5,18 +5,20 @@ leaves either no checkpoint or one with its manifest. A folder without one there
 damaged. `write_manifest` accepts such a folder as it is.
 
 Where several processes write one checkpoint, each computes the checksums of its own files before the first one writes the manifest (`write_part`):
-a machine that is about to be taken away has seconds, and all of it may be 100 GB.
+a machine that is about to be taken away has seconds, and all of it may be 100 GB. A bucket tells the checksums (CRC32C) of what it holds, and no byte
+is read for them. A checkpoint that was copied from a disk to a bucket, or from there to a disk, is compared by reading it.
 """
 
 import concurrent.futures
 import hashlib
 import json
 import os
-import pathlib
+
+from qimg2.places import CHECKSUM, COMMITTED, File, Place, as_absolute, crc32c, is_remote, list_files, write_file
 
 NAME = "manifest.json"
 METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it after the manifest; the rest of it is compared
-LATE = (NAME, METADATA, "commit_success.txt")
+LATE = (NAME, METADATA, COMMITTED)
 TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax appends to the name of a folder, and of those in it, until its save is complete
 OWN = "ocdbt.process_"  # Orbax: <item>/ocdbt.process_<index>/ holds what one process wrote, and no other changes it
 _PART = "digests."
@@ -25,39 +27,41 @@ _NUM_THREADS = 8
 _known: dict[tuple, tuple[list, str]] = {}  # (folder, share) -> (sizes and times of the files, what was found)
 
 
-def write_part(folder: pathlib.Path, index: int) -> None:
-  """Writes down the checksums of the files that process `index` wrote into a folder that has no manifest yet.
+def write_part(folder: Place, index: int) -> None:
+  """Writes down the checksums of the files that process `index` wrote into a folder that has no manifest yet. Nothing in a bucket, which knows them.
 
   Raises:
     OSError: the folder cannot be read or written.
   """
-  folder = pathlib.Path(folder)
-  measured = _measure(folder, sorted(path for path in folder.rglob(f"{OWN}{index}/**/*") if path.is_file()))
-  _write(folder / f"{_PART}{index}", {name.replace(TEMPORARY, ""): found for name, found in measured.items()})
+  folder = as_absolute(folder)
+  if is_remote(folder):
+    return
+  own = {name: file for name, file in list_files(folder).items() if f"/{OWN}{index}/" in name}
+  _write(folder / f"{_PART}{index}", {name.replace(TEMPORARY, ""): found for name, found in _measure(own).items()})
 
 
-def write_manifest(folder: pathlib.Path) -> None:
+def write_manifest(folder: Place) -> None:
   """Writes the manifest of a folder with what it holds now. The checksums that `write_part` left are taken over, the others computed.
 
   Raises:
     OSError: the folder cannot be read or written.
   """
-  folder = pathlib.Path(folder)
+  folder = as_absolute(folder)
   parts = sorted(folder.glob(f"{_PART}*"))
   recorded = {name: found for part in parts for name, found in json.loads(part.read_text(encoding="utf-8")).items()}
-  paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_late(path, folder)}
-  files = {name: recorded[name] for name, path in paths.items() if name in recorded and recorded[name][0] == path.stat().st_size}
-  files |= _measure(folder, [path for name, path in paths.items() if name not in files])
+  listed = {name: file for name, file in list_files(folder).items() if not _is_late(name)}
+  files = {name: recorded[name] for name, file in listed.items() if name in recorded and recorded[name][0] == file.size}
+  files |= _measure({name: file for name, file in listed.items() if name not in files})
   content = {"files": files, "metadata": _metadata(folder)}
   _write(folder / NAME, {"content": content, "sha256": _digest_of(content)})
   for part in parts:
     part.unlink()
 
 
-def find_fault(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str:
+def find_fault(folder: Place, share: tuple[int, int] = (0, 1)) -> str:
   """What is damaged in a folder with a manifest, in words that name the file; "" when nothing does.
 
-  Reads every file, once for as long as none of them changes.
+  Reads every file of a disk, once for as long as none of them changes, and of a bucket none but the manifest.
 
   Args:
     folder: a step of a checkpoint, or weights.
@@ -66,18 +70,19 @@ def find_fault(folder: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str:
   Raises:
     OSError: a disk or a network that fails, which says nothing of the files.
   """
-  folder = pathlib.Path(folder)
+  folder = as_absolute(folder)
   try:
-    signature = sorted((path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    listed = list_files(folder)
   except FileNotFoundError:
     return "files vanish while it is read"
+  signature = [(name, file.size, file.mark) for name, file in listed.items()]
   known = _known.get((folder, share))
   if known is None or known[0] != signature:
-    known = _known[folder, share] = (signature, _find_fault(folder, share))
+    known = _known[folder, share] = (signature, _find_fault(folder, listed, share))
   return known[1]
 
 
-def _find_fault(folder: pathlib.Path, share: tuple[int, int]) -> str:
+def _find_fault(folder: Place, listed: dict[str, File], share: tuple[int, int]) -> str:
   try:
     record = json.loads((folder / NAME).read_text(encoding="utf-8"))
     content = record["content"]
@@ -94,24 +99,23 @@ def _find_fault(folder: pathlib.Path, share: tuple[int, int]) -> str:
     return f"{METADATA} cannot be read"
   files = sorted(content["files"].items())
   for name, (size, _) in files:
-    path = folder / name
-    if not path.is_file():
+    if name not in listed:
       return f"{name} is missing"
-    if path.stat().st_size != size:
-      return f"{name} has {path.stat().st_size} bytes and had {size}"
-  check = lambda item: _check_content(folder / item[0], *item)
+    if listed[name].size != size:
+      return f"{name} has {listed[name].size} bytes and had {size}"
+  check = lambda item: _check_content(listed[item[0]], *item)
   with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
     return next((fault for fault in pool.map(check, files[share[0]::share[1]]) if fault), "")
 
 
-def _check_content(path: pathlib.Path, name: str, expected: list) -> str:
+def _check_content(file: File, name: str, expected: list) -> str:
   try:
-    return "" if _digest(path) == expected[1] else f"the content of {name} was changed"
+    return "" if _digest(file, expected[1]) == expected[1] else f"the content of {name} was changed"
   except FileNotFoundError:
     return f"{name} is missing"
 
 
-def _metadata(folder: pathlib.Path) -> dict | None:
+def _metadata(folder: Place) -> dict | None:
   """What Orbax says of the checkpoint, without the time of its commit; None where it says nothing.
 
   Raises:
@@ -126,18 +130,21 @@ def _metadata(folder: pathlib.Path) -> dict | None:
   return metadata
 
 
-def _is_late(path: pathlib.Path, folder: pathlib.Path) -> bool:
-  return path.parent == folder and (path.name in LATE or path.name.startswith(_PART) or path.name == f"{NAME}.part")
+def _is_late(name: str) -> bool:
+  return name in LATE or name.startswith(_PART) or name == f"{NAME}.part"
 
 
-def _measure(folder: pathlib.Path, paths: list[pathlib.Path]) -> dict[str, list]:
+def _measure(listed: dict[str, File]) -> dict[str, list]:
   """Name -> [size, checksum]."""
   with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-    digests = list(pool.map(_digest, paths))
-  return {path.relative_to(folder).as_posix(): [path.stat().st_size, digest] for path, digest in zip(paths, digests)}
+    digests = list(pool.map(lambda file: file.checksum or _digest(file), listed.values()))
+  return {name: [file.size, digest] for (name, file), digest in zip(listed.items(), digests)}
 
 
-def _write(path: pathlib.Path, record: dict) -> None:
+def _write(path: Place, record: dict) -> None:
+  if is_remote(path):
+    write_file(path, json.dumps(record, indent=1))
+    return
   part = path.with_name(f"{path.name}.part")
   with open(part, "w", encoding="utf-8") as file:
     json.dump(record, file, indent=1)
@@ -146,9 +153,12 @@ def _write(path: pathlib.Path, record: dict) -> None:
   part.replace(path)
 
 
-def _digest(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(file: File, like: str = "") -> str:
+  """The checksum of a file, of the kind that `like` is."""
+  if not like.startswith(CHECKSUM):
+    with file.path.open("rb") as opened:
+      return hashlib.file_digest(opened, "sha256").hexdigest()
+  return file.checksum or crc32c(file.path)
 
 
 def _digest_of(content: dict) -> str:

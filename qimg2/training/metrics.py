@@ -17,13 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qimg2.places import Growing, Place
+
 NEXT_TO_STEPS = ("start", "compile", "data", "rollout", "save", "evaluation")  # what time goes to beside steps
 
 
 class MetricsWriter:
-  """Appends rows of scalars under a stage's folder; rows after `step` (of a run that was cut off) are dropped, to be written again."""
+  """Appends rows of scalars under a stage's folder; rows after `step` (of a run that was cut off) are dropped, to be written again. In a bucket the
+  files are as new as the last checkpoint, fault or minute."""
 
-  def __init__(self, folder: pathlib.Path, step: int, active: bool = True, hooks_due: bool = False):
+  def __init__(self, folder: Place, step: int, active: bool = True, hooks_due: bool = False):
     """Args: folder of the stage; step it starts from; active is False on all processes but the first; hooks_due, whether the evaluation of that step
     is still to come, so that rows of one that was cut off later are dropped, too.
 
@@ -33,13 +36,13 @@ class MetricsWriter:
     self._active = active
     if not active:
       return
-    folder.mkdir(parents=True, exist_ok=True)
+    self._growing = Growing(folder)
+    self._folder = self._growing.local
     for name in ("metrics.jsonl", "timing.jsonl", "faults.jsonl"):
-      _truncate(folder / name, step, hooks_due)
-    self._folder = folder
-    self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-    self._timing = open(folder / "timing.jsonl", "a", encoding="utf-8")
-    self._events = _event_writer(folder, step + 1 if step else None)
+      _truncate(folder / name, self._folder / name, step, hooks_due)
+    self._metrics = open(self._folder / "metrics.jsonl", "a", encoding="utf-8")
+    self._timing = open(self._folder / "timing.jsonl", "a", encoding="utf-8")
+    self._events = _event_writer(self._folder, step + 1 if step else None)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Adds a row to metrics.jsonl, where what is not finite is null, and to TensorBoard."""
@@ -56,6 +59,7 @@ class MetricsWriter:
         file.write(json.dumps({"step": step, **row}) + "\n")
         file.flush()
         os.fsync(file.fileno())
+      self._growing.push()
 
   def write_image(self, step: int, name: str, image: np.ndarray) -> None:
     """Adds an [H, W, 3] uint8 picture to TensorBoard."""
@@ -63,17 +67,29 @@ class MetricsWriter:
       self._events.add_image(name, image, step, dataformats="HWC")
 
   def sync(self) -> None:
-    """Returns when all rows so far are on the disk, so that no checkpoint is newer than its metrics."""
+    """Returns when all rows so far are on the disk, or in the bucket, so that no checkpoint is newer than its metrics.
+
+    Raises:
+      OSError: they cannot be written.
+    """
     if self._active:
       for file in (self._metrics, self._timing):
         os.fsync(file.fileno())
+      self._events.flush()
+      self._growing.push()
 
   def close(self) -> None:
-    """Ends writing."""
+    """Ends writing.
+
+    Raises:
+      OSError: a bucket cannot be written to.
+    """
     if self._active:
+      self._active = False
       self._metrics.close()
       self._timing.close()
       self._events.close()
+      self._growing.close()
 
   def _row(self, file: str, step: int, scalars: Mapping[str, float]) -> None:
     if not self._active:
@@ -83,6 +99,7 @@ class MetricsWriter:
     row = {name: value if math.isfinite(value) else None for name, value in values.items()}
     getattr(self, file).write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
     getattr(self, file).flush()
+    self._growing.push_soon()
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
 
@@ -99,7 +116,7 @@ def _event_writer(folder: pathlib.Path, purge_step: int | None):
   return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def read_rows(path: pathlib.Path) -> list[dict]:
+def read_rows(path: Place) -> list[dict]:
   """The rows of a .jsonl file; a last line that was cut off is left out.
 
   Raises:
@@ -118,11 +135,12 @@ def read_rows(path: pathlib.Path) -> list[dict]:
   return rows
 
 
-def _truncate(path: pathlib.Path, step: int, hooks_due: bool) -> None:
-  if path.name == "faults.jsonl" and not path.exists():
+def _truncate(source: Place, path: pathlib.Path, step: int, hooks_due: bool) -> None:
+  """Writes to `path` those rows of `source`, which may be the same file, that stay."""
+  if path.name == "faults.jsonl" and not source.exists():
     return
   of_hook = lambda row: hooks_due and path.name == "metrics.jsonl" and row["step"] == step and "skipped" not in row
-  rows = [row for row in read_rows(path) if row["step"] <= step and not of_hook(row) or "wall_s" in row]
+  rows = [row for row in read_rows(source) if row["step"] <= step and not of_hook(row) or "wall_s" in row]
   part = path.with_suffix(".part")
   part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
   part.replace(path)

@@ -6,7 +6,6 @@ few tokens. It compiles in a second.
 
 import dataclasses
 import json
-import pathlib
 import sys
 import time
 import zlib
@@ -18,6 +17,7 @@ from absl import flags
 from launch import cli
 from qimg2 import params as P
 from qimg2 import sharding
+from qimg2.places import find_place
 from qimg2.runtime import processes
 from qimg2.training import faults, optim, trainer
 from qimg2.training.state import make_optimizers
@@ -120,7 +120,8 @@ def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
   evaluator = Evaluator(algorithm, Nets(), batches)
   stage = dataclasses.replace(stage, hooks=((job.eval_every, lambda params, step, writer: evaluator(params)),))
   start = lambda: ({role: weights(job, role, algorithm, mesh, rules) for role in algorithm.trained}, job.restored)
-  return trainer.train_stage(stage, Nets(), wrap(loader), mesh, rules, pathlib.Path(workdir), jax.random.key(5), start, frozen, lambda: batches, stop)
+  place = find_place(workdir, "--workdir")
+  return trainer.train_stage(stage, Nets(), wrap(loader), mesh, rules, place, jax.random.key(5), start, frozen, lambda: batches, stop)
 
 
 def biased(method):

@@ -1,16 +1,16 @@
 """The config that a run's config.json records, as a program writes it now and as earlier ones did."""
 
 import json
-import pathlib
 from typing import Any
 
+from qimg2.places import Place
 from qimg2.runtime.config import RunConfig, parse
 from qimg2.runtime.config.sources import DIFFUSERS, STAGE
 
 FORMAT = 5
 
 
-def read_record(path: pathlib.Path) -> RunConfig:
+def read_record(path: Place) -> RunConfig:
   """The config in a config.json; those of earlier formats are translated.
 
   Raises:
@@ -27,7 +27,7 @@ def read_record(path: pathlib.Path) -> RunConfig:
     raise ValueError(f"{path} cannot be understood: {error}") from error
 
 
-def read_versions(path: pathlib.Path) -> dict[str, str]:
+def read_versions(path: Place) -> dict[str, str]:
   """{package: version} that a config.json records; {} where it says nothing of them.
 
   Raises:
@@ -38,7 +38,7 @@ def read_versions(path: pathlib.Path) -> dict[str, str]:
   return versions if isinstance(versions, dict) else {}
 
 
-def _read(path: pathlib.Path) -> Any:
+def _read(path: Place) -> Any:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:

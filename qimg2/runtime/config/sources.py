@@ -9,8 +9,10 @@
 
 import dataclasses
 import difflib
-import pathlib
 from collections.abc import Sequence
+
+from data_pipelines.records import local_folder
+from qimg2.places import Place, find_place
 
 DIFFUSERS, STAGE = "diffusers:", "stage:"
 
@@ -40,6 +42,11 @@ def parse_source(text: str) -> Source:
   return Source(kind, name, average) if colon and "/" not in average else Source(kind, rest)
 
 
+def _find(source: Source, where: str) -> Place:
+  """The place of a folder; a published one is on this machine, because safetensors maps its files."""
+  return find_place(source.name, where) if source.kind == "folder" else local_folder(source.name, where)
+
+
 def check_source(text: str, where: str, earlier: Sequence[str], names: Sequence[str], may_be_default: bool) -> None:
   """Asks whether there is what `text` names.
 
@@ -54,7 +61,7 @@ def check_source(text: str, where: str, earlier: Sequence[str], names: Sequence[
   if source.kind == "stage" and source.name in earlier:
     return
   # A word that is a stage's name is never taken for a folder: those can be written as ./NAME.
-  if source.kind in ("folder", "diffusers") and source.name not in ("", *names) and pathlib.Path(source.name).is_dir():
+  if source.kind in ("folder", "diffusers") and source.name not in ("", *names) and _find(source, where).is_dir():
     return
   near = difflib.get_close_matches(source.name, earlier, 1) if source.kind in ("stage", "folder") and "/" not in source.name else []
   meant = f"{STAGE}{near[0]}{':' * bool(source.average)}{source.average}" if near else ""

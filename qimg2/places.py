@@ -1,0 +1,193 @@
+"""Where a run keeps its files: a folder of this machine, or gs://BUCKET/FOLDER of Google Cloud Storage.
+
+Either is a path with the methods of pathlib; that of a bucket is one of `etils.epath`, as Orbax uses it. What differs stands here. An object of a
+bucket appears whole or not at all, so it needs no second name while it is written; nothing can be appended to it; nothing but names that begin alike
+makes a folder; and a listing tells the checksum of everything in it, so that no byte has to be read for that.
+"""
+
+import base64
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import fsspec
+from absl import logging
+from etils import epath
+
+Place = pathlib.Path | epath.Path
+COMMITTED = "commit_success.txt"  # Orbax writes it into a folder of a bucket when a save is complete; on a disk it renames the folder
+UPLOAD_S = 60  # seconds between two uploads of a file that grows
+CHECKSUM = "crc32c:"  # what the checksums that a bucket tells begin with
+
+
+class File(NamedTuple):
+  """What a listing tells of a file: its path, bytes, a mark that changes with its content, and "crc32c:..." or "" where a disk knows none."""
+  path: Place
+  size: int
+  mark: int
+  checksum: str
+
+
+def find_place(place: str | os.PathLike, what: str) -> Place:
+  """Returns the path of a folder that may be in a bucket.
+
+  Raises:
+    ValueError: a URL of another kind, or without a folder, or gcsfs is missing; it calls the place `what`.
+  """
+  scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", os.fspath(place))
+  if not scheme:
+    return pathlib.Path(place)
+  if scheme[1] != "gs":
+    raise ValueError(f"{what} is {os.fspath(place)}, but {scheme[1]}:// is neither a folder of this machine nor gs://BUCKET/FOLDER: give "
+                     "one of them.")
+  text = f"gs://{scheme[2].rstrip('/')}"
+  if not re.fullmatch(r"gs://[^/]+(/[^/]+)+", text):
+    raise ValueError(f"{what} is {os.fspath(place)}, which names no folder: give gs://BUCKET/FOLDER.")
+  try:
+    import gcsfs  # noqa: F401  what epath and TensorBoard's readers need for gs://
+  except ImportError as error:
+    raise ValueError(f"{what} is {text}, and without gcsfs nothing can be read there: pip install gcsfs.") from error
+  # Listings that are kept would not know what TensorStore and other processes write.
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  return epath.Path(text)
+
+
+def is_remote(place: str | os.PathLike) -> bool:
+  """Whether a place is in a bucket."""
+  return os.fspath(place).startswith("gs://")
+
+
+def as_absolute(place: str | os.PathLike) -> Place:
+  """The same place, whatever becomes of the working directory."""
+  return epath.Path(place) if is_remote(place) else pathlib.Path(place).absolute()
+
+
+def write_file(place: Place, content: str | bytes) -> None:
+  """Writes a whole file; whoever reads it sees the old one or the new one. Its folder is made."""
+  content, place = content.encode() if isinstance(content, str) else content, as_absolute(place)
+  if is_remote(place):
+    place.write_bytes(content)
+    return
+  place.parent.mkdir(parents=True, exist_ok=True)
+  part = place.with_name(f"{place.name}.{os.getpid()}.part")
+  part.write_bytes(content)
+  part.replace(place)
+
+
+def list_files(folder: Place) -> dict[str, File]:
+  """All files below a folder by their names in it, sorted; none where it does not exist."""
+  if not is_remote(folder):
+    found = [(path, path.stat()) for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return {path.relative_to(folder).as_posix(): File(path, stat.st_size, stat.st_mtime_ns, "") for path, stat in found}
+  root = os.fspath(folder).removeprefix("gs://")
+  listed = _bucket(folder).find(root, detail=True)
+  names = {name.removeprefix(f"{root}/"): facts for name, facts in sorted(listed.items())}
+  return {name: File(folder / name, facts["size"], int(facts["generation"]), CHECKSUM + facts["crc32c"]) for name, facts in names.items()}
+
+
+def crc32c(path: Place) -> str:
+  """The checksum of a file as `list_files` tells those of a bucket: the file is read.
+
+  Raises:
+    ValueError: the package that computes it is not there.
+  """
+  try:
+    import google_crc32c
+  except ImportError as error:
+    raise ValueError(f"{path} came from a bucket, whose checksums google-crc32c computes: pip install gcsfs, which brings it.") from error
+  checksum = google_crc32c.Checksum()
+  with path.open("rb") as file:
+    while block := file.read(1 << 20):
+      checksum.update(block)
+  return CHECKSUM + base64.b64encode(checksum.digest()).decode()
+
+
+def is_complete(folder: Place) -> bool:
+  """Whether Orbax has completed a folder. On a disk one that is not has another name."""
+  return (folder / COMMITTED).exists() if is_remote(folder) else folder.is_dir()
+
+
+def _bucket(place: Place) -> fsspec.AbstractFileSystem:
+  return fsspec.core.url_to_fs(os.fspath(place))[0]
+
+
+class Growing:
+  """A folder with files that grow, which are written to `local`. On a disk that is the place itself. In a bucket nothing can be appended to, so
+  `local` is a temporary folder, and the files that changed are uploaded whole: by `push`, and about once in `UPLOAD_S` seconds by `push_soon`."""
+
+  def __init__(self, place: Place):
+    """Args: the place, which is made."""
+    self._place, self._pushed, self._due, self._pool, self._running = place, {}, time.monotonic() + UPLOAD_S, None, None
+    self.local = place
+    if not is_remote(place):
+      place.mkdir(parents=True, exist_ok=True)
+      return
+    self.local = pathlib.Path(tempfile.mkdtemp(prefix="qimg2."))
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, "upload")
+
+  def push(self) -> None:
+    """Returns when the place holds what the files hold now.
+
+    Raises:
+      OSError: it cannot be written to.
+    """
+    if self._pool:
+      self._pool.submit(self._upload).result()
+
+  def push_soon(self) -> None:
+    """Begins an upload where the last one is `UPLOAD_S` ago; one that fails is said in the log."""
+    if self._pool and time.monotonic() >= self._due and (self._running is None or self._running.done()):
+      self._running = self._pool.submit(self._try)
+
+  def close(self) -> None:
+    """Uploads what is left, and ends.
+
+    Raises:
+      OSError: it cannot be written to. The files stay where the error says.
+    """
+    if not self._pool:
+      return
+    try:
+      self.push()
+    except OSError as error:
+      raise OSError(f"{error} What was not uploaded is in {self.local}.") from error
+    finally:
+      self._pool.shutdown()
+      self._pool = None
+    shutil.rmtree(self.local)
+
+  def _try(self) -> None:
+    try:
+      self._upload()
+    except OSError as error:
+      logging.warning("%s It is tried again.", error)
+
+  def _upload(self) -> None:
+    for path in sorted(self.local.rglob("*")):
+      name, size = path.relative_to(self.local).as_posix(), path.stat().st_size
+      if path.is_dir() or self._pushed.get(name) == size:
+        continue
+      content = path.read_bytes()
+      with named_failures(self._place / name):
+        write_file(self._place / name, content)
+      self._pushed[name] = len(content)
+    self._due = time.monotonic() + UPLOAD_S
+
+
+@contextlib.contextmanager
+def named_failures(place: Place) -> Iterator[None]:
+  """Whatever a bucket's client raises, each library its own, comes out as an `OSError` that names the place."""
+  try:
+    yield
+  except Exception as error:
+    if not is_remote(place):
+      raise
+    raise OSError(f"{place} could not be written ({type(error).__name__}: {error}): does this machine reach the bucket, and may it write "
+                  "there?") from error

@@ -1,0 +1,170 @@
+"""A run in a bucket: what is there, what counts, and what is left of it by kills and refusals."""
+
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from bucket import ROOT, Bucket
+from etils import epath
+from many import PATIENCE_S, ends, start, together, toy
+from test_checkpoint import assert_equal, make, specs
+
+from qimg2 import places
+from qimg2.training import checkpoint, manifest, metrics
+
+
+@pytest.fixture(scope="module")
+def bucket():
+  """A bucket that this process reaches, too."""
+  one = Bucket()
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in one.environment.items():
+      patch.setenv(name, value)
+    yield one
+  epath.backend.fsspec_backend._get_filesystem.cache_clear()  # what follows would reach a server that is gone
+  one.close()
+
+
+@pytest.fixture
+def folder(bucket, request):
+  """A folder of it for one test."""
+  bucket.refuse_every, bucket.is_down = 0, False
+  return places.find_place(f"{ROOT}{request.node.name}", "--workdir")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("gs://", "names no folder: give gs://BUCKET/FOLDER"), ("gs://bucket", "names no folder"), ("gs:///folder", "names no folder"),
+    ("s3://bucket/folder", "s3:// is neither a folder"), ("file:///tmp", "file:// is neither a folder")])
+def test_what_is_no_folder_is_refused(text, said):
+  with pytest.raises(ValueError, match=f"--workdir is {text}, .*{said}"):
+    places.find_place(text, "--workdir")
+
+
+def test_a_path_of_a_bucket_may_have_lost_a_slash():
+  assert str(places.find_place("gs:/bucket/a/b/", "x")) == "gs://bucket/a/b"  # as pathlib prints it
+
+
+@pytest.fixture
+def two(folder):
+  """(folder with the checkpoints of steps 5 and 6, what step 5 holds, abstract state)."""
+  abstract, five = make({"fsdp": 8}, specs())
+  six = five.replace(step=jax.numpy.int32(6), params=jax.tree.map(lambda x: x + 1, five.params))
+  writer = checkpoint.Checkpoints(folder, keep=2)
+  for each in (five, six):
+    writer.save(each, {"loader_step": int(each.step)})
+  writer.close()
+  return folder, five, six, abstract
+
+
+def test_checkpoints_come_back_and_are_whole_on_a_disk_too(bucket, two, tmp_path):
+  folder, five, six, abstract = two
+  reader = checkpoint.Checkpoints(folder)
+  assert reader.latest_step() == 6 == checkpoint.newest_step(folder) and checkpoint.is_done(folder, 6) and not checkpoint.is_done(folder, 7)
+  restored, meta = reader.restore(abstract, 6)
+  assert_equal(restored, six)
+  assert meta == {"loader_step": 6}
+  bucket.download(tmp_path)
+  copy = tmp_path / folder.name
+  assert_equal(checkpoint.Checkpoints(copy).restore(abstract, 6)[0], six)
+  big = max((file for name, file in places.list_files(copy / "6").items() if "/d/" in name), key=lambda file: file.size).path
+  big.write_bytes(big.read_bytes()[:-1] + bytes([big.read_bytes()[-1] ^ 1]))
+  assert manifest.find_fault(copy / "6") == f"the content of {big.relative_to(copy / '6').as_posix()} was changed"
+  assert checkpoint.Checkpoints(copy).latest_step() == 5
+
+
+def test_an_object_that_changed_is_found_without_reading_any(bucket, two, caplog):
+  folder, five, _, abstract = two
+  name, file = max(places.list_files(folder / "6").items(), key=lambda item: item[1].size)
+  file.path.write_bytes(bytes(file.size))
+  before = bucket.num_requests
+  assert manifest.find_fault(folder / "6") == f"the content of {name} was changed"
+  assert bucket.num_requests - before < 10 < len(places.list_files(folder / "6"))  # a listing, the manifest and Orbax's own record
+  writer = checkpoint.Checkpoints(folder, keep=2)  # a run that goes on from step 5
+  assert writer.latest_step() == 5 and "6 is damaged" in caplog.text
+  assert sorted(path.name for path in folder.iterdir()) == ["5", "6.damaged"]
+  writer.save(five.replace(step=jax.numpy.int32(6)), {})
+  writer.close()
+  assert sorted(path.name for path in folder.iterdir()) == ["5", "6", "6.damaged"] and checkpoint.Checkpoints(folder).latest_step() == 6
+
+
+def test_a_save_that_was_cut_off_does_not_count(two):
+  folder, _, six, _ = two
+  (folder / "6" / places.COMMITTED).unlink()
+  assert checkpoint.Checkpoints(folder).latest_step() == 5 == checkpoint.newest_step(folder)
+  assert (folder / "6").is_dir()  # perhaps a run is at it
+  writer = checkpoint.Checkpoints(folder, keep=2)
+  assert writer.latest_step() == 5
+  writer.save(six, {})
+  writer.close()
+  assert checkpoint.Checkpoints(folder).latest_step() == 6
+
+
+def test_frozen_weights_that_were_cut_off_are_written_again(folder):
+  abstract, saved = make({"fsdp": 8}, specs())
+  for _ in range(2):
+    assert not places.is_complete(folder)
+    checkpoint.save_weights(folder, saved.params["model"])
+    assert places.is_complete(folder)
+    assert_equal(checkpoint.restore_weights(folder, abstract.params["model"]), saved.params["model"])
+    (folder / places.COMMITTED).unlink()
+
+
+def test_rows_are_there_when_a_checkpoint_is(bucket, folder, tmp_path):
+  def write(place, steps, start=0):
+    writer = metrics.MetricsWriter(place, start)
+    for step in steps:
+      writer.write(step, {"loss": 1 / step})
+      writer.write_timing(step, {"rate": 2.0})
+    return writer
+  writer = write(folder, range(1, 7))
+  writer.sync()
+  writer.write(7, {"loss": 0.0})  # after the checkpoint; the machine is taken away
+  assert [row["step"] for row in metrics.read_rows(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+  writer.write_fault(7, {"fault": "nan"})
+  assert [row["step"] for row in metrics.read_rows(folder / "faults.jsonl")] == [7]
+  write(folder, range(5, 9), start=4).close()
+  write(tmp_path / "whole", range(1, 9)).close()
+  bucket.download(tmp_path)
+  assert (tmp_path / folder.name / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+  assert metrics.read_rows(folder / "faults.jsonl") == [] and len(list(folder.glob("events.out.tfevents.*"))) == 2
+
+
+def test_an_upload_that_fails_is_named_and_nothing_is_lost(bucket, folder, monkeypatch, caplog):
+  monkeypatch.setattr(places, "UPLOAD_S", 0)
+  writer = metrics.MetricsWriter(folder, 0)
+  monkeypatch.setattr(places, "write_file", lambda *_: (_ for _ in ()).throw(RuntimeError("503")))
+  writer.write(1, {"loss": 1.0})
+  while "It is tried again" not in caplog.text:
+    time.sleep(0.01)
+  with pytest.raises(OSError, match=f"{folder}/events.* could not be written .RuntimeError: 503.: does this machine reach the bucket"):
+    writer.sync()
+  with pytest.raises(OSError, match="What was not uploaded is in (.*)[.]") as failed:
+    writer.close()
+  left = places.pathlib.Path(str(failed.value).rpartition(" is in ")[2].removesuffix("."))
+  assert metrics.read_rows(left / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
+@pytest.mark.slow
+@pytest.mark.apart("bucket")  # it waits more than it computes
+def test_a_run_in_a_bucket_that_refuses_one_request_in_ten_and_is_killed_ends_bit_identical(tmp_path):
+  few = ("--num_steps=4", "--save_every=2")
+  together(1, *toy(tmp_path / "disk", *few))
+  one = Bucket()
+  process, = start(1, *toy(f"{ROOT}cut", *few, "--slow_s=0.1"), **one.environment)
+  while not any(name.startswith("cut/toy/checkpoints/4/optimizer/") for name in one.names()):  # a save is under way
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  ends([process], PATIENCE_S)
+  one.refuse_every = 10
+  together(1, *toy(f"{ROOT}cut", *few), **one.environment)
+  assert one.num_refused > 10
+  one.download(tmp_path)
+  rows = [(tmp_path / name / "toy" / "metrics.jsonl").read_bytes() for name in ("disk", "cut")]
+  assert rows[0] == rows[1]
+  saved = [checkpoint.Checkpoints(tmp_path / name / "toy" / "checkpoints") for name in ("disk", "cut")]
+  assert saved[0].latest_step() == saved[1].latest_step() == 4
+  jax.tree.map(np.testing.assert_array_equal, *[each._manager.restore(4)["params.model"] for each in saved])
+  one.close()
