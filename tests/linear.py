@@ -33,13 +33,22 @@ ONE = algorithm(update("model"))
 MEAN = algorithm(update("model"), averages={"ema": Average("model", 0.9)})
 
 
-def make(method, settings=SETTINGS, num_steps=100, averages={}, own=None):
-  """(initial state, compiled step)."""
+def make(method, settings=SETTINGS, num_steps=100, averages={}, own=None, split=False):
+  """(initial state, compiled step, or with `split` one that is a program for each micro-batch and one for the update)."""
   specs = {role: LINEAR for role in method.roles}
   optimizers = state.make_optimizers(method, specs, settings, num_steps, own)
   params = {role: P.init(LINEAR, jax.random.key(0)) for role in method.trained}
   first = state.init_state(method, optimizers, params, averages, jax.random.key(7))
-  return first, jax.jit(state.make_step(method, optimizers, None, settings.accumulate))
+  if not split:
+    return first, jax.jit(state.make_step(method, optimizers, None, settings.accumulate))
+  begin, add, end = map(jax.jit, state.make_split_step(method, optimizers, None, settings.accumulate))
+
+  def step(now, frozen, batch):
+    sums = begin(now, frozen, batch)
+    for _ in range(settings.accumulate):
+      sums, _ = add(now, frozen, batch, sums)
+    return end(now, sums)
+  return first, step
 
 
 def batch(rows=8, seed=0):

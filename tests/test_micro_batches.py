@@ -13,7 +13,7 @@ from qimg2.runtime import curriculum, micro_batches
 from qimg2.runtime.config import parse
 from qimg2.runtime.rehearsal.search import Choice, Rehearsal
 from qimg2.runtime.run import Run
-from qimg2.training import trainer
+from qimg2.training import stage as stages
 
 
 def config(*entries, **changes):
@@ -71,7 +71,7 @@ def test_mistakes(entries, message):
 def test_the_program_of_each_bucket_is_that_of_its_entry(monkeypatch):
   """The rehearsal, and so the trainer, compiles each bucket with its own policy and number of micro-batches."""
   made = []
-  monkeypatch.setattr(trainer, "make_step", lambda algorithm, optimizers, nets, accumulate: made.append((nets.model.remat, accumulate)) or (
+  monkeypatch.setattr(stages, "make_step", lambda algorithm, optimizers, nets, accumulate: made.append((nets.model.remat, accumulate)) or (
       lambda state, frozen, batch: (state, {})))
   cfg = config(("full", 81), ("attention", 210))
   rehearsal = Rehearsal(cfg, jax.devices())

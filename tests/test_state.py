@@ -52,11 +52,11 @@ def test_metrics_say_rate_and_norms():
   np.testing.assert_allclose(metrics["largest"], np.abs(error).max(axis=1).mean(), rtol=1e-5)  # [B] metrics are averaged, too
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate, cut", [(2, False), (4, False), (4, True)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_accumulation_equals_the_whole_batch(accumulate, weighted):
+def test_accumulation_equals_the_whole_batch(accumulate, cut, weighted):
   now, step = make(ONE)
-  split, split_step = make(ONE, dataclasses.replace(SETTINGS, accumulate=accumulate))
+  split, split_step = make(ONE, dataclasses.replace(SETTINGS, accumulate=accumulate), split=cut)
   for k in range(3):
     data = batch(seed=k) | ({"weight": np.array([0, 3, 1, 0, 0, 0, 2, 1], np.float32)} if weighted else {})
     now, whole = step(now, {}, data)
@@ -98,6 +98,26 @@ def test_micro_batches_divide_the_rows():
   now, step = make(ONE, dataclasses.replace(SETTINGS, accumulate=3))
   with pytest.raises(ValueError, match="A batch of 8 rows cannot be divided into 3 micro-batches"):
     step(now, {}, batch())
+
+
+def test_a_step_that_is_cut_draws_what_one_program_draws():
+  """The metric "noise" is a draw of each micro-batch; losses and averages agree, too."""
+  settings = dataclasses.replace(SETTINGS, accumulate=4)
+  (one, step), (cut, cut_step) = make(MEAN, settings), make(MEAN, settings, split=True)
+  for k in range(3):
+    (one, expected), (cut, found) = step(one, {}, batch(seed=k)), cut_step(cut, {}, batch(seed=k))
+    assert found.keys() == expected.keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+  assert int(cut.step) == 3
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (cut.params, cut.averages), (one.params, one.averages))
+
+
+@pytest.mark.parametrize("method", [
+    algorithm(update("model"), update("critic")), algorithm(update("model", every=2)),
+    algorithm(update("model"), rollout=Rollout(None, None, ("reward",), None))])
+def test_only_steps_of_one_update_are_cut(method):
+  with pytest.raises(ValueError, match="stop_after is 'micro_batch', which is for methods without a rollout and with one update, due at every step"):
+    state.make_split_step(method, {}, None, 4)
 
 
 def test_a_loss_mask_over_tokens_is_a_weight():
@@ -209,10 +229,10 @@ def test_an_update_moves_its_roles_together():
   np.testing.assert_allclose(np.sqrt(momentum), 1e-3 * 0.1, rtol=1e-4)  # one norm for both
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate, cut", [(1, False), (4, False), (4, True)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])  # the last one overflows in the loss
-def test_an_update_that_is_not_finite_changes_nothing_but_the_step(accumulate, value):
-  now, step = make(MEAN, dataclasses.replace(SETTINGS, accumulate=accumulate))
+def test_an_update_that_is_not_finite_changes_nothing_but_the_step(accumulate, cut, value):
+  now, step = make(MEAN, dataclasses.replace(SETTINGS, accumulate=accumulate), split=cut)
   now, metrics = step(now, {}, batch())
   assert metrics["skipped"] == 0
   bad = batch(seed=1)

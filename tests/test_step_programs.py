@@ -39,10 +39,10 @@ def compiler(monkeypatch):
 
 def test_a_program_is_there_when_it_is_asked_for_whatever_the_others_do(compiler):
   programs = StepPrograms(compiler, [2, 0, 3, 1])
-  assert not programs.is_ready(2)
+  assert not programs.is_there(2)
   compiler.finish(2)
   programs.wait("", 1)
-  assert programs.is_ready(2) and programs[2] == "program 2" and not programs.is_ready(0)
+  assert programs.is_there(2) and programs[2] == "program 2" and not programs.is_there(0)
   compiler.finish(0, 3)
   assert programs[3] == "program 3" and compiler.begun[:3] == [2, 0, 3]
   compiler.finish(1)

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
+import threading
 import types
 import weakref
 
@@ -49,7 +51,8 @@ class Loop:
   """`trainer._loop` over made-up batches, which the steps write down."""
 
   def __init__(self, num_steps=7, start=0, losses=None, broken=None, log_every=2, settings=None, hooks=(), stop=lambda step: False,
-               is_save_due=lambda by_number: by_number):
+               is_save_due=lambda by_number: by_number, num_micro=0):
+    self.num_micro = num_micro
     self.seen, self.put_ids, self.alive, self.results, self.most_unready, self.logged = [], [], [], [], 0, {}
     self.losses, self.broken = losses or {}, broken
     stage = dataclasses.replace(STAGE, num_steps=num_steps, log_every_steps=log_every)
@@ -60,8 +63,8 @@ class Loop:
     checkpoints = types.SimpleNamespace(folder=pathlib.Path(), save=save, wait=lambda: None, close=lambda: None)
     watch = faults.StepMonitor("s", stage.faults, lambda step, row: self.faults.append((step, row)))
     self.output = trainer.StageOutput(writer, checkpoints, watch, metrics.GoodputRecorder())
-    programs = StepPrograms(lambda bucket: self.step, range(2))
-    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, programs, None,
+    self.programs = StepPrograms(lambda bucket: self.step, range(2))
+    self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, self.programs, None,
                                      trainer.Feed(self.iterate(start), self.put), self.output, stop, Profiler(pathlib.Path(), None), is_save_due)
 
   def iterate(self, start):
@@ -78,7 +81,9 @@ class Loop:
     assert len(self.alive) == 1, "a batch is held after its step was dispatched"
     return array
 
-  def step(self, state, frozen, batch):
+  def step(self, state, frozen, batch, is_dropped):
+    if any(is_dropped() for _ in range(self.num_micro)):
+      return None
     self.seen.append(int(batch.ids[0]) // 100)
     self.results.append(Result(self.losses.get(len(self.seen), 0.5)))
     loss = self.results[-1].value
@@ -139,6 +144,39 @@ def test_a_stop_saves_the_step_and_leaves_the_evaluation_that_is_due():
   assert hooked == [4]  # by the first one
 
 
+@pytest.mark.parametrize("at, saved, seen", [(1, None, 0), (4, None, 0), (5, 1, 1), (9, 1, 1), (10, 2, 2), (22, 4, 4)])
+def test_a_stop_between_micro_batches_saves_the_step_before(at, saved, seen):
+  """A step asks four times in it and once after it; what is due at a step that is done was done."""
+  asked, hooked = itertools.count(1), []
+  loop = Loop(num_micro=4, log_every=1, hooks=((4, lambda weights, step, writer: hooked.append(step)),),
+              stop=lambda step: step is not None and next(asked) >= at)
+  with pytest.raises(faults.Preempted, match="before its first step" if saved is None else f"is saved at step {saved} of 7"):
+    loop.run()
+  assert len(loop.seen) == seen and max(loop.logged, default=0) == seen and hooked == [4] * (seen == 4)
+  assert [meta["loader_step"] for meta in loop.saved] == [3] * (seen > 3) + [saved] * (saved is not None)
+  assert not any(meta["hooks_due"] for meta in loop.saved)
+
+
+def test_a_save_by_time_within_a_step_comes_at_its_end():
+  asked = itertools.count(1)
+  loop = Loop(num_micro=4, is_save_due=lambda by_number: by_number is not None and next(asked) in (2, 3, 15, 27))
+  loop.run()
+  assert [meta["loader_step"] for meta in loop.saved] == [1, 3, 6]
+
+
+def test_what_comes_while_a_step_waits_for_its_program():
+  """The second bucket's is not there: a save, and then a stop, of the step before."""
+  loop = Loop(log_every=1000, stop=lambda step: step is None and len(loop.saved) == 1,
+              is_save_due=lambda by_number: by_number is None and len(loop.seen) == 1 and not loop.saved)
+  ready = threading.Event()
+  compile_one = lambda bucket: loop.step if bucket == 0 or ready.wait(30) else None
+  loop.programs = StepPrograms(compile_one, range(2))
+  with pytest.raises(faults.Preempted, match="is saved at step 1 of 7"):
+    loop.run()
+  ready.set()
+  assert [meta["loader_step"] for meta in loop.saved] == [1, 1] and len(loop.seen) == 1
+
+
 def test_a_save_that_fails_stops_the_run_or_is_said(caplog):
   def refuse(state, meta):
     if meta["loader_step"] == 3:
@@ -159,7 +197,7 @@ def test_saves_are_due_by_number_and_by_the_time_since_the_last_one(monkeypatch)
     with faults.SaveClock(every_s) as due:
 
       def later(by_number, due=due):
-        clock[0] += 10
+        clock[0] += 10 * (by_number is not None)  # a step
         return due(by_number)
       loop = Loop(num_steps=11, is_save_due=later)
       loop.run()

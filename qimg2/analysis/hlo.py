@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,13 @@ class Traffic:
   hbm_bytes: float
   flops: float
   unknown_loops: tuple[str, ...]
+
+
+def total(parts: Sequence[tuple[Traffic, int]]) -> Traffic:
+  """What programs do together, each of them called so many times."""
+  added = lambda key: sum(times * getattr(traffic, key) for traffic, times in parts)
+  messages = tuple(dataclasses.replace(one, times=one.times * times) for traffic, times in parts for one in traffic.collectives)
+  return Traffic(messages, added("hbm_bytes"), added("flops"), tuple(name for traffic, _ in parts for name in traffic.unknown_loops))
 
 
 def analyze(text: str, num_devices: int) -> Traffic:

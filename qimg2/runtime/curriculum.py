@@ -25,8 +25,9 @@ from qimg2.sharding import to_host
 from qimg2.training import faults
 from qimg2.training.checkpoint import is_done
 from qimg2.training.metrics import MetricsWriter
+from qimg2.training.stage import Stage
 from qimg2.training.state import make_optimizers
-from qimg2.training.trainer import ORDER, Stage, train_stage
+from qimg2.training.trainer import ORDER, train_stage
 from qimg2.training.validation import Evaluator
 
 LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha")  # keys of resolutions and data sets that the first checkpoints did not have
@@ -88,7 +89,7 @@ def unfinished(run: Run) -> set[str]:
   return find({evaluated, *run.read_stages(run.stages[evaluated])}) if left else left
 
 
-def train_one(run: Run, config: StageConfig, stop: Callable[[int], bool] = lambda step: False, began: float | None = None,
+def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] = lambda step: False, began: float | None = None,
               profile: tuple[int, int] | None = None, allow_config_change: bool = False) -> None:
   """Trains one stage; one that is done is read and left as it is, see `unfinished`.
 

@@ -42,7 +42,7 @@ def choose(cfg: RunConfig, stage: StageConfig, bucket: Bucket, parts: int) -> tu
 
 
 def variants(cfg: RunConfig, stage: StageConfig, buckets: Sequence[Bucket], nets: Networks) -> tuple[tuple[Networks, int], ...]:
-  """(networks, number of micro-batches) for each bucket, as `qimg2.training.trainer.Stage` takes them; empty where all have those of the stage. Says
+  """(networks, number of micro-batches) for each bucket, as `qimg2.training.stage.Stage` takes them; empty where all have those of the stage. Says
   in the log when a row is longer than every entry."""
   if not cfg.micro_batches or stage.kind != "generator":
     return ()

@@ -81,12 +81,15 @@ class Checkpoints:
     return None
 
   def save(self, state: TrainState, meta: dict) -> None:
-    """Starts to save `state` and the JSON-serialisable `meta` under the state's step; returns once the device memory may be reused.
+    """Starts to save `state` and the JSON-serialisable `meta` under the state's step; returns once the device memory may be reused. The newest step
+    is not saved again.
 
     Raises:
       SaveError: this save could not be started, or the one before it failed.
     """
     self.wait()
+    if self._manager.latest_step() == int(state.step):
+      return
     items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
     self._saving = int(state.step)
     self._guard(lambda: self._manager.save(self._saving, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)))

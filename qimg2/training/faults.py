@@ -21,6 +21,7 @@ from jax._src import distributed
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped as asked; the same command goes on
 ON_SAVE_ERROR = ("stop", "continue")
+STOP_AFTER = ("step", "micro_batch")
 WINDOW = 100  # losses that the median of a spike is taken over
 MIN_LOSSES = 20  # fewer say nothing about a spike
 NUM_SHOWN = 8  # sample ids in a message; faults.jsonl has all
@@ -41,6 +42,9 @@ class Settings:
     spike_factor: a loss above this many times the median of the last 100 is logged with its samples; 0 for never.
     on_save_error: "stop" when a checkpoint cannot be written, or "continue" with a warning. The last one of a stage must be written, and with
       several processes every failure stops.
+    stop_after: what a stop waits for: the end of a "step", or of a "micro_batch". Then a step of several micro-batches runs as a program for each of
+      them and one for the update; a stop between them drops the step and saves the state before it. Only for methods with one update, due at every
+      step, and without a rollout.
 
   Raises:
     ValueError: a number below 0, or another word.
@@ -48,12 +52,15 @@ class Settings:
   max_skipped: int = 10
   spike_factor: float = 10.0
   on_save_error: str = "stop"
+  stop_after: str = "step"
 
   def __post_init__(self):
     if self.max_skipped < 0 or self.spike_factor < 0:
       raise ValueError("faults.max_skipped and faults.spike_factor must be 0 or more.")
     if self.on_save_error not in ON_SAVE_ERROR:
       raise ValueError(f"faults.on_save_error is {self.on_save_error!r}: choose one of {', '.join(ON_SAVE_ERROR)}.")
+    if self.stop_after not in STOP_AFTER:
+      raise ValueError(f"faults.stop_after is {self.stop_after!r}: choose one of {', '.join(STOP_AFTER)}.")
 
 
 class Agreement:
@@ -90,6 +97,10 @@ class Agreement:
       self._num_calls += 1
       return self._num_calls >= self._agreed_call
 
+  def is_asked(self) -> bool:
+    """Whether this process knows that one has asked. It does not count as a call of `reached`."""
+    return self._asked or self._agreed_call < math.inf
+
   def close(self, together: bool = True) -> None:
     """Ends it; `together`: whether all processes come to this point, which this one waits for."""
     if self._thread:
@@ -108,13 +119,10 @@ class Agreement:
   def _agree(self) -> None:
     """Waits until a process asks. Then each says how often it has called, and may not call again before it knows the largest number of all: the
     call after that is the one. The main thread of each may wait for another's step meanwhile; this one does not."""
-    client, calls = distributed.global_state.client, f"{self._name}/calls/"
     try:
-      if _said(client, self._name) == "asked":
+      if _said(distributed.global_state.client, self._name) == "asked":
         with self._lock:
-          client.key_value_set(f"{calls}{jax.process_index()}", str(self._num_calls))
-          client.wait_at_barrier(calls, HOUR_MS)
-          self._agreed_call = 1 + max(int(number) for _, number in client.key_value_dir_get(calls))
+          self._agreed_call = 1 + max(map(int, _exchange(f"{self._name}/calls", str(self._num_calls))))
     except jax.errors.JaxRuntimeError as error:  # `qimg2.runtime.processes` finds the lost process and ends this one
       logging.warning("The processes cannot agree on a step: %s", str(error).partition("\n")[0])
 
@@ -137,11 +145,15 @@ class SaveClock:
     if self._every_s:
       self._agreement.close(_together(failure))
 
-  def __call__(self, by_number: bool) -> bool:
-    """Whether all processes save after this step; by_number: whether they do so whatever the time is."""
+  def __call__(self, by_number: bool | None) -> bool:
+    """Whether all processes save after this step; by_number: whether they do so whatever the time is. With None, for those who wait: whether the
+    clock of the first process, and this is that, says so; it does not count as a call."""
     if not self._every_s:
-      return by_number
-    if jax.process_index() == 0 and time.monotonic() - self._since >= self._every_s:
+      return bool(by_number)
+    is_late = jax.process_index() == 0 and time.monotonic() - self._since >= self._every_s
+    if by_number is None:
+      return is_late
+    if is_late:
       self._agreement.ask()
     due = self._agreement.reached() or by_number
     if due:
@@ -183,8 +195,11 @@ class PreemptionNotice:
       os.close(self._pipe)
     self._agreement.close(_together(failure))
 
-  def __call__(self, step: int) -> bool:
-    """Whether all processes stop after `step`. Every process asks equally often."""
+  def __call__(self, step: int | None) -> bool:
+    """Whether all processes stop after `step`, or between its micro-batches. Every process asks equally often. With None, for those who wait: whether
+    this process knows that one was asked to stop; it does not count."""
+    if step is None:
+      return self._agreement.is_asked()
     return self._agreement.reached()  # a number of calls, not of steps: those begin anew with each stage
 
   def _handle(self, *_) -> None:
@@ -210,6 +225,19 @@ def _shared() -> bool:
 def _together(failure: type[BaseException] | None) -> bool:
   """Whether the other processes leave a block as this one does."""
   return failure is None or issubclass(failure, Preempted)
+
+
+def tell(word: str) -> set[str]:
+  """The words of all processes, of which each tells one, as soon as all have. They call it in the same order. The devices have no part in it."""
+  return set(_exchange(f"qimg2/words/{next(_agreements)}", word)) if _shared() else {word}
+
+
+def _exchange(name: str, text: str) -> list[str]:
+  """The texts of all processes, of which each gives one under the same name, used once, to the coordination service."""
+  client = distributed.global_state.client
+  client.key_value_set(f"{name}/{jax.process_index()}", text)
+  client.wait_at_barrier(f"{name}/all", HOUR_MS)
+  return [one for _, one in client.key_value_dir_get(f"{name}/")]
 
 
 def _said(client: Any, key: str) -> str:

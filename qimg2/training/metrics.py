@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
 from qimg2.places import Growing, Place
 
@@ -77,6 +78,18 @@ class MetricsWriter:
         os.fsync(file.fileno())
       self._events.flush()
       self._growing.push()
+
+  @contextlib.contextmanager
+  def kept_on_failure(self) -> Iterator[None]:
+    """Where something fails inside, what was written until then is brought to the bucket, too."""
+    try:
+      yield
+    except BaseException:
+      try:
+        self.close()
+      except OSError as error:
+        logging.warning("%s", error)
+      raise
 
   def close(self) -> None:
     """Ends writing.

@@ -5,29 +5,71 @@ steps need them, while those that are there already train. Nothing that is compu
 """
 
 import concurrent.futures
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 from tqdm import tqdm
+
+from qimg2.training.faults import tell
 
 CPUS_PER_THREAD = 16  # the compiler is partly parallel itself, and the loader needs the others
 MAX_THREADS = 8
+WORDS = ("stop", "save")  # what a wait for a program may be broken off for
+POLL_S = 0.2
 _THREAD = "compile-step"  # beginning of the threads' names
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeStep:
+  """A step as one compiled program, which nothing cuts."""
+  program: Callable[..., Any]
+
+  def __call__(self, state: Any, frozen: dict, batch: dict, is_dropped: Callable[[], bool]) -> tuple[Any, dict]:
+    """Dispatches the step and returns (state, metrics)."""
+    del is_dropped
+    return self.program(state, frozen, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitStep:
+  """A step as compiled programs: `begin` makes sums, `add`, called `num` times, adds a micro-batch to them, `end` updates."""
+  begin: Callable[..., Any]
+  add: Callable[..., Any]
+  end: Callable[..., Any]
+  num: int
+
+  def __call__(self, state: Any, frozen: dict, batch: dict, is_dropped: Callable[[], bool]) -> tuple[Any, dict] | None:
+    """Dispatches the step and returns (state, metrics); None, with `state` as it was, where `is_dropped`, asked before each micro-batch, said so.
+
+    One micro-batch is dispatched while another one runs, and no more, so that an answer counts soon. The sums of the step before may still be there
+    while it is updated; they are gone before the first micro-batch takes its memory.
+    """
+    sums, before = self.begin(), state.step
+    for _ in range(self.num):
+      if is_dropped():
+        return None
+      sums, done = self.add(state, frozen, batch, sums)
+      jax.block_until_ready(before)
+      before = done
+    return self.end(state, sums)
+
+
 class StepPrograms:
-  """Programs by the number of their bucket."""
+  """Programs by the number of their bucket. Several processes wait for them together (`wait_for`), so that all go on, or none."""
 
   def __init__(self, compile_one: Callable[[int], Any], order: Iterable[int]):
     """Args: what compiles the program of a bucket, called in other threads; numbers of all buckets, in the order in which they are needed."""
     self._pool = concurrent.futures.ThreadPoolExecutor(num_threads(os.cpu_count() or 1), _THREAD)
     self._futures = {bucket: self._pool.submit(compile_one, bucket) for bucket in order}
+    self._there: set[int] = set()
 
-  def is_ready(self, bucket: int) -> bool:
-    """Whether the program of a bucket is there."""
-    return self._futures[bucket].done()
+  def is_there(self, bucket: int) -> bool:
+    """Whether `wait_for` has said that all processes have the program of a bucket; the same on all."""
+    return bucket in self._there
 
   def __getitem__(self, bucket: int) -> Any:
     """The program of a bucket, as soon as it is there.
@@ -37,14 +79,27 @@ class StepPrograms:
     """
     return self._futures[bucket].result()
 
-  def wait(self, what: str, num: int) -> None:
-    """Waits for the `num` that are needed first, with a bar that says `what`.
+  def wait_for(self, bucket: int, look: Callable[[], str] = lambda: "") -> str:
+    """"" as soon as all processes have the program of a bucket; before that the first word, in the order of `WORDS`, that `look` gave on any of them.
+    All of them must call it alike, and hear the same.
 
     Raises:
-      Exception: what the compiler raised first.
+      Exception: what the compiler raised.
     """
-    for bucket in tqdm(list(self._futures)[:num], desc=what, unit="bucket", disable=None, leave=False):
+    if bucket not in self._there:
+      while not (word := look()) and not concurrent.futures.wait([self._futures[bucket]], POLL_S).done:
+        pass
+      said = tell(word)
+      if words := [word for word in WORDS if word in said]:
+        return words[0]
       self._futures[bucket].result()
+      self._there.add(bucket)
+    return ""
+
+  def wait(self, what: str, num: int, look: Callable[[], str] = lambda: "") -> str:
+    """`wait_for` the `num` that are needed first, with a bar that says `what`; the first word of one of them, or ""."""
+    waiting = (self.wait_for(bucket, look) for bucket in tqdm(list(self._futures)[:num], desc=what, unit="bucket", disable=None, leave=False))
+    return next(filter(None, waiting), "")
 
   def close(self) -> None:
     """Gives up what is not yet being compiled. A compilation that is under way goes on, and what it gives is not used."""

@@ -124,30 +124,80 @@ def make_step(algorithm: Algorithm, optimizers: Optimizers, nets: Any, accumulat
   whose gradient's global norm is not finite keeps its weights, optimizer state and averages to the bit; the step counts all the same. The metric
   "skipped" says how many updates that were. Metrics of an update that is not due are NaN; `due_metrics` leaves them out.
   """
+  gradient = functools.partial(_gradient, nets, accumulate)
+
   def step(state: TrainState, frozen: dict[str, Any], batch: dict):
-    key = jax.random.fold_in(state.key, state.step)
-    run = _updates(algorithm, optimizers, nets, {**frozen, **state.averages}, state.step + 1, accumulate)
-    carry = (state.params, state.opt, {role: jnp.bool_(False) for role in algorithm.trained})
-    if algorithm.rollout is None:
-      (params, opt, moved), metrics = run(carry, (batch, key))
-    else:
-      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(jax.tree.leaves(batch)[0].shape[0]))
-      (params, opt, moved), each = jax.lax.scan(run, carry, (batch, keys))
-      metrics = {name: jnp.sum(x) if name == "skipped" else jnp.mean(x) for name, x in each.items()}
-    averages, average_states = _average(algorithm, state, params, moved)
-    return TrainState(state.step + 1, params, opt, averages, average_states, state.key), metrics
+    return _step(algorithm, optimizers, gradient, state, frozen, batch)
   return step
 
 
-def _updates(algorithm: Algorithm, optimizers: Optimizers, nets: Any, fixed: dict, step: jax.Array, accumulate: int):
+def make_split_step(algorithm: Algorithm, optimizers: Optimizers, nets: Any, accumulate: int):
+  """`make_step` in three pure functions, between which the state is that of the step before:
+
+    begin(state, frozen, batch) -> sums              zeros, of the types of what is added to them
+    add(state, frozen, batch, sums) -> (sums, done)  with the metrics and the gradient of the next micro-batch; `done` counts them
+    end(state, sums) -> (state, metrics)             the update, after `accumulate` of them
+
+  `sums` is (int32 number of micro-batches, metrics, gradient {role: tree}).
+
+  Raises:
+    ValueError: see `check_split`.
+  """
+  check_split(algorithm)
+  update, = algorithm.updates
+  divide = lambda state, frozen, batch: _divide(
+      nets, accumulate, update, optimizers[update.name], {role: state.params[role] for role in update.roles},
+      {**frozen, **state.averages, **state.params}, batch, jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0))
+
+  def step_begin(state: TrainState, frozen: dict[str, Any], batch: dict):
+    return jnp.int32(0), *_zeros(*divide(state, frozen, batch))
+
+  def step_add(state: TrainState, frozen: dict[str, Any], batch: dict, sums: tuple):
+    number, *sums = sums
+    one, parts = divide(state, frozen, batch)
+    part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), parts)
+    return (number + 1, *jax.tree.map(jnp.add, tuple(sums), one(*part))), number + 1
+
+  def step_end(state: TrainState, sums: tuple):
+    return _step(algorithm, optimizers, lambda *_: jax.tree.map(lambda x: x / accumulate, sums[1:]), state, {}, {})
+  return step_begin, step_add, step_end
+
+
+def check_split(algorithm: Algorithm) -> None:
+  """Whether a method's steps can be cut between micro-batches.
+
+  Raises:
+    ValueError: they cannot, because it has several updates, or one that is not due at each step, or a rollout.
+  """
+  if len(algorithm.updates) > 1 or algorithm.updates[0].every > 1 or algorithm.rollout is not None:
+    raise ValueError("faults.stop_after is 'micro_batch', which is for methods without a rollout and with one update, due at every step: "
+                     "say 'step'.")
+
+
+def _step(algorithm: Algorithm, optimizers: Optimizers, gradient, state: TrainState, frozen: dict[str, Any], batch: dict) -> tuple[TrainState, dict]:
+  """One step, of which `gradient(update, optimizer, trained, params, batch, key)` gives (metrics, gradient) of each update."""
+  key = jax.random.fold_in(state.key, state.step)
+  run = _updates(algorithm, optimizers, gradient, {**frozen, **state.averages}, state.step + 1)
+  carry = (state.params, state.opt, {role: jnp.bool_(False) for role in algorithm.trained})
+  if algorithm.rollout is None:
+    (params, opt, moved), metrics = run(carry, (batch, key))
+  else:
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(jax.tree.leaves(batch)[0].shape[0]))
+    (params, opt, moved), each = jax.lax.scan(run, carry, (batch, keys))
+    metrics = {name: jnp.sum(x) if name == "skipped" else jnp.mean(x) for name, x in each.items()}
+  averages, average_states = _average(algorithm, state, params, moved)
+  return TrainState(state.step + 1, params, opt, averages, average_states, state.key), metrics
+
+
+def _updates(algorithm: Algorithm, optimizers: Optimizers, gradient, fixed: dict, step: jax.Array):
   """`run((params, optimizer states, role -> whether it moved), (batch, key)) -> (the same after all updates due in `step`, metrics)`."""
   def run(carry, part):
     (params, opt, moved), (batch, key) = map(dict, carry), part
     metrics, skipped = {}, jnp.zeros(())
     for number, update in enumerate(algorithm.updates):
       old, own_opt = {role: params[role] for role in update.roles}, opt[update.name]
-      act = functools.partial(_update, update, optimizers[update.name], nets, {**fixed, **params}, old, own_opt, batch,
-                              jax.random.fold_in(key, number), accumulate)
+      act = functools.partial(_update, gradient, update, optimizers[update.name], {**fixed, **params}, old, own_opt, batch,
+                              jax.random.fold_in(key, number))
       due = jnp.bool_(True) if update.every == 1 else step % update.every == 0
       if update.every == 1:
         new, opt[update.name], own, good = act()
@@ -171,26 +221,44 @@ def due_metrics(algorithm: Algorithm, step: int, metrics: Mapping[str, Any]) -> 
   return {name: value for name, value in metrics.items() if not name.startswith(idle)} if idle else dict(metrics)
 
 
-def _update(update: Update, optimizer: optim.Optimizer, nets: Any, params: dict, old: dict, opt: optim.OptState, batch: dict, key: jax.Array,
-            accumulate: int) -> tuple[dict, optim.OptState, dict, jax.Array]:
+def _update(gradient, update: Update, optimizer: optim.Optimizer, params: dict, old: dict, opt: optim.OptState, batch: dict,
+            key: jax.Array) -> tuple[dict, optim.OptState, dict, jax.Array]:
   """({role: weights}, optimizer state, metrics, whether the update was made): the old ones where it was not."""
-  metrics, grads = _gradient(update.loss, optimizer.seen, nets, old, params, batch, key, accumulate)
+  metrics, grads = gradient(update, optimizer, old, params, batch, key)
   new, new_opt, own, good = optimizer.update(grads, metrics["loss"], opt, old)
   return new, new_opt, metrics | own, good
 
 
-def _gradient(loss_fn, seen, nets: Any, trained: dict, params: dict, batch: dict, key: jax.Array, accumulate: int) -> tuple[dict, dict]:
-  """(metrics, gradient) of the mean loss over the batch, in micro-batches; the loss sees `seen(trained)`."""
+def _gradient(nets: Any, accumulate: int, update: Update, optimizer: optim.Optimizer, trained: dict, params: dict, batch: dict,
+              key: jax.Array) -> tuple[dict, dict]:
+  """(metrics, gradient) of the mean loss over the batch, in micro-batches."""
+  one, parts = _divide(nets, accumulate, update, optimizer, trained, params, batch, key)
+  if accumulate == 1:
+    return one(*parts)
+  sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(*part)), None), _zeros(one, parts), parts)
+  return jax.tree.map(lambda x: x / accumulate, sums)
+
+
+def _zeros(one, parts: tuple) -> tuple[dict, dict]:
+  """Sums of what `one` gives for each of the stacked `parts`, before the first."""
+  shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts))
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _divide(nets: Any, accumulate: int, update: Update, optimizer: optim.Optimizer, trained: dict, params: dict, batch: dict, key: jax.Array):
+  """(function of a micro-batch and its key that gives the metrics and the gradient whose means are those of the batch; the micro-batches and their
+  keys, stacked, or for one micro-batch as they are). The loss sees `optimizer.seen(trained)`."""
   num = jax.tree.leaves(batch)[0].shape[0]
   if num % accumulate:
     raise ValueError(f"A batch of {num} rows cannot be divided into {accumulate} micro-batches: change batch_size, or optimizer.accumulate "
                      "or config.micro_batches.")
   if "weight" in batch:
     batch = _without_left_out(batch)
+  total = jnp.sum(batch["weight"]) / accumulate if "weight" in batch else None
 
-  def one(micro, micro_key, total):
+  def one(micro, micro_key):
     def objective(weights):
-      per_example, metrics = loss_fn(seen(weights), params, nets, micro, micro_key)
+      per_example, metrics = update.loss(optimizer.seen(weights), params, nets, micro, micro_key)
       mean = lambda x: x if jnp.ndim(x) == 0 else _mean(x, micro.get("weight"), total)
       if jnp.shape(per_example) != (num // accumulate,):
         raise ValueError(f"The loss gives {jnp.shape(per_example)}: it must be one number for each of the {num // accumulate} examples, whose "
@@ -203,15 +271,9 @@ def _gradient(loss_fn, seen, nets: Any, trained: dict, params: dict, batch: dict
     return metrics, gradient
 
   if accumulate == 1:
-    return one(batch, key, jnp.sum(batch["weight"]) if "weight" in batch else None)
+    return one, (batch, key)
   # Row r goes to micro-batch r mod n, so that every micro-batch is spread over all devices.
-  micros = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-  keys = jax.random.split(key, accumulate)
-  total = jnp.sum(batch["weight"]) / accumulate if "weight" in batch else None
-  first = lambda micro, micro_key: one(micro, micro_key, total)
-  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(first, jax.tree.map(lambda x: x[0], micros), keys[0]))
-  sums, _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, first(*micro)), None), zero, (micros, keys))
-  return jax.tree.map(lambda x: x / accumulate, sums)
+  return one, (jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch), jax.random.split(key, accumulate))
 
 
 def _without_left_out(batch: dict) -> dict:

@@ -8,7 +8,8 @@ Nothing stands between two steps but their dispatch: while a step runs, the next
 device. No more than that: beside the batch of the running step the device holds at most two. What a step computed is looked at when later ones have
 long been dispatched.
 
-A run that is asked to stop saves after the step that it is at. An evaluation that is due there is left to the run that goes on from it.
+A run that is asked to stop saves after the step that it is at, or, where steps can be cut, the step before, and drops what it did of this one. An
+evaluation that is due at the step is left to the run that goes on from it.
 """
 
 import collections
@@ -20,76 +21,29 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from absl import logging
 from tqdm import tqdm
 
 from qimg2.algorithms import Algorithm
-from qimg2.sharding import Rules, compile_options, gather_ids, put_batch
+from qimg2.sharding import Rules, gather_ids, put_batch
 from qimg2.training.checkpoint import Checkpoints, SaveError
-from qimg2.training.faults import Preempted, SaveClock, Settings, StepMonitor
+from qimg2.training.faults import Preempted, SaveClock, StepMonitor
 from qimg2.training.feed import Feed
 from qimg2.training.metrics import GoodputRecorder, MetricsWriter
 from qimg2.training.profiler import Profiler
 from qimg2.training.programs import StepPrograms
-from qimg2.training.rollout import Programs, compile_rollout
-from qimg2.training.state import Optimizers, TrainState, abstract_state, as_configured, due_metrics, init_state, make_step
+from qimg2.training.rollout import Programs
+from qimg2.training.stage import Loader, Stage, compile_rollouts, step_compiler
+from qimg2.training.state import TrainState, abstract_state, as_configured, due_metrics, init_state
 
-RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 MAX_DISPATCHED = 2  # steps whose results are still to come
 ORDER = 2  # how batches follow from a stage's description; checkpoints that do not say it have 1
 # Of a stage's description:
 ORDER_KEYS = ("order", "seed", "mixture", "resolutions", "max_crop", "min_bucket_records", "max_programs", "num_tokens", "prompt_classes",
               "batches")
-
-
-class Loader(Protocol):
-  """What the loop needs of a loader: batch k is a function of k."""
-
-  def iterate(self, start: int) -> Iterator[tuple[int, dict]]:
-    """(bucket number, batch) from batch `start` on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """One stage of the curriculum, ready to run.
-
-  Attributes:
-    name: also the name of its folder.
-    algorithm, optimizers, specs: the method, its optimizers, the declared weights of all roles.
-    num_steps: last step.
-    batch_shapes: the abstract global batch of each bucket.
-    hooks: (every n steps, function of (weights of all roles, step, writer) -> scalars to log); also run after the last step.
-    accumulate: micro-batches per step.
-    log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep, see `Checkpoints`.
-    faults: fault-tolerance settings.
-    profile: (first, last) step, counted from 1, to trace for XProf and Perfetto, into the folder `profile`; None for none.
-    description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and "frozen_steps", {role:
-      (folder, step)} of frozen weights that another run may change.
-    variants: (networks, micro-batches) of each bucket's step, where they are not `nets` and `accumulate` for all.
-    save_every_s: seconds after a save when another one is due, wherever the step stands; 0 for never.
-    first_needed: the numbers of all buckets in the order in which the steps from the given one on need them: their programs are compiled in this
-      order while training runs. None compiles all before the first step.
-  """
-  name: str
-  algorithm: Algorithm
-  optimizers: Optimizers
-  specs: dict[str, dict]
-  num_steps: int
-  batch_shapes: tuple[dict, ...]
-  hooks: tuple[tuple[int, RolesFn], ...] = ()
-  accumulate: int = 1
-  log_every_steps: int = 10
-  save_every_steps: int = 500
-  keep: int = 2
-  faults: Settings = Settings()
-  description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  profile: tuple[int, int] | None = None
-  variants: tuple[tuple[Any, int], ...] = ()
-  save_every_s: float = 0.0
-  first_needed: Callable[[int], Iterable[int]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +57,7 @@ class StageOutput:
 
 def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
                 start: Callable[[], tuple[dict, dict]], frozen: dict[str, Any], finish_batches: Callable[[], Iterable[dict]],
-                stop: Callable[[int], bool] = lambda step: False, began: float | None = None) -> TrainState | None:
+                stop: Callable[[int | None], bool] = lambda step: False, began: float | None = None) -> TrainState | None:
   """The state after the stage's last step; None if it was done before. Everything it writes is in `workdir / stage.name`.
 
   Args:
@@ -116,13 +70,14 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     start: gives (weights of each trained role, averages restored from elsewhere) of step 0; called only when the stage has no checkpoint.
     frozen: weights of the frozen roles.
     finish_batches: gives the batches for the algorithm's `finalize`.
-    stop: asked at every step, by every process, whether to stop after it; see `qimg2.training.faults.PreemptionNotice`.
+    stop: asked at every step, by every process, whether to stop after it, and before each micro-batch of a step that can be cut; see
+      `qimg2.training.faults.PreemptionNotice`.
     began: `time.monotonic()` of when the time that goes to this stage began; None for now.
 
   Raises:
     Preempted: `stop` said so. The stage is saved, and the same call goes on with it.
     FloatingPointError: too many updates in a row were skipped.
-    SaveError: a checkpoint could not be written.
+    OSError: a checkpoint (SaveError), or the rows up to it, could not be written.
     ValueError: there are checkpoints but none is intact, or they do not fit.
   """
   folder, recorder = workdir / stage.name, GoodputRecorder(began)
@@ -136,15 +91,17 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   step = int(state.step)
   writer = MetricsWriter(folder, step, _is_first(), meta.get("hooks_due", False))
   output = StageOutput(writer, checkpoints, StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids), recorder)
-  _leave_before_start(stage, step, stop)
+  if stop(step):
+    _leave_before_start(stage, step)
   with recorder.measure("compile"):
     rollouts = compile_rollouts(stage, nets, abstract, frozen, mesh, rules)
     compile_one = step_compiler(stage, nets, abstract, frozen, mesh, rollouts)
     order = list(stage.first_needed(step) if stage.first_needed else range(len(stage.batch_shapes)))
-  with contextlib.closing(StepPrograms(compile_one, order)) as programs:
+  with contextlib.closing(StepPrograms(compile_one, order)) as programs, writer.kept_on_failure():
     with recorder.measure("compile"):
-      programs.wait(f"{stage.name}: compile", 1 if stage.first_needed else len(order))
-    _leave_before_start(stage, step, stop)
+      word = programs.wait(f"{stage.name}: compile", 1 if stage.first_needed else len(order), lambda: "stop" if stop(None) else "")
+    if word or stop(step):
+      _leave_before_start(stage, step)
     if meta.get("hooks_due"):
       _run_hooks(stage, state, frozen, step, output)
     writer.write_timing(step, recorder.row())
@@ -168,7 +125,7 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, s
 
 
 def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], Iterable[dict]], output: StageOutput,
-         stop: Callable[[int], bool]) -> TrainState:
+         stop: Callable[[int | None], bool]) -> TrainState:
   """What follows the last step: the algorithm's `finalize`, the hooks, the save.
 
   Raises:
@@ -190,32 +147,8 @@ def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batche
   return state
 
 
-def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
-                     rules: Rules) -> list[Programs] | None:
-  """The rollout compiled for each bucket's batch; None for a method without."""
-  if stage.algorithm.rollout is None:
-    return None
-  shapes = tqdm(stage.batch_shapes, desc=f"{stage.name}: compile rollouts", unit="bucket", disable=None, leave=False)
-  return [compile_rollout(stage.algorithm, nets, abstract, _shapes(frozen), batch, mesh, rules) for batch in shapes]
-
-
-def step_compiler(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
-                  rollouts: list[Programs] | None = None) -> Callable[[int], Any]:
-  """What compiles the train step for the batch of the bucket of a number, or for the data that its rollout gives. Nothing is run."""
-  make = lambda nets, accumulate: jax.jit(make_step(stage.algorithm, stage.optimizers, nets, accumulate), donate_argnums=0,
-                                          out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
-  batches = stage.batch_shapes if rollouts is None else [rollout.data for rollout in rollouts]
-  variants = stage.variants or ((nets, stage.accumulate),) * len(batches)
-  shapes, options = _shapes(frozen), compile_options(mesh)
-  return lambda bucket: make(*variants[bucket]).lower(abstract, shapes, batches[bucket]).compile(compiler_options=options)
-
-
-def _shapes(frozen: dict) -> dict:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
-
-
 def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms, rollouts: list[Programs] | None, feed: Feed, output: StageOutput,
-          stop: Callable[[int], bool], profiler: Profiler, is_save_due: Callable[[bool], bool]) -> TrainState:
+          stop: Callable[[int | None], bool], profiler: Profiler, is_save_due: Callable[[bool | None], bool]) -> TrainState:
   """Runs the steps that are left; saves, but not after the last one, which `finalize` still follows."""
   first = int(state.step)
   progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
@@ -224,20 +157,23 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
   for step in range(first + 1, stage.num_steps + 1):
     bucket, rows, batch = feed.get()
     num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
-    if not programs.is_ready(bucket):
+    if not programs.is_there(bucket):
       pause = time.monotonic()
-      with output.recorder.measure("compile"):
-        programs[bucket]
+      _wait(stage, state, step, first, programs, bucket, dispatched, output, stop, is_save_due)
       clock += time.monotonic() - pause
     profiler.before(step)
-    extra = {}
+    extra, late = {}, []
     if rollouts is not None:
       if not rollouts[bucket].on_device:
         _observe(dispatched, len(dispatched), output.monitor)  # the time of the step before is not the rollout's
       with output.recorder.measure("rollout"):
         batch, extra = rollouts[bucket](state, frozen, batch, rows)
-    state, metrics = programs[bucket](state, frozen, batch)
-    del batch  # so that the device is free of it as soon as the step is done
+    done = programs[bucket](state, frozen, batch, lambda late=late, step=step: late.append(is_save_due(False)) or stop(step))
+    if done is None:
+      progress.close()
+      _drop(stage, state, step, first, dispatched, output)
+    state, metrics = done
+    del batch, done  # so that the device is free of it as soon as the step is done
     dispatched.append((step, rows["sample_id"], extra | due_metrics(stage.algorithm, step, metrics)))
     if len(dispatched) > MAX_DISPATCHED:
       _observe(dispatched, 1, output.monitor)
@@ -249,27 +185,61 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
       metrics = dispatched[-1][2]
       _observe(dispatched, len(dispatched), output.monitor)
       now = time.monotonic()
-      values, timing = _log(stage, step, metrics, num_samples, now - clock, feed, output)
-      progress.set_postfix(loss=_loss(values), samples_per_s=f"{timing['samples_per_second']:.0f}",
-                           data_wait=f"{timing['data_wait_share']:.0%}", refresh=False)
+      progress.set_postfix(**_log(stage, step, metrics, num_samples, now - clock, feed, output), refresh=False)
       clock, num_samples = now, 0
     progress.update(1)
     if last:
       break
-    stopping, saving = stop(step), is_save_due(step % stage.save_every_steps == 0)
+    stopping, saving = stop(step), is_save_due(step % stage.save_every_steps == 0) or any(late)
     if stopping or saving or _is_due(stage, step):
-      _observe(dispatched, len(dispatched), output.monitor)  # the device is done with the steps: what follows is no time of theirs
       pause = time.monotonic()
-      if stopping:
-        progress.close()
-        _leave(stage, state, step, output)
-      _run_hooks(stage, state, frozen, step, output)
-      if saving:
-        with output.recorder.measure("save"):
-          _save(stage, state, step, output, can_continue=True)
+      _between(stage, state, frozen, step, dispatched, output, progress, stopping, saving)
       clock += time.monotonic() - pause
   progress.close()
   return state
+
+
+def _between(stage: Stage, state: TrainState, frozen: dict, step: int, dispatched: collections.deque, output: StageOutput, progress: tqdm,
+             stopping: bool, saving: bool) -> None:
+  """What is due after `step`: the stop, or the hooks and the save."""
+  _observe(dispatched, len(dispatched), output.monitor)  # the device is done with the steps: what follows is no time of theirs
+  if stopping:
+    progress.close()
+    _leave(stage, state, step, output, hooks_due=_is_due(stage, step))
+  _run_hooks(stage, state, frozen, step, output)
+  if saving:
+    with output.recorder.measure("save"):
+      _save(stage, state, step, output, can_continue=True)
+
+
+def _wait(stage: Stage, state: TrainState, step: int, first: int, programs: StepPrograms, bucket: int, dispatched: collections.deque,
+          output: StageOutput, stop: Callable[[int | None], bool], is_save_due: Callable[[bool | None], bool]) -> None:
+  """Waits, before `step`, until all processes have its program. A stop, or a save by time, need not wait that long."""
+  look = lambda: "stop" if stop(None) else "save" if is_save_due(None) else ""
+  while not programs.is_there(bucket):
+    with output.recorder.measure("compile"):
+      word = programs.wait_for(bucket, look)
+    if word == "stop":
+      _drop(stage, state, step, first, dispatched, output)
+    if word == "save":
+      is_save_due(True)  # the time is counted anew, on all processes
+      _observe(dispatched, len(dispatched), output.monitor)
+      if step - 1 > first:
+        with output.recorder.measure("save"):
+          _save(stage, state, step - 1, output, can_continue=True)
+
+
+def _drop(stage: Stage, state: TrainState, step: int, first: int, dispatched: collections.deque, output: StageOutput) -> None:
+  """Leaves `step`, which is not done, to the run that goes on, and saves the one before; `first` is the step that this run began with.
+
+  Raises:
+    Preempted: always.
+    SaveError: it could not be saved.
+  """
+  _observe(dispatched, len(dispatched), output.monitor)
+  if step - 1 == first:
+    _leave_before_start(stage, first)
+  _leave(stage, state, step - 1, output, hooks_due=False)  # they ran
 
 
 def _observe(dispatched: collections.deque, num: int, monitor: StepMonitor) -> None:
@@ -280,16 +250,15 @@ def _observe(dispatched: collections.deque, num: int, monitor: StepMonitor) -> N
     monitor.observe(step, sample_ids, metrics)
 
 
-def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: Feed,
-         output: StageOutput) -> tuple[dict[str, float], dict[str, float]]:
-  """Writes the rows of a step that is done, and returns (its metrics, its timing)."""
+def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: Feed, output: StageOutput) -> dict[str, str]:
+  """Writes the rows of a step that is done, and returns what to show of it beside the progress."""
   values = {name: float(value) for name, value in metrics.items()} | {"skipped": float(output.monitor.skipped)}
   output.writer.write(step, values)
   timing = {"samples_per_second": num_samples / elapsed_s, **feed.timing(elapsed_s)}
   output.writer.write_timing(step, timing)
   output.recorder.add("data", timing["data_wait_share"] * elapsed_s)
   output.writer.write_timing(step, output.recorder.row())
-  return values, timing
+  return {"loss": _loss(values), "samples_per_s": f"{timing['samples_per_second']:.0f}", "data_wait": f"{timing['data_wait_share']:.0%}"}
 
 
 def _loss(values: Mapping[str, float]) -> str:
@@ -303,36 +272,40 @@ def _loss(values: Mapping[str, float]) -> str:
 
 def _save(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool = False, can_continue: bool = False) -> None:
   """Starts to save the state. Where the settings say so, a failure of the save before it is only logged, and with `can_continue` its own, too."""
-  output.writer.sync()
   meta = {"loader_step": step, "stage": dict(stage.description), "watch": output.monitor.saved(), "hooks_due": hooks_due}
-  for part, may_fail in ((output.checkpoints.wait, True), (lambda: output.checkpoints.save(state, meta), can_continue)):
+  for part, may_fail in ((output.checkpoints.wait, True), (lambda: _save_with_rows(state, meta, output), can_continue)):
     try:
       part()
-    except SaveError as error:
+    except OSError as error:
       if not may_fail or stage.faults.on_save_error == "stop" or jax.process_count() > 1:
         raise
       logging.warning("Stage %s goes on without a save: %s", stage.name, error)
 
 
-def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput) -> None:
-  """Saves the state after `step`, before the evaluation that may be due there.
+def _save_with_rows(state: TrainState, meta: dict, output: StageOutput) -> None:
+  """Starts to save the state when the rows up to it are where they belong."""
+  output.writer.sync()
+  output.checkpoints.save(state, meta)
+
+
+def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool) -> None:
+  """Saves the state after `step`; hooks_due: whether the evaluation there is still to come.
 
   Raises:
     Preempted: always, once it is saved.
     SaveError: it could not be saved.
   """
   with output.recorder.measure("save"):
-    _save(stage, state, step, output, hooks_due=_is_due(stage, step))
+    _save(stage, state, step, output, hooks_due)
     output.checkpoints.close()
   output.writer.write_timing(step, output.recorder.row())
   output.writer.close()
   raise Preempted(f"Stage {stage.name} was asked to stop and is saved at step {step} of {stage.num_steps}: the same command goes on.")
 
 
-def _leave_before_start(stage: Stage, step: int, stop: Callable[[int], bool]) -> None:
-  if stop(step):
-    raise Preempted(f"Stage {stage.name} was asked to stop before its first step, with nothing new to save at step {step} of {stage.num_steps}: the "
-                    "same command goes on.")
+def _leave_before_start(stage: Stage, step: int) -> None:
+  raise Preempted(f"Stage {stage.name} was asked to stop before its first step, with nothing new to save at step {step} of {stage.num_steps}: the "
+                  "same command goes on.")
 
 
 def _is_first() -> bool:

@@ -5,7 +5,10 @@ few tokens. It compiles in a second.
 """
 
 import dataclasses
+import itertools
 import json
+import os
+import signal
 import sys
 import time
 import zlib
@@ -140,21 +143,36 @@ def define_flags():
   flags.DEFINE_integer("save_every", 4, "Steps between saves.")
   flags.DEFINE_float("save_every_s", 0.0, "Seconds between saves by time.")
   flags.DEFINE_float("slow_s", 0.0, "Seconds that each batch takes.")
+  flags.DEFINE_integer("accumulate", 1, "Micro-batches.")
+  flags.DEFINE_enum("stop_after", "step", faults.STOP_AFTER, "What a stop waits for.")
+  flags.DEFINE_integer("ask_at", 0, "At which of its questions whether to stop the last process asks for it; 0 for none.")
   flags.DEFINE_bool("biased_judge", False, "Whether the judge says something else on every process but the first.")
   flags.DEFINE_string("mesh", '{"fsdp": -1}', "Mesh, as JSON.")
   cli.define_process_flags()
+
+
+def asking(stop, at):
+  """`stop` as the last process calls it: there the `at`-th question comes with a notice, and lets the others hear of it."""
+  numbers = itertools.count(1)
+  def ask(step):
+    if step is not None and next(numbers) == at and jax.process_index() == jax.process_count() - 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)
+    return stop(step)
+  return ask
 
 
 def main(_):
   """Trains as the flags say."""
   args = flags.FLAGS
   job = Job(args.method, args.num_steps, json.loads(args.mesh), save_every=args.save_every, slow_s=args.slow_s,
-            save_every_s=args.save_every_s)
+            save_every_s=args.save_every_s, settings=dataclasses.replace(SETTINGS, accumulate=args.accumulate),
+            tolerance=faults.Settings(stop_after=args.stop_after))
   if args.biased_judge:
     job = dataclasses.replace(job, algorithm=biased(METHODS[args.method]()))
   try:
     with faults.PreemptionNotice() as stop:
-      state = run(job, args.workdir, stop)
+      state = run(job, args.workdir, asking(stop, args.ask_at))
   except faults.Preempted as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(faults.EXIT_CODE)

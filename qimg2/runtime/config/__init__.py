@@ -20,7 +20,7 @@ from qimg2.runtime.config.sections import checked, from_section, placed, plain
 from qimg2.runtime.config.sources import parse_source
 from qimg2.runtime.methods import METHODS, make_algorithm
 from qimg2.training import faults, optim
-from qimg2.training.state import check_due
+from qimg2.training.state import check_due, check_split
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
 
@@ -268,11 +268,13 @@ def _optimizers(common: optim.Config, own: Mapping[str, optim.Config], sections:
 
 
 def _check_roles(stage: StageConfig, where: str, run: RunConfig) -> None:
-  """Whether the stage says of each frozen role, and of no other, where its weights come from, names optimizers of its own updates alone, and sums
-  gradients in float32 or the type of the network."""
+  """Whether the stage says of each frozen role, and of no other, where its weights come from, names optimizers of its own updates alone, sums
+  gradients in float32 or the type of the network, and cuts no steps that cannot be cut."""
   algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, run.schedule)
   roles = algorithm.frozen
   placed(where, check_due, algorithm, stage.num_steps)
+  if stage.faults.stop_after == "micro_batch":
+    placed(where, check_split, algorithm)
   if len(algorithm.trained) > 1 and parse_source(stage.start_from).average:
     raise ValueError(f"{where}.start_from is {stage.start_from!r}, one set of weights, but {' and '.join(algorithm.trained)} are trained: leave the "
                      "name of the average out.")

@@ -29,8 +29,8 @@ from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal import table, topology
 from qimg2.runtime.rehearsal.table import Row
 from qimg2.runtime.run import tokenizer_path
-from qimg2.training.state import abstract_state, make_optimizers
-from qimg2.training.trainer import Stage, step_compiler
+from qimg2.training.stage import Part, Stage, step_parts
+from qimg2.training.state import TrainState, abstract_state, make_optimizers
 
 SYSTEM_TOKENS, WORDS_PER_IMAGE = 12, 6  # where there is no tokenizer
 
@@ -111,7 +111,22 @@ class Rehearsal:
     Raises:
       ValueError: a global batch that the devices and micro-batches do not divide.
     """
-    settings = config.optimizer
+    stage = self._stage(config, bucket)
+    algorithm, (nets, accumulate), (batch,) = stage.algorithm, *stage.variants, stage.batch_shapes
+    types = {name: (own.mu_dtype, own.gradient_dtype) for name, own in ({"": config.optimizer} | dict(config.optimizers)).items()}
+    key = str((plain(config.algorithm), bucket, nets.model.remat, accumulate, types, stage.faults.stop_after))
+    if key not in self._measured:
+      self._measured[key] = self._measure(stage, config, bucket)
+    networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
+    counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch)
+    row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
+              num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=accumulate, num_devices=self.mesh.size,
+              mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=nets.model.remat,
+              model_flops={role: n / self.mesh.size for role, n in counts.items()}, **self._measured[key])
+    return table.with_bound(row, self.chip, self.mesh)
+
+  def _stage(self, config: StageConfig, bucket: Bucket) -> Stage:
+    """What training has for the bucket alone."""
     algorithm = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule)
     shards = self.nets.shard.parts("batch")
     remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards)
@@ -121,22 +136,10 @@ class Rehearsal:
                        "config.micro_batches.")
     if algorithm.rollout is not None:
       raise ValueError(f"Stage {config.name!r} has a rollout, and a rehearsal knows steps alone: leave the stage out with --stage.")
-    batch = self._batch(bucket, algorithm.unconditional)
-    types = {name: (own.mu_dtype, own.gradient_dtype) for name, own in ({"": settings} | dict(config.optimizers)).items()}
-    key = str((plain(config.algorithm), bucket, remat, accumulate, types))
-    if key not in self._measured:
-      specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
-      optimizers = make_optimizers(algorithm, specs, settings, config.num_steps, config.optimizers)
-      variant = micro_batches.with_remat(self.nets, remat), accumulate
-      stage = Stage(config.name, algorithm, optimizers, specs, config.num_steps, (batch,), variants=(variant,))
-      self._measured[key] = self._measure(stage, config, bucket)
-    networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
-    counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch)
-    row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
-              num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=accumulate, num_devices=self.mesh.size,
-              mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=remat,
-              model_flops={role: n / self.mesh.size for role, n in counts.items()}, **self._measured[key])
-    return table.with_bound(row, self.chip, self.mesh)
+    specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
+    optimizers = make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers)
+    batch, variant = self._batch(bucket, algorithm.unconditional), (micro_batches.with_remat(self.nets, remat), accumulate)
+    return Stage(config.name, algorithm, optimizers, specs, config.num_steps, (batch,), faults=config.faults, variants=(variant,))
 
   def _batch(self, bucket: Bucket, unconditional: bool) -> dict:
     """The abstract global batch, as the loader would make it."""
@@ -145,25 +148,41 @@ class Rehearsal:
     return jax.tree.map(shape, Loader.example(dataclasses.replace(bucket, batch_size=1), unconditional))
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket) -> dict:
-    """The measured fields of a row: those of memory alone if the program does not fit."""
-    state = abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules)
+    """The measured fields of a row, of all programs of a step: those of memory alone if one does not fit."""
+    arrays, limit = self._arrays(stage), self.chip.hbm_bytes if self.chip else None
+    if limit and _num_bytes(arrays) > limit:  # nothing to compile
+      return {"peak_bytes": _num_bytes(arrays), "limit_bytes": limit, "compile_s": 0.0}
+    peak, compile_s, traffic = 0.0, 0.0, []
+    for number, part in enumerate(step_parts(stage, self.nets, *arrays, self.mesh)(0)):
+      if not part.arguments:
+        continue  # it makes zeros
+      measured = self._measure_part(part, config, bucket, number)
+      peak, limit = max(peak, measured["peak_bytes"] + _num_bytes(part.beside)), measured["limit_bytes"]
+      compile_s += measured["compile_s"]
+      if measured.get("traffic") is None:
+        return {"peak_bytes": peak, "limit_bytes": limit, "compile_s": compile_s}
+      traffic.append((measured["traffic"], part.times))
+    return {"peak_bytes": peak, "limit_bytes": limit, "compile_s": compile_s, "traffic": hlo.total(traffic)}
+
+  def _arrays(self, stage: Stage) -> tuple[TrainState, dict]:
+    """(abstract state, abstract weights of the frozen roles)."""
     place = lambda specs: P.abstract(specs, sharding.param_shardings(specs, self.mesh, self.rules))
-    frozen = {role: place(stage.specs[role]) for role in stage.algorithm.frozen}
-    limit = self.chip.hbm_bytes if self.chip else None
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves((state, frozen)))
-    if limit and held > limit:  # nothing to compile
-      return {"peak_bytes": float(held), "limit_bytes": limit, "compile_s": 0.0}
+    return (abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules),
+            {role: place(stage.specs[role]) for role in stage.algorithm.frozen})
+
+  def _measure_part(self, part: Part, config: StageConfig, bucket: Bucket, number: int) -> dict:
+    """The measured fields of the program with a number among those of a step: no traffic if it does not fit."""
     for file in topology.dumped():
-      file.unlink()  # of an earlier row
-    start, peak = time.monotonic(), None
+      file.unlink()  # of an earlier program
+    start, peak, limit = time.monotonic(), None, self.chip.hbm_bytes if self.chip else None
     if self.child:
       stages = tuple(config if one.name == config.name else one for one in self.cfg.stages)
-      answer = _measure_in_child(self.child, dataclasses.replace(self.cfg, stages=stages), config.name, bucket)
+      answer = _measure_in_child(self.child, dataclasses.replace(self.cfg, stages=stages), config.name, bucket, number)
       if answer is not None:
         return answer
     else:
       try:
-        compiled = step_compiler(stage, self.nets, state, frozen, self.mesh)(0)
+        compiled = part.compile(sharding.compile_options(self.mesh))
       except jax.errors.JaxRuntimeError as error:
         sizes = hlo.out_of_memory(str(error))
         if sizes is None:
@@ -174,10 +193,24 @@ class Rehearsal:
     text = topology.program_text() or compiled.as_text()
     return {"peak_bytes": float(topology.reserved_bytes() or peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
 
+  def measure_program(self, config: StageConfig, bucket: Bucket, number: int) -> dict:
+    """The measured fields of the program with a number among those of a stage's step for one bucket.
 
-def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket) -> dict | None:
-  """Lets another process compile the step of a stage and bucket. None when the compiler has assigned the memory; what the other process measured
-  if it came to its end before that, which it does when the program does not fit.
+    Raises:
+      ValueError: as `row`.
+    """
+    stage = self._stage(config, bucket)
+    return self._measure_part(step_parts(stage, self.nets, *self._arrays(stage), self.mesh)(0)[number], config, bucket, number)
+
+
+def _num_bytes(tree: Any) -> float:
+  """Bytes of abstract arrays on one device."""
+  return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, number: int) -> dict | None:
+  """Lets another process compile a program of the step of a stage and bucket. None when the compiler has assigned the memory; what the other process
+  measured if it came to its end before that, which it does when the program does not fit.
 
   Raises:
     ValueError: as the other process did.
@@ -185,7 +218,7 @@ def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bu
   """
   context = multiprocessing.get_context("spawn")
   receive, send = context.Pipe(duplex=False)
-  process = context.Process(target=_child_main, args=(send, child, cfg, name, bucket), daemon=True)
+  process = context.Process(target=_child_main, args=(send, child, cfg, name, bucket, number), daemon=True)
   process.start()
   send.close()
   try:
@@ -206,15 +239,14 @@ def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bu
     process.join()
 
 
-def _child_main(send: Any, child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket) -> None:
+def _child_main(send: Any, child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, number: int) -> None:
   """What the other process does."""
   tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
   threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # nobody is left to tell
   topology.prepare_environment(child.topology)
   rehearsal = Rehearsal(cfg, *topology.find_devices(child.topology, child.num_slices))
   try:
-    row = rehearsal.row(next(stage for stage in rehearsal.cfg.stages if stage.name == name), bucket)
-    send.send({"peak_bytes": row.peak_bytes, "limit_bytes": row.limit_bytes, "compile_s": row.compile_s, "traffic": row.traffic})
+    send.send(rehearsal.measure_program(next(stage for stage in rehearsal.cfg.stages if stage.name == name), bucket, number))
   except ValueError as error:
     send.send(error)
 

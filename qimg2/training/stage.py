@@ -1,0 +1,152 @@
+"""What a stage is, and the programs that its steps run.
+
+A step is one program, or with `faults.stop_after="micro_batch"` several (`qimg2.training.state.make_split_step`): one that adds the gradient of a
+micro-batch to sums that stay on the devices, called once for each, and one for the update. Between two of them the state is that of the step before,
+and can be saved. A step of one micro-batch is one program in any case.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from qimg2.algorithms import Algorithm
+from qimg2.sharding import Rules, compile_options, replicated
+from qimg2.training.faults import Settings
+from qimg2.training.metrics import MetricsWriter
+from qimg2.training.programs import SplitStep, WholeStep
+from qimg2.training.rollout import Programs, compile_rollout
+from qimg2.training.state import Optimizers, TrainState, make_split_step, make_step
+
+RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
+
+
+class Loader(Protocol):
+  """What the loop needs of a loader: batch k is a function of k."""
+
+  def iterate(self, start: int) -> Iterator[tuple[int, dict]]:
+    """(bucket number, batch) from batch `start` on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of the curriculum, ready to run.
+
+  Attributes:
+    name: also the name of its folder.
+    algorithm, optimizers, specs: the method, its optimizers, the declared weights of all roles.
+    num_steps: last step.
+    batch_shapes: the abstract global batch of each bucket.
+    hooks: (every n steps, function of (weights of all roles, step, writer) -> scalars to log); also run after the last step.
+    accumulate: micro-batches per step.
+    log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep, see `Checkpoints`.
+    faults: fault-tolerance settings.
+    profile: (first, last) step, counted from 1, to trace for XProf and Perfetto, into the folder `profile`; None for none.
+    description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and "frozen_steps", {role:
+      (folder, step)} of frozen weights that another run may change.
+    variants: (networks, micro-batches) of each bucket's step, where they are not `nets` and `accumulate` for all.
+    save_every_s: seconds after a save when another one is due, wherever the step stands; 0 for never.
+    first_needed: the numbers of all buckets in the order in which the steps from the given one on need them: their programs are compiled in this
+      order while training runs. None compiles all before the first step.
+  """
+  name: str
+  algorithm: Algorithm
+  optimizers: Optimizers
+  specs: dict[str, dict]
+  num_steps: int
+  batch_shapes: tuple[dict, ...]
+  hooks: tuple[tuple[int, RolesFn], ...] = ()
+  accumulate: int = 1
+  log_every_steps: int = 10
+  save_every_steps: int = 500
+  keep: int = 2
+  faults: Settings = Settings()
+  description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  profile: tuple[int, int] | None = None
+  variants: tuple[tuple[Any, int], ...] = ()
+  save_every_s: float = 0.0
+  first_needed: Callable[[int], Iterable[int]] | None = None
+
+
+def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
+                     rules: Rules) -> list[Programs] | None:
+  """The rollout compiled for each bucket's batch; None for a method without."""
+  if stage.algorithm.rollout is None:
+    return None
+  shapes = tqdm(stage.batch_shapes, desc=f"{stage.name}: compile rollouts", unit="bucket", disable=None, leave=False)
+  return [compile_rollout(stage.algorithm, nets, abstract, _shapes(frozen), batch, mesh, rules) for batch in shapes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A program of a step that is not compiled yet.
+
+  Attributes:
+    function, arguments: a jitted function and its abstract arguments.
+    times: how often a step calls it.
+    beside: abstract arrays that are on the devices while it runs, and none of its arguments.
+    key: equal for equal programs of several buckets; None where each has its own.
+  """
+  function: Any
+  arguments: tuple
+  times: int = 1
+  beside: Any = ()
+  key: Hashable = None
+
+  def compile(self, options: dict[str, Any]) -> jax.stages.Compiled:
+    """The program. Nothing is run."""
+    return self.function.lower(*self.arguments).compile(compiler_options=options)
+
+
+def step_parts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
+               rollouts: list[Programs] | None = None) -> Callable[[int], tuple[Part, ...]]:
+  """What gives the programs of a step with the batch of the bucket of a number, or with the data that its rollout gives: the step; or what begins
+  the sums, what adds a micro-batch, and what ends the step."""
+  batches = stage.batch_shapes if rollouts is None else [rollout.data for rollout in rollouts]
+  variants = stage.variants or ((nets, stage.accumulate),) * len(batches)
+  shapes, own, everywhere = _shapes(frozen), jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)
+
+  def parts(bucket: int) -> tuple[Part, ...]:
+    (nets, accumulate), inputs = variants[bucket], (abstract, shapes, batches[bucket])
+    if accumulate == 1 or stage.faults.stop_after == "step":
+      return Part(jax.jit(make_step(stage.algorithm, stage.optimizers, nets, accumulate), donate_argnums=0, out_shardings=(own, None)), inputs),
+    begin, add, end = make_split_step(stage.algorithm, stage.optimizers, nets, accumulate)
+    number, metrics, gradient = jax.eval_shape(begin, *inputs)
+    place = everywhere, dict.fromkeys(metrics, everywhere), {role: own.params[role] for role in gradient}
+    sums = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (number, metrics, gradient), place)
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    same = accumulate, *sorted(metrics)
+    # All of the state is an argument of what adds, also what it does not read: the compiler's peak is to count it.
+    return (Part(jax.jit(zeros, out_shardings=place), (), key=("begin", *same)),
+            Part(jax.jit(add, donate_argnums=3, keep_unused=True, out_shardings=(place, everywhere)), (*inputs, sums), accumulate),
+            Part(jax.jit(end, donate_argnums=0, out_shardings=(own, None)), (abstract, sums), beside=inputs[1:], key=("end", *same)))
+  return parts
+
+
+def step_compiler(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
+                  rollouts: list[Programs] | None = None) -> Callable[[int], WholeStep | SplitStep]:
+  """What compiles `step_parts` of the bucket of a number, in any thread; programs that are equal for several buckets once. Nothing is run."""
+  parts, options = step_parts(stage, nets, abstract, frozen, mesh, rollouts), compile_options(mesh)
+  shared, lock = {}, threading.Lock()
+
+  def compile_part(part: Part) -> jax.stages.Compiled:
+    if part.key is None:
+      return part.compile(options)
+    with lock:
+      if part.key not in shared:
+        shared[part.key] = part.compile(options)
+      return shared[part.key]
+
+  def compile_one(bucket: int) -> WholeStep | SplitStep:
+    found = parts(bucket)
+    programs = list(map(compile_part, found))
+    return WholeStep(*programs) if len(found) == 1 else SplitStep(*programs, found[1].times)
+  return compile_one
+
+
+def _shapes(frozen: dict) -> dict:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
