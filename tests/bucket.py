@@ -6,8 +6,10 @@ import http.server
 import logging
 import os
 import threading
+import urllib.parse
 
 from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.storage import Storage
 
@@ -57,10 +59,10 @@ class Bucket:
 
 
 class _Handler(server.RequestHandler):
-  """The emulator's, which refuses when it is told to."""
+  """The emulator's, which refuses when it is told to, and tells an object's generation with its content: TensorStore keeps what has not changed."""
 
   def __init__(self, bucket, *args):
-    self._bucket = bucket
+    self._bucket, self._generation = bucket, None
     super().__init__(bucket._storage, *args)
 
   def handle_one_request(self):
@@ -79,8 +81,25 @@ class _Handler(server.RequestHandler):
       elif refused:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.send_error(503)
+      elif self._is_unchanged():
+        self.send_response(304)
+        self.end_headers()
       else:
         answer()
+
+  def _is_unchanged(self):
+    """Notes the generation of the object whose content is asked for; whether the one who asks has that."""
+    url = urllib.parse.urlparse(self.path)
+    query = urllib.parse.parse_qs(url.query)
+    if self.command == "GET" and query.get("alt") == ["media"]:
+      with contextlib.suppress(NotFound):
+        self._generation = self.storage.get_file_obj(NAME, urllib.parse.unquote(url.path.partition("/o/")[2]))["generation"]
+    return self._generation is not None and query.get("ifGenerationNotMatch") == [self._generation]
+
+  def end_headers(self):
+    if self._generation is not None:
+      self.send_header("x-goog-generation", self._generation)
+    super().end_headers()
 
   def log_message(self, *_):
     pass

@@ -12,8 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path(os.environ.get("QIMG2_TEST_CACHE") or ROOT / ".cache" / "tests")
 MAX_CACHE_BYTES = 2 * 2**30
 EXPENSIVE = {"smoke_run", "caches"}  # fixtures
-# Groups that take longest.
-LONG = {"smoke_run", "published", "emoji", "pretrain", "test_launched_runs", "test_rehearse", "test_cache", "test_curation", "test_processes"}
+# The groups that take longest, longest first.
+LONG = ("smoke_run", "test_methods", "test_sharded_equality", "published", "test_rehearse", "test_launched_runs", "test_processes", "test_attention",
+        "test_benchmarks", "emoji", "pretrain", "test_curation", "test_mixture", "test_products", "test_cache", "test_state", "test_train", "bucket",
+        "test_bucket", "test_faults", "test_flax_module", "test_transforms", "test_checkpoint")
 LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -64,7 +66,8 @@ def group_of(item):
 
 def pytest_collection_modifyitems(items):
   """The longest groups come first, so that no worker is left with one of them at the end."""
-  items.sort(key=lambda item: group_of(item) not in LONG)
+  rank = {group: number for number, group in enumerate(LONG)}
+  items.sort(key=lambda item: rank.get(group_of(item), len(LONG)))
 
 
 def pytest_itemcollected(item):

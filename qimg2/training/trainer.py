@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from qimg2.algorithms import Algorithm
 from qimg2.sharding import Rules, gather_ids, put_batch
-from qimg2.training.checkpoint import Checkpoints, SaveError
+from qimg2.training.checkpoint import Checkpoints
 from qimg2.training.faults import Preempted, SaveClock, StepMonitor
 from qimg2.training.feed import Feed
 from qimg2.training.metrics import GoodputRecorder, MetricsWriter
