@@ -8,6 +8,7 @@ makes a folder; and a listing tells the checksum of everything in it, so that no
 import base64
 import concurrent.futures
 import contextlib
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -24,6 +25,7 @@ from etils import epath
 Place = pathlib.Path | epath.Path
 COMMITTED = "commit_success.txt"  # Orbax writes it into a folder of a bucket when a save is complete; on a disk it renames the folder
 UPLOAD_S = 60  # seconds between two uploads of a file that grows
+_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages that raise what is no OSError
 CHECKSUM = "crc32c:"  # what the checksums that a bucket tells begin with
 
 
@@ -56,6 +58,7 @@ def find_place(place: str | os.PathLike, what: str) -> Place:
     raise ValueError(f"{what} is {text}, and without gcsfs nothing can be read there: pip install gcsfs.") from error
   # Listings that are kept would not know what TensorStore and other processes write.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)  # what fails in the end is raised, too
   return epath.Path(text)
 
 
@@ -183,11 +186,27 @@ class Growing:
 
 @contextlib.contextmanager
 def named_failures(place: Place) -> Iterator[None]:
-  """Whatever a bucket's client raises, each library its own, comes out as an `OSError` that names the place."""
+  """Whatever fails inside, for each library has errors of its own, comes out as an `OSError` that names the place, if that is in a bucket."""
   try:
     yield
   except Exception as error:
     if not is_remote(place):
       raise
-    raise OSError(f"{place} could not be written ({type(error).__name__}: {error}): does this machine reach the bucket, and may it write "
-                  "there?") from error
+    raise OSError(f"{place} could not be written {_why(error)}") from error
+
+
+@contextlib.contextmanager
+def client_failures() -> Iterator[None]:
+  """What only the clients of buckets raise comes out as an `OSError`."""
+  try:
+    yield
+  except Exception as error:
+    if type(error).__module__.partition(".")[0] not in _CLIENTS:
+      raise
+    raise OSError(f"The bucket could not be read or written {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+  text = " ".join(str(error).split())
+  return (f"({type(error).__name__}: {text[:200]}{'...' * (len(text) > 200)}): does this machine reach the bucket, and may it read and write "
+          "there? Outside of Google's cloud: gcloud auth application-default login.")

@@ -1,8 +1,10 @@
 """A run in a bucket: what is there, what counts, and what is left of it by kills and refusals."""
 
+import re
 import signal
 import time
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -128,7 +130,7 @@ def test_rows_are_there_when_a_checkpoint_is(bucket, folder, tmp_path):
   write(tmp_path / "whole", range(1, 9)).close()
   bucket.download(tmp_path)
   assert (tmp_path / folder.name / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-  assert metrics.read_rows(folder / "faults.jsonl") == [] and len(list(folder.glob("events.out.tfevents.*"))) == 2
+  assert metrics.read_rows(folder / "faults.jsonl") == [] and list(folder.glob("events.out.tfevents.*"))
 
 
 def test_an_upload_that_fails_is_named_and_nothing_is_lost(bucket, folder, monkeypatch, caplog):
@@ -144,6 +146,16 @@ def test_an_upload_that_fails_is_named_and_nothing_is_lost(bucket, folder, monke
     writer.close()
   left = places.pathlib.Path(str(failed.value).rpartition(" is in ")[2].removesuffix("."))
   assert metrics.read_rows(left / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_bucket_that_does_not_answer_is_one_sentence(bucket, folder, monkeypatch, tmp_path):
+  monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda _: done())
+  async def done():
+    pass
+  bucket.is_down = True
+  result = commands.launch("launch.sample", f"--workdir={folder}", "--prompt=x", f"--out={tmp_path}/x.png")
+  assert result.returncode == 1 and "Traceback" not in result.stderr
+  assert re.search("error: The bucket could not be read or written .HttpError: .*503.*: does this machine reach the bucket", result.stderr)
 
 
 @pytest.mark.slow
