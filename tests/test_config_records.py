@@ -151,6 +151,15 @@ def test_other_versions_are_refused_or_said_and_recorded(tmp_path, capsys, monke
   assert record() == versions
 
 
+def test_processes_with_other_packages_than_the_first_are_refused(monkeypatch):
+  mine = {"jax": "1", "optax": "1", "flax": "1"}
+  monkeypatch.setattr(run_module, "_installed_versions", lambda: mine)
+  run_module.check_versions()
+  monkeypatch.setattr(run_module, "from_first", lambda what, text: json.dumps(mine | {"optax": "2", "grain": "3"}))
+  with pytest.raises(ValueError, match=r"has other packages than process 0: optax 1 \(2 there\), grain is missing \(3 there\)\. Install"):
+    run_module.check_versions()
+
+
 def test_versions_are_those_that_are_installed(monkeypatch):
   found = run_module._installed_versions()
   assert "libtpu" not in found  # it is here for rehearsals alone

@@ -246,7 +246,7 @@ def test_whichever_is_asked_all_stop_after_one_step(tmp_path):
   (tmp_path / "go").touch()
   said = [json.loads(stdout.splitlines()[-1]) for code, stdout, stderr in ends(started, PATIENCE_S) if code == 0 or pytest.fail(stderr[-2000:])]
   assert said[0] == said[1] and said[0][0] in ("one 500", "one 501", "one 502")
-  assert said[0][1] == [7, 2**40, 2**40 + 1]
+  assert said[0][1:] == [[7, 2**40, 2**40 + 1], ["", "stop", False, "0"]]
 
 
 @pytest.mark.slow
@@ -255,14 +255,14 @@ def test_a_notice_ends_a_process_that_does_not_stop_by_itself(lost):
 
 
 @pytest.mark.slow
-def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(alone, tmp_path):
-  started = start(2, *toy(tmp_path, SLOW), heartbeat_s=UNHURRIED_S)
-  wait_for(lambda: rows_of(tmp_path) >= 2, started)
-  started[1].send_signal(signal.SIGTERM)
-  for code, _, stderr in ends(started, PATIENCE_S):
-    assert code == processes.EXIT_CODE and "was asked to stop" in stderr and "Traceback" not in stderr, stderr[-3000:]
-  together(2, *toy(tmp_path), heartbeat_s=UNHURRIED_S)
-  assert_same_numbers(tmp_path, alone)
+def test_a_job_that_is_asked_to_stop_between_micro_batches_goes_on_where_it_was(tmp_path):
+  """Eight questions in a step and one after it: the 22nd is within the third, and so is the one that both agree on."""
+  job = ("--accumulate=8", "--stop_after=micro_batch")
+  together(1, *toy(tmp_path / "alone", *job))
+  for code, _, stderr in ends(start(2, *toy(tmp_path / "cut", *job, "--ask_at=22"), heartbeat_s=UNHURRIED_S), PATIENCE_S):
+    assert code == processes.EXIT_CODE and "is saved at step 2 of 12" in stderr and "Traceback" not in stderr, stderr[-3000:]
+  together(2, *toy(tmp_path / "cut", *job), heartbeat_s=UNHURRIED_S)
+  assert_same_numbers(tmp_path / "cut", tmp_path / "alone")
 
 
 @pytest.mark.slow

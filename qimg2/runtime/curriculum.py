@@ -19,7 +19,7 @@ from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.micro_batches import variants
-from qimg2.runtime.run import HeldOut, Run, save_config
+from qimg2.runtime.run import HeldOut, Run, check_versions, save_config
 from qimg2.runtime.sheets import grid, save_png
 from qimg2.runtime.suites import describe, evaluation, last_generator, recorded_evaluation
 from qimg2.sharding import to_host
@@ -47,6 +47,7 @@ def train(cfg: Any, workdir: str | pathlib.Path, allow_config_change: bool = Fal
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
   """
   cfg, workdir, began = parse(cfg), local_folder(workdir, "--workdir"), time.monotonic()
+  check_versions()
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.PreemptionNotice() as stop:
     run = Run(cfg, workdir)
