@@ -70,7 +70,7 @@ def test_mistakes(entries, message):
 
 
 def test_the_program_of_each_bucket_is_that_of_its_entry(monkeypatch):
-  """The rehearsal, and so the trainer, compiles each bucket with its own policy and number of micro-batches, or the programs of a step that is cut."""
+  """The rehearsal, and so the trainer, compiles each bucket with its own policy and number of micro-batches, also for a step that is cut."""
   made = []
   monkeypatch.setattr(stages, "make_split_step", lambda algorithm, optimizers, nets, accumulate: made.append((nets.model.remat, accumulate)) or (
       lambda state, *_: (0, {}, state.params), lambda state, frozen, batch, sums: (sums, sums[0]), lambda state, sums: (state, {})))
