@@ -52,6 +52,11 @@ def rows_of(workdir):
   return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def saved_steps(workdir):
+  """Steps of the whole checkpoints."""
+  return [int(path.parent.name) for path in (workdir / "toy" / "checkpoints").glob("*/manifest.json") if path.parent.name.isdigit()]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
   """Folder of the run of one process."""
@@ -270,7 +275,7 @@ def test_processes_agree_on_saves_by_time(alone, tmp_path):
   """Whose clock it is, is killed between two of them."""
   job = toy(tmp_path, SLOW, "--save_every=1000", "--save_every_s=0.5")
   started = start(2, *job, heartbeat_s=UNHURRIED_S)
-  saved = lambda: [int(path.parent.name) for path in (tmp_path / "toy" / "checkpoints").glob("*/manifest.json") if path.parent.name.isdigit()]
+  saved = lambda: saved_steps(tmp_path)
   wait_for(saved, started)
   for one in started:
     one.send_signal(signal.SIGKILL)
@@ -279,6 +284,26 @@ def test_processes_agree_on_saves_by_time(alone, tmp_path):
   together(2, *job, heartbeat_s=UNHURRIED_S)
   assert 0 < step < STEPS and [row["step"] for row in read_rows(tmp_path / "toy" / "timing.jsonl") if "wall_s" in row].count(step) >= 1
   assert_same_numbers(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_machine_whose_disk_is_new_takes_its_shards_from_a_replica(alone, tmp_path):
+  """All are killed without a notice, before any checkpoint. Weights are divided in two, and each half is on two disks."""
+  disk = lambda i: tmp_path / f"disk{i}"
+  job = toy(tmp_path / "run", SLOW, "--save_every=1000", '--mesh={"data": 2, "fsdp": 2}')
+  options = {"extra": lambda i: (f"--local_copies={disk(i)}",), "heartbeat_s": UNHURRIED_S}
+  started = start(4, *job, **options)
+  wait_for(lambda: all(list(disk(i).glob(f"*/*/{i}")) for i in range(4)), started)
+  for one in started:
+    one.send_signal(signal.SIGKILL)
+  ends(started, PATIENCE_S)
+  shutil.rmtree(disk(3))
+  results = ends(start(4, *job, **options), PATIENCE_S)
+  for code, _, stderr in results:
+    assert code == 0, stderr[-3000:]
+  step = int(re.search(r"goes on at step (\d+) from copies .* newest checkpoint is of step None", results[0][2])[1])
+  assert step in saved_steps(tmp_path / "run") and not list(tmp_path.glob("disk*/*"))
+  assert_same_numbers(tmp_path / "run", alone)
 
 
 # Flags.

@@ -116,7 +116,8 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
-      (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None)
+      (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None,
+      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s))
   if processes.is_first():
     report.save_counts(run, config, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,

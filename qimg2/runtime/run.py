@@ -47,8 +47,8 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gra
 FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
 # order of batches may be another one, and the log says so.
-FREE = re.compile(r"config\.(mesh|data_dir|num_workers|compile|random_frozen|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|"
-                  r"save_every_s|keep|num_steps|faults|max_programs|mixture\[\d+\]\.data_dir))").fullmatch
+FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|sampling|evals|"
+                  r"stages\[\d+\]\.((log|eval|sample|save)_every_steps|save_every_s|keep|num_steps|faults|max_programs|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
