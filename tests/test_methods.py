@@ -109,6 +109,16 @@ def test_a_run_that_is_asked_to_stop_ends_with_the_same_bits(whole, at, tmp_path
 
 
 @pytest.mark.slow
+def test_a_run_that_is_killed_before_any_checkpoint_goes_on_from_its_copies(whole, tmp_path, caplog):
+  job = toy.Job("supervised", save_every=1000, local_copies=(str(tmp_path / "disk"), 1e-6), **ONE)
+  with pytest.raises(Killed):
+    toy.run(job, tmp_path / "run", wrap=die_before(8))
+  toy.run(job, tmp_path / "run")
+  assert "Stage toy goes on at step 7 from copies on the machines' own disks: the newest checkpoint is of step None" in caplog.text
+  assert_same(tmp_path / "run", whole("supervised"))
+
+
+@pytest.mark.slow
 def test_a_step_that_is_dropped_between_micro_batches_ends_with_the_same_bits(tmp_path):
   """The third, and the same again after a restart. One program for all micro-batches gives the same numbers, nearly: the compiler
   may order operations otherwise."""
