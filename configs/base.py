@@ -50,6 +50,7 @@ def base() -> ConfigDict:
   # What steps of the generator keep, and their tokens per micro-batch, such as (dict(remat="dots", tokens=10_000), dict(remat="attention",
   # tokens=35_000)): each bucket takes the first in which a row of it finds room. Empty: model.remat and optimizer.accumulate for all buckets.
   cfg.micro_batches = ()
+  cfg.local_copies = ConfigDict(dict(folder="", every_s=60.0))  # copies of the state on a disk of each machine, beside the checkpoints; "": none
   cfg.stages = ()
   return cfg
 

@@ -93,6 +93,8 @@ def get_config(arg: str = "") -> ConfigDict:
       generator("cpt_2048", "stage:cpt_1024", 125_000, 2e-5, (512, 1024, 2048), mixture(0.7, 5)),  # S5
       generator("sft", "stage:cpt_2048", 10_000, 1e-5, (512, 1024, 2048), mixture(0.7, 6, "_curated")),  # S6
   )
+  for one in cfg.stages[1:]:
+    one.faults.stop_after = "micro_batch"  # a step takes minutes, and a notice of preemption comes 30 s ahead
   if source:
     base.published(cfg, source)
   return smoke(cfg) if name == "smoke" else cfg

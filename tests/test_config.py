@@ -22,7 +22,7 @@ from qimg2.runtime.config.sources import Source, check_source, parse_source
 from qimg2.training import faults, optim
 
 ROOT = pathlib.Path(__file__).parent.parent
-LATER = {"optimizers", "micro_batches", "save_every_s"}  # keys that records of earlier programs do not have
+LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies"}  # keys that records of earlier programs do not have
 
 
 def smoke():
@@ -138,6 +138,8 @@ SFT = ("stages", 3)
     (put([*SFT, "optimizer", "schedule"], "step"), "config.stages[sft].optimizer.schedule is 'step': choose one of constant"),
     (put([*SFT, "optimizers"], {"fake": {"accumulate": 2}}),
      "config.stages[sft].optimizers[fake].accumulate is 2, but micro-batches are those of the"),
+    (put([*SFT, "faults", "stop_after"], "lunch"), "config.stages[sft].faults.stop_after is 'lunch': choose one of step, micro_batch."),
+    (put(["local_copies", "every_s"], 0.0), "config.local_copies: every_s is 0.0: give seconds above 0, or no folder for no copies."),
     (put([*SFT, "faults", "on_save_error"], "cry"), "config.stages[sft].faults.on_save_error is 'cry': choose one of stop, continue."),
     (put([*SFT, "algorithm", "name"], "flow"), "config.stages[sft].algorithm.name is 'flow': choose one of flow_matching, reconstruction."),
     (put([*SFT, "name"], "vae"), "config.stages: two stages have the same name"),

@@ -151,6 +151,15 @@ def test_other_versions_are_refused_or_said_and_recorded(tmp_path, capsys, monke
   assert record() == versions
 
 
+def test_processes_with_other_packages_than_the_first_are_refused(monkeypatch):
+  mine = {"jax": "1", "optax": "1", "flax": "1"}
+  monkeypatch.setattr(run_module, "_installed_versions", lambda: mine)
+  run_module.check_versions()
+  monkeypatch.setattr(run_module, "from_first", lambda what, text: json.dumps(mine | {"optax": "2", "grain": "3"}))
+  with pytest.raises(ValueError, match=r"has other packages than process 0: optax 1 \(2 there\), grain is missing \(3 there\)\. Install"):
+    run_module.check_versions()
+
+
 def test_versions_are_those_that_are_installed(monkeypatch):
   found = run_module._installed_versions()
   assert "libtpu" not in found  # it is here for rehearsals alone
@@ -162,6 +171,7 @@ def test_versions_are_those_that_are_installed(monkeypatch):
 
 @pytest.mark.parametrize("place, free", [
     ("num_workers", True), ("random_frozen", True), ("sampling.num_steps", True), ("mesh.fsdp", True), ("micro_batches", False),
+    ("local_copies.folder", True),
     ("stages[1].num_steps", True),
     ("stages[1].keep", True), ("stages[1].faults.max_skipped", True), ("evals.glyphs.num", True), ("stages[1].algorithm.num_steps", False),
     ("stages[1].optimizer.faults", False), ("model.num_layers", False), ("stages[1].resolutions[0].keep", False), ("seed", False),

@@ -108,6 +108,35 @@ def test_a_run_that_is_asked_to_stop_ends_with_the_same_bits(whole, at, tmp_path
   assert_same(tmp_path, whole("supervised"))
 
 
+@pytest.mark.slow
+def test_a_run_that_is_killed_before_any_checkpoint_goes_on_from_its_copies(whole, tmp_path, caplog):
+  job = toy.Job("supervised", save_every=1000, local_copies=(str(tmp_path / "disk"), 1e-6), **ONE)
+  with pytest.raises(Killed):
+    toy.run(job, tmp_path / "run", wrap=die_before(8))
+  toy.run(job, tmp_path / "run")
+  assert "Stage toy goes on at step 7 from copies on the machines' own disks: the newest checkpoint is of step None" in caplog.text
+  assert_same(tmp_path / "run", whole("supervised"))
+
+
+@pytest.mark.slow
+def test_a_step_that_is_dropped_between_micro_batches_ends_with_the_same_bits(tmp_path):
+  """The third, and the same again after a restart. One program for all micro-batches gives the same numbers, nearly: the compiler
+  may order operations otherwise."""
+  make = lambda stop_after: toy.Job("supervised", settings=dataclasses.replace(toy.SETTINGS, accumulate=4),
+                                    tolerance=faults.Settings(stop_after=stop_after), **ONE)
+  for name, stop_after in (("one", "step"), ("whole", "micro_batch")):
+    toy.run(make(stop_after), tmp_path / name)
+  for at in (13, 3):
+    asked = itertools.count(1)
+    with pytest.raises(faults.Preempted):
+      toy.run(make("micro_batch"), tmp_path / "cut", stop=lambda step, at=at, asked=asked: step is not None and next(asked) >= at)
+    assert [path.name for path in (tmp_path / "cut" / "toy" / "checkpoints").glob("?")] == ["2"]
+  toy.run(make("micro_batch"), tmp_path / "cut")
+  assert_same(tmp_path / "cut", tmp_path / "whole")
+  for mine, its in zip(rows(tmp_path / "whole"), rows(tmp_path / "one"), strict=True):
+    np.testing.assert_allclose([mine[key] for key in sorted(mine)], [its[key] for key in sorted(its)], rtol=1e-5)
+
+
 def test_frozen_weights_that_changed_meanwhile_are_refused(tmp_path):
   job = lambda step: toy.Job("supervised", description={"frozen_steps": {"judge": ("runs/a/judge", step)}}, **ONE)
   with pytest.raises(faults.Preempted):

@@ -13,6 +13,7 @@ from qimg2.runtime import curriculum, micro_batches
 from qimg2.runtime.config import parse
 from qimg2.runtime.rehearsal.search import Choice, Rehearsal
 from qimg2.runtime.run import Run
+from qimg2.training import faults
 from qimg2.training import stage as stages
 
 
@@ -69,8 +70,10 @@ def test_mistakes(entries, message):
 
 
 def test_the_program_of_each_bucket_is_that_of_its_entry(monkeypatch):
-  """The rehearsal, and so the trainer, compiles each bucket with its own policy and number of micro-batches."""
+  """The rehearsal, and so the trainer, compiles each bucket with its own policy and number of micro-batches, also for a step that is cut."""
   made = []
+  monkeypatch.setattr(stages, "make_split_step", lambda algorithm, optimizers, nets, accumulate: made.append((nets.model.remat, accumulate)) or (
+      lambda state, *_: (0, {}, state.params), lambda state, frozen, batch, sums: (sums, sums[0]), lambda state, sums: (state, {})))
   monkeypatch.setattr(stages, "make_step", lambda algorithm, optimizers, nets, accumulate: made.append((nets.model.remat, accumulate)) or (
       lambda state, frozen, batch: (state, {})))
   cfg = config(("full", 81), ("attention", 210))
@@ -79,6 +82,9 @@ def test_the_program_of_each_bucket_is_that_of_its_entry(monkeypatch):
   stage = dataclasses.replace(cfg.stages[2], resolutions=squares)
   rows = [rehearsal.row(stage, one) for one in rehearsal.buckets(stage, Choice(tasks=("t2i",)))]
   assert made == [(row.remat, row.accumulate) for row in rows] == [("full", 2), ("attention", 2), ("attention", 4)]
+  cut = dataclasses.replace(stage, faults=faults.Settings(stop_after="micro_batch"))
+  rehearsal.row(cut, rehearsal.buckets(cut, Choice(tasks=("t2i",)))[2])
+  assert made[3:] == [("attention", 4)]
 
 
 def test_short_prompts_are_rehearsed_where_they_fill_a_micro_batch_more():

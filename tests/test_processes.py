@@ -52,6 +52,11 @@ def rows_of(workdir):
   return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def saved_steps(workdir):
+  """Steps of the whole checkpoints."""
+  return [int(path.parent.name) for path in (workdir / "toy" / "checkpoints").glob("*/manifest.json") if path.parent.name.isdigit()]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
   """Folder of the run of one process."""
@@ -246,7 +251,7 @@ def test_whichever_is_asked_all_stop_after_one_step(tmp_path):
   (tmp_path / "go").touch()
   said = [json.loads(stdout.splitlines()[-1]) for code, stdout, stderr in ends(started, PATIENCE_S) if code == 0 or pytest.fail(stderr[-2000:])]
   assert said[0] == said[1] and said[0][0] in ("one 500", "one 501", "one 502")
-  assert said[0][1] == [7, 2**40, 2**40 + 1]
+  assert said[0][1:] == [[7, 2**40, 2**40 + 1], ["", "stop", False, "0"]]
 
 
 @pytest.mark.slow
@@ -255,14 +260,14 @@ def test_a_notice_ends_a_process_that_does_not_stop_by_itself(lost):
 
 
 @pytest.mark.slow
-def test_a_job_that_is_asked_to_stop_goes_on_where_it_was(alone, tmp_path):
-  started = start(2, *toy(tmp_path, SLOW), heartbeat_s=UNHURRIED_S)
-  wait_for(lambda: rows_of(tmp_path) >= 2, started)
-  started[1].send_signal(signal.SIGTERM)
-  for code, _, stderr in ends(started, PATIENCE_S):
-    assert code == processes.EXIT_CODE and "was asked to stop" in stderr and "Traceback" not in stderr, stderr[-3000:]
-  together(2, *toy(tmp_path), heartbeat_s=UNHURRIED_S)
-  assert_same_numbers(tmp_path, alone)
+def test_a_job_that_is_asked_to_stop_between_micro_batches_goes_on_where_it_was(tmp_path):
+  """Eight questions in a step and one after it: the 22nd is within the third, and so is the one that both agree on."""
+  job = ("--accumulate=8", "--stop_after=micro_batch")
+  together(1, *toy(tmp_path / "alone", *job))
+  for code, _, stderr in ends(start(2, *toy(tmp_path / "cut", *job, "--ask_at=22"), heartbeat_s=UNHURRIED_S), PATIENCE_S):
+    assert code == processes.EXIT_CODE and "is saved at step 2 of 12" in stderr and "Traceback" not in stderr, stderr[-3000:]
+  together(2, *toy(tmp_path / "cut", *job), heartbeat_s=UNHURRIED_S)
+  assert_same_numbers(tmp_path / "cut", tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -270,7 +275,7 @@ def test_processes_agree_on_saves_by_time(alone, tmp_path):
   """Whose clock it is, is killed between two of them."""
   job = toy(tmp_path, SLOW, "--save_every=1000", "--save_every_s=0.5")
   started = start(2, *job, heartbeat_s=UNHURRIED_S)
-  saved = lambda: [int(path.parent.name) for path in (tmp_path / "toy" / "checkpoints").glob("*/manifest.json") if path.parent.name.isdigit()]
+  saved = lambda: saved_steps(tmp_path)
   wait_for(saved, started)
   for one in started:
     one.send_signal(signal.SIGKILL)
@@ -279,6 +284,26 @@ def test_processes_agree_on_saves_by_time(alone, tmp_path):
   together(2, *job, heartbeat_s=UNHURRIED_S)
   assert 0 < step < STEPS and [row["step"] for row in read_rows(tmp_path / "toy" / "timing.jsonl") if "wall_s" in row].count(step) >= 1
   assert_same_numbers(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_machine_whose_disk_is_new_takes_its_shards_from_a_replica(alone, tmp_path):
+  """All are killed without a notice, before any checkpoint. Weights are divided in two, and each half is on two disks."""
+  disk = lambda i: tmp_path / f"disk{i}"
+  job = toy(tmp_path / "run", SLOW, "--save_every=1000", '--mesh={"data": 2, "fsdp": 2}')
+  options = {"extra": lambda i: (f"--local_copies={disk(i)}",), "heartbeat_s": UNHURRIED_S}
+  started = start(4, *job, **options)
+  wait_for(lambda: all(list(disk(i).glob(f"*/*/{i}")) for i in range(4)), started)
+  for one in started:
+    one.send_signal(signal.SIGKILL)
+  ends(started, PATIENCE_S)
+  shutil.rmtree(disk(3))
+  results = ends(start(4, *job, **options), PATIENCE_S)
+  for code, _, stderr in results:
+    assert code == 0, stderr[-3000:]
+  step = int(re.search(r"goes on at step (\d+) from copies .* newest checkpoint is of step None", results[0][2])[1])
+  assert step in saved_steps(tmp_path / "run") and not list(tmp_path.glob("disk*/*"))
+  assert_same_numbers(tmp_path / "run", alone)
 
 
 # Flags.

@@ -138,6 +138,7 @@ def test_plans_of_the_published_curriculum():
     assert math.prod(cfg.mesh.values()) == num
     run = parse(cfg)
     assert cfg.stages[0].resolutions[0].batch_size % (cfg.mesh.data * cfg.mesh.fsdp) == 0, name
+    assert {stage.faults.stop_after for stage in run.stages[1:]} == {"micro_batch"}
     for stage in cfg.stages[1:]:
       for resolution in stage.resolutions:
         square = Bucket("t2i", resolution.base_px, resolution.base_px, num_tokens=1024, batch_size=resolution.batch_size)

@@ -62,7 +62,8 @@ class Loop:
     save = lambda state, meta: self.saved.append(meta)
     checkpoints = types.SimpleNamespace(folder=pathlib.Path(), save=save, wait=lambda: None, close=lambda: None)
     watch = faults.StepMonitor("s", stage.faults, lambda step, row: self.faults.append((step, row)))
-    self.output = trainer.StageOutput(writer, checkpoints, watch, metrics.GoodputRecorder())
+    self.output = trainer.StageOutput(writer, checkpoints, watch, metrics.GoodputRecorder(),
+                                      types.SimpleNamespace(is_due=lambda by_number: False))
     self.programs = StepPrograms(lambda bucket: self.step, range(2))
     self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, self.programs, None,
                                      trainer.Feed(self.iterate(start), self.put), self.output, stop, Profiler(pathlib.Path(), None), is_save_due)

@@ -1,7 +1,8 @@
 """What tests/test_processes.py runs as several processes where a whole training run would only take longer.
 
   python tests/worker.py --do=batches --workdir=... (one JSON list of sample ids per batch, by process 0)
-  python tests/worker.py --do=stop --workdir=... (two stages that are asked to stop; prints where they stopped and the ids of all processes)
+  python tests/worker.py --do=stop --workdir=... (two stages that are asked to stop; prints where they stopped, the ids of all processes, and what
+      a wait for a program says)
   python tests/worker.py --do=save --workdir=... (one checkpoint; each process writes to hashed<i>.json which files it read to compute checksums)
   python tests/worker.py --do=wait --workdir=... [--victim=1 --mistake] (collectives for two minutes; the victim raises)
 """
@@ -9,6 +10,7 @@
 import json
 import pathlib
 import sys
+import threading
 import time
 
 import jax
@@ -24,6 +26,7 @@ from qimg2.runtime import processes
 from qimg2.runtime.run import Run
 from qimg2.sharding import gather_ids, put_global_batch, to_host
 from qimg2.training import checkpoint, faults, manifest
+from qimg2.training.programs import StepPrograms
 from qimg2.training.state import TrainState
 
 NUM_BATCHES = 6
@@ -70,7 +73,13 @@ def stop(args):
     while not (folder / "go").exists():
       time.sleep(0.02)
     stopped = next((f"{stage} {step}" for stage, first in (("one", 500), ("two", 0)) for step in range(first, first + 20) if asked(step)), "never")
-  print(json.dumps([stopped, gather_ids([2**40 + jax.process_index(), 7]).tolist()]), flush=True)
+    # One of two has its program, the other never: neither goes on. Then both have another one.
+    end = threading.Event()
+    programs = StepPrograms(lambda bucket: bucket or not jax.process_index() or end.wait(600), (1, 0))
+    words = [programs.wait_for(1), programs.wait_for(0, lambda: "stop" if jax.process_index() and asked(None) else ""), programs.is_there(0)]
+    words.append(processes.from_first("number", str(jax.process_index())))
+    end.set()
+  print(json.dumps([stopped, gather_ids([2**40 + jax.process_index(), 7]).tolist(), words]), flush=True)
 
 
 def define_flags():

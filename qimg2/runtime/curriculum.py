@@ -18,7 +18,7 @@ from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.micro_batches import variants
-from qimg2.runtime.run import HeldOut, Run, save_config
+from qimg2.runtime.run import HeldOut, Run, check_versions, save_config
 from qimg2.runtime.sheets import grid, save_png
 from qimg2.runtime.suites import describe, evaluation, last_generator, recorded_evaluation
 from qimg2.sharding import to_host
@@ -46,6 +46,7 @@ def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
   """
   cfg, workdir, began = parse(cfg), find_place(workdir, "--workdir"), time.monotonic()
+  check_versions()
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.PreemptionNotice() as stop:
     run = Run(cfg, workdir)
@@ -114,7 +115,8 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
-      (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None)
+      (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None,
+      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s))
   if processes.is_first():
     report.save_counts(run, config, loader)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,

@@ -149,18 +149,25 @@ def in_turn(name: str, act: Callable[[], Any]) -> None:
     act()
 
 
+def from_first(what: str, text: str) -> str:
+  """The text that process 0 gives, on every process. All must call it alike."""
+  if jax.process_count() == 1:
+    return text
+  client, key = distributed.global_state.client, f"qimg2/agree/{what}/{next(_numbers)}"
+  if is_first():
+    client.key_value_set(key, text)
+    return text
+  return client.blocking_key_value_get(key, BARRIER_S * 1000)
+
+
 def agree(what: str, text: str) -> None:
   """Checks that `text` is the same on all processes.
 
   Raises:
     ValueError: it is not.
   """
-  if jax.process_count() == 1:
-    return
-  client, key, digest = distributed.global_state.client, f"qimg2/agree/{what}/{next(_numbers)}", hashlib.sha256(text.encode()).hexdigest()
-  if is_first():
-    client.key_value_set(key, digest)
-  elif client.blocking_key_value_get(key, BARRIER_S * 1000) != digest:
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  if from_first(what, digest) != digest:
     raise ValueError(f"The {what} of process {jax.process_index()} is not that of process 0: start all processes with the same flags and files.")
 
 

@@ -37,18 +37,20 @@ from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record, read_versions
 from qimg2.runtime.config.sources import DIFFUSERS, check_source
 from qimg2.runtime.methods import make_algorithm
-from qimg2.runtime.processes import barrier, in_turn, is_first
+from qimg2.runtime.processes import barrier, from_first, in_turn, is_first
 from qimg2.runtime.weights import StageWeights
 from qimg2.training.trainer import differences
 
 EMBEDDED = ("glyphs", "emoji")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
-# Those of which another version may compute other numbers, read other batches, or not read what was saved.
+# Those of which another version may compute other numbers, read other batches, or not read what was saved. Of optax only the layout of the states is
+# used, and a checkpoint of another layout is refused when it is read; of flax only classes of plain data.
 FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
 # order of batches may be another one, and the log says so.
-FREE = re.compile(r"config\.(mesh|data_dir|num_workers|compile|random_frozen|sampling|evals|stages\[\d+\]\.((log|eval|sample|save)_every_steps|"
-                  r"save_every_s|keep|num_steps|faults|max_programs|mixture\[\d+\]\.data_dir))").fullmatch
+FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|sampling|evals|"
+                  r"stages\[\d+\]\.((log|eval|sample|save)_every_steps|save_every_s|keep|num_steps|faults|max_programs|"
+                  r"mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +266,21 @@ def save_config(cfg: RunConfig, workdir: Place, allow_change: bool = False, allo
             "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
   with named_failures(path):
     write_file(path, json.dumps(record, indent=1))
+
+
+def check_versions() -> None:
+  """Whether all processes have the same packages.
+
+  Raises:
+    ValueError: this one has others than process 0.
+  """
+  mine = _installed_versions()
+  first = json.loads(from_first("versions", json.dumps(mine)))
+  others = [name for name in PACKAGES if mine.get(name) != first.get(name)]
+  if others:
+    each = ", ".join(f"{name} {mine.get(name, 'is missing')} ({first.get(name, 'missing')} there)" for name in others)
+    raise ValueError(f"Process {jax.process_index()} has other packages than process 0: {each}. Install the same on all machines, such as those of "
+                     "requirements.lock.")
 
 
 def _installed_versions() -> dict[str, str]:

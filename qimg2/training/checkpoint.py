@@ -14,7 +14,7 @@ compared with its manifest: a damaged one is named in the log and the one before
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,7 +90,7 @@ class Checkpoints:
     self.wait()
     if self._manager.latest_step() == int(state.step):
       return
-    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in items_of(state).items()}
     self._saving = int(state.step)
     self._guard(lambda: self._manager.save(self._saving, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)))
 
@@ -100,13 +100,9 @@ class Checkpoints:
     Raises:
       ValueError: the checkpoint does not hold what `abstract` asks for, or is damaged.
     """
-    args = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in items_of(abstract).items()}
     restored = self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args), OLDER)
-    train = restored["optimizer"]
-    params = {role: restored[f"params.{role}"] for role in abstract.params}
-    averages = {name: restored[f"average.{name}"] for name in abstract.averages}
-    key = jax.random.wrap_key_data(train["key"])
-    return TrainState(train["step"], params, train["opt"], averages, train["average_states"], key), restored["meta"]
+    return state_of(restored, abstract), restored["meta"]
 
   def items(self, step: int | None) -> list[str]:
     """Names of the weights and averages in the checkpoint of a step, such as "params.model"; `FileNotFoundError` for None."""
@@ -230,7 +226,16 @@ def restore_weights(folder: Place, abstract: dict) -> dict:
       raise ValueError(f"The weights in {folder} do not fit the config: {_first_line(error)}") from error
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def state_of(items: Mapping[str, Any], abstract: TrainState) -> TrainState:
+  """The state, of the roles and averages of `abstract`, that `items_of` took apart."""
+  train = items["optimizer"]
+  params = {role: items[f"params.{role}"] for role in abstract.params}
+  averages = {name: items[f"average.{name}"] for name in abstract.averages}
+  return TrainState(train["step"], params, train["opt"], averages, train["average_states"], jax.random.wrap_key_data(train["key"]))
+
+
+def items_of(state: TrainState) -> dict[str, Any]:
+  """The items of a checkpoint by their names: trees of arrays, abstract ones where the state is abstract."""
   key = jax.eval_shape(jax.random.key_data, state.key) if isinstance(state.key, jax.ShapeDtypeStruct) else jax.random.key_data(state.key)
   if isinstance(key, jax.ShapeDtypeStruct):
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.step.sharding)

@@ -122,7 +122,7 @@ class Agreement:
     try:
       if _said(distributed.global_state.client, self._name) == "asked":
         with self._lock:
-          self._agreed_call = 1 + max(map(int, _exchange(f"{self._name}/calls", str(self._num_calls))))
+          self._agreed_call = 1 + max(map(int, _texts(f"{self._name}/calls", str(self._num_calls))))
     except jax.errors.JaxRuntimeError as error:  # `qimg2.runtime.processes` finds the lost process and ends this one
       logging.warning("The processes cannot agree on a step: %s", str(error).partition("\n")[0])
 
@@ -227,17 +227,18 @@ def _together(failure: type[BaseException] | None) -> bool:
   return failure is None or issubclass(failure, Preempted)
 
 
-def tell(word: str) -> set[str]:
-  """The words of all processes, of which each tells one, as soon as all have. They call it in the same order. The devices have no part in it."""
-  return set(_exchange(f"qimg2/words/{next(_agreements)}", word)) if _shared() else {word}
+def exchange(text: str) -> list[str]:
+  """The texts of all processes, in their order, as soon as each has given one. They call it in the same order. The devices have no part in it."""
+  return _texts(f"qimg2/texts/{next(_agreements)}", text) if _shared() else [text]
 
 
-def _exchange(name: str, text: str) -> list[str]:
-  """The texts of all processes, of which each gives one under the same name, used once, to the coordination service."""
+def _texts(name: str, text: str) -> list[str]:
+  """`exchange` under a name that is used once."""
   client = distributed.global_state.client
-  client.key_value_set(f"{name}/{jax.process_index()}", text)
+  client.key_value_set(f"{name}/{jax.process_index()}", f" {text}")  # never an empty one
   client.wait_at_barrier(f"{name}/all", HOUR_MS)
-  return [one for _, one in client.key_value_dir_get(f"{name}/")]
+  found = sorted(client.key_value_dir_get(f"{name}/"), key=lambda pair: int(pair[0].rpartition("/")[2]))
+  return [one[1:] for _, one in found]
 
 
 def _said(client: Any, key: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from qimg2.training.faults import tell
+from qimg2.training.faults import exchange
 
 CPUS_PER_THREAD = 16  # the compiler is partly parallel itself, and the loader needs the others
 MAX_THREADS = 8
@@ -89,7 +89,7 @@ class StepPrograms:
     if bucket not in self._there:
       while not (word := look()) and not concurrent.futures.wait([self._futures[bucket]], POLL_S).done:
         pass
-      said = tell(word)
+      said = exchange(word)
       if words := [word for word in WORDS if word in said]:
         return words[0]
       self._futures[bucket].result()

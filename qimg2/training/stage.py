@@ -50,6 +50,7 @@ class Stage:
       (folder, step)} of frozen weights that another run may change.
     variants: (networks, micro-batches) of each bucket's step, where they are not `nets` and `accumulate` for all.
     save_every_s: seconds after a save when another one is due, wherever the step stands; 0 for never.
+    local_copies: folder on a disk of each machine, "" for none, and seconds from a copy there to the next, see `qimg2.training.local_copy`.
     first_needed: the numbers of all buckets in the order in which the steps from the given one on need them: their programs are compiled in this
       order while training runs. None compiles all before the first step.
   """
@@ -70,6 +71,7 @@ class Stage:
   variants: tuple[tuple[Any, int], ...] = ()
   save_every_s: float = 0.0
   first_needed: Callable[[int], Iterable[int]] | None = None
+  local_copies: tuple[str, float] = ("", 0.0)
 
 
 def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,

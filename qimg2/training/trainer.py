@@ -15,6 +15,7 @@ evaluation that is due at the step is left to the run that goes on from it.
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -32,6 +33,7 @@ from qimg2.sharding import Rules, gather_ids, put_batch
 from qimg2.training.checkpoint import Checkpoints
 from qimg2.training.faults import Preempted, SaveClock, StepMonitor
 from qimg2.training.feed import Feed
+from qimg2.training.local_copy import LocalCopies
 from qimg2.training.metrics import GoodputRecorder, MetricsWriter
 from qimg2.training.profiler import Profiler
 from qimg2.training.programs import StepPrograms
@@ -53,6 +55,7 @@ class StageOutput:
   checkpoints: Checkpoints
   monitor: StepMonitor
   recorder: GoodputRecorder
+  copies: LocalCopies
 
 
 def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
@@ -86,13 +89,28 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     if (checkpoints.latest_step() or 0) >= stage.num_steps:
       checkpoints.close()
       return None
-    abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
-    state, meta = _first_state(stage, checkpoints, abstract, start, key)
-  step = int(state.step)
-  writer = MetricsWriter(folder, step, _is_first(), meta.get("hooks_due", False))
-  output = StageOutput(writer, checkpoints, StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids), recorder)
-  if stop(step):
-    _leave_before_start(stage, step)
+  with LocalCopies(*stage.local_copies, folder) as copies:
+    with recorder.measure("start"):
+      abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
+      state, meta = _first_state(stage, checkpoints, copies, abstract, start, key)
+    step = int(state.step)
+    writer = MetricsWriter(folder, step, jax.process_index() == 0, meta.get("hooks_due", False))
+    monitor = StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids)
+    output = StageOutput(writer, checkpoints, monitor, recorder, copies)
+    if step > (checkpoints.latest_step() or 0):  # it is from a copy, which may be lost with a machine
+      _save(stage, state, step, output, meta["hooks_due"], can_continue=True)
+    if meta:
+      state = as_configured(state, stage.algorithm, stage.optimizers)
+    if stop(step):
+      _leave_before_start(stage, step, output)
+    state = _train(stage, nets, loader, mesh, rules, abstract, state, meta.get("hooks_due", False), frozen, output, folder, stop)
+    return _end(stage, state, frozen, nets, finish_batches, output, stop)
+
+
+def _train(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, abstract: TrainState, state: TrainState, hooks_due: bool,
+           frozen: dict[str, Any], output: StageOutput, folder: pathlib.Path, stop: Callable[[int | None], bool]) -> TrainState:
+  """Compiles, and runs the steps that are left; the state after the last one."""
+  step, recorder = int(state.step), output.recorder
   with recorder.measure("compile"):
     rollouts = compile_rollouts(stage, nets, abstract, frozen, mesh, rules)
     compile_one = step_compiler(stage, nets, abstract, frozen, mesh, rollouts)
@@ -101,27 +119,30 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     with recorder.measure("compile"):
       word = programs.wait(f"{stage.name}: compile", 1 if stage.first_needed else len(order), lambda: "stop" if stop(None) else "")
     if word or stop(step):
-      _leave_before_start(stage, step)
-    if meta.get("hooks_due"):
+      _leave_before_start(stage, step, output)
+    if hooks_due:
       _run_hooks(stage, state, frozen, step, output)
-    writer.write_timing(step, recorder.row())
+    output.writer.write_timing(step, recorder.row())
     feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
     with contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler, SaveClock(stage.save_every_s) as is_save_due:
-      state = _loop(stage, state, frozen, programs, rollouts, feed, output, stop, profiler, is_save_due)
-  return _end(stage, state, frozen, nets, finish_batches, output, stop)
+      return _loop(stage, state, frozen, programs, rollouts, feed, output, stop, profiler, is_save_due)
 
 
-def _first_state(stage: Stage, checkpoints: Checkpoints, abstract: TrainState, start: Callable[[], tuple[dict, dict]],
+def _first_state(stage: Stage, checkpoints: Checkpoints, copies: LocalCopies, abstract: TrainState, start: Callable[[], tuple[dict, dict]],
                  key: jax.Array) -> tuple[TrainState, dict]:
-  """(state, meta) of the newest intact checkpoint; without any checkpoint the state of step 0 and nothing."""
+  """(state, meta) as saved in the newest intact checkpoint, or in a whole copy that is newer; without any the state of step 0 and nothing."""
   latest = checkpoints.latest_step()
-  if latest is None:
+  restored = copies.newest(abstract, latest or 0, stage.num_steps)
+  if restored:
+    logging.warning("Stage %s goes on at step %d from copies on the machines' own disks: the newest checkpoint is of step %s.", stage.name,
+                    restored[0].step, latest)
+  elif latest is None:
     begin = lambda params, averages: init_state(stage.algorithm, stage.optimizers, params, averages, key)  # jitted, for arrays that span processes
     return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start()), {}
-  state, meta = checkpoints.restore(abstract, latest)
+  state, meta = restored or checkpoints.restore(abstract, latest)
   _check_frozen(stage, meta.get("stage", {}))
-  _warn_of_another_order(stage, latest, meta.get("stage", {}))
-  return as_configured(state, stage.algorithm, stage.optimizers), meta
+  _warn_of_another_order(stage, int(state.step), meta.get("stage", {}))
+  return state, meta
 
 
 def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batches: Callable[[], Iterable[dict]], output: StageOutput,
@@ -140,6 +161,7 @@ def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batche
   with output.recorder.measure("save"):
     _save(stage, state, stage.num_steps, output)
     output.checkpoints.close()
+  output.copies.clear()
   output.writer.write_timing(stage.num_steps, output.recorder.row())
   output.writer.close()
   if stop(stage.num_steps + 1) or stopping:
@@ -151,8 +173,9 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
           stop: Callable[[int | None], bool], profiler: Profiler, is_save_due: Callable[[bool | None], bool]) -> TrainState:
   """Runs the steps that are left; saves, but not after the last one, which `finalize` still follows."""
   first = int(state.step)
-  progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=None if _is_first() else True, file=sys.stderr)
+  progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=True if jax.process_index() else None, file=sys.stderr)
   clock, num_samples, dispatched = time.monotonic(), 0, collections.deque()
+  clocks = {"save": is_save_due, "copy": output.copies.is_due}
   feed.prefetch()
   for step in range(first + 1, stage.num_steps + 1):
     bucket, rows, batch = feed.get()
@@ -162,13 +185,13 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
       _wait(stage, state, step, first, programs, bucket, dispatched, output, stop, is_save_due)
       clock += time.monotonic() - pause
     profiler.before(step)
-    extra, late = {}, []
+    extra, due = {}, set()
     if rollouts is not None:
       if not rollouts[bucket].on_device:
         _observe(dispatched, len(dispatched), output.monitor)  # the time of the step before is not the rollout's
       with output.recorder.measure("rollout"):
         batch, extra = rollouts[bucket](state, frozen, batch, rows)
-    done = programs[bucket](state, frozen, batch, lambda late=late, step=step: late.append(is_save_due(False)) or stop(step))
+    done = programs[bucket](state, frozen, batch, functools.partial(_is_dropped, step, clocks, due, stop))
     if done is None:
       progress.close()
       _drop(stage, state, step, first, dispatched, output)
@@ -190,26 +213,37 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
     progress.update(1)
     if last:
       break
-    stopping, saving = stop(step), is_save_due(step % stage.save_every_steps == 0) or any(late)
-    if stopping or saving or _is_due(stage, step):
+    if stop(step):
+      due.add("stop")
+    due |= {name for name, is_due in clocks.items() if is_due(name == "save" and step % stage.save_every_steps == 0)}
+    if due or _is_due(stage, step):
       pause = time.monotonic()
-      _between(stage, state, frozen, step, dispatched, output, progress, stopping, saving)
+      _between(stage, state, frozen, step, dispatched, output, progress, due)
       clock += time.monotonic() - pause
   progress.close()
   return state
 
 
+def _is_dropped(step: int, clocks: Mapping[str, Callable[[bool], bool]], due: set[str], stop: Callable[[int], bool]) -> bool:
+  """Whether all processes drop the step between two micro-batches; adds to `due` what is to follow the step."""
+  due |= {name for name, is_due in clocks.items() if is_due(False)}
+  return stop(step)
+
+
 def _between(stage: Stage, state: TrainState, frozen: dict, step: int, dispatched: collections.deque, output: StageOutput, progress: tqdm,
-             stopping: bool, saving: bool) -> None:
-  """What is due after `step`: the stop, or the hooks and the save."""
+             due: set[str]) -> None:
+  """What is due after `step`: the "stop"; or the hooks, the "save" and the "copy" on local disks."""
   _observe(dispatched, len(dispatched), output.monitor)  # the device is done with the steps: what follows is no time of theirs
-  if stopping:
+  if "stop" in due:
     progress.close()
     _leave(stage, state, step, output, hooks_due=_is_due(stage, step))
   _run_hooks(stage, state, frozen, step, output)
-  if saving:
-    with output.recorder.measure("save"):
+  with output.recorder.measure("save"):
+    if "save" in due:
       _save(stage, state, step, output, can_continue=True)
+    if "copy" in due:
+      output.writer.sync()
+      output.copies.save(state, _meta(stage, step, output))
 
 
 def _wait(stage: Stage, state: TrainState, step: int, first: int, programs: StepPrograms, bucket: int, dispatched: collections.deque,
@@ -238,7 +272,7 @@ def _drop(stage: Stage, state: TrainState, step: int, first: int, dispatched: co
   """
   _observe(dispatched, len(dispatched), output.monitor)
   if step - 1 == first:
-    _leave_before_start(stage, first)
+    _leave_before_start(stage, first, output)
   _leave(stage, state, step - 1, output, hooks_due=False)  # they ran
 
 
@@ -272,7 +306,7 @@ def _loss(values: Mapping[str, float]) -> str:
 
 def _save(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool = False, can_continue: bool = False) -> None:
   """Starts to save the state. Where the settings say so, a failure of the save before it is only logged, and with `can_continue` its own, too."""
-  meta = {"loader_step": step, "stage": dict(stage.description), "watch": output.monitor.saved(), "hooks_due": hooks_due}
+  meta = _meta(stage, step, output, hooks_due)
   for part, may_fail in ((output.checkpoints.wait, True), (lambda: _save_with_rows(state, meta, output), can_continue)):
     try:
       part()
@@ -286,6 +320,10 @@ def _save_with_rows(state: TrainState, meta: dict, output: StageOutput) -> None:
   """Starts to save the state when the rows up to it are where they belong."""
   output.writer.sync()
   output.checkpoints.save(state, meta)
+
+
+def _meta(stage: Stage, step: int, output: StageOutput, hooks_due: bool = False) -> dict:
+  return {"loader_step": step, "stage": dict(stage.description), "watch": output.monitor.saved(), "hooks_due": hooks_due}
 
 
 def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool) -> None:
@@ -303,13 +341,10 @@ def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput, hook
   raise Preempted(f"Stage {stage.name} was asked to stop and is saved at step {step} of {stage.num_steps}: the same command goes on.")
 
 
-def _leave_before_start(stage: Stage, step: int) -> None:
+def _leave_before_start(stage: Stage, step: int, output: StageOutput) -> None:
+  output.checkpoints.close()  # a save of what came from a copy may be under way
   raise Preempted(f"Stage {stage.name} was asked to stop before its first step, with nothing new to save at step {step} of {stage.num_steps}: the "
                   "same command goes on.")
-
-
-def _is_first() -> bool:
-  return jax.process_index() == 0
 
 
 def _is_due(stage: Stage, step: int) -> bool:

@@ -86,6 +86,7 @@ class Job:
   profile: tuple | None = None
   description: dict = dataclasses.field(default_factory=lambda: {"seed": 0})
   save_every_s: float = 0.0
+  local_copies: tuple = ("", 0.0)
 
   def loader(self, mesh, rules):
     """The loader of the method's data."""
@@ -110,7 +111,7 @@ def stage_of(job):
   shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
-                       job.tolerance, job.description, job.profile, save_every_s=job.save_every_s), mesh, rules
+                       job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies), mesh, rules
 
 
 def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
@@ -146,6 +147,7 @@ def define_flags():
   flags.DEFINE_integer("accumulate", 1, "Micro-batches.")
   flags.DEFINE_enum("stop_after", "step", faults.STOP_AFTER, "What a stop waits for.")
   flags.DEFINE_integer("ask_at", 0, "At which of its questions whether to stop the last process asks for it; 0 for none.")
+  flags.DEFINE_string("local_copies", "", "Folder of copies on this machine.")
   flags.DEFINE_bool("biased_judge", False, "Whether the judge says something else on every process but the first.")
   flags.DEFINE_string("mesh", '{"fsdp": -1}', "Mesh, as JSON.")
   cli.define_process_flags()
@@ -167,7 +169,7 @@ def main(_):
   args = flags.FLAGS
   job = Job(args.method, args.num_steps, json.loads(args.mesh), save_every=args.save_every, slow_s=args.slow_s,
             save_every_s=args.save_every_s, settings=dataclasses.replace(SETTINGS, accumulate=args.accumulate),
-            tolerance=faults.Settings(stop_after=args.stop_after))
+            tolerance=faults.Settings(stop_after=args.stop_after), local_copies=(args.local_copies, 0.01))
   if args.biased_judge:
     job = dataclasses.replace(job, algorithm=biased(METHODS[args.method]()))
   try:

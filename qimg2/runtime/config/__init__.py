@@ -62,6 +62,18 @@ class MicroBatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LocalCopiesConfig:
+  """Copies of the state on disks of the machines themselves (`qimg2.training.local_copy`): a folder there, "" for none, and seconds from one to the
+  next."""
+  folder: str = ""
+  every_s: float = 60.0
+
+  def __post_init__(self):
+    if self.every_s <= 0:
+      raise ValueError(f"every_s is {self.every_s}: give seconds above 0, or no folder for no copies.")
+
+
+@dataclasses.dataclass(frozen=True)
 class PrepareConfig:
   """How embedded data sets are made: training pictures, None for the data set's own number, and the seed."""
   num_examples: int | None
@@ -168,6 +180,7 @@ class RunConfig:
   evals: Mapping[str, Mapping[str, int]]
   stages: tuple[StageConfig, ...]
   micro_batches: tuple[MicroBatchConfig, ...] = ()
+  local_copies: LocalCopiesConfig = LocalCopiesConfig()
 
   def __post_init__(self):
     if list(self.micro_batches) != sorted(self.micro_batches, key=lambda one: one.tokens):
