@@ -30,6 +30,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qimg2.places import Place, write_file
 from qimg2.training import manifest
 from qimg2.training.checkpoint import items_of, state_of
 from qimg2.training.faults import SaveClock, exchange
@@ -42,7 +43,7 @@ RECORD = "record.json"
 class LocalCopies:
   """The copies of one stage on this machine: `with LocalCopies(...) as copies`. Every process has one, and all call it alike."""
 
-  def __init__(self, folder: str, every_s: float, stage_folder: pathlib.Path):
+  def __init__(self, folder: str, every_s: float, stage_folder: Place):
     """Args: folder on a disk of this machine, "" for no copies; seconds from a copy to the next one; folder of the stage in the run's folder."""
     self._clock = SaveClock(every_s if folder else 0.0)
     self._pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -140,15 +141,12 @@ class LocalCopies:
     return paths, meta if needed <= paths.keys() else None
 
 
-def _identity(folder: pathlib.Path) -> str:
+def _identity(folder: Place) -> str:
   """The id of a stage's copies, the same on all processes: the first one keeps it in the stage's folder."""
   path, text = folder / "local_copies_id", ""
   if jax.process_index() == 0:
     if not path.exists():
-      folder.mkdir(parents=True, exist_ok=True)
-      part = path.with_suffix(".part")
-      part.write_text(uuid.uuid4().hex, encoding="utf-8")
-      part.replace(path)
+      write_file(path, uuid.uuid4().hex)
     text = path.read_text(encoding="utf-8")
   return exchange(text)[0]
 
