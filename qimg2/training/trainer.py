@@ -242,8 +242,11 @@ def _between(stage: Stage, state: TrainState, frozen: dict, step: int, dispatche
     if "save" in due:
       _save(stage, state, step, output, can_continue=True)
     if "copy" in due:
-      output.writer.sync()
-      output.copies.save(state, _meta(stage, step, output))
+      try:
+        output.writer.sync()
+        output.copies.save(state, _meta(stage, step, output))
+      except OSError as error:  # a bucket that does not answer for a while
+        logging.warning("Stage %s has no copy of step %d: %s", stage.name, step, error)
 
 
 def _wait(stage: Stage, state: TrainState, step: int, first: int, programs: StepPrograms, bucket: int, dispatched: collections.deque,
