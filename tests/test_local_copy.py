@@ -59,13 +59,14 @@ def test_the_newest_whole_one_is_taken_bit_for_bit(state, tmp_path, caplog):
   found, meta = newest(state, tmp_path)
   assert bits(found) == bits(state(8)) and meta == {"loader_step": 8}
   assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, state(8))
-  assert int(newest(state, tmp_path, before=8)[0].step) == 5
   assert newest(state, tmp_path, after=8) is None and newest(state, tmp_path, workdir="another") is None and not caplog.records
   part = max((folder / "8" / "0").glob("*.npy"), key=lambda path: path.stat().st_size)
   part.write_bytes(bytes(part.stat().st_size))
   assert int(newest(state, tmp_path)[0].step) == 5
   assert f"leaves out the copy {folder / '8' / '0'}: the content of" in caplog.text
-  assert "The copies of step 8 are not taken: process 0 has no whole one" in caplog.text
+  assert "The copies of step 8 cannot be used and are removed: process 0 has no whole one" in caplog.text
+  copied(state, tmp_path, (6,))
+  assert sorted(path.name for path in folder.iterdir()) == ["5", "6"] and newest(state, tmp_path, before=6)[1] == {"loader_step": 5}
   with LocalCopies(str(tmp_path / "disk"), 60.0, tmp_path / "run") as copies:
     copies.clear()
   assert not folder.exists() and newest(state, tmp_path) is None

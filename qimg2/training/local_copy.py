@@ -91,11 +91,12 @@ class LocalCopies:
 
   def newest(self, abstract: TrainState, after: int, before: int) -> tuple[TrainState, dict] | None:
     """(state, meta) of the newest step between `after` and `before` of which all shards that `abstract` asks for are on some disk; None if there is
-    none."""
+    none. Newer copies are removed: the run makes them anew, and those of two attempts are not to be mixed."""
     if self._folder is None:
       return None
     leaves = _leaves(items_of(abstract))
     steps = [int(path.name) for path in self._folder.glob("*") if path.name.isdecimal() and after < int(path.name) < before]
+    taken, found = after, None
     for step in sorted({step for text in exchange(json.dumps(steps)) for step in json.loads(text)}, reverse=True):
       paths, meta = self._read(step, leaves)
       texts = exchange(json.dumps(meta))
@@ -103,10 +104,14 @@ class LocalCopies:
       if any(have) and all(_is_covered(x, have) for x in leaves.values()):
         arrays = {name: _assemble(x, have, functools.partial(_load, paths, name)) for name, x in leaves.items()}
         tree = jax.tree.unflatten(jax.tree.structure(items_of(abstract)), list(arrays.values()))
-        return state_of(tree, abstract), json.loads(texts[have.index(True)])
-      logging.warning("The copies of step %d are not taken: %s no whole one, and nobody else has the same shards.", step,
-                      ", ".join(f"process {i} has" for i, whole in enumerate(have) if not whole))
-    return None
+        taken, found = step, (state_of(tree, abstract), json.loads(texts[have.index(True)]))
+        break
+      logging.warning("The copies of step %d cannot be used and are removed: process %s has no whole one, and nobody else has the same shards.", step,
+                      ", ".join(str(i) for i, whole in enumerate(have) if not whole))
+    for path in self._folder.glob("*"):
+      if int(path.name) > taken:
+        shutil.rmtree(path, ignore_errors=True)
+    return found
 
   def _write(self, step: int, shards: dict[tuple[str, str], np.ndarray], record: dict) -> None:
     own = self._folder / str(step) / str(jax.process_index())
