@@ -227,8 +227,8 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     if filled:
       splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
                                         num_bytes=sum(shard.num_bytes for shard in filled), filename_template=template))
-      np.savez(_index_path(folder, split), **index[split])
-      checksums[f"index-{split}.npz"] = checksum(_index_path(folder, split))
+      np.savez(index_path(folder, split), **index[split])
+      checksums[f"index-{split}.npz"] = checksum(index_path(folder, split))
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
     tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
                                        description=f"Records of {name}.", disable_shuffling=True)
@@ -301,13 +301,14 @@ def local_folder(place: str | os.PathLike, what: str) -> pathlib.Path:
   return pathlib.Path(place)
 
 
-def _index_path(folder: str | os.PathLike, split: str) -> str:
+def index_path(folder: str | os.PathLike, split: str) -> str:
+  """Where the index of a split of the data set in a folder is."""
   return os.path.join(folder, f"index-{split}.npz")
 
 
 def list_splits(data_dir: str | os.PathLike, name: str) -> list[str]:
   """The splits of a data set that hold records."""
-  return [split for split in SPLITS if os.path.exists(_index_path(os.path.join(data_dir, name), split))]
+  return [split for split in SPLITS if os.path.exists(index_path(os.path.join(data_dir, name), split))]
 
 
 def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequence[dict], dict[str, np.ndarray]]:
@@ -325,9 +326,9 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   version = read_meta(folder)["request"]["version"]
   if version != VERSION:
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
-  if not os.path.exists(_index_path(folder, split)):
+  if not os.path.exists(index_path(folder, split)):
     raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
-  index = map_columns(_index_path(folder, split))
+  index = map_columns(index_path(folder, split))
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]

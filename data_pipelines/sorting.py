@@ -10,7 +10,6 @@ import numpy as np
 from data_pipelines import buckets as sizes
 from data_pipelines.buckets import Bucket
 from data_pipelines.cache import Cache
-from data_pipelines.columns import scratch
 from data_pipelines.programs import Family, assign, costs, padding
 from data_pipelines.specs import SLOT_PX, DatasetSpec, Resolution
 from data_pipelines.tally import Tally, pieces
@@ -92,10 +91,11 @@ class Placed:
   cut_off: float
   own_cut_off: float
 
-  def positions(self) -> list[np.ndarray]:
-    """Returns the positions of the records of each program, ascending, uint32."""
-    every, ends = scratch(self.kept, np.uint32), np.cumsum(self.sizes)
+  def positions(self, every: np.ndarray) -> list[range]:
+    """Writes the positions of the records of each program, ascending, one program after the other; returns where those of each are."""
+    ends = np.cumsum(self.sizes)
     filled = ends - self.sizes
+    places = [range(*one) for one in zip(filled.tolist(), ends.tolist())]
     for piece in pieces(len(self.place)):
       here = self.place[piece]
       order = np.argsort(here, kind="stable")
@@ -105,7 +105,7 @@ class Placed:
         some = order[stops[number]:stops[number + 1]]
         every[filled[number]:filled[number] + len(some)] = some + piece.start
         filled[number] += len(some)
-    return [every[end - size:end] for size, end in zip(self.sizes, ends)]
+    return places
 
 
 def merging(placed: Sequence[Placed], num_buckets: int, most_repeated: int) -> Merging:
@@ -257,11 +257,12 @@ class Sorted:
                   self._count(by_target(slice(None)), by_target(place != same[shape])), int(self.counts.sum()), int(times.sum()), used, names,
                   self._padding(shape, place, times, offered), *map(float, cuts))
 
-  def cells(self, placed: Placed) -> dict[tuple, tuple[np.ndarray, fractions.Fraction]]:
-    """Returns (target, source sizes, prompt class) -> (positions of its records, ascending; the sum of their weights)."""
+  def cells(self, placed: Placed, records: np.ndarray) -> dict[tuple, tuple[range, fractions.Fraction]]:
+    """Writes the positions of all records that are kept; returns (target, source sizes, prompt class) -> (where in `records` its own are, ascending;
+    the sum of their weights)."""
     key = lambda shape: (shape[0], tuple(self.family.sources[i] for i in shape[1:-1]), shape[-1])
-    found = zip(map(key, placed.programs), placed.positions(), placed.weights)
-    return {key: (records, weight) for key, records, weight in sorted(found, key=lambda one: one[0]) if len(records)}
+    found = zip(map(key, placed.programs), placed.positions(records), placed.weights)
+    return {key: (there, weight) for key, there, weight in sorted(found, key=lambda one: one[0]) if there}
 
   def _own_target(self, piece: slice, usable: np.ndarray, shape: np.ndarray) -> np.ndarray:
     """Returns the target size nearest to each picture: where the records hold latents, to the one that these were made of."""

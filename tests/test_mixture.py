@@ -82,7 +82,7 @@ def build_or_refuse(world):
 
 
 def cells_of(mixture, dataset=None, resolution=None):
-  return [cell for cell in mixture._cells if dataset in (None, cell.dataset) and resolution in (None, cell.resolution)]
+  return [cell for cell in mixture.cells if dataset in (None, cell.dataset) and resolution in (None, cell.resolution)]
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_most_random_mixtures_can_be_made():
     made.append(build_or_refuse(world))
   collect()
   some = [mixture for mixture in made if mixture]
-  assert len(some) > len(made) // 3 and any(len(mixture.buckets) > 10 for mixture in some) and any(len(mixture._cells) == 1 for mixture in some)
+  assert len(some) > len(made) // 3 and any(len(mixture.buckets) > 10 for mixture in some) and any(len(mixture.cells) == 1 for mixture in some)
   assert {reason for mixture in some for count in mixture.counts for reason in (*REASONS, "moved") if getattr(count, reason)} == {*REASONS, "moved"}
 
 
