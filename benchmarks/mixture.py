@@ -24,7 +24,7 @@ from benchmarks import timing
 from data_pipelines.arrangement import Found
 from data_pipelines.columns import Column
 from data_pipelines.mixture import Mixture
-from data_pipelines.tally import pieces
+from data_pipelines.pieces import pieces
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 from launch import cli
 from qimg2.runtime.config import RunConfig, parse

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +19,12 @@ from data_pipelines.buckets import Bucket
 from data_pipelines.cache import Cache
 from data_pipelines.columns import LARGE, scratch
 from data_pipelines.kept import New, keep
+from data_pipelines.kinds import Kinds
+from data_pipelines.pieces import pieces
 from data_pipelines.programs import PENALTIES, Chooser, Family, Group
 from data_pipelines.records import KINDS
 from data_pipelines.sorting import REASONS, Count, Merging, Placed, Sorted, exact, merging
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
-from data_pipelines.tally import pieces
 from data_pipelines.tokenizer import PromptTokenizer
 
 MOST_LEFT_OUT = 0.01  # of the records of a data set, for want of programs
@@ -172,12 +173,13 @@ class _Arranger:
 
   def _sorts(self, spec: DatasetSpec, found: Found) -> list[Sorted]:
     """Returns the records of a data set at each resolution."""
-    reason, prompt = self._unusable(spec, found.index)
+    looks = self._unusable(spec, found.index)
     if self._wanted.every:  # those that the spec refuses go by their pictures alone
-      prompt[reason > 0], reason[:] = 0, 0
+      looks = ((piece, np.zeros_like(reason), np.where(reason > 0, np.uint8(0), prompt)) for piece, reason, prompt in looks)
       spec = dataclasses.replace(spec, max_enlarge=0.0)
-    return [Sorted(spec, resolution, found.index, found.cache, found.shapes, self._wanted.classes, prompt, reason, self._wanted.max_crop)
-            for resolution in self._wanted.resolutions]
+    kinds = Kinds(spec, self._wanted.resolutions, found.index, self._wanted.max_crop, looks)
+    return [Sorted(spec, resolution, r, kinds, found.cache, found.shapes, self._wanted.classes, "base_px" in found.index)
+            for r, resolution in enumerate(self._wanted.resolutions)]
 
   def _nothing_left(self, spec: DatasetSpec, may_be: bool) -> None:
     sentence = (f"No record of {spec.name!r} ({spec.split}) is left by task={spec.task}, min_quality={spec.min_quality}, "
@@ -232,23 +234,26 @@ class _Arranger:
     raise ValueError(f"{budget}{latents}, {sentence} would be in no batch; all records together have "
                      f"{chooser.num_shapes} shapes. Raise it, or max_crop, or leave out ratios or resolutions.")
 
-  def _unusable(self, spec: DatasetSpec, index: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (why each record cannot be used, a place in `REASONS`, the first that holds; the prompt class of its longest usable caption)."""
-    num, longest = len(index["height"]), self._wanted.classes[-1]
-    reason, prompt, first = np.zeros(num, np.uint8), np.zeros(num, np.uint8 if len(self._wanted.classes) < 256 else np.uint32), 0
+  def _unusable(self, spec: DatasetSpec, index: Mapping[str, np.ndarray]) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Yields (some records, why each of them cannot be used, a place in `REASONS`, the first that holds; the prompt class of its longest usable
+    caption)."""
+    first, longest = 0, self._wanted.classes[-1]
+    classes = np.searchsorted(self._wanted.classes, np.arange(longest + 1)).astype(np.min_scalar_type(len(self._wanted.classes)))
     # Lengths by another tokenizer say nothing: all prompts get the longest class, and one that does not fit is found when it is read.
     known = str(index["tokenizer"]) == self._wanted.tokenizer.fingerprint
-    for piece in pieces(num):
+    for piece in pieces(len(index["height"])):
       counts = np.array(index["num_captions"][piece])
       captions = slice(first, first := first + int(counts.sum()))
-      some = {name: np.array(index[name][captions]) for name in ("caption_language", "caption_kind", "caption_tokens")}
-      tokens = some["caption_tokens"] if known else np.full_like(some["caption_tokens"], longest)
-      length = _longest(np.where(usable_captions(some | {"language_names": index["language_names"]}, spec), tokens, 0), counts)
-      tests = {"low_quality": np.array(index["quality"][piece]) < np.float32(spec.min_quality),
-               "low_stage": np.array(index["stage"][piece]) < spec.min_stage, "no_caption": length == 0, "too_long": length > longest}
-      reason[piece] = np.select(list(tests.values()), [REASONS.index(name) for name in tests], 0)
-      prompt[piece] = np.searchsorted(self._wanted.classes, np.minimum(length, longest))
-    return reason, prompt
+      tokens = np.array(index["caption_tokens"][captions]) if known else np.full(captions.stop - captions.start, longest)
+      if spec.languages or spec.caption_weights:
+        some = {name: index[name][captions] for name in ("caption_language", "caption_kind", "caption_tokens")}
+        tokens = np.where(usable_captions(some | {"language_names": index["language_names"]}, spec), tokens, 0)
+      length, reason = _longest(tokens, counts), np.zeros(len(counts), np.uint8)
+      tests = {"too_long": length > longest, "no_caption": length == 0, "low_stage": np.array(index["stage"][piece]) < spec.min_stage,
+               "low_quality": np.array(index["quality"][piece]) < np.float32(spec.min_quality)}
+      for name, holds in tests.items():  # the first reason comes last
+        reason[holds] = REASONS.index(name)
+      yield piece, reason, classes[np.minimum(length, longest)]
 
   def _bucket(self, target: Bucket, source_sizes: tuple[tuple[int, int], ...], prompt_tokens: int) -> Bucket:
     """Returns the bucket with condition images and room for their tokens: `prompt_tokens` counts text."""
@@ -282,9 +287,10 @@ def _groups(sorts: Sequence[Sequence[Sorted]]) -> tuple[list[tuple], list[Group]
 
 def _lost(parts: Sequence[Sorted], own: Sequence[Placed]) -> tuple[int, int]:
   """Returns (how many records of a data set have a shape at some resolution, and a bucket at none; how many have a shape)."""
+  counts = parts[0].kinds.counts
   usable = functools.reduce(np.logical_or, (one.usable() for one in parts))
   kept = functools.reduce(np.logical_or, (one.place >= 0 for one in own))
-  return int(usable.sum()) - int(kept.sum()), int(usable.sum())
+  return int(counts[usable & ~kept].sum()), int(counts[usable].sum())
 
 
 def _used(sorts: Sequence[Sequence[Sorted]], placed: Sequence[Sequence[Placed]]) -> dict[tuple, np.ndarray]:
@@ -299,6 +305,8 @@ def _used(sorts: Sequence[Sequence[Sorted]], placed: Sequence[Sequence[Placed]])
 
 def _longest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
   """Returns the largest of the `counts[i]` values of each record i; 0 where there are none."""
+  if (counts == 1).all():
+    return values
   starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
   longest = np.zeros(len(counts), values.dtype)
   some = counts > 0
