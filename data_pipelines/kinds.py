@@ -96,12 +96,13 @@ class Kinds:
     """Returns what some records are told apart by."""
     height, width = self._sides(piece)
     sources = np.array(self._index["source_sizes"][piece])
-    columns = [reason, prompt, self._ratios(height, width), sources.any(axis=(1, 2)), np.zeros(len(height), bool)]
+    none = np.broadcast_to(np.False_, len(height))  # takes no memory
+    columns = [reason, prompt, self._ratios(height, width), sources.any(axis=(1, 2)) if sources.shape[1] else none, none]
     if "base_px" in self._index:  # a latent cache holds pictures of one size each
       columns[-1] = np.select([self._index["base_px"][piece] == side for side in self.sides], range(1, 1 + len(self.sides)), 0).astype(np.uint8)
     own = self._sides(piece, self._own) if self._own or self._spec.max_enlarge else ()
-    columns.append(self._own_ratios(*own) if self._own else np.zeros(len(height), bool))
-    columns.append(self._enlarged(*own) if self._spec.max_enlarge else np.zeros(len(height), bool))
+    columns.append(self._own_ratios(*own) if self._own else none)
+    columns.append(self._enlarged(*own) if self._spec.max_enlarge else none)
     for slot in range(sources.shape[1] if self._spec.task == "ti2i" else 0):
       there, column = np.flatnonzero(sources[:, slot, 0] > 0), np.zeros(len(height), np.uint16)
       column[there] = 1 + self._source_ratios(sources[there, slot, 0], sources[there, slot, 1])

@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from data_pipelines.columns import map_columns
 from data_pipelines.shards import Shards
@@ -49,6 +49,7 @@ SPLITS = ("train", "validation")
 KINDS = ("general", "text", "knowledge", "structured")
 LAST_STAGE = 6
 VERSION = "2.0.0"
+_TOGETHER = 16  # records that are read at once from a file that is copied
 _DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes": "{}", "sources": [], "source_height": [], "source_width": [],
              "image": b"", "latents": b"", "source_latents": [], "features": []}
 
@@ -89,7 +90,18 @@ class ShardWriter:
   def write(self, record: dict) -> None:
     """Appends a record."""
     example = self._serializer.get_tf_example(self._features.encode_example(complete(record)))
-    data = example.SerializeToString(deterministic=True)  # else the order of the fields is another in every process
+    self._write(example.SerializeToString(deterministic=True))  # else the order of the fields is another in every process
+
+  def append(self, path: str | os.PathLike) -> None:
+    """Appends all records of another file, as they are."""
+    reader = ArrayRecordReader(os.fspath(path))
+    num = reader.num_records()
+    for first in range(0, num, _TOGETHER):
+      for data in reader.read(list(range(first, min(first + _TOGETHER, num)))):
+        self._write(data)
+    reader.close()
+
+  def _write(self, data: bytes) -> None:
     self._writer.write(data)
     self._num_records, self._num_bytes = self._num_records + 1, self._num_bytes + len(data)
 
