@@ -4,9 +4,10 @@
 
 Two thirds of the pictures have nearly a usual aspect ratio; captions have 20 to 1,024 tokens. Edits have one, two or three condition images (85, 12
 and 3 %), the first of which has the target's aspect ratio in 90 %. No picture is there; the index is in files, as that of a data set. Printed are:
-processor seconds and GiB of memory, without mapped files, from the index to the order; bytes that a worker process of the loader is sent; programs
-and what merging costs; how far the shares of data sets are from what the config asks, after `--batches`; how often the most frequent record of a data
-set and resolution comes to how often the rarest does; distinct records of the worst batch; milliseconds of a plan.
+processor seconds and GiB of memory, without mapped files, from the index to the order; the seconds of a second start, which finds it kept; bytes
+that a worker process of the loader is sent; programs and what merging costs; how far the shares of data sets are from what the config asks, after
+`--batches`; how often the most frequent record of a data set and resolution comes to how often the rarest does; distinct records of the worst batch;
+milliseconds of a plan.
 """
 
 import dataclasses
@@ -20,9 +21,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import timing
+from data_pipelines.arrangement import Found
 from data_pipelines.columns import Column
 from data_pipelines.mixture import Mixture
-from data_pipelines.tally import pieces
+from data_pipelines.pieces import pieces
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 from launch import cli
 from qimg2.runtime.config import RunConfig, parse
@@ -106,14 +108,20 @@ def measure(cfg: RunConfig, stage_name: str, num_pictures: int, num_edits: int, 
   for task, num in (("t2i", num_pictures), ("ti2i", num_edits)):
     os.mkdir(os.path.join(folder, task))
     made[task] = make_index(num, task == "ti2i", tokenizer, os.path.join(folder, task))
-  find = lambda spec: (None, made[spec.task], None, ())
+  find = lambda spec: Found(None, made[spec.task], identity=f"made up: {len(made[spec.task]['height'])} {spec.task}")
   memory, begin, clock = _Memory(), time.process_time(), time.perf_counter()
   classes = () if stage.kind == "autoencoder" else cfg.prompt_classes
   datasets = [dataclasses.replace(spec, min_stage=0, max_enlarge=0.0) for spec in stage.mixture]  # these pictures went through no funnel
-  mixture = Mixture(datasets, stage.resolutions, cfg.num_tokens, tokenizer, cfg.seed, classes, stage.max_crop, stage.min_bucket_records,
-                    stage.max_programs, find=find)
-  found = {"cpu_s": time.process_time() - begin, "seconds": time.perf_counter() - clock,
-           "more_gb": memory.stop(), "bytes_per_worker": len(pickle.dumps(mixture)), "shapes": mixture.merging.shapes,
+  build = lambda: Mixture(datasets, stage.resolutions, cfg.num_tokens, tokenizer, cfg.seed, classes, stage.max_crop, stage.min_bucket_records,
+                          stage.max_programs, find=find, order_dir=os.path.join(folder, "orders"))
+  mixture = build()
+  found = {"cpu_s": time.process_time() - begin, "seconds": time.perf_counter() - clock, "more_gb": memory.stop()}
+  digest, begin, clock = mixture.digest, time.process_time(), time.perf_counter()
+  mixture = build()
+  found |= {"again_cpu_s": time.process_time() - begin, "again_seconds": time.perf_counter() - clock}
+  if mixture.digest != digest:
+    raise AssertionError("What was kept is another order.")
+  found |= {"bytes_per_worker": len(pickle.dumps(mixture)), "shapes": mixture.merging.shapes,
            "programs": mixture.merging.buckets, "left_out": mixture.merging.left_out, "padding": mixture.merging.padding,
            "cut_off": mixture.merging.cut_off, "own_cut_off": mixture.merging.own_cut_off, "most_repeated": mixture.merging.most_repeated}
   plans = [mixture.plan(k) for k in range(num_batches)]

@@ -41,6 +41,7 @@ def base() -> ConfigDict:
   cfg.num_tokens = 48  # longest prompt in tokens, system turn included, condition images not counted
   cfg.prompt_classes = ()  # shorter prompt lengths that have buckets of their own, so that less of a batch is padding
   cfg.num_workers = 0
+  cfg.order_dir = "default"  # folder of this machine where the order of large data sets is kept for the next start; or "none"
   cfg.compile = "ahead"  # all programs of a stage before its first step, or in the "background" while it trains
   cfg.random_frozen = False  # whether frozen roles may be drawn from the seed, as the encoders of the embedded data sets are
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()

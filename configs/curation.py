@@ -29,8 +29,10 @@ def get_config(arg: str = "") -> ConfigDict:
   if arg == "listed":
     steps.insert(1, dict(name="listed", stage="S1", path="", mode="keep"))  # config.operators[1].path: a file with a key on each line
   cfg.operators = tuple(ConfigDict(one) for one in steps)
-  cfg.encode = ConfigDict(dict(max_px=2048, format="webp", quality=95, synthetic_format="png"))  # webp, jpeg or png
+  cfg.encode = ConfigDict(dict(max_px=2048, format="webp", quality=95, synthetic_format="png", alpha=False))  # webp, jpeg or png
+  # alpha: whether a picture that is encoded anew keeps its transparency, to be trained on; else it is laid on white paper
   cfg.samples_per_unit = 512  # of work, which is done or redone as a whole
+  cfg.shard_gb = 2.0  # of a file of records: a unit's go into one with those of the next, up to so much
   cfg.validation_share = 0.02
   cfg.tokenizer = ""  # a tokenizer.json or its folder; empty to train one on the captions
   cfg.vocab_size = 8192  # of the trained one

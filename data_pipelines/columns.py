@@ -1,18 +1,24 @@
 """The columns of an index, read from where they lie: nothing is loaded but the rows that are looked at, and the processes of a host share them."""
 
+import contextlib
+import fcntl
+import io
 import mmap
 import os
 import pathlib
+import shutil
 import tempfile
+import time
 import weakref
 import zipfile
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.tally import pieces
-
 LARGE = 2**22  # bytes, from which on a column that is made is in a file
+_SCRATCH = "qimg2-order-"
+_YOUNG_S = 60
+_BLOCK_BYTES = 2**24
 _HEADER_BYTES = 30  # of a member of a ZIP file, before its name and its extra field, whose lengths are the last four bytes
 
 
@@ -27,9 +33,30 @@ class Column(np.memmap):
     return Column, (self.filename, self.dtype, "r", offset, self.shape)
 
 
+def new_column(path: str | os.PathLike, num: int, dtype: Any) -> np.ndarray:
+  """Returns a new column of `num` rows in a new file, to be filled.
+
+  Raises:
+    OSError: there is no room for it.
+  """
+  with open(path, "xb") as file:
+    _allocate(file.fileno(), num * np.dtype(dtype).itemsize)
+  return Column(path, dtype, "r+", 0, (num,)) if num else np.empty(0, dtype)
+
+
+def _allocate(handle: int, num_bytes: int) -> None:
+  """Gives a file its bytes on the disk: one that is full says so here, not by a signal when a page is written."""
+  if hasattr(os, "posix_fallocate"):
+    os.posix_fallocate(handle, 0, num_bytes or 1)
+    os.ftruncate(handle, num_bytes)
+    return
+  for begin in range(0, num_bytes, _BLOCK_BYTES):  # macOS
+    os.write(handle, bytes(min(_BLOCK_BYTES, num_bytes - begin)))
+
+
 def scratch(num: int, dtype: Any) -> np.ndarray:
   """Returns a new column of `num` rows. A large one is in a temporary file, so that worker processes can map it; it goes with the last name of the
-  column, or with this process unless that is killed.
+  column. That of a process that was killed goes when another process makes one.
 
   Raises:
     OSError: there is no room for it.
@@ -37,31 +64,41 @@ def scratch(num: int, dtype: Any) -> np.ndarray:
   num_bytes = num * np.dtype(dtype).itemsize
   if num_bytes < LARGE:
     return np.empty(num, dtype)
-  handle, path = tempfile.mkstemp(prefix="qimg2-order-")
+  folder = tempfile.mkdtemp(prefix=_SCRATCH)
+  _sweep(pathlib.Path(folder))
+  lock = open(os.path.join(folder, "lock"), "wb")
+  fcntl.flock(lock, fcntl.LOCK_EX)
   try:
-    os.posix_fallocate(handle, 0, num_bytes)  # a disk that is full says so here, not by a signal when a page is written
+    column = new_column(os.path.join(folder, "column"), num, dtype)
   except OSError as error:
-    os.unlink(path)
-    raise OSError(f"The order of the records takes {num_bytes / 1e9:.1f} GB in the folder of temporary files, {os.path.dirname(path)} ({error}): "
+    _remove(folder, os.getpid(), lock)
+    raise OSError(f"The order of the records takes {num_bytes / 1e9:.1f} GB in the folder of temporary files, {os.path.dirname(folder)} ({error}): "
                   "name one with more room by TMPDIR.") from error
-  finally:
-    os.close(handle)
-  column = Column(path, dtype, "r+", 0, (num,))
-  weakref.finalize(column._mmap, _remove, path, os.getpid())
+  weakref.finalize(column._mmap, _remove, folder, os.getpid(), lock)
   return column
 
 
-def _remove(path: str, owner: int) -> None:
+def _remove(folder: str, owner: int, lock: io.IOBase) -> None:
+  lock.close()
   if os.getpid() == owner:  # not one that was forked from it
-    pathlib.Path(path).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def nearby(column: np.ndarray) -> np.ndarray:
-  """Returns a copy of a column as `scratch` gives it: its rows will be read one by one from anywhere, and its file may be on a mounted bucket."""
-  copy = scratch(len(column), column.dtype)
-  for piece in pieces(len(column)):
-    copy[piece] = column[piece]
-  return copy
+def _sweep(newest: pathlib.Path) -> None:
+  """Removes the columns of processes that were killed: nobody holds their locks. One that is only seconds old may not hold its own yet."""
+  for path in newest.parent.glob(f"{_SCRATCH}*/lock"):
+    with contextlib.suppress(FileNotFoundError, PermissionError), open(path, "r+b") as file:  # gone in the meantime, or another user's
+      if path.stat().st_mtime < time.time() - _YOUNG_S and is_free(file):
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def is_free(file: io.IOBase) -> bool:
+  """Returns whether no other process holds the lock of an open file, which is held from now on until that is closed."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
 
 
 def map_columns(path: str | os.PathLike) -> dict[str, np.ndarray]:

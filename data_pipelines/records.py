@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from data_pipelines.columns import map_columns
 from data_pipelines.shards import Shards
@@ -49,6 +49,7 @@ SPLITS = ("train", "validation")
 KINDS = ("general", "text", "knowledge", "structured")
 LAST_STAGE = 6
 VERSION = "2.0.0"
+_TOGETHER = 16  # records that are read at once from a file that is copied
 _DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes": "{}", "sources": [], "source_height": [], "source_width": [],
              "image": b"", "latents": b"", "source_latents": [], "features": []}
 
@@ -89,7 +90,18 @@ class ShardWriter:
   def write(self, record: dict) -> None:
     """Appends a record."""
     example = self._serializer.get_tf_example(self._features.encode_example(complete(record)))
-    data = example.SerializeToString(deterministic=True)  # else the order of the fields is another in every process
+    self._write(example.SerializeToString(deterministic=True))  # else the order of the fields is another in every process
+
+  def append(self, path: str | os.PathLike) -> None:
+    """Appends all records of another file, as they are."""
+    reader = ArrayRecordReader(os.fspath(path))
+    num = reader.num_records()
+    for first in range(0, num, _TOGETHER):
+      for data in reader.read(list(range(first, min(first + _TOGETHER, num)))):
+        self._write(data)
+    reader.close()
+
+  def _write(self, data: bytes) -> None:
     self._writer.write(data)
     self._num_records, self._num_bytes = self._num_records + 1, self._num_bytes + len(data)
 
@@ -227,8 +239,8 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     if filled:
       splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
                                         num_bytes=sum(shard.num_bytes for shard in filled), filename_template=template))
-      np.savez(_index_path(folder, split), **index[split])
-      checksums[f"index-{split}.npz"] = checksum(_index_path(folder, split))
+      np.savez(index_path(folder, split), **index[split])
+      checksums[f"index-{split}.npz"] = checksum(index_path(folder, split))
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
     tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
                                        description=f"Records of {name}.", disable_shuffling=True)
@@ -301,13 +313,14 @@ def local_folder(place: str | os.PathLike, what: str) -> pathlib.Path:
   return pathlib.Path(place)
 
 
-def _index_path(folder: str | os.PathLike, split: str) -> str:
+def index_path(folder: str | os.PathLike, split: str) -> str:
+  """Where the index of a split of the data set in a folder is."""
   return os.path.join(folder, f"index-{split}.npz")
 
 
 def list_splits(data_dir: str | os.PathLike, name: str) -> list[str]:
   """The splits of a data set that hold records."""
-  return [split for split in SPLITS if os.path.exists(_index_path(os.path.join(data_dir, name), split))]
+  return [split for split in SPLITS if os.path.exists(index_path(os.path.join(data_dir, name), split))]
 
 
 def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequence[dict], dict[str, np.ndarray]]:
@@ -325,9 +338,9 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   version = read_meta(folder)["request"]["version"]
   if version != VERSION:
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
-  if not os.path.exists(_index_path(folder, split)):
+  if not os.path.exists(index_path(folder, split)):
     raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
-  index = map_columns(_index_path(folder, split))
+  index = map_columns(index_path(folder, split))
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]

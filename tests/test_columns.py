@@ -4,6 +4,8 @@ import errno
 import os
 import pathlib
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def test_a_column_is_sent_as_its_place(path, tmp_path):
 
 def test_a_large_column_is_in_a_file_while_somebody_has_it(path, tmp_path, monkeypatch):
   monkeypatch.setattr(columns.tempfile, "tempdir", str(tmp_path))
-  files = lambda: list(tmp_path.glob("qimg2-order-*"))
+  files = lambda: list(tmp_path.glob("qimg2-order-*/column"))
   assert type(columns.scratch(10, np.uint32)) is np.ndarray and not files()
   column = columns.scratch(columns.LARGE // 4, np.uint32)
   column[:] = np.arange(len(column))
@@ -63,17 +65,30 @@ def test_a_large_column_is_in_a_file_while_somebody_has_it(path, tmp_path, monke
   assert there.tolist() == list(range(1000, 3000))
   del part
   assert not files() and there[7] == 1007
-  near = columns.nearby(columns.map_columns(path)["b"])
-  assert type(near) is np.ndarray and near.tolist() == MADE["b"].tolist()
-  monkeypatch.setattr(columns, "LARGE", 1)
-  near = columns.nearby(columns.map_columns(path)["b"])
-  columns._remove(near.filename, os.getpid() + 1)  # as one that was forked from the owner does at its end
-  assert pickle.loads(pickle.dumps(near)).tolist() == MADE["b"].tolist() and len(files()) == 1
-  del near
   monkeypatch.setattr(columns.os, "posix_fallocate", _full)
   with pytest.raises(OSError, match="takes 4.0 GB in the folder of temporary files.*No space left.*by TMPDIR"):
     columns.scratch(10**9, np.uint32)
-  assert not files()
+  assert not list(tmp_path.glob("qimg2-order-*"))
+
+
+@pytest.mark.parametrize("fallocate", [True, False], ids=["allocated", "written"])
+def test_the_file_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeypatch, fallocate):
+  if not fallocate:
+    monkeypatch.delattr(columns.os, "posix_fallocate")  # as on macOS
+  monkeypatch.setattr(columns.tempfile, "tempdir", str(tmp_path))
+  monkeypatch.setattr(columns, "LARGE", 1)
+  folders = lambda: sorted(tmp_path.glob("qimg2-order-*"))
+  program = "import os; from data_pipelines import columns; columns.LARGE = 1; mine = columns.scratch(5000, 'int64'); os.kill(os.getpid(), 9)"
+  root, place = pathlib.Path(__file__).parent.parent, {"TMPDIR": str(tmp_path)}
+  assert subprocess.run([sys.executable, "-c", program], cwd=root, env=os.environ | place, check=False).returncode == -9
+  left, = folders()
+  assert os.path.getsize(left / "column") == 40_000
+  mine = columns.scratch(3, np.int64)
+  assert len(folders()) == 2, "it is young: its process may be about to take its lock"
+  monkeypatch.setattr(columns, "_YOUNG_S", -1)
+  mine[:] = 5
+  more = columns.scratch(3, np.int64)
+  assert left not in folders() and len(folders()) == 2 and mine.tolist() == [5, 5, 5] and len(more) == 3
 
 
 def _full(*_):

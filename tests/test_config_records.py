@@ -171,7 +171,7 @@ def test_versions_are_those_that_are_installed(monkeypatch):
 
 @pytest.mark.parametrize("place, free", [
     ("num_workers", True), ("random_frozen", True), ("sampling.num_steps", True), ("mesh.fsdp", True), ("micro_batches", False),
-    ("local_copies.folder", True),
+    ("local_copies.folder", True), ("order_dir", True),
     ("stages[1].num_steps", True),
     ("stages[1].keep", True), ("stages[1].faults.max_skipped", True), ("evals.glyphs.num", True), ("stages[1].algorithm.num_steps", False),
     ("stages[1].optimizer.faults", False), ("model.num_layers", False), ("stages[1].resolutions[0].keep", False), ("seed", False),

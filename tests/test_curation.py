@@ -22,7 +22,7 @@ from raw_folder import encoded, make_folder, picture
 
 from configs import curation
 from data_pipelines import records
-from data_pipelines.curation import duplicates, encode, files, funnel, pipeline
+from data_pipelines.curation import duplicates, encode, files, funnel, packing, pipeline
 from data_pipelines.curation.funnel import Row
 from data_pipelines.curation.operators import make_operators, missing_report_operators
 from data_pipelines.curation.sample import Caption, Sample
@@ -34,7 +34,7 @@ from qimg2.runtime.config import plain
 
 def settings(**changes):
   """The config for small pictures."""
-  return plain(curation.get_config("small")) | {"samples_per_unit": 16, "vocab_size": 300} | changes
+  return plain(curation.get_config("small")) | {"samples_per_unit": 16, "vocab_size": 300, "shard_gb": 1e-4} | changes
 
 
 def dropped(path) -> collections.Counter:
@@ -70,6 +70,7 @@ def test_counts_add_up(small):
 
 
 def test_records_are_what_was_there(small):
+  assert len(list(pathlib.Path(small[2]["path"], records.VERSION).glob("mine-train*-of-00002"))) == 2  # of four units
   root, _, facts = small
   assert verify(root / "out", "mine")["records"] == 50
   seen = set()
@@ -89,6 +90,10 @@ def test_the_same_command_finds_it_and_another_is_refused(small):
   root, _, facts = small
   again = pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(), num_workers=1)
   assert again == facts | {"reused": True}
+  meta = records.read_meta(facts["path"])["request"]
+  before = {key: value for key, value in meta["config"].items() if key != "shard_gb"}
+  before["encode"] = {key: value for key, value in before["encode"].items() if key != "alpha"}
+  assert pipeline._difference(meta | {"config": before}, meta) == "", "of a version without these keys"
   with pytest.raises(ValueError, match=r"holds a data set with another config \(validation_share\): remove that folder, or choose another --name"):
     pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(validation_share=0.5), num_workers=1)
 
@@ -128,6 +133,7 @@ def test_interrupted_while_the_data_set_is_put_together(small, tmp_path, monkeyp
       pipeline.curate(str(root / "raw"), "mine", str(tmp_path), settings(), num_workers=1)
   with monkeypatch.context() as patch:
     patch.setattr(funnel, "_curate", lambda *args: pytest.fail("a unit that is done is done again"))
+    patch.setattr(packing, "_write", lambda *args: pytest.fail("a file that is there is written again"))
     pipeline.curate(str(root / "raw"), "mine", str(tmp_path), settings(), num_workers=1)
   assert same_bytes(tmp_path / "mine", facts["path"]) and os.listdir(tmp_path) == ["mine"]
 
@@ -221,6 +227,17 @@ def test_a_hundred_pictures_by_one_worker_and_by_two_that_are_killed(tmp_path):
 # ---- parts -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("most, expected", [
+    (10, [["a0", "a2"], ["a3"], ["a4"], ["b1", "b4"]]), (1e9, [["a0", "a2", "a3", "a4"], ["b1", "b4"]]),
+    (1, [["a0"], ["a2"], ["a3"], ["a4"], ["b1"], ["b4"]])])
+def test_units_that_follow_one_another_share_a_file(most, expected):
+  train, held_out = (tuple(records.Shard(f"{split}{i}", int(size > 0), size, "") for i, size in enumerate(sizes))
+                     for split, sizes in (("a", (4, 0, 6, 1, 30)), ("b", (0, 2, 0, 0, 3))))
+  packs = packing.plan({"train": train, "validation": held_out}, most)
+  assert [[shard.path for shard in one.shards] for one in packs] == expected and [one.number for one in packs] == list(range(len(packs)))
+  assert [one.split for one in packs] == [{"a": "train", "b": "validation"}[names[0][0]] for names in expected]
+
+
 def test_duplicates_equal_a_search_of_all_pairs():
   rng = np.random.default_rng(3)
   base = rng.integers(0, 2**63, 12).tolist()
@@ -271,6 +288,25 @@ def test_pictures_are_no_larger_than_training_wants():
   turned = encoded(small_one, "JPEG", exif=_orientation(6))
   data, size = encode.shrink(turned, decode_image(turned), 256, "png", 95)
   assert size == (96, 72) and (decode_image(data) == decode_image(turned)).all() and not Image.open(io.BytesIO(data)).getexif()
+
+
+def test_a_picture_that_is_encoded_anew_keeps_its_transparency_where_that_is_asked_for():
+  pixels = np.zeros((700, 900, 4), np.uint8)
+  pixels[..., 1], pixels[:, :300] = 255, (200, 30, 10, 255)  # red beside clear green
+  pixels[:, 300:600] = (0, 0, 255, 128)
+  data, opaque = encoded(Image.fromarray(pixels), "PNG"), encoded(picture(1, 700, 900), "PNG")
+  for kind in ("webp", "png"):
+    kept, size = encode.shrink(data, decode_image(data), 256, kind, 95, alpha=True)
+    small = decode_image(kept, keep_alpha=True)
+    third = size[1] // 3
+    assert small.shape == (*size, 4) and 224 <= size[0] < 260
+    for columns, colour in ((slice(5, third - 5), (200, 30, 10, 255)), (slice(third + 5, 2 * third - 5), (0, 0, 255, 128))):
+      assert np.abs(small[:, columns].astype(int) - colour).max() <= 12, "red does not bleed into what is clear"
+    assert small[:, 2 * third + 5:, 3].max() == 0
+    assert decode_image(encode.shrink(data, decode_image(data), 256, kind, 95)[0], keep_alpha=True).shape[-1] == 3
+    assert encode.shrink(opaque, decode_image(opaque), 256, kind, 95, alpha=True) == encode.shrink(opaque, decode_image(opaque), 256, kind, 95)
+  with pytest.raises(ValueError, match="config.encode.alpha keeps transparency, which a JPEG has not: choose webp or png"):
+    encode.check(settings()["encode"] | {"alpha": True, "format": "jpeg"})
 
 
 def _orientation(value: int) -> bytes:

@@ -8,8 +8,8 @@ from marks import needs_emoji
 from PIL import Image
 
 from data_pipelines import embedded, records
+from data_pipelines.arrangement import usable_captions
 from data_pipelines.embedded import emoji, emoji_pairs
-from data_pipelines.mixture import usable_captions
 from data_pipelines.specs import DatasetSpec
 from data_pipelines.transforms import decode_image
 

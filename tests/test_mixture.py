@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_up import LANGUAGES, TOKENIZER, World, make_index, plain_index, world_of, worlds
 
-from data_pipelines import columns, tally
+from data_pipelines import columns, kinds, pieces
 from data_pipelines.buckets import RATIOS, bucket_size
 from data_pipelines.loader import Loader
 from data_pipelines.order import permute
@@ -82,7 +82,7 @@ def build_or_refuse(world):
 
 
 def cells_of(mixture, dataset=None, resolution=None):
-  return [cell for cell in mixture._cells if dataset in (None, cell.dataset) and resolution in (None, cell.resolution)]
+  return [cell for cell in mixture.cells if dataset in (None, cell.dataset) and resolution in (None, cell.resolution)]
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_most_random_mixtures_can_be_made():
     made.append(build_or_refuse(world))
   collect()
   some = [mixture for mixture in made if mixture]
-  assert len(some) > len(made) // 3 and any(len(mixture.buckets) > 10 for mixture in some) and any(len(mixture._cells) == 1 for mixture in some)
+  assert len(some) > len(made) // 3 and any(len(mixture.buckets) > 10 for mixture in some) and any(len(mixture.cells) == 1 for mixture in some)
   assert {reason for mixture in some for count in mixture.counts for reason in (*REASONS, "moved") if getattr(count, reason)} == {*REASONS, "moved"}
 
 
@@ -308,8 +308,10 @@ def test_looking_at_records_in_pieces_changes_nothing(world, max_programs):
 
   whole = look()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(tally, "PIECE", 7)
-    patch.setattr(tally, "_MOST_CODES", 0)
+    patch.setattr(pieces, "PIECE", 7)
+    patch.setattr(kinds, "_MOST_CODES", 0)
+    for name, value in {"FEW": 0, "_BITS": 5, "_CELLS": 14 << 5, "_FIRST": 120 << 5}.items():
+      patch.setattr(kinds, name, value)  # ratios are looked up in a table
     patch.setattr(columns, "LARGE", 1)  # and in files
     assert look() == whole
 

@@ -9,8 +9,7 @@ import pytest
 from made_up import TOKENIZER, World, plain_index, world_of
 
 from benchmarks import mixture as made_up_web
-from data_pipelines import mixture as mixtures
-from data_pipelines import programs
+from data_pipelines import arrangement, programs
 from data_pipelines.buckets import RATIOS, bucket_size, crop_fraction, shown_whole
 from data_pipelines.cache import Cache
 from data_pipelines.loader import load_source
@@ -257,7 +256,7 @@ def test_no_order_of_data_sets_hides_what_is_left_out():
 
 def test_a_group_reaches_as_far_as_the_pictures_of_any_of_its_data_sets(monkeypatch):
   seen = []
-  monkeypatch.setattr(mixtures, "Chooser", lambda groups, *_: seen.extend(groups) or Chooser(groups, *_))
+  monkeypatch.setattr(arrangement, "Chooser", lambda groups, *_: seen.extend(groups) or Chooser(groups, *_))
   near, far = plain_index([(64, 64)] * 20), plain_index([(64, 64)] * 10 + [(64, 72)] * 10 + [(70, 64)] * 10)
   World((DatasetSpec("", "a"), DatasetSpec("", "b")), (Resolution(64, 4, ("1:1",)),), {"a": near, "b": far}, {}).build()
   np.testing.assert_allclose(seen[0].family.reach, [(np.log(70 / 64), np.log(72 / 64))], atol=1e-9)

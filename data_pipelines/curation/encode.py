@@ -1,5 +1,6 @@
 """Samples to records: pictures no larger than training wants, in a compact format."""
 
+import functools
 import io
 import json
 
@@ -8,6 +9,7 @@ from PIL import ExifTags, Image
 
 from data_pipelines import buckets
 from data_pipelines.curation.sample import Sample
+from data_pipelines.transforms import load_picture
 
 FORMATS = {"webp": "WEBP", "jpeg": "JPEG", "png": "PNG"}
 
@@ -19,6 +21,9 @@ def check(settings: dict) -> None:
       raise ValueError(f"config.encode.{key} is {settings[key]!r}: choose one of {', '.join(FORMATS)}.")
   if not 1 <= settings["quality"] <= 100:
     raise ValueError(f"config.encode.quality is {settings['quality']}: choose 1 to 100.")
+  if settings["alpha"] and "jpeg" in (settings["format"], settings["synthetic_format"]):
+    raise ValueError("config.encode.alpha keeps transparency, which a JPEG has not: choose webp or png for config.encode.format and "
+                     "config.encode.synthetic_format.")
   if settings["max_px"] < 32:
     raise ValueError(f"config.encode.max_px is {settings['max_px']}: choose the largest resolution to train at, such as 1024.")
 
@@ -26,9 +31,9 @@ def check(settings: dict) -> None:
 def record(sample: Sample, settings: dict, stage: int) -> dict:
   """The record of a sample, without its sample_id, see `data_pipelines.records`."""
   file_format = settings["synthetic_format" if sample.attributes.get("synthetic") else "format"]
-  image, (height, width) = shrink(sample.image, sample.pixels, settings["max_px"], file_format, settings["quality"])
-  sources = [shrink(data, pixels, settings["max_px"], file_format, settings["quality"])
-             for data, pixels in zip(sample.sources, sample.source_pixels)]
+  small = functools.partial(shrink, max_px=settings["max_px"], file_format=file_format, quality=settings["quality"], alpha=settings["alpha"])
+  image, (height, width) = small(sample.image, sample.pixels)
+  sources = [small(data, pixels) for data, pixels in zip(sample.sources, sample.source_pixels)]
   return {
       "image": image, "height": height, "width": width, "quality": float(sample.quality), "stage": stage,
       "has_text": bool(sample.tags.get("has_text", False)), "captions": [caption.text for caption in sample.captions],
@@ -37,18 +42,23 @@ def record(sample: Sample, settings: dict, stage: int) -> dict:
       "sources": [data for data, _ in sources], "source_height": [size[0] for _, size in sources], "source_width": [size[1] for _, size in sources]}
 
 
-def shrink(data: bytes, pixels: np.ndarray, max_px: int, file_format: str, quality: int) -> tuple[bytes, tuple[int, int]]:
+def shrink(data: bytes, pixels: np.ndarray, max_px: int, file_format: str, quality: int, alpha: bool = False) -> tuple[bytes, tuple[int, int]]:
   """(encoded picture, (height, width) in px): as large as its bucket at `max_px` needs, and no larger.
 
-  A picture that is not too large and has a format of ours the right way up is kept to the byte: encoding it again could only lose.
+  A picture that is not too large and has a format of ours the right way up is kept to the byte: encoding it again could only lose. One that is
+  encoded anew is on white paper, as `pixels` are; with `alpha` it keeps its transparency, and is scaled premultiplied.
   """
   height, width = pixels.shape[:2]
   scale = _wanted_scale(height, width, max_px)
   if scale >= 1 and _is_fit(data):
     return data, (height, width)
-  image = Image.fromarray(pixels)
-  if scale < 1:
-    image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.LANCZOS)
+  size = (max(1, round(width * scale)), max(1, round(height * scale))) if scale < 1 else (width, height)
+  clear = load_picture(data, size[1], size[0], alpha=True) if alpha else None
+  if clear is not None and clear[..., 3].min() < 255:
+    image = Image.fromarray(clear)
+  else:
+    image = Image.fromarray(pixels)
+    image = image.resize(size, Image.Resampling.LANCZOS) if scale < 1 else image
   buffer = io.BytesIO()
   options = {"png": {"compress_level": 6}, "jpeg": {"quality": quality, "subsampling": 0 if quality >= 95 else 2},
              "webp": {"quality": quality, "method": 4}}

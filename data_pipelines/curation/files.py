@@ -1,8 +1,10 @@
 """Files that several processes or machines share: local ones, and remote ones (gs://...) through fsspec. A file appears whole or not at all."""
 
+import contextlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 
 import fsspec
 
@@ -55,6 +57,19 @@ def move(source: str, target: str) -> None:
   else:
     os.makedirs(os.path.dirname(target), exist_ok=True)
     shutil.move(source, target)
+
+
+@contextlib.contextmanager
+def nearby(path: str, folder: str) -> Iterator[str]:
+  """Gives the path of a file that can be read here: its own, or that of a copy in a folder, which goes afterwards."""
+  if not is_remote(path):
+    yield path
+    return
+  file_system, place = fsspec.core.url_to_fs(path)
+  copied = os.path.join(folder, uuid.uuid4().hex)
+  file_system.get_file(place, copied)
+  yield copied
+  os.remove(copied)
 
 
 def copy(source: str, target: str) -> None:

@@ -16,7 +16,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -80,7 +80,7 @@ def survey(job: Job, unit: Unit) -> list[Row]:
   """Runs the steps before "duplicate" on a unit; returns the samples that passed."""
   path = job.path("survey", unit.number, ".json")
   if not files.exists(path):
-    _leave_errors(job, unit, lambda: _write_survey(job, unit, path))
+    leave_errors(job, unit.number, lambda: _write_survey(job, unit, path))
   return [Row(unit.number, *row) for row in json.loads(files.read(path))["rows"]]
 
 
@@ -134,7 +134,7 @@ def curate(job: Job, unit: Unit, first_id: int) -> None:
   `first_id` is the sample_id of the first; the others count on from there.
   """
   if not files.exists(job.path("curated", unit.number, ".json")):
-    _leave_errors(job, unit, lambda: _curate(job, unit, first_id))
+    leave_errors(job, unit.number, lambda: _curate(job, unit, first_id))
 
 
 def _curate(job: Job, unit: Unit, first_id: int) -> None:
@@ -287,10 +287,10 @@ def duplicate_place(steps: Sequence[Step]) -> int:
   return next((number for number, step in enumerate(steps) if step.name == DUPLICATE), len(steps))
 
 
-def _leave_errors(job: Job, unit: Unit, work) -> None:
+def leave_errors(job: Job, number: int, work: Callable[[], None]) -> None:
   """Runs `work`; a user's mistake, or a full disk, is written down for the process that started the pipeline, which sees only a wrapped traceback."""
   try:
     work()
   except (ValueError, OSError) as error:
-    files.write(job.path("errors", unit.number, ".txt"), str(error).encode())
+    files.write(job.path("errors", number, ".txt"), str(error).encode())
     raise

@@ -1,6 +1,6 @@
 """Curation of a whole source: an Apache Beam pipeline over units of work, on this machine's cores or on a cluster.
 
-  plan_units -> survey of each unit -> duplicates -> tokenizer -> curation of each unit -> one data set, funnel.json, report.html
+  plan_units -> survey of each unit -> duplicates -> tokenizer -> curation of each unit -> larger files -> one data set, funnel.json, report.html
 
 Intermediate files are in <out>/.<name>.work. A run that is interrupted goes on with the units that are done; what comes out is the same to the
 byte, whatever the number of workers. The data set appears in its place when it is complete, and the work folder goes.
@@ -23,7 +23,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from tqdm import tqdm
 
 from data_pipelines import records
-from data_pipelines.curation import duplicates, encode, files, funnel, report
+from data_pipelines.curation import duplicates, encode, files, funnel, packing, report
 from data_pipelines.curation.funnel import Job
 from data_pipelines.curation.operators import missing_report_operators
 from data_pipelines.curation.sources import Unit, fingerprint, plan_units
@@ -61,7 +61,8 @@ def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT,
     job = _settle(job, config)
     _curate_units(pool, units, job)
     job = _hold_out_some(pool, units, job, config)
-  return {"path": path, "reused": False} | _assemble(path, name, job, request, source)
+    shards = _pack(pool, job, config["shard_gb"] * 1e9)
+  return {"path": path, "reused": False} | _assemble(path, name, job, request, source, shards)
 
 
 def _check(config: dict, name: str) -> None:
@@ -69,6 +70,8 @@ def _check(config: dict, name: str) -> None:
   if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
     raise ValueError(f"The name {name!r} cannot be that of a data set: use letters, digits and _, and begin with a letter.")
   encode.check(config["encode"])
+  if not config["shard_gb"] > 0:
+    raise ValueError(f"config.shard_gb is {config['shard_gb']}: choose the size of a file of records in GB, such as 2.")
   if not 0 <= config["validation_share"] < 1:
     raise ValueError(f"config.validation_share is {config['validation_share']}: choose 0 or more and less than 1.")
   entries = config["operators"]
@@ -103,7 +106,9 @@ def _difference(stored: dict, request: dict) -> str:
   if stored["fingerprint"] != request["fingerprint"]:
     return f"of {stored['source']} as it was then; files were added, removed or changed"
   now = json.loads(json.dumps(request["config"]))
-  keys = sorted(key for key in stored["config"].keys() | now.keys() if stored["config"].get(key) != now.get(key))
+  # Before they could be chosen: the records were as they are with these.
+  old = {"shard_gb": now["shard_gb"]} | stored["config"] | {"encode": {"alpha": False} | stored["config"]["encode"]}
+  keys = sorted(key for key in old.keys() | now.keys() if old.get(key) != now.get(key))
   return f"with another config ({', '.join(keys)})" if keys else ""
 
 
@@ -135,13 +140,13 @@ class _Runner:
   def __init__(self, options: Sequence[str], job: Job):
     self._options, self._job = options, job
 
-  def __call__(self, build: Callable[[beam.Pipeline], None], phase: str, description: str) -> None:
-    """Builds and runs one pipeline; `phase` is the folder in which each unit leaves its .json."""
+  def __call__(self, build: Callable[[beam.Pipeline], None], phase: str, description: str, num: int = 0) -> None:
+    """Builds and runs one pipeline; `phase` is the folder in which each unit leaves its .json, or each of `num` pieces of work that are not units."""
     errors = files.join(self._job.work, "errors")
     files.remove_folder(errors)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     try:
-      with _Progress(files.join(self._job.work, phase), self._job.num_units, description):
+      with _Progress(files.join(self._job.work, phase), num or self._job.num_units, description):
         with beam.Pipeline(options=PipelineOptions(self._options)) as pipeline:
           build(pipeline)
     except Exception as error:  # A runner wraps what a worker raised in a type of its own.
@@ -220,7 +225,7 @@ def _curate_units(pool: _Runner, units: Sequence[Unit], job: Job) -> None:
 def _hold_out_some(pool: _Runner, units: Sequence[Unit], job: Job, config: dict) -> Job:
   """The job with at least one record held out, if any are wanted, and one left for training, where there are two: of few pictures the numbers
   may fall all on one side. The units that this changes are curated again."""
-  results = [json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units)]
+  results = _results(job)
   train, validation = (sum(result["shards"][split]["num_records"] for result in results) for split in records.SPLITS)
   if train and (validation or not config["validation_share"] or train == 1):
     return job
@@ -237,16 +242,33 @@ def _hold_out_some(pool: _Runner, units: Sequence[Unit], job: Job, config: dict)
   return job
 
 
+def _results(job: Job) -> list[dict]:
+  """What became of the samples of each unit."""
+  return [json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units)]
+
+
+def _pack(pool: _Runner, job: Job, most_bytes: float) -> dict[str, list[records.Shard]]:
+  """Puts the records of units that follow one another into files of at most `most_bytes`; returns those of each split."""
+  results = _results(job)
+  packs = packing.plan({split: [records.Shard(**result["shards"][split]) for result in results] for split in records.SPLITS}, most_bytes)
+  few = [one for one in packs if len(one.shards) > 1]
+
+  def build(pipeline: beam.Pipeline) -> None:
+    _ = (pipeline | "packs" >> beam.Create(few) | "spread" >> beam.Reshuffle() | "pack" >> beam.Map(lambda one: packing.pack(job, one)))
+  if few:
+    pool(build, packing.PHASE, "pack", len(few))
+  return packing.packed(job, packs)
+
+
 # ---- one data set ----------------------------------------------------------------------------------
 
 
-def _assemble(path: str, name: str, job: Job, request: dict, source: str) -> dict:
-  """Makes the data set of all units' shards, with its report, and removes the work folder. Returns its facts."""
-  results = [json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units)]
+def _assemble(path: str, name: str, job: Job, request: dict, source: str, shards: dict[str, list[records.Shard]]) -> dict:
+  """Makes the data set of all files of records, with its report, and removes the work folder. Returns its facts."""
+  results = _results(job)
   steps = funnel.make_steps(job.settings["operators"], job.tokenizer)
   tally = funnel.join_tallies((result["tally"] for result in results), len(steps))
-  shards = {split: [records.Shard(**result["shards"][split]) for result in results] for split in records.SPLITS}
-  if not any(shard.num_records for shard in shards["train"]):
+  if not shards["train"]:
     files.remove_folder(job.work)
     raise ValueError(f"No picture of {source} is left for training: {report.summary(tally, steps)}; loosen a threshold, "
                      "--config.operators[i].NAME=VALUE.")

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.arrangement import usable_captions
 from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import Cell, Mixture, usable_captions
+from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.records import KINDS, open_split
 from data_pipelines.specs import DatasetSpec, source_grids
 from data_pipelines.tokenizer import PromptTokenizer

@@ -23,6 +23,7 @@ from absl import logging
 from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
+from data_pipelines.kept import folder_of
 from data_pipelines.loader import Loader
 from data_pipelines.records import list_splits
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
@@ -48,7 +49,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gra
 FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
 # order of batches may be another one, and the log says so.
-FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|sampling|evals|"
+FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|order_dir|sampling|evals|"
                   r"stages\[\d+\]\.((log|eval|sample|save)_every_steps|save_every_s|keep|num_steps|faults|max_programs|"
                   r"mixture\[\d+\]\.data_dir))").fullmatch
 
@@ -193,7 +194,7 @@ class Run(StageWeights):
     classes = () if stage.kind == "autoencoder" else self.cfg.prompt_classes  # a VAE reads no prompt, so its buckets do not differ by them
     return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
-                  process_index=index, process_count=count, num_workers=self.cfg.num_workers,
+                  process_index=index, process_count=count, num_workers=self.cfg.num_workers, order_dir=folder_of(self.cfg.order_dir),
                   unconditional=self.algorithm(stage).unconditional, **buckets)
 
   def put(self, batch: dict) -> dict:

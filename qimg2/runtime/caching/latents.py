@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import open_cache
+from data_pipelines.kept import folder_of
 from data_pipelines.loader import FIRST_ROWS, check_record, fill_pixels, load_source, read_records
 from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.specs import Resolution
@@ -168,7 +169,7 @@ class _Job:
       spec = dataclasses.replace(part, split=split)
       try:
         mixture = Mixture([spec], self._resolutions, self._run.cfg.num_tokens, self._run.tokenizer, 0, self._run.cfg.prompt_classes,
-                          self._stage.max_crop, programs=self._programs, every=True)
+                          self._stage.max_crop, programs=self._programs, every=True, order_dir=folder_of(self._run.cfg.order_dir))
       except ValueError as error:
         if split == "train":
           raise

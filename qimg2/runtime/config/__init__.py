@@ -181,6 +181,7 @@ class RunConfig:
   stages: tuple[StageConfig, ...]
   micro_batches: tuple[MicroBatchConfig, ...] = ()
   local_copies: LocalCopiesConfig = LocalCopiesConfig()
+  order_dir: str = "default"
 
   def __post_init__(self):
     if list(self.micro_batches) != sorted(self.micro_batches, key=lambda one: one.tokens):
@@ -193,6 +194,8 @@ class RunConfig:
                        f"{self.vae.latent_channels}: make them equal.")
     if self.compile not in ("ahead", "background"):
       raise ValueError(f"config.compile is {self.compile!r}: choose 'ahead', all programs of a stage before its first step, or 'background'.")
+    if not self.order_dir:
+      raise ValueError("config.order_dir is empty: say \"default\", \"none\", or in which folder of this machine the order of the records is kept.")
     if not self.tokenizer:
       raise ValueError("config.tokenizer is empty: say \"default\", \"diffusers:DIR\", or where a tokenizer.json or its folder is.")
     if len({stage.name for stage in self.stages}) != len(self.stages):
@@ -216,6 +219,7 @@ def parse(cfg: Any) -> RunConfig:
     raise ValueError(f"config.stages is {sections!r}: give a tuple of sections.")
   run = from_section(RunConfig, values, "config", stages=())
   local_folder(run.data_dir, "config.data_dir")
+  local_folder(run.order_dir, "config.order_dir")
   _check_evals(run.evals)
   return dataclasses.replace(run, stages=tuple(_stage(section, number, run) for number, section in enumerate(sections)))
 
