@@ -26,7 +26,8 @@ from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import parse
 from qimg2.runtime.rehearsal import search, steps, table, topology
-from qimg2.runtime.rehearsal.search import Choice, Rehearsal
+from qimg2.runtime.rehearsal.shapes import Choice, find_tokenizer
+from qimg2.runtime.rehearsal.steps import Rehearsal
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROW = table.Row(stage="one", task="t2i", height=64, width=64, num_sources=0, num_tokens=64, batch_size=16, accumulate=2, num_devices=8,
@@ -123,10 +124,10 @@ def test_buckets_of_the_published_curriculum():
 
 def test_a_published_folder_s_tokenizer_counts_where_it_is_there(tmp_path):
   cfg = parse(pretrain.get_config(f"v5p-128:diffusers:{tmp_path}"))
-  assert steps.find_tokenizer(cfg) is None
+  assert find_tokenizer(cfg) is None
   (tmp_path / "processor").mkdir()
   (tmp_path / "processor" / "tokenizer.json").write_bytes(train_tokenizer(["a cat"], 300).to_bytes())
-  assert steps.find_tokenizer(cfg).vocab_size == 300
+  assert find_tokenizer(cfg).vocab_size == 300
 
 
 def test_plans_of_the_published_curriculum():
@@ -185,41 +186,45 @@ def test_mistakes(monkeypatch):
 
 
 def searched(monkeypatch, batch_size, peak, **options):
-  """(rows, best) of a search for stage sft on 8 devices, where a row takes `peak(rules, remat, rows per chip)` of 10 bytes."""
-  def row(self, section, bucket):
+  """The rows of a search for stage sft on 8 devices, where a row takes `peak(rules, remat, rows per chip)` of 10 bytes."""
+  def row(self, section, bucket, **_):
     accumulate, remat = section.optimizer.accumulate, self.nets.model.remat
     per_chip = bucket.batch_size / accumulate / 8
     mfu = {"none": 0.2, "dots": 0.4, "attention": 0.35}.get(remat, 0.3) + 0.01 * per_chip
     return dataclasses.replace(ROW, stage=section.name, rules=self.cfg.rules, remat=remat, batch_size=bucket.batch_size, accumulate=accumulate,
-                               num_devices=8, peak_bytes=peak(self.cfg.rules, remat, per_chip), limit_bytes=10.0, bound={"mfu": mfu})
+                               num_devices=8, peak_bytes=peak(self.cfg.rules, remat, per_chip), limit_bytes=10.0,
+                               bound={"mfu": mfu, "serial_mfu": 0.5 - mfu})
   monkeypatch.setattr(Rehearsal, "row", row)
   cfg = quickstart.get_config("smoke")
   for resolution in cfg.stages[3].resolutions:
     resolution.batch_size = batch_size
   before = cfg.stages[3].optimizer.accumulate
-  rows, best = search.search(cfg, jax.devices()[:8], None, Choice(stages=("sft",)), **options)
+  rows = search.search(cfg, jax.devices()[:8], None, Choice(stages=("sft",)), **options)
   assert cfg.stages[3].optimizer.accumulate == before
-  return rows, best
+  return rows
 
 
 def test_search_takes_the_best_bound_that_fits(monkeypatch):
   sizes = {"none": 12, "dots": 4, "attention": 3, "full": 1, "offload": 1}
-  rows, best = searched(monkeypatch, 32, lambda rules, remat, per_chip: per_chip * sizes[remat] + (rules == "replicated") * 20)
+  rows = searched(monkeypatch, 32, lambda rules, remat, per_chip: per_chip * sizes[remat] + (rules == "replicated") * 20)
   tried = [(one.remat, one.accumulate) for one in rows if one.rules == "fsdp_tensor"]
   assert tried == [("none", 4), ("dots", 4), ("dots", 2), ("dots", 1), ("attention", 1), ("full", 1)]
-  assert (best["sft"].rules, best["sft"].remat, best["sft"].accumulate) == ("fsdp", "dots", 2)
+  best = {rank: search.best(rows, rank)["sft"] for rank in search.RANKS}
+  assert (best["overlapped"].rules, best["overlapped"].remat, best["overlapped"].accumulate) == ("fsdp", "dots", 2)
+  assert best["serial"].bound["serial_mfu"] == max(row.bound["serial_mfu"] for row in rows if row.has_headroom)
+  assert search.best(rows)["sft"] is best["serial"] is not best["overlapped"]
   assert not [one for one in rows if one.rules == "replicated" and one.fits]
 
 
 def test_search_leaps_to_what_should_fit_and_back_if_it_does_not(monkeypatch):
-  leaps = lambda peak: [one.accumulate for one in searched(monkeypatch, 8 * 64, peak, rules=("fsdp",))[0]]
+  leaps = lambda peak: [one.accumulate for one in searched(monkeypatch, 8 * 64, peak, rules=("fsdp",))]
   assert leaps(lambda rules, remat, per_chip: 1 + per_chip / 8) == [64, 32, 1]
   assert leaps(lambda rules, remat, per_chip: 1 + per_chip / 1e4) == [64, 32, 1]  # room for more than there are
   # From two rows to 64 in one leap; it is more than it looked like from there, and 16 are the most that fit.
   bent = lambda rules, remat, per_chip: 1 + per_chip / 8 + (per_chip > 16) * 5 if remat == "none" else 11
   assert leaps(bent)[:5] == [64, 32, 1, 2, 4]
   nothing = searched(monkeypatch, 8, lambda *_: 9.5, rules=("fsdp",))
-  assert not nothing[1] and all(one.fits for one in nothing[0])  # nine tenths are the limit of a plan
+  assert not search.best(nothing) and all(one.fits for one in nothing)  # nine tenths are the limit of a plan
 
 
 def test_a_rule_set_is_tried_on_a_mesh_without_idle_axes():

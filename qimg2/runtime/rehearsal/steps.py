@@ -1,4 +1,5 @@
-"""The train step of a stage and bucket compiled for a mesh of devices that need not exist, and what is read from it. See `launch.rehearse`.
+"""A program of a stage (its train step, its evaluation, what draws its samples) compiled for one bucket and a mesh of devices that need not exist,
+and what is read from it. See `launch.rehearse`.
 
 The compiler for TPUs first optimises the program, schedules it and gives every array its place in memory, and then writes machine code, which takes
 most of the time and changes none of what is read here. `ChildProcess` lets it work in a process of its own, which is ended between the two.
@@ -10,40 +11,28 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
-from data_pipelines.buckets import Bucket, bucket_size, parse_ratio
+from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Loader
-from data_pipelines.specs import source_grids
-from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2 import params as P
 from qimg2.analysis import flops, hlo, roofline
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal import table, topology
-from qimg2.runtime.rehearsal.table import Row
-from qimg2.runtime.run import tokenizer_path
+from qimg2.runtime.rehearsal.shapes import SYSTEM_TOKENS, Choice, Shapes, find_tokenizer
+from qimg2.runtime.rehearsal.table import EVALUATION, STEP, Row
 from qimg2.training.state import abstract_state, make_optimizers
 from qimg2.training.trainer import Stage, step_compiler
-
-SYSTEM_TOKENS, WORDS_PER_IMAGE = 12, 6  # where there is no tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """Which stages and buckets to rehearse; empty takes all. Without `all_buckets`, of each resolution the square and the widest alone, or with
-  `squares` the square alone."""
-  stages: tuple[str, ...] = ()
-  tasks: tuple[str, ...] = ()
-  base_px: tuple[int, ...] = ()
-  all_buckets: bool = False
-  squares: bool = False
+from qimg2.training.validation import bin_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +42,7 @@ class ChildProcess:
   num_slices: int = 1
 
 
-class Rehearsal:
+class Rehearsal(Shapes):
   """A config on a mesh of devices that need not exist."""
 
   def __init__(self, cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None = None, child: ChildProcess | None = None):
@@ -63,50 +52,20 @@ class Rehearsal:
     Raises:
       ValueError: a config that does not fit together, or does not fit the devices.
     """
-    self.cfg, self.chip, self.child = parse(cfg), chip, child
-    cfg = self.cfg
+    cfg, self.chip, self.child = parse(cfg), chip, child
     self.mesh = sharding.make_mesh(plain(cfg.mesh), devices)
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
-    self.tokenizer = find_tokenizer(cfg)
-    system = self.tokenizer.num_system_tokens if self.tokenizer else SYSTEM_TOKENS
-    self.nets = networks.Networks(cfg.model, cfg.encoder, cfg.vae, system, sharding.make_shard(self.mesh, self.rules))
+    self.schedule = cfg.schedule  # with it a rehearsal is a `qimg2.runtime.generator.Source`
+    tokenizer, shard = find_tokenizer(cfg), sharding.make_shard(self.mesh, self.rules)
+    super().__init__(cfg, tokenizer, shard.parts("batch"))
+    self.nets = networks.Networks(cfg.model, cfg.encoder, cfg.vae, tokenizer.num_system_tokens if tokenizer else SYSTEM_TOKENS, shard)
     self.specs = self.nets.specs()
     self._measured: dict[str, dict] = {}
 
-  def buckets(self, config: StageConfig, choice: Choice = Choice()) -> list[Bucket]:
-    """The chosen batch shapes of a stage: tasks in the order of the mixture, resolutions in that of the config."""
-    found = {}
-    for task in dict.fromkeys(part.task for part in config.mixture):
-      for resolution in config.resolutions:
-        if choice.tasks and task not in choice.tasks or choice.base_px and resolution.base_px not in choice.base_px:
-          continue
-        for ratio in _ratios(resolution.ratios, choice):
-          sources = (bucket_size(resolution.base_px, ratio, 32),) if task == "ti2i" else ()
-          size = bucket_size(resolution.base_px, ratio, resolution.multiple)
-          classes = [Bucket(task, *size, sources, num_tokens=words + self._image_tokens(sources), batch_size=resolution.batch_size)
-                     for words in (self.cfg.num_tokens, *sorted(self.cfg.prompt_classes, reverse=True))]
-          found |= dict.fromkeys(self._heaviest(config, classes))
-    return list(found)
+  def row(self, config: StageConfig, bucket: Bucket, program: str = STEP, choice: Choice = Choice()) -> Row:
+    """One line of the table: a program of the stage compiled for one bucket. Programs that differ in nothing but their rates are compiled once.
 
-  def _heaviest(self, config: StageConfig, classes: list[Bucket]) -> list[Bucket]:
-    """Of buckets that differ in the length of their prompts the longest, and of each policy that with the most tokens at once: of short rows more may
-    fit into a micro-batch than fill it with long ones."""
-    if not self.cfg.micro_batches:
-      return classes[:1]
-    fullest: dict[str, tuple[float, Bucket]] = {}
-    for bucket in classes:
-      remat, accumulate = micro_batches.choose(self.cfg, config, bucket, self.nets.shard.parts("batch"))
-      tokens = bucket.batch_size / accumulate * micro_batches.num_tokens(bucket, self.cfg.vae.spatial_factor)
-      if remat not in fullest or tokens > fullest[remat][0]:
-        fullest[remat] = tokens, bucket
-    return list(dict.fromkeys((classes[0], *(bucket for _, bucket in fullest.values()))))
-
-  def _image_tokens(self, sources: tuple[tuple[int, int], ...]) -> int:
-    grids = source_grids(sources)
-    return self.tokenizer.num_image_tokens(grids) if self.tokenizer else sum(h * w + WORDS_PER_IMAGE for h, w in grids)
-
-  def row(self, config: StageConfig, bucket: Bucket) -> Row:
-    """One line of the table: the stage's step compiled for one bucket. Programs that differ in nothing but their rates are compiled once.
+    Args: the stage; rows and shapes of the batch; one of `table.PROGRAMS`; says where the buckets of the stage's other batches come from.
 
     Raises:
       ValueError: a global batch that the devices and micro-batches do not divide.
@@ -114,7 +73,7 @@ class Rehearsal:
     settings = config.optimizer
     algorithm = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule)
     shards = self.nets.shard.parts("batch")
-    remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards)
+    remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards) if program == STEP else (self.cfg.model.remat, 1)
     if bucket.batch_size % (shards * accumulate):
       raise ValueError(f"Stage {config.name!r}: a batch of {bucket.batch_size} cannot be divided over {shards} devices of the axes data and fsdp "
                        f"in {accumulate} micro-batches: change config.mesh, batch_size, or optimizer.accumulate or "
@@ -123,19 +82,21 @@ class Rehearsal:
       raise ValueError(f"Stage {config.name!r} has a rollout, and a rehearsal knows steps alone: leave the stage out with --stage.")
     batch = self._batch(bucket, algorithm.unconditional)
     types = {name: (own.mu_dtype, own.gradient_dtype) for name, own in ({"": settings} | dict(config.optimizers)).items()}
-    key = str((plain(config.algorithm), bucket, remat, accumulate, types))
+    key = str((plain(config.algorithm), bucket, remat, accumulate, types, program))
     if key not in self._measured:
       specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
       optimizers = make_optimizers(algorithm, specs, settings, config.num_steps, config.optimizers)
       variant = micro_batches.with_remat(self.nets, remat), accumulate
       stage = Stage(config.name, algorithm, optimizers, specs, config.num_steps, (batch,), variants=(variant,))
-      self._measured[key] = self._measure(stage, config, bucket)
+      self._measured[key] = self._measure(stage, config, bucket, program)
     networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
-    counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch)
+    counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch) if program == STEP else {}
+    measured = dict(self._measured[key])
+    beside = measured.pop("idle_bytes") + self.beside_bytes(config, choice, program)
     row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=accumulate, num_devices=self.mesh.size,
               mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=remat,
-              model_flops={role: n / self.mesh.size for role, n in counts.items()}, **self._measured[key])
+              model_flops={role: n / self.mesh.size for role, n in counts.items()}, program=program, beside_bytes=beside, **measured)
     return table.with_bound(row, self.chip, self.mesh)
 
   def _batch(self, bucket: Bucket, unconditional: bool) -> dict:
@@ -144,39 +105,59 @@ class Rehearsal:
     shape = lambda x: jax.ShapeDtypeStruct((bucket.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
     return jax.tree.map(shape, Loader.example(dataclasses.replace(bucket, batch_size=1), unconditional))
 
-  def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket) -> dict:
-    """The measured fields of a row: those of memory alone if the program does not fit."""
+  def _compiler(self, stage: Stage, bucket: Bucket, program: str) -> tuple[Callable[[], Any], float, float]:
+    """(what compiles a program of the stage, bytes of a device that all weights and optimizer state take, those of them that it does not read)."""
     state = abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules)
     place = lambda specs: P.abstract(specs, sharding.param_shardings(specs, self.mesh, self.rules))
     frozen = {role: place(stage.specs[role]) for role in stage.algorithm.frozen}
+    held = _bytes((state, frozen))
+    if program == STEP:
+      return lambda: step_compiler(stage, self.nets, state, frozen, self.mesh)(0), held, 0.0
+    if program == EVALUATION:
+      read = {**frozen, **state.params}
+      batch = stage.batch_shapes[0] | {"weight": jax.ShapeDtypeStruct((bucket.batch_size,), jnp.float32)}
+      lower = lambda: jax.jit(bin_sums(stage.algorithm, self.nets)).lower(read, batch)
+    else:
+      read = stage.algorithm.deployed({**frozen, **state.params, **state.averages})
+      size = Size(bucket.height, bucket.width, bucket.num_tokens, bucket.source_sizes, bucket.batch_size)
+      lower = lambda: Generator(self, size, **self.cfg.sampling.settings()).lower(read)
+    return lambda: lower().compile(), held, held - _bytes(read)
+
+  def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
+    """The measured fields of a row: those of memory alone if the program does not fit. "idle_bytes" are weights and state that it does not read."""
+    compile_it, held, idle = self._compiler(stage, bucket, program)
     limit = self.chip.hbm_bytes if self.chip else None
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves((state, frozen)))
     if limit and held > limit:  # nothing to compile
-      return {"peak_bytes": float(held), "limit_bytes": limit, "compile_s": 0.0}
+      return {"peak_bytes": float(held), "limit_bytes": limit, "compile_s": 0.0, "idle_bytes": 0.0}
     for file in topology.dumped():
       file.unlink()  # of an earlier row
     start, peak = time.monotonic(), None
     if self.child:
       stages = tuple(config if one.name == config.name else one for one in self.cfg.stages)
-      answer = _measure_in_child(self.child, dataclasses.replace(self.cfg, stages=stages), config.name, bucket)
+      answer = _measure_in_child(self.child, dataclasses.replace(self.cfg, stages=stages), config.name, bucket, program)
       if answer is not None:
-        return answer
+        return answer | {"idle_bytes": idle}
     else:
       try:
-        compiled = step_compiler(stage, self.nets, state, frozen, self.mesh)(0)
+        compiled = compile_it()
       except jax.errors.JaxRuntimeError as error:
         sizes = hlo.out_of_memory(str(error))
         if sizes is None:
           raise
-        return {"peak_bytes": sizes[0], "limit_bytes": sizes[1], "compile_s": time.monotonic() - start}
+        return {"peak_bytes": sizes[0], "limit_bytes": sizes[1], "compile_s": time.monotonic() - start, "idle_bytes": idle}
       peak = compiled.memory_analysis().peak_memory_in_bytes
-    measured = {"limit_bytes": limit, "compile_s": time.monotonic() - start}
+    measured = {"limit_bytes": limit, "compile_s": time.monotonic() - start, "idle_bytes": idle}
     text = topology.program_text() or compiled.as_text()
     return {"peak_bytes": float(topology.reserved_bytes() or peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
 
 
-def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket) -> dict | None:
-  """Lets another process compile the step of a stage and bucket. None when the compiler has assigned the memory; what the other process measured
+def _bytes(tree: Any) -> float:
+  """Of the arrays in a tree on each device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, program: str = STEP) -> dict | None:
+  """Lets another process compile a program of a stage and bucket. None when the compiler has assigned the memory; what the other process measured
   if it came to its end before that, which it does when the program does not fit.
 
   Raises:
@@ -185,7 +166,7 @@ def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bu
   """
   context = multiprocessing.get_context("spawn")
   receive, send = context.Pipe(duplex=False)
-  process = context.Process(target=_child_main, args=(send, child, cfg, name, bucket), daemon=True)
+  process = context.Process(target=_child_main, args=(send, child, cfg, name, bucket, program), daemon=True)
   process.start()
   send.close()
   try:
@@ -206,28 +187,14 @@ def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bu
     process.join()
 
 
-def _child_main(send: Any, child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket) -> None:
+def _child_main(send: Any, child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, program: str) -> None:
   """What the other process does."""
   tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
   threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # nobody is left to tell
   topology.prepare_environment(child.topology)
   rehearsal = Rehearsal(cfg, *topology.find_devices(child.topology, child.num_slices))
   try:
-    row = rehearsal.row(next(stage for stage in rehearsal.cfg.stages if stage.name == name), bucket)
+    row = rehearsal.row(next(stage for stage in rehearsal.cfg.stages if stage.name == name), bucket, program)
     send.send({"peak_bytes": row.peak_bytes, "limit_bytes": row.limit_bytes, "compile_s": row.compile_s, "traffic": row.traffic})
   except ValueError as error:
     send.send(error)
-
-
-def _ratios(ratios: Sequence[Any], choice: Choice) -> list[Any]:
-  """The chosen ones of a resolution's ratios: the one nearest to a square first."""
-  if choice.all_buckets:
-    return list(ratios)
-  square, widest = min(ratios, key=lambda ratio: max(parse_ratio(ratio), 1 / parse_ratio(ratio))), max(ratios, key=parse_ratio)
-  return [square] if choice.squares else list(dict.fromkeys((square, widest)))
-
-
-def find_tokenizer(cfg: RunConfig) -> PromptTokenizer | None:
-  """The tokenizer that the config names or whose data set is there; None if there is none."""
-  path = tokenizer_path(cfg)
-  return PromptTokenizer.load(path) if path.is_file() or (path / "tokenizer.json").is_file() else None
