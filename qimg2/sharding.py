@@ -78,6 +78,16 @@ def parts_of(shard: Shard, axis: str) -> int:
   return 1 if getattr(shard, "mesh", None) is None else shard.parts(axis)
 
 
+def gather_tokens(x: jax.Array, shard: Shard) -> jax.Array:
+  """`x` [B, S, D] between the products, as what goes into them; the gradient is divided again."""
+  return shard(shard(x, "batch", "residual", None), "batch", "token", None)
+
+
+def divide_tokens(x: jax.Array, shard: Shard) -> jax.Array:
+  """`x` [B, S, D] that came from products, as what is between them; the gradient is gathered before it goes back into one."""
+  return shard(shard(x, "batch", "token", None), "batch", "residual", None)
+
+
 def on_one_cpu(shard: Shard) -> bool:
   """Whether all lies on a single CPU device: the mesh of `shard` has no other, or without a mesh this process has none."""
   mesh = getattr(shard, "mesh", None)

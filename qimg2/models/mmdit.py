@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from qimg2 import attention, layers
 from qimg2 import params as P
-from qimg2.sharding import Shard, identity, on_one_cpu, parts_of
+from qimg2.sharding import Shard, divide_tokens, gather_tokens, identity, on_one_cpu, parts_of
 
 NUM_MODULATIONS = 4  # scale1, gate1, scale2, gate2
 
@@ -212,12 +212,12 @@ def _run_blocks(cfg: Config, params: dict, x: jax.Array, modulation: list[jax.Ar
 
   def block(x, inputs):
     weights, past = inputs
-    a = shard(layers.layer_norm(x, eps=cfg.eps) * spread(scale1), "batch", "token", None)
+    a = gather_tokens(layers.layer_norm(x, eps=cfg.eps) * spread(scale1), shard)
     attended, own = _attend(cfg, weights["attn"], a, angles, mask, past, shard)
-    x = x + spread(gate1) * shard(attended, "batch", "residual", None)
-    b = shard(layers.layer_norm(x, eps=cfg.eps) * spread(scale2), "batch", "token", None)
-    b = layers.swiglu(b, *(weights["mlp"][name] for name in ("gate", "proj", "out")), join)
-    x = x + spread(gate2) * shard(b, "batch", "residual", None)
+    x = x + spread(gate1) * divide_tokens(attended, shard)
+    b = gather_tokens(layers.layer_norm(x, eps=cfg.eps) * spread(scale2), shard)
+    b = layers.swiglu(b, *(weights["mlp"][name] for name in ("gate", "proj", "out")), join, shard)
+    x = x + spread(gate2) * divide_tokens(b, shard)
     return shard(x, "batch", "residual", None), own if keep else None
 
   x, cache = jax.lax.scan(layers.checkpoint_layer(block, cfg.remat), shard(x, "batch", "residual", None), (params["blocks"], past))

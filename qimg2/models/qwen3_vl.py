@@ -31,7 +31,7 @@ import numpy as np
 from qimg2 import attention, layers
 from qimg2 import params as P
 from qimg2.models.qwen3_vl_vision import VisionConfig, image_grid, vision_apply, vision_specs
-from qimg2.sharding import Shard, identity, parts_of
+from qimg2.sharding import Shard, divide_tokens, gather_tokens, identity, parts_of
 
 DTYPES = ("float32", "bfloat16")
 
@@ -240,15 +240,15 @@ def _place(features: jax.Array, ordinal: jax.Array, visual: jax.Array) -> jax.Ar
 
 
 def _block(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: attention.Mask, shard: Shard) -> jax.Array:
-  attn, h = params["attn"], shard(layers.rms_norm(x, params["norm1"], cfg.eps), "batch", "token", None)
+  attn, h = params["attn"], gather_tokens(layers.rms_norm(x, params["norm1"], cfg.eps), shard)
   query = shard(layers.rms_norm(layers.linear(h, attn["q"]), attn["q_norm"], cfg.eps), "batch", "token", "heads", None)
   key = shard(layers.rms_norm(layers.linear(h, attn["k"]), attn["k_norm"], cfg.eps), "batch", "token", "kv_heads", None)
   value = shard(layers.linear(h, attn["v"]), "batch", "token", "kv_heads", None)
   query, key = layers.rotate_halves(query, angles), layers.rotate_halves(key, angles)
   h = attention.attention(query, key, value, mask, cfg.attention_backend, shard)
-  x = x + shard(layers.linear(h, attn["out"], num_dims=2), "batch", "residual", None)
-  mlp, h = params["mlp"], shard(layers.rms_norm(x, params["norm2"], cfg.eps), "batch", "token", None)
-  return x + shard(layers.swiglu(h, mlp["gate"], mlp["proj"], mlp["out"]), "batch", "residual", None)
+  x = x + divide_tokens(layers.linear(h, attn["out"], num_dims=2), shard)
+  mlp, h = params["mlp"], gather_tokens(layers.rms_norm(x, params["norm2"], cfg.eps), shard)
+  return shard(x + divide_tokens(layers.swiglu(h, mlp["gate"], mlp["proj"], mlp["out"], shard=shard), shard), "batch", "residual", None)
 
 
 def _real(tokens: jax.Array, token_count: jax.Array) -> jax.Array:
