@@ -1,5 +1,5 @@
 """Compiles the train step of every stage and bucket of a config for a TPU pod, on any x86 Linux machine, and prints what it would need and how
-fast it could be. Nothing is allocated, no data is read.
+fast it could be. Nothing is allocated, and no picture is read.
 
   python -m launch.rehearse --config=configs/pretrain.py --topology=v5p:4x4x8 [--stage=pretrain_512] [--task=t2i] [--base_px=512] [--search]
 
@@ -7,10 +7,13 @@ The topology is a chip (v5e, v5p, v6e, tpu7x) and the shape of its slice, and ne
 devices, which have no memory limit and no published rates. With --cost also what the whole curriculum would take, computed from the rows of this call
 or, without compiling anything, from those of an earlier one's --json file, --cost --rows=FILE. How to read the table: docs/pods.md.
 
-Buckets come from the config alone: each task of the stage's mixture at each resolution, with prompts of `num_tokens`, the longest class. One
-condition image, of the target's own size, goes into an edit. Where the config's tokenizer cannot be read, the system turn has 12 tokens (one
-per word and mark of the published template; a real vocabulary may split a word, which drops one more token and makes the sequence shorter) and
-a condition image adds 6 tokens of words beside its slots.
+With --whole the evaluation and what draws samples are compiled, too. Each row counts what else is on the device meanwhile, and the last lines how
+many programs a stage compiles.
+
+Buckets come from the config alone, or with --index from the data sets in config.data_dir. From the config: each task of the stage's mixture at each
+resolution, with prompts of `num_tokens`, the longest class. One condition image, of the target's own size, goes into an edit. Where the config's
+tokenizer cannot be read, the system turn has 12 tokens (one per word and mark of the published template; a real vocabulary may split a word, which
+drops one more token and makes the sequence shorter) and a condition image adds 6 tokens of words beside its slots.
 """
 
 import dataclasses
