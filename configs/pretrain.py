@@ -42,17 +42,18 @@ RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "1:3", "3:1")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How a pod is used: mesh sizes, and (rematerialisation policy, tokens) of its micro-batches, see `micro_batches` in configs/base.py. An edit of
-  2048 px with one condition image has 33,900 tokens."""
+  """How a pod is used: mesh sizes; (rematerialisation policy, tokens) of its micro-batches, see `micro_batches` in configs/base.py; rule set. An edit
+  of 2048 px with one condition image has 33,900 tokens, a picture 17,400."""
   fsdp: int
   tensor: int
   data: int = 1
   micro_batches: tuple[tuple[str, int], ...] = (("dots", 36_000),)
+  rules: str = "fsdp_tensor"
 
 
 # Cloud's names count two cores for a chip of v5p and tpu7x. JAX shows a v5p chip as one device and a tpu7x chip as two.
 PLANS = {
-    "v5p-128": Plan(32, 2),
+    "v5p-128": Plan(32, 2, rules="fsdp_sequence"),
     "v5p-256": Plan(64, 2),
     "v5p-1024": Plan(256, 2),
     "v5p-8192": Plan(256, 2, data=8),
@@ -76,6 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
   plan = PLANS.get(name, PLANS["v5p-256"])
   cfg = base.base()
   cfg.mesh = ConfigDict(dict(data=plan.data, fsdp=plan.fsdp, context=1, tensor=plan.tensor))
+  cfg.rules = plan.rules
   cfg.data_dir = "data"
   cfg.num_tokens = 1024
   cfg.prompt_classes = (128, 256, 512)

@@ -1,5 +1,5 @@
 """Compiles the train step of every stage and bucket of a config for a TPU pod, on any x86 Linux machine, and prints what it would need and how
-fast it could be. Nothing is allocated, no data is read.
+fast it could be. Nothing is allocated, and no picture is read.
 
   python -m launch.rehearse --config=configs/pretrain.py --topology=v5p:4x4x8 [--stage=pretrain_512] [--task=t2i] [--base_px=512] [--search]
 
@@ -7,10 +7,13 @@ The topology is a chip (v5e, v5p, v6e, tpu7x) and the shape of its slice, and ne
 devices, which have no memory limit and no published rates. With --cost also what the whole curriculum would take, computed from the rows of this call
 or, without compiling anything, from those of an earlier one's --json file, --cost --rows=FILE. How to read the table: docs/pods.md.
 
-Buckets come from the config alone: each task of the stage's mixture at each resolution, with prompts of `num_tokens`, the longest class. One
-condition image, of the target's own size, goes into an edit. Where the config's tokenizer cannot be read, the system turn has 12 tokens (one
-per word and mark of the published template; a real vocabulary may split a word, which drops one more token and makes the sequence shorter) and
-a condition image adds 6 tokens of words beside its slots.
+With --whole the evaluation and what draws samples are compiled, too. Each row counts what else is on the device meanwhile, and the last lines how
+many programs a stage compiles.
+
+Buckets come from the config alone, or with --index from the data sets in config.data_dir. From the config: each task of the stage's mixture at each
+resolution, with prompts of `num_tokens`, the longest class. One condition image, of the target's own size, goes into an edit. Where the config's
+tokenizer cannot be read, the system turn has 12 tokens (one per word and mark of the published template; a real vocabulary may split a word, which
+drops one more token and makes the sequence shorter) and a condition image adds 6 tokens of words beside its slots.
 """
 
 import dataclasses
@@ -25,8 +28,9 @@ from ml_collections import config_flags
 from launch import cli
 from qimg2.runtime.config import RunConfig, parse, plain
 from qimg2.runtime.rehearsal import cost, table
-from qimg2.runtime.rehearsal.search import chosen_stages, print_row, rehearse, search
-from qimg2.runtime.rehearsal.steps import ChildProcess, Choice
+from qimg2.runtime.rehearsal.search import RANKS, best, chosen_stages, print_row, rehearse, search
+from qimg2.runtime.rehearsal.shapes import Choice
+from qimg2.runtime.rehearsal.steps import ChildProcess, Rehearsal
 from qimg2.runtime.rehearsal.table import Row
 from qimg2.runtime.rehearsal.topology import find_devices, num_chips, prepare_environment
 
@@ -44,6 +48,9 @@ def define_flags() -> None:
   flags.DEFINE_bool("squares", False, "Only the square of each resolution.")
   flags.DEFINE_string("rules", "", "Rule set in place of config.rules; with --search the only one to try.")
   flags.DEFINE_bool("search", False, "Look for the rule set, remat policy and micro-batches that fit with the best bound.")
+  flags.DEFINE_enum("rank_by", "serial", list(RANKS), "The bound that --search ranks by: nothing overlaps, or everything does.")
+  flags.DEFINE_bool("index", False, "Take the buckets of the stages' data in config.data_dir; without --all_buckets the heaviest of each task alone.")
+  flags.DEFINE_bool("whole", False, "Also compile what a stage runs beside its step: the evaluation, and what draws samples.")
   flags.DEFINE_bool("machine_code", False, "Compile for a TPU to the end. Takes minutes more and changes no number, but tries each kernel.")
   flags.DEFINE_bool("cost", False, "Also print days and chip-hours of each stage and of all.")
   flags.DEFINE_string("rows", "", "File that an earlier call wrote with --json: with --cost its rows are taken, and nothing is compiled.")
@@ -65,7 +72,7 @@ def main(_) -> None:
   sizes = plain(cfg.mesh).values()
   if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=cfg.mesh.data * args.num_slices))
-  choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares)
+  choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares, args.index, args.whole)
   child = ChildProcess(args.topology, args.num_slices) if chip and not args.machine_code else None
   so_far = []
 
@@ -77,21 +84,35 @@ def main(_) -> None:
       pathlib.Path(args.json).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
   if args.search:
-    rows, best = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done, child)
-    missing = [stage.name for stage in chosen_stages(cfg, choice) if stage.name not in best]
+    rows = search(cfg, devices, chip, choice, (args.rules,) if args.rules else (), done, child)
+    missing = [stage.name for stage in chosen_stages(cfg, choice) if stage.name not in best(rows)]
   else:
-    rows, best = rehearse(cfg, devices, chip, choice, done, child), {}
+    rows = rehearse(cfg, devices, chip, choice, done, child)
     missing = [row.stage for row in rows if row.fits is False]
-  print(table.table(rows))
-  for number, stage in enumerate(cfg.stages):
-    if stage.name in best:
-      print(table.advice(best[stage.name], number, bool(cfg.micro_batches)))
+  print(table.table(rows) + "\n")
+  if args.search:
+    _print_advice(cfg, rows, args.rank_by)
+  else:
+    shapes = Rehearsal(cfg, devices)
+    for stage in chosen_stages(cfg, choice):
+      if some := [row for row in rows if row.stage == stage.name]:
+        print(table.summary(stage, some, *shapes.num_programs(stage, choice), to_the_end=child is None))
   if args.cost and not missing:
     print()
     _print_cost(cfg, so_far)
   if missing:
     print(f"Does not fit: {', '.join(dict.fromkeys(missing))}.", file=sys.stderr)
     sys.exit(1)
+
+
+def _print_advice(cfg: RunConfig, rows: list[Row], rank: str) -> None:
+  """The best row of each stage by the bound that was asked for, and that by the other one where it is another row."""
+  other, = RANKS.keys() - {rank}
+  for number, stage in enumerate(cfg.stages):
+    first, second = (best(rows, name).get(stage.name) for name in (rank, other))
+    for name, row in ((rank, first), (other, None if second is first else second)):
+      if row:
+        print(f"best {name}: {table.advice(row, number, bool(cfg.micro_batches))}")
 
 
 def _print_cost(cfg: RunConfig, rows: list[dict]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from qimg2 import products
+from qimg2.sharding import Shard, identity
 
 
 def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1, join: bool = False) -> jax.Array:
@@ -68,9 +69,11 @@ def layer_norm(x: jax.Array, weight: jax.Array | None = None, bias: jax.Array | 
   return y.astype(x.dtype)
 
 
-def swiglu(x: jax.Array, gate: jax.Array, proj: jax.Array, out: jax.Array, join: bool = False) -> jax.Array:
-  """(SiLU(x·gate) ⊙ (x·proj))·out with gate, proj [D, F] and out [F, D] (arXiv 2002.05202); `join` as in `linear`."""
-  return linear(jax.nn.silu(linear(x, gate, join=join)) * linear(x, proj, join=join), out, join=join)
+def swiglu(x: jax.Array, gate: jax.Array, proj: jax.Array, out: jax.Array, join: bool = False, shard: Shard = identity) -> jax.Array:
+  """(SiLU(x·gate) ⊙ (x·proj))·out for x [B, S, D] with gate, proj [D, F] and out [F, D] (arXiv 2002.05202); `join` as in `linear`, `shard` constrains
+  what is between the products to the mesh."""
+  gated, linear_part = (shard(linear(x, weight, join=join), "batch", "token", "mlp") for weight in (gate, proj))
+  return linear(jax.nn.silu(gated) * linear_part, out, join=join)
 
 
 def rope_frequencies(dim: int, theta: float) -> jax.Array:

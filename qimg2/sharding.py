@@ -25,23 +25,28 @@ REPLICATED_WARN_BYTES = 2**30  # per device: more in weights that the mesh does 
 Rules = Mapping[str, tuple[str, ...]]
 Shard = Callable[..., jax.Array]
 
-_REPLICATED: Rules = dict.fromkeys(("token", "embed", "heads", "kv_heads", "mlp", "vocab", "channel", "layer"), ())
+_REPLICATED: Rules = dict.fromkeys(("token", "residual", "embed", "heads", "kv_heads", "mlp", "vocab", "channel", "layer"), ())
+_FSDP_TENSOR: Rules = {
+    **_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",), "residual": ("context",), "embed": ("fsdp",), "channel": ("fsdp",),
+    "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",),
+}
 
-# What a rule set does not name is replicated. Optimizer state, averaged weights and frozen networks are sharded as the weights are.
+# "residual" are the tokens between the products of a network, "token" those inside. What a rule set does not name is replicated.
+# Optimizer state, averaged weights and frozen networks are sharded as the weights are.
 RULES: dict[str, Rules] = {
     # Weights over fsdp alone, gathered layer by layer: for models and sequences of which one row fits a device.
     "fsdp": {**_REPLICATED, "batch": ("data", "fsdp"), "embed": ("fsdp",), "channel": ("fsdp",)},
     # Heads and MLP width over tensor too; a context axis splits the tokens.
-    "fsdp_tensor": {
-        **_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp",), "channel": ("fsdp",),
-        "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",),
-    },
+    "fsdp_tensor": _FSDP_TENSOR,
+    # The same with sequence parallelism (arXiv 2205.05198): norms, residual sums and what is saved of them are divided over tensor too.
+    "fsdp_sequence": {**_FSDP_TENSOR, "residual": ("context", "tensor")},
     # For pictures of 2048 px, 16K tokens and more: tokens over context, over which the weights are sharded too, because it would hold replicas.
     "fsdp_context": {
-        **_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",), "embed": ("fsdp", "context"), "channel": ("fsdp", "context"),
+        **_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",), "residual": ("context",), "embed": ("fsdp", "context"),
+        "channel": ("fsdp", "context"),
     },
     # Weights on every device: for small networks.
-    "replicated": {**_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",)},
+    "replicated": {**_REPLICATED, "batch": ("data", "fsdp"), "token": ("context",), "residual": ("context",)},
 }
 
 
@@ -66,6 +71,21 @@ def identity(x: jax.Array, *axes: str | None) -> jax.Array:
   """`x` unchanged: the `shard` argument of a model that runs without a mesh."""
   del axes
   return x
+
+
+def parts_of(shard: Shard, axis: str) -> int:
+  """Over how many devices `shard` splits a logical axis: 1 without a mesh."""
+  return 1 if getattr(shard, "mesh", None) is None else shard.parts(axis)
+
+
+def gather_tokens(x: jax.Array, shard: Shard) -> jax.Array:
+  """`x` [B, S, D] between the products, as what goes into them; the gradient is divided again."""
+  return shard(shard(x, "batch", "residual", None), "batch", "token", None)
+
+
+def divide_tokens(x: jax.Array, shard: Shard) -> jax.Array:
+  """`x` [B, S, D] that came from products, as what is between them; the gradient is gathered before it goes back into one."""
+  return shard(shard(x, "batch", "token", None), "batch", "residual", None)
 
 
 def on_one_cpu(shard: Shard) -> bool:

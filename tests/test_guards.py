@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import quickstart
-from qimg2.runtime.rehearsal.search import Choice, Rehearsal
+from qimg2.runtime.rehearsal.shapes import Choice
+from qimg2.runtime.rehearsal.steps import Rehearsal
 from qimg2.training import trainer
 from tests.jobs import toy
 

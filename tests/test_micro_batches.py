@@ -11,7 +11,8 @@ from configs import quickstart
 from data_pipelines.buckets import Bucket
 from qimg2.runtime import curriculum, micro_batches
 from qimg2.runtime.config import parse
-from qimg2.runtime.rehearsal.search import Choice, Rehearsal
+from qimg2.runtime.rehearsal.shapes import Choice
+from qimg2.runtime.rehearsal.steps import Rehearsal
 from qimg2.runtime.run import Run
 from qimg2.training import faults
 from qimg2.training import stage as stages

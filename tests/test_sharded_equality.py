@@ -29,9 +29,9 @@ TOLERANCE = 1e-5
 SLOT, NUM_SYSTEM, ROWS = 5, 2, 8
 CASES = {  # mesh, rules, back end, remat, batch
     "fsdp": ({"data": 2, "fsdp": 4}, "fsdp", "xla", "none", "latents"),
-    "all axes": ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_tensor", "ring", "attention", "pixels"),
-    "text to image": ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_tensor", "xla", "dots", "text"),
-    "splash": ({"data": 2, "fsdp": 2, "tensor": 2}, "fsdp_tensor", "splash", "full", "latents"),
+    "all axes": ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_sequence", "ring", "attention", "pixels"),
+    "text to image": ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_tensor", "xla", "none", "text"),
+    "sequence": ({"fsdp": 2, "tensor": 4}, "fsdp_sequence", "splash", "dots", "latents"),
     "context 4": ({"fsdp": 2, "context": 4}, "fsdp_context", "ring", "none", "pixels"),
     "context gathered": ({"fsdp": 4, "context": 2}, "fsdp_context", "xla", "full", "latents"),
     "context splash": ({"data": 2, "context": 4}, "fsdp_context", "splash", "none", "latents"),

@@ -73,6 +73,11 @@ def test_fsdp_splits_weights_over_fsdp_alone_and_fsdp_context_over_both():
   assert spec(hidden, "fsdp") == PartitionSpec(("data", "fsdp"), None, None)
   assert spec(project, "fsdp_context") == PartitionSpec(None, ("fsdp", "context"), None, None)
   assert spec(hidden, "fsdp_context") == PartitionSpec(("data", "fsdp"), "context", None)
+  between = ("batch", "residual", None)
+  assert spec(between, "fsdp_sequence") == PartitionSpec(("data", "fsdp"), ("context", "tensor"), None)
+  assert all(spec(between, name) == spec(hidden, name) for name in sharding.RULES if name != "fsdp_sequence")
+  assert {key: axes for key, axes in sharding.RULES["fsdp_sequence"].items() if key != "residual"} == {
+      key: axes for key, axes in RULES.items() if key != "residual"}
 
 
 def test_rules_that_leave_devices_without_work_are_refused():

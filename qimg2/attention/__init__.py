@@ -24,7 +24,7 @@ from qimg2 import layers
 from qimg2.attention import chunked, cudnn, ring, splash, xla
 from qimg2.attention.mask import Mask, block_causal, causal, dense
 from qimg2.attention.splash import splash_cost
-from qimg2.sharding import Shard, identity
+from qimg2.sharding import Shard, identity, parts_of
 
 __all__ = ["BACKENDS", "Mask", "attention", "block_causal", "causal", "check_backend", "dense", "resolve", "splash_cost"]
 
@@ -92,7 +92,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask = M
   """
   mesh = getattr(shard, "mesh", None)
   platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-  parts = 1 if mesh is None else shard.parts("token")
+  parts = parts_of(shard, "token")
   name = resolve(backend, platform, query.dtype, query.shape[-1], parts, query.shape[1] * key.shape[1])
   if name == "xla":
     out = xla.attend(query, key, value, mask, shard)

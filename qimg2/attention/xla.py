@@ -7,14 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from qimg2.attention.mask import Mask, dense
-from qimg2.sharding import Shard, identity
+from qimg2.sharding import Shard, identity, parts_of
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, shard: Shard = identity) -> jax.Array:
   """Attention [B, S, H, K]; over a split sequence each device gets all keys. Arguments as in `qimg2.attention.attention`."""
-  mesh = getattr(shard, "mesh", None)
-  if mesh is not None and shard.parts("token") > 1:
-    gathered = NamedSharding(mesh, shard.spec(key.shape, "batch", None, "kv_heads", None))
+  if parts_of(shard, "token") > 1:
+    gathered = NamedSharding(shard.mesh, shard.spec(key.shape, "batch", None, "kv_heads", None))
     key, value = (jax.lax.with_sharding_constraint(x, gathered) for x in (key, value))
   return dot_product(query, key, value, dense(mask, key.shape[1]))
 

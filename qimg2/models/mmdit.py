@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from qimg2 import attention, layers
 from qimg2 import params as P
-from qimg2.sharding import Shard, identity, on_one_cpu
+from qimg2.sharding import Shard, divide_tokens, gather_tokens, identity, on_one_cpu, parts_of
 
 NUM_MODULATIONS = 4  # scale1, gate1, scale2, gate2
 
@@ -197,7 +197,12 @@ def _run_blocks(cfg: Config, params: dict, x: jax.Array, modulation: list[jax.Ar
 
   Modulation [1 or 2, B, D] is that of all tokens, or of those after the first `num_prefix` and of these. It is spread over the tokens inside the
   layer, so that its gradient is summed over tokens there, in place of being carried from layer to layer as one row per token.
+
+  Between its products a layer divides the tokens as the rules' "residual" says. Tokens that nobody sees make them divisible.
   """
+  num_tokens = x.shape[1]
+  extra = -num_tokens % parts_of(shard, "residual")
+  x, positions, mask = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, extra if dim == 1 else 0) for dim in range(leaf.ndim)]), (x, positions, mask))
   angles = layers.concat_angles(jnp.moveaxis(positions, -1, 0), cfg.rope_dims, cfg.rope_theta)  # B S K/2
   is_prefix = (jnp.arange(x.shape[1]) < num_prefix)[:, None]  # S 1
   join = on_one_cpu(shard)
@@ -207,14 +212,16 @@ def _run_blocks(cfg: Config, params: dict, x: jax.Array, modulation: list[jax.Ar
 
   def block(x, inputs):
     weights, past = inputs
-    a = layers.layer_norm(x, eps=cfg.eps) * spread(scale1)
+    a = gather_tokens(layers.layer_norm(x, eps=cfg.eps) * spread(scale1), shard)
     attended, own = _attend(cfg, weights["attn"], a, angles, mask, past, shard)
-    x = x + spread(gate1) * attended
-    b = layers.layer_norm(x, eps=cfg.eps) * spread(scale2)
-    x = x + spread(gate2) * layers.swiglu(b, *(weights["mlp"][name] for name in ("gate", "proj", "out")), join)
-    return shard(x, "batch", "token", None), own if keep else None
+    x = x + spread(gate1) * divide_tokens(attended, shard)
+    b = gather_tokens(layers.layer_norm(x, eps=cfg.eps) * spread(scale2), shard)
+    b = layers.swiglu(b, *(weights["mlp"][name] for name in ("gate", "proj", "out")), join, shard)
+    x = x + spread(gate2) * divide_tokens(b, shard)
+    return shard(x, "batch", "residual", None), own if keep else None
 
-  return jax.lax.scan(layers.checkpoint_layer(block, cfg.remat), shard(x, "batch", "token", None), (params["blocks"], past))
+  x, cache = jax.lax.scan(layers.checkpoint_layer(block, cfg.remat), shard(x, "batch", "residual", None), (params["blocks"], past))
+  return x[:, :num_tokens], jax.tree.map(lambda leaf: leaf[:, :, :num_tokens], cache)
 
 
 def _project_out(cfg: Config, params: dict, x: jax.Array, scale: jax.Array) -> jax.Array:

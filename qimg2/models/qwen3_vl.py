@@ -31,7 +31,7 @@ import numpy as np
 from qimg2 import attention, layers
 from qimg2 import params as P
 from qimg2.models.qwen3_vl_vision import VisionConfig, image_grid, vision_apply, vision_specs
-from qimg2.sharding import Shard, identity
+from qimg2.sharding import Shard, divide_tokens, gather_tokens, identity, parts_of
 
 DTYPES = ("float32", "bfloat16")
 
@@ -149,7 +149,8 @@ def apply(cfg: Config, params: dict, tokens: jax.Array, token_count: jax.Array, 
 
   Source: arXiv 2511.21631.
   """
-  grids = _image_grids(cfg, images, tokens.shape[1])
+  num_tokens, grids = tokens.shape[1], _image_grids(cfg, images, tokens.shape[1])
+  tokens = layers.pad(tokens, parts_of(shard, "residual"))
   positions, ordinal, visual = prompt_positions(cfg, tokens, token_count, grids)
   x = jnp.take(params["embed"], tokens, axis=0).astype(cfg.dtype)
   if images:
@@ -167,9 +168,9 @@ def apply(cfg: Config, params: dict, tokens: jax.Array, token_count: jax.Array, 
       x = x + deepstack[jnp.minimum(index, deepstack.shape[0] - 1)]
     return x, None
 
-  x = shard(x, "batch", "token", None)
+  x = shard(x, "batch", "residual", None)
   x, _ = jax.lax.scan(layers.checkpoint_layer(layer, cfg.remat), x, (jnp.arange(cfg.num_layers), params["blocks"]))
-  return jnp.where(_real(tokens, token_count)[..., None], x, 0)
+  return jnp.where(_real(tokens, token_count)[..., None], x, 0)[:, :num_tokens]
 
 
 @layers.full_precision
@@ -239,16 +240,15 @@ def _place(features: jax.Array, ordinal: jax.Array, visual: jax.Array) -> jax.Ar
 
 
 def _block(cfg: Config, params: dict, x: jax.Array, angles: jax.Array, mask: attention.Mask, shard: Shard) -> jax.Array:
-  attn, h = params["attn"], layers.rms_norm(x, params["norm1"], cfg.eps)
+  attn, h = params["attn"], gather_tokens(layers.rms_norm(x, params["norm1"], cfg.eps), shard)
   query = shard(layers.rms_norm(layers.linear(h, attn["q"]), attn["q_norm"], cfg.eps), "batch", "token", "heads", None)
   key = shard(layers.rms_norm(layers.linear(h, attn["k"]), attn["k_norm"], cfg.eps), "batch", "token", "kv_heads", None)
   value = shard(layers.linear(h, attn["v"]), "batch", "token", "kv_heads", None)
   query, key = layers.rotate_halves(query, angles), layers.rotate_halves(key, angles)
   h = attention.attention(query, key, value, mask, cfg.attention_backend, shard)
-  x = x + layers.linear(h, attn["out"], num_dims=2)
-  mlp = params["mlp"]
-  x = x + layers.swiglu(layers.rms_norm(x, params["norm2"], cfg.eps), mlp["gate"], mlp["proj"], mlp["out"])
-  return shard(x, "batch", "token", None)
+  x = x + divide_tokens(layers.linear(h, attn["out"], num_dims=2), shard)
+  mlp, h = params["mlp"], gather_tokens(layers.rms_norm(x, params["norm2"], cfg.eps), shard)
+  return shard(x + divide_tokens(layers.swiglu(h, mlp["gate"], mlp["proj"], mlp["out"], shard=shard), shard), "batch", "residual", None)
 
 
 def _real(tokens: jax.Array, token_count: jax.Array) -> jax.Array:

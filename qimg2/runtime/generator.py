@@ -104,6 +104,16 @@ class Generator:
     latents, pixels = (np.concatenate(parts)[:len(prompts)] for parts in zip(*pieces))
     return latents, pixels
 
+  def lower(self, weights: dict) -> jax.stages.Lowered:
+    """The program that draws, for abstract weights {network: tree of ShapeDtypeStruct}. Nothing is run."""
+    rows, sharded = self._size.batch_size, sharding.batch_sharding(self._source.mesh, self._source.rules)
+    texts = 2 * rows if self._guided else rows
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharded)
+    batch = {"target": of(np.uint8, texts, self._size.height, self._size.width, 3),
+             "sources": tuple(of(np.uint8, texts, *size, 3) for size in self._size.source_sizes),
+             "tokens": of(np.int32, texts, self._size.num_tokens), "token_count": of(np.int32, texts)}
+    return self._generate.lower(weights, batch, of(np.float32, rows, *self._shape))
+
   def check_noise(self, noise: np.ndarray | None, num: int) -> None:
     """Raises a `ValueError` if `noise` is not that of `num` pictures."""
     if noise is not None and noise.shape != (num, *self._shape):

@@ -6,12 +6,12 @@ config each bucket takes the first entry in which one of its rows finds room, an
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from data_pipelines.buckets import Bucket
-from data_pipelines.specs import source_grids
+from data_pipelines.buckets import Bucket, bucket_size
+from data_pipelines.specs import Resolution, source_grids
 from qimg2.networks import Networks
 from qimg2.runtime.config import RunConfig, StageConfig
 
@@ -39,6 +39,20 @@ def choose(cfg: RunConfig, stage: StageConfig, bucket: Bucket, parts: int) -> tu
   entry = next((one for one in cfg.micro_batches if length <= one.tokens), cfg.micro_batches[-1])
   at_once = max((num for num in range(1, rows + 1) if rows % num == 0 and num * length <= entry.tokens), default=1)
   return entry.remat, rows // at_once
+
+
+def held_out_rows(cfg: RunConfig, stage: StageConfig, task: str, resolution: Resolution, num_image_tokens: Callable[[Sequence[tuple[int, int]]], int],
+                  parts: int) -> int:
+  """Rows of a global held-out batch of a task at a resolution: those of one micro-batch of the square with prompts of the longest class and, for
+  edits, one condition image of its size. `num_image_tokens` gives the prompt tokens of condition images by their grids; the rest as in `choose`."""
+  accumulate = stage.optimizer.accumulate  # whatever its buckets are: it need not have a square
+  if cfg.micro_batches:
+    side = bucket_size(resolution.base_px, "1:1", resolution.multiple)
+    sources = (bucket_size(resolution.base_px, "1:1"),) if task == "ti2i" else ()
+    num_tokens = cfg.num_tokens + num_image_tokens(source_grids(sources))
+    bucket = Bucket(task, *side, sources, num_tokens=num_tokens, batch_size=resolution.batch_size)
+    accumulate = choose(cfg, stage, bucket, parts)[1]
+  return max(1, resolution.batch_size // accumulate)
 
 
 def variants(cfg: RunConfig, stage: StageConfig, buckets: Sequence[Bucket], nets: Networks) -> tuple[tuple[Networks, int], ...]:

@@ -20,13 +20,12 @@ from typing import Any
 import jax
 from absl import logging
 
-from data_pipelines.buckets import Bucket, bucket_size
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.kept import folder_of
 from data_pipelines.loader import Loader
 from data_pipelines.records import list_splits
-from data_pipelines.specs import DatasetSpec, Resolution, source_grids
+from data_pipelines.specs import DatasetSpec
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2.algorithms import Algorithm
@@ -157,8 +156,8 @@ class Run(StageWeights):
     for task in dict.fromkeys(part.task for part in stage.mixture):
       parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
                for part in stage.mixture if part.task == task}
-      smaller = tuple(dataclasses.replace(one, batch_size=max(1, one.batch_size // self._micro_batches(stage, task, one)))
-                      for one in stage.resolutions)
+      rows = lambda one: micro_batches.held_out_rows(self.cfg, stage, task, one, self.tokenizer.num_image_tokens, self.nets.shard.parts("batch"))
+      smaller = tuple(dataclasses.replace(one, batch_size=rows(one)) for one in stage.resolutions)
       loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, programs=training.mixture.programs)
       if not loader.mixture.cells:
         logging.warning("Stage %s: no held-out record of the task %s fits a bucket of its training data, so these have buckets of their own.",
@@ -169,16 +168,6 @@ class Run(StageWeights):
                         100 * loader.mixture.merging.left_out, task)
       batches[task] = HeldOut(loader, stage.evaluation.num_samples, self.put)
     return batches
-
-  def _micro_batches(self, stage: StageConfig, task: str, resolution: Resolution) -> int:
-    """How many a training step of the resolution's square takes, with one condition image of its size for edits."""
-    if not self.cfg.micro_batches:
-      return stage.optimizer.accumulate  # whatever its buckets are: it need not have a square
-    side = bucket_size(resolution.base_px, "1:1", resolution.multiple)
-    sources = (bucket_size(resolution.base_px, "1:1"),) if task == "ti2i" else ()
-    num_tokens = self.cfg.num_tokens + self.tokenizer.num_image_tokens(source_grids(sources))
-    bucket = Bucket(task, *side, sources, num_tokens=num_tokens, batch_size=resolution.batch_size)
-    return micro_batches.choose(self.cfg, stage, bucket, self.nets.shard.parts("batch"))[1]
 
   def _held_out(self, name: str, stage: StageConfig) -> str:
     """The held-out split that a stage is validated on; its training split, with a warning in the log, where nothing was held out."""
@@ -215,8 +204,7 @@ class Run(StageWeights):
 
   def sampler_settings(self) -> dict[str, Any]:
     """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`, as the config says."""
-    sampling = self.cfg.sampling
-    return {"num_steps": len(sampling.sigmas) or sampling.num_steps, "guidance": sampling.guidance, "base_times": sampling.sigmas or None}
+    return self.cfg.sampling.settings()
 
   def key(self, name: str) -> jax.Array:
     """The PRNG key of a stage or of a role's initialisation: the run's seed and the name alone decide it."""

@@ -5,7 +5,7 @@ means, as in MLPerf's text-to-image benchmark: an unequal number of examples per
 falls into are left out, always the same ones; the log says so once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,6 +15,17 @@ from absl import logging
 
 from qimg2.algorithms import Algorithm
 from qimg2.sharding import to_host
+
+
+def bin_sums(algorithm: Algorithm, nets: Any) -> Callable[[dict, dict], tuple[dict, jax.Array]]:
+  """What an evaluation compiles for each batch shape: a function of the weights of all roles and a held-out batch, with its `weight` [B], that gives
+  ({metric: sums [bins]}, examples [bins])."""
+  def sums(params, batch):
+    metrics, bins = algorithm.validation(params, nets, batch, jax.random.key(0))
+    member = jax.nn.one_hot(bins, algorithm.num_bins) * batch["weight"][:, None]  # B bins
+    # By default a TPU would round the losses to bfloat16 before it adds them.
+    return {name: jnp.matmul(values, member, precision="highest") for name, values in metrics.items()}, jnp.sum(member, axis=0)
+  return sums
 
 
 class Evaluator:
@@ -30,13 +41,7 @@ class Evaluator:
       raise ValueError("There are no evaluation samples: the evaluation mixture is empty for these buckets.")
     self._num_bins, self._said = algorithm.num_bins, False
     self._batches = batches
-
-    def sums(params, batch):
-      metrics, bins = algorithm.validation(params, nets, batch, jax.random.key(0))
-      member = jax.nn.one_hot(bins, algorithm.num_bins) * batch["weight"][:, None]  # B bins
-      # By default a TPU would round the losses to bfloat16 before it adds them.
-      return {name: jnp.matmul(values, member, precision="highest") for name, values in metrics.items()}, jnp.sum(member, axis=0)
-    self._sums = jax.jit(sums)
+    self._sums = jax.jit(bin_sums(algorithm, nets))
 
   def __call__(self, params: dict) -> dict[str, float]:
     """{"val_<metric>": mean of bin means, "val_<metric>_bin<i>": mean of a bin} for weights of all roles.

@@ -88,6 +88,10 @@ class SamplingConfig:
   sigmas: tuple[float, ...]
   num_images: int
 
+  def settings(self) -> dict[str, Any]:
+    """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`."""
+    return {"num_steps": len(self.sigmas) or self.num_steps, "guidance": self.guidance, "base_times": self.sigmas or None}
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:

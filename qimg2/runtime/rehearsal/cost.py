@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipelines.buckets import bucket_size
 from qimg2.runtime.config import RunConfig, StageConfig
-from qimg2.runtime.rehearsal.table import columns
+from qimg2.runtime.rehearsal.table import STEP, columns
 
 DAY_S = 24 * 3600
 
@@ -59,7 +59,8 @@ def costs(cfg: RunConfig, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cost]
     ValueError: rows of another config, without times, or for none of the stages.
   """
   kinds, times = {stage.name: stage.kind for stage in cfg.stages}, {}
-  for row in sorted(rows, key=lambda row: row["num_tokens"]):  # the longest prompts come last, and stay
+  steps = [row for row in rows if row.get("program", STEP) == STEP]
+  for row in sorted(steps, key=lambda row: row["num_tokens"]):  # the longest prompts come last, and stay
     if row["stage"] not in kinds:
       raise ValueError(f"The rows have a stage {row['stage']!r}, which the config has not: give the rows of this config.")
     if not row["bound"]:

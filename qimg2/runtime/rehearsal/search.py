@@ -13,9 +13,11 @@ from qimg2.analysis import roofline
 from qimg2.runtime.config import MeshConfig, RunConfig, StageConfig, parse, plain
 from qimg2.runtime.micro_batches import num_tokens
 from qimg2.runtime.rehearsal import table
-from qimg2.runtime.rehearsal.steps import ChildProcess, Choice, Rehearsal
-from qimg2.runtime.rehearsal.table import Row
+from qimg2.runtime.rehearsal.shapes import Choice
+from qimg2.runtime.rehearsal.steps import ChildProcess, Rehearsal
+from qimg2.runtime.rehearsal.table import STEP, Row
 
+RANKS = {"serial": "serial_mfu", "overlapped": "mfu"}  # by which bound a search ranks: nothing overlaps, or everything
 REMAT = ("none", "dots", "attention", "full", "offload")  # least work first
 
 
@@ -38,8 +40,9 @@ def rehearse(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choic
   rehearsal = Rehearsal(cfg, devices, chip, child)
   rows = []
   for stage in chosen_stages(cfg, choice):
-    for bucket in rehearsal.buckets(stage, choice):
-      rows.append(rehearsal.row(stage, bucket))
+    buckets = rehearsal.buckets(stage, choice)
+    for program, bucket in [*((STEP, one) for one in buckets), *(rehearsal.beside_the_step(stage, buckets) if choice.whole else ())]:
+      rows.append(rehearsal.row(stage, bucket, program, choice))
       done(rows[-1])
   if not rows:
     raise ValueError("The stages have no bucket of this --task and --base_px: leave one of the flags out.")
@@ -47,27 +50,30 @@ def rehearse(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choic
 
 
 def search(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choice: Choice = Choice(),
-           rules: Sequence[str] = (), done: Callable[[Row], None] = print_row, child: ChildProcess | None = None) -> tuple[list[Row], dict[str, Row]]:
-  """(all rows tried, stage -> the best): the rule set, remat policy and number of micro-batches with the highest bound on MFU, of those rows that
-  fill at most nine tenths of the memory.
+           rules: Sequence[str] = (), done: Callable[[Row], None] = print_row, child: ChildProcess | None = None) -> list[Row]:
+  """All rows tried for the rule set, remat policy and number of micro-batches with the highest bound on MFU; `best` chooses from them.
 
   A stage is tried with its heaviest bucket, that of most tokens per batch, under each rule set (`rules`; all by default) on the mesh that
   `fitting_mesh` gives it. The per-chip batch begins at one row per shard; from that and two rows follows how many the memory should hold, which is
-  then compiled. What no longer fits is tried with the next remat policy, which computes more and keeps less. Equal bounds are told apart by fewer
-  micro-batches.
+  then compiled. What no longer fits is tried with the next remat policy, which computes more and keeps less.
   """
-  cfg, rows, best = parse(cfg), [], {}
+  cfg, rows = parse(cfg), []
   for stage in chosen_stages(cfg, choice):
-    tried = []
     for name in rules or sharding.RULES:
       try:
-        tried += _climb(cfg, name, stage, devices, chip, choice, done, child)
+        rows += _climb(cfg, name, stage, devices, chip, choice, done, child)
       except ValueError as error:  # another rule set may do
         print(f"Stage {stage.name}, rules {name}: {error}", file=sys.stderr, flush=True)
-    rows += tried
-    if fitting := [row for row in tried if row.has_headroom]:
-      best[stage.name] = max(fitting, key=lambda row: (round(row.bound.get("mfu", 0.0), 3), -row.accumulate))
-  return rows, best
+  return rows
+
+
+def best(rows: Sequence[Row], rank: str = "serial") -> dict[str, Row]:
+  """Stage -> its row with the highest bound on MFU, of those that leave a tenth of the memory free; equal bounds are told apart by fewer
+  micro-batches. `rank` is one of `RANKS`. A real step lies between them. Where compute is what takes longest, plans that differ in memory and
+  links are alike while everything overlaps, so the default is that nothing does."""
+  worth = lambda row: (round(row.bound.get(RANKS[rank], 0.0), 3), -row.accumulate)
+  return {name: max((row for row in rows if row.stage == name and row.has_headroom), key=worth)
+          for name in dict.fromkeys(row.stage for row in rows if row.has_headroom)}
 
 
 def fitting_mesh(rules: str, sizes: dict[str, int]) -> dict[str, int]:
@@ -86,7 +92,7 @@ def _climb(cfg: RunConfig, rules: str, stage: StageConfig, devices: Sequence[Any
 
   def attempt() -> Row:
     tried = dataclasses.replace(stage, optimizer=dataclasses.replace(stage.optimizer, accumulate=accumulate))
-    rows.append(rehearsal.row(tried, heaviest))
+    rows.append(rehearsal.row(tried, heaviest, choice=choice))
     done(rows[-1])
     return rows[-1]
 

@@ -7,14 +7,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qimg2.analysis import hlo, roofline
+from qimg2.runtime.config import StageConfig
 
 GIB = 2**30
+PROGRAMS = STEP, EVALUATION, SAMPLES = "step", "evaluation", "samples"  # what a stage compiles
 HEADROOM = 0.9  # of the memory, which a plan should not exceed: the next compiler may need a little more
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """The step of one stage for one bucket. All measures are per device and step.
+  """A program of one stage for one bucket. All measures are per device and step, or run of another program.
 
   Attributes:
     stage, task, height, width, num_sources, num_tokens: which bucket; px and prompt tokens, condition images counted.
@@ -24,6 +26,8 @@ class Row:
     model_flops: role -> FLOPs by `qimg2.analysis.flops`.
     peak_bytes, limit_bytes: memory that the program reserves, and what there is; None for devices without a limit.
     compile_s: seconds.
+    program: one of `PROGRAMS`.
+    beside_bytes: what else is on the device while it runs: batches on their way, held-out ones, state that the program does not read.
     traffic: what the compiled program does; None if it does not fit.
     collectives: rows of kind, dtype, axes, bytes, calls, route: the traffic's messages added up by kind, type and mesh axes.
     bound: `roofline.bound`; empty without rates or traffic.
@@ -44,19 +48,26 @@ class Row:
   peak_bytes: float
   limit_bytes: float | None
   compile_s: float
+  program: str = STEP
+  beside_bytes: float = 0.0
   traffic: hlo.Traffic | None = None
   collectives: tuple[dict, ...] = ()
   bound: dict[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def fits(self) -> bool | None:
-    """Whether the program fits into memory; None where there is no limit."""
-    return None if self.limit_bytes is None else self.peak_bytes <= self.limit_bytes
+    """Whether the program and what is beside it fit into memory; None where there is no limit."""
+    return None if self.limit_bytes is None else self.total_bytes <= self.limit_bytes
 
   @property
   def has_headroom(self) -> bool:
-    """Whether it fills at most `HEADROOM` of the memory."""
-    return self.limit_bytes is None or self.peak_bytes <= HEADROOM * self.limit_bytes
+    """Whether both fill at most `HEADROOM` of the memory."""
+    return self.limit_bytes is None or self.total_bytes <= HEADROOM * self.limit_bytes
+
+  @property
+  def total_bytes(self) -> float:
+    """Of the program and what is beside it."""
+    return self.peak_bytes + self.beside_bytes
 
   @property
   def per_chip(self) -> float:
@@ -86,27 +97,32 @@ def with_bound(row: Row, chip: roofline.Chip | None, mesh: Mesh) -> Row:
 
 
 def bucket_name(row: Row) -> str:
-  """Such as "ti2i 512x512+1 1286t": task, height x width, condition images, prompt tokens."""
-  return f"{row.task} {row.height}x{row.width}{f'+{row.num_sources}' if row.num_sources else ''} {row.num_tokens}t"
+  """Such as "ti2i 512x512+1 1286t": task, height x width, condition images, prompt tokens; with its name, if the program is another than the step."""
+  name = "" if row.program == STEP else f"{row.program} "
+  return f"{name}{row.task} {row.height}x{row.width}{f'+{row.num_sources}' if row.num_sources else ''} {row.num_tokens}t"
 
 
 def fit_text(row: Row) -> str:
   """Whether it fits, or by how many GiB not."""
   if row.fits is None:
     return "no limit"
-  return "fits" if row.fits else f"{(row.peak_bytes - row.limit_bytes) / GIB:,.1f} over"
+  return "fits" if row.fits else f"{(row.total_bytes - row.limit_bytes) / GIB:,.1f} over"
 
 
 def progress(row: Row) -> str:
   """One line to read while the others compile."""
-  bound = f"MFU <= {row.bound['mfu']:.1%}, " if row.bound else ""
-  return (f"{row.stage} {bucket_name(row)} {row.rules} {row.remat} 1/{row.accumulate}: {row.peak_bytes / GIB:.2f} GiB, {fit_text(row)}, {bound}"
-          f"compiled in {row.compile_s:.0f} s")
+  bound = f"MFU <= {row.bound['mfu']:.1%}, serial {row.bound['serial_mfu']:.1%}, " if _has_mfu(row) else ""
+  memory = f"{row.peak_bytes / GIB:.2f} + {row.beside_bytes / GIB:.2f} GiB, {fit_text(row)}"
+  return f"{row.stage} {bucket_name(row)} {row.rules} {row.remat} 1/{row.accumulate}: {memory}, {bound}compiled in {row.compile_s:.0f} s"
+
+
+def _has_mfu(row: Row) -> bool:
+  return bool(row.bound and row.model_flops)
 
 
 def table(rows: Sequence[Row]) -> str:
   """The rows as text, two tables: memory and bound; then messages. Units: GiB = 2^30 and GB = 10^9 bytes, TFLOP = 10^12, ms."""
-  head = ["stage", "bucket", "rules", "remat", "batch", "micro", "per chip", "peak GiB", "of", "fits", "model TFLOP", "run TFLOP", "HBM GB",
+  head = ["stage", "bucket", "rules", "remat", "batch", "micro", "per chip", "peak GiB", "beside", "of", "fits", "model TFLOP", "run TFLOP", "HBM GB",
           "compute ms", "HBM ms", "ICI ms", "DCN ms", "MFU <=", "serial"]
   lines = []
   for row in rows:
@@ -114,8 +130,9 @@ def table(rows: Sequence[Row]) -> str:
     traffic = ["-", "-"] if row.traffic is None else [f"{row.traffic.flops / 1e12:,.2f}", f"{row.traffic.hbm_bytes / 1e9:,.1f}"]
     times = [f"{1e3 * row.bound[key]:,.1f}" if row.bound else "-" for key in ("compute_s", "hbm_s", "ici_s", "dcn_s")]
     lines.append([row.stage, bucket_name(row), row.rules, row.remat, f"{row.batch_size:,}", str(row.accumulate), f"{row.per_chip:g}",
-                  f"{row.peak_bytes / GIB:,.2f}", limit, fit_text(row), f"{sum(row.model_flops.values()) / 1e12:,.2f}", *traffic, *times,
-                  *(f"{row.bound[key]:.1%}" if row.bound else "-" for key in ("mfu", "serial_mfu"))])
+                  f"{row.peak_bytes / GIB:,.2f}", f"{row.beside_bytes / GIB:,.2f}", limit, fit_text(row),
+                  f"{sum(row.model_flops.values()) / 1e12:,.2f}" if row.model_flops else "-", *traffic, *times,
+                  *(f"{row.bound[key]:.1%}" if _has_mfu(row) else "-" for key in ("mfu", "serial_mfu"))])
   text = columns([head, *lines], 4)
   messages = [[row.stage, bucket_name(row), row.remat, one["kind"], one["dtype"], one["axes"], f"{one['bytes'] / 1e9:,.3f}", f"{one['calls']:,}"]
               for row in rows for one in _by_axes(row)]
@@ -145,12 +162,31 @@ def columns(lines: Sequence[Sequence[str]], num_texts: int) -> str:
 def advice(row: Row, number: int, micro_batches: bool = False) -> str:
   """The flags that give the best row that a search found; `number` is the stage's place in the config, and `micro_batches` whether the config has
   those, which must go."""
-  bound = f", MFU at most {row.bound['mfu']:.1%}" if row.bound else ""
+  bound = f", MFU at most {row.bound['mfu']:.1%}, serial {row.bound['serial_mfu']:.1%}" if row.bound else ""
   mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in row.mesh.items())
   mesh += " --config.micro_batches='()'" if micro_batches else ""
   return (f"{row.stage}: {mesh} --config.rules={row.rules} --config.model.remat={row.remat} "
           f"--config.stages[{number}].optimizer.accumulate={row.accumulate} "
-          f"({row.per_chip:g} per chip, {row.peak_bytes / GIB:.2f} GiB{bound})")
+          f"({row.per_chip:g} per chip, {row.total_bytes / GIB:.2f} GiB{bound})")
+
+
+def summary(config: StageConfig, rows: Sequence[Row], num_programs: int, exact: bool, to_the_end: bool) -> str:
+  """What a stage compiles in all, and which of its programs takes most memory.
+
+  Args: the stage; its rows; how many steps it has, 0 if that is not known, and whether that is exact; whether rows were compiled to machine code.
+  """
+  worst = max(rows, key=lambda row: row.total_bytes)
+  share = "" if worst.limit_bytes is None else f", {worst.total_bytes / worst.limit_bytes:.0%} of the memory"
+  times = {program: [row.compile_s for row in rows if row.program == program] for program in PROGRAMS}
+  num = {STEP: num_programs, EVALUATION: num_programs, SAMPLES: len(times[SAMPLES])}
+  mean = {program: sum(some) / len(some) for program, some in times.items() if some}
+  some = ", ".join(f"{num[program]} of {program} in {seconds:,.0f} s each" for program, seconds in mean.items())
+  text = f"{config.name}: most memory takes {bucket_name(worst)}, {worst.total_bytes / GIB:.2f} GiB{share}."
+  if not num_programs:
+    return f"{text} As many steps as its data have shapes, because max_programs is 0: count them with --index."
+  total = sum(num[program] * seconds for program, seconds in mean.items())
+  return (f"{text} Programs{'' if exact else ' at most'}: {some}, {total / 60:,.0f} min one after the other"
+          f"{'' if to_the_end else ', machine code not counted'}; seconds are the means of the rows, as measured here.")
 
 
 def as_json(row: Row) -> dict[str, Any]:
@@ -158,4 +194,4 @@ def as_json(row: Row) -> dict[str, Any]:
   values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row) if field.name not in ("traffic", "collectives")}
   traffic = row.traffic and {"hbm_bytes": row.traffic.hbm_bytes, "flops": row.traffic.flops, "unknown_loops": list(row.traffic.unknown_loops)}
   messages = [{key: one[key] for key in ("kind", "dtype", "axes", "bytes", "calls")} for one in _by_axes(row)]
-  return {**values, "fits": row.fits, "per_chip": row.per_chip, "traffic": traffic, "collectives": messages}
+  return {**values, "fits": row.fits, "total_bytes": row.total_bytes, "per_chip": row.per_chip, "traffic": traffic, "collectives": messages}

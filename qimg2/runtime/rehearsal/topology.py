@@ -19,6 +19,7 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_S
                "TPU_WORKER_HOSTNAMES": "localhost"}
 ACCELERATORS = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}  # only so that libtpu does not ask the network
 ASSIGNED = "after_optimizations_after_buffer_assignment.txt"  # the program, scheduled, with a place in memory for every array
+MODULES = ("step", "sums", "generate")  # names of the functions that are rehearsed: the step, the evaluation, what draws
 NEXT = "debug_options"  # what the compiler writes after each such text
 
 
@@ -61,7 +62,7 @@ def prepare_environment(topology: str) -> None:
   if "--xla_dump_to" not in os.environ.get("XLA_FLAGS", "") and not topology.startswith("cpu"):
     folder = tempfile.mkdtemp(prefix="rehearse_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
+    dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_({'|'.join(MODULES)})"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
   kind, _, shape = topology.partition(":")
   if kind == "cpu" and shape.isdigit():
@@ -72,13 +73,13 @@ def prepare_environment(topology: str) -> None:
 
 
 def dumped() -> list[pathlib.Path]:
-  """What the compiler wrote down of train steps."""
+  """What the compiler wrote down of what is rehearsed."""
   folder = re.search(r"--xla_dump_to=(\S+)", os.environ.get("XLA_FLAGS", ""))
-  return [path for path in pathlib.Path(folder[1]).glob("*jit_step*") if path.is_file()] if folder else []
+  return [path for path in pathlib.Path(folder[1]).glob("*jit_*") if path.is_file()] if folder else []
 
 
 def is_assigned() -> bool:
-  """Whether the step that is being compiled is scheduled and has its memory: what follows is machine code alone."""
+  """Whether the program that is being compiled is scheduled and has its memory: what follows is machine code alone."""
   written = {ending: max((file.stat().st_mtime_ns for file in dumped() if file.name.endswith(ending)), default=0) for ending in (ASSIGNED, NEXT)}
   return 0 < written[ASSIGNED] <= written[NEXT]
 
