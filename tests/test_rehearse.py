@@ -156,6 +156,7 @@ def test_a_stage_counts_its_programs():
     rehearsal.buckets(rehearsal.cfg.stages[-1], Choice(index=True))
 
 
+@pytest.mark.slow
 def test_buckets_of_an_index(smoke_config, tmp_path):
   """Those of the run, and of them the longest of each task."""
   run = Run(smoke_config, tmp_path, trained=True)
