@@ -127,7 +127,7 @@ def test_alpha_wants_a_vae_of_four_channels(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stage_learns_alpha_beside_a_task_without(tmp_path, monkeypatch):
+def test_a_stage_learns_alpha_beside_a_task_without(tmp_path, monkeypatch, one_device):
   """Held-out batches of both tasks have the channels of the training batches. A step of the VAE on one lowers its loss, and alpha matters."""
   monkeypatch.setattr(run_module, "EMBEDDED", ())
   write(tmp_path / "data", monkeypatch)
@@ -136,7 +136,6 @@ def test_a_stage_learns_alpha_beside_a_task_without(tmp_path, monkeypatch):
   for stage in cfg.stages:
     stage.resolutions = (dict(base_px=32, batch_size=2, ratios=("1:1",), weight=1.0, multiple=16, ratio_weights=()),)
     stage.mixture = (base.part("glyphs", task="ti2i", alpha=True), base.part("emoji"))
-  cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor = 2, 1, 4
   run = Run(cfg, tmp_path / "run")
   stage = run.stages["vae"]
   training = run.loader(stage)
