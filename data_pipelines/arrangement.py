@@ -75,13 +75,14 @@ class Wanted:
   max_programs: int
   programs: Mapping[tuple, np.ndarray] | None
   every: bool
+  alpha: bool
 
   def key(self, identities: Sequence[str]) -> str:
     """Returns hexadecimal digits that name the arrangement of data sets with these identities, and this version of the code."""
     given = None if self.programs is None else sorted((repr(key), some.tolist()) for key, some in self.programs.items())
     specs = [dataclasses.replace(spec, data_dir="") for spec in self.datasets]  # wherever it is, its identity says what it holds
     return _digest(_code(), identities, specs, self.resolutions, self.classes, self.tokenizer.fingerprint, self.max_crop, self.min_bucket_records,
-                   self.max_programs, given, self.every)
+                   self.max_programs, given, self.every, self.alpha)
 
 
 def _digest(*parts: Any) -> str:
@@ -150,7 +151,7 @@ class _Arranger:
     chosen = self._choose(sorts) if given is None else given
     placed = self._place(sorts, chosen, self._wanted.min_bucket_records, stored=given is None)
     records = new("records", sum(one.kept for own in placed for one in own), np.uint32)
-    buckets, cells, first, alpha = {}, [], 0, any(spec.alpha for spec in self._wanted.datasets)
+    buckets, cells, first = {}, [], 0
     for d, (spec, parts, own) in enumerate(zip(self._wanted.datasets, sorts, placed)):
       if not any(one.kept for one in own):
         self._nothing_left(spec, given is not None)
@@ -158,7 +159,7 @@ class _Arranger:
       for r, (part, one) in enumerate(zip(parts, own)):
         for (target, source_sizes, prompt), (positions, weight) in part.cells(one, records[first:first + one.kept]).items():
           bucket = self._bucket(part.targets[target], source_sizes, self._wanted.classes[prompt])
-          bucket = dataclasses.replace(bucket, cache=part.cache, alpha=alpha)
+          bucket = dataclasses.replace(bucket, cache=part.cache, alpha=self._wanted.alpha)
           begin = first + positions.start
           cells.append((buckets.setdefault(bucket, len(buckets)), d, r, weight / total * exact(spec.weight), begin, begin + len(positions),
                         zlib.crc32(records[begin:begin + len(positions)])))

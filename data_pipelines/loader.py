@@ -50,8 +50,8 @@ class Loader:
                tokenizer: PromptTokenizer, seed: int, caption_dropout: float = 0.1, max_crop: float = 0.2, prompt_classes: Sequence[int] = (),
                min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
                num_workers: int = 0, unconditional: bool = False, max_programs: int = 0,
-               programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = ""):
-    """Args: those of `Mixture`, the last three at the end; share of prompts that are emptied; largest share of records that may be broken; which of
+               programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False):
+    """Args: those of `Mixture`, the last four at the end; share of prompts that are emptied; largest share of records that may be broken; which of
     how many processes this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
     whether a batch has the unconditional prompt.
 
@@ -61,7 +61,7 @@ class Loader:
     parts = (process_index,) if isinstance(process_index, int) else tuple(process_index)
     _check(resolutions, caption_dropout, max_faulty, parts, process_count)
     self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records, max_programs, programs,
-                           order_dir=order_dir)
+                           order_dir=order_dir, alpha=alpha)
     self.buckets, self.counts = self.mixture.buckets, self.mixture.counts
     self.faults: list[Fault] = []
     self._tokenizer, self._seed = tokenizer, seed

@@ -341,11 +341,23 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   if not os.path.exists(index_path(folder, split)):
     raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
   index = map_columns(index_path(folder, split))
+  _check_lengths(index, index_path(folder, split))
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]
   source.data_source = Shards(files.filepaths, files.shard_lengths)  # in place of the one that keeps all files open
   return source, index
+
+
+def _check_lengths(index: dict[str, np.ndarray], path: str) -> None:
+  """Raises `ValueError` unless the columns of an index that is mapped go together, so that no row is looked for behind the end of its file."""
+  of_captions, fixed = ("caption_language", "caption_kind", "caption_tokens"), ("language_names", "tokenizer")
+  for names, what in (([name for name in index if name not in (*of_captions, *fixed)], "records"), (of_captions, "captions")):
+    lengths = {name: len(index[name]) for name in names}
+    if len(set(lengths.values())) > 1:
+      fewest = min(lengths, key=lengths.get)
+      raise ValueError(f"{path} has the column {fewest} of {lengths[fewest]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
+                       "the data set and prepare it anew.")
 
 
 def load_tokenizer(data_dir: str | os.PathLike, name: str) -> PromptTokenizer:

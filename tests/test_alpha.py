@@ -20,6 +20,7 @@ from qimg2.runtime.caching.networks import Options
 from qimg2.runtime.config import parse
 from qimg2.runtime.curriculum import description
 from qimg2.runtime.run import Run
+from qimg2.runtime.sampling import run_defaults
 
 
 def square(side):
@@ -68,17 +69,17 @@ def test_the_colour_of_clear_pixels_does_not_bleed(side):
   assert abs(row[side * 3 // 8] - 255) <= 3 and abs(row[side * 5 // 8] - 128) <= 3 and row[0] == 0  # edges stay where they are
 
 
-def write(folder, monkeypatch):
-  """A data set of edits of one picture with alpha each, whose second condition image has none."""
+def write(folder, monkeypatch, name="glyphs", edits=True):
+  """A data set of edits of one picture with alpha each, whose second condition image has none; or of pictures alone."""
   def examples(split, num_examples, seed):
     for i in range(4):
       sources = [encode_png(square(64)), encode_png(np.full((64, 64, 3), 40, np.uint8))]
       yield {"image": encode_png(noise(i)), "height": 64, "width": 64, "quality": 1.0, "sample_id": i + (100 if split == "validation" else 0),
-             "captions": ["join them"], "languages": ["en"], "attributes": "{}", "sources": sources, "source_height": [64, 64],
-             "source_width": [64, 64]}
+             "captions": ["join them"], "languages": ["en"], "attributes": "{}", "sources": sources if edits else [],
+             "source_height": [64, 64] if edits else [], "source_width": [64, 64] if edits else []}
   with monkeypatch.context() as patch:
-    patch.setitem(embedded.SOURCES, "glyphs", embedded.Source(examples, vocab_size=300))
-    embedded.prepare("glyphs", folder, num_examples=4)
+    patch.setitem(embedded.SOURCES, name, embedded.Source(examples, vocab_size=300))
+    embedded.prepare(name, folder, num_examples=4)
   return folder
 
 
@@ -123,6 +124,35 @@ def test_alpha_wants_a_vae_of_four_channels(tmp_path):
   cfg.stages[0].mixture = (base.part("glyphs", alpha=True),)
   with pytest.raises(ValueError, match=r"keeps the alpha of data set 'glyphs', but config.vae.image_channels is 3: choose a VAE of 4"):
     Run(cfg, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_stage_learns_alpha_beside_a_task_without(tmp_path, monkeypatch, one_device):
+  """Held-out batches of both tasks have the channels of the training batches. A step of the VAE on one lowers its loss, and alpha matters."""
+  monkeypatch.setattr(run_module, "EMBEDDED", ())
+  write(tmp_path / "data", monkeypatch)
+  cfg = quickstart.get_config("smoke")
+  cfg.data_dir, cfg.num_tokens, cfg.stages = str(write(tmp_path / "data", monkeypatch, "emoji", edits=False)), 64, cfg.stages[:2]
+  for stage in cfg.stages:
+    stage.resolutions = (dict(base_px=32, batch_size=2, ratios=("1:1",), weight=1.0, multiple=16, ratio_weights=()),)
+    stage.mixture = (base.part("glyphs", task="ti2i", alpha=True), base.part("emoji"))
+  run = Run(cfg, tmp_path / "run")
+  stage = run.stages["vae"]
+  training = run.loader(stage)
+  held_out = run.evaluation_batches(stage, training)
+  assert list(held_out) == ["ti2i", "t2i"]
+  assert {batch["target"].shape[-1] for some in held_out.values() for _, batch in some.loader.evaluation_batches()} == {4}
+  of_glyphs = next(k for k in range(20) if training.mixture.plan(k).dataset == 0)
+  batch = run.put(training.batch(of_glyphs)[1])
+  assert batch["target"].shape == (2, 32, 32, 4)
+  update = run.algorithm(stage).updates[0]
+  step = jax.jit(jax.value_and_grad(lambda trained, batch: update.loss(trained, trained, run.nets, batch, jax.random.key(0))[0].mean()))
+  weights = {"vae": run.random_weights(stage, "vae")}
+  loss, gradient = step(weights, batch)
+  after, _ = step(jax.tree.map(lambda x, slope: x - 0.02 * slope, weights, gradient), batch)
+  opaque, _ = step(weights, batch | {"target": batch["target"].at[..., 3].set(255)})
+  assert 0 < after < loss and abs(opaque - loss) > 1e-2
+  assert run_defaults(run, "low_resolution")["alpha"]
 
 
 @pytest.mark.slow

@@ -308,11 +308,10 @@ def test_looking_at_records_in_pieces_changes_nothing(world, max_programs):
 
   whole = look()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(pieces, "PIECE", 7)
-    patch.setattr(kinds, "_MOST_CODES", 0)
-    for name, value in {"FEW": 0, "_BITS": 5, "_CELLS": 14 << 5, "_FIRST": 120 << 5}.items():
-      patch.setattr(kinds, name, value)  # ratios are looked up in a table
-    patch.setattr(columns, "LARGE", 1)  # and in files
+    for module, values in ((pieces, {"PIECE": 7}), (columns, {"LARGE": 1}),  # in files; and ratios are looked up in a table
+                           (kinds, {"_MOST_CODES": 0, "FEW": 0, "_BITS": 5, "_CELLS": 14 << 5, "_FIRST": 120 << 5})):
+      for name, value in values.items():
+        patch.setattr(module, name, value)
     assert look() == whole
 
 

@@ -138,3 +138,15 @@ def test_a_url_never_becomes_a_folder_of_its_name(use, place, tmp_path, monkeypa
   with pytest.raises(ValueError, match="(--out|--workdir|config.data_dir) is (gs|s3):/.*mount the bucket"):
     use(place)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, what", [("quality", "records"), ("caption_tokens", "captions")])
+def test_columns_that_do_not_go_together_are_refused(tmp_path, name, what):
+  embedded.prepare("glyphs", tmp_path, num_examples=3)
+  path = tmp_path / "glyphs" / "index-train.npz"
+  with np.load(path) as file:
+    index = dict(file)
+  np.savez(path, **index | {name: index[name][:-1]})
+  num = len(index[name])
+  with pytest.raises(ValueError, match=f"index-train.npz has the column {name} of {num - 1} {what}, and others of {num}: copy it again"):
+    records.open_split(tmp_path, "glyphs", "train")

@@ -179,11 +179,13 @@ class Run(StageWeights):
 
   def _loader(self, stage: StageConfig, datasets: Sequence[DatasetSpec], caption_dropout: float, process: tuple[int, int] | None = None,
               **buckets: Any) -> Loader:
+    """A loader of some data sets of a stage; all of its batches have as many channels, validation by task too."""
     index, count = process or sharding.local_parts(self.mesh, self.rules)
     classes = () if stage.kind == "autoencoder" else self.cfg.prompt_classes  # a VAE reads no prompt, so its buckets do not differ by them
     return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
                   process_index=index, process_count=count, num_workers=self.cfg.num_workers, order_dir=folder_of(self.cfg.order_dir),
+                  alpha=any(part.alpha for part in stage.mixture),
                   unconditional=self.algorithm(stage).unconditional, **buckets)
 
   def put(self, batch: dict) -> dict:

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipelines.buckets import bucket_size
 from data_pipelines.specs import source_grids
+from data_pipelines.transforms import composite_on_white
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.generator import Generator, Size, Source, load_condition_image
 from qimg2.runtime.pretrained import Pretrained
@@ -37,20 +38,22 @@ class Request:
 
 
 def sample(source: Source, load: Callable[[], dict], request: Request, defaults: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
-  """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8, captions), `num_images_per_prompt` for each prompt in turn.
+  """(latents [n, h, w, C] float32, pictures [n, H, W, 3 or 4] uint8, captions), `num_images_per_prompt` for each prompt in turn.
 
   Args:
     source: networks and tokenizer.
     load: gives the weights of all roles; called when all that is asked for has been checked, since it may take minutes.
     request: what to draw.
     defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open; "only_sigmas",
-      whether another number of steps may not replace these; "image_pixels", the fewest and most px of a condition image.
+      whether another number of steps may not replace these; "image_pixels", the fewest and most px of a condition image; "alpha", whether
+      transparency was learned: otherwise pictures are laid on white paper, those that are drawn and condition images.
 
   Raises:
     ValueError: an image, a noise file or a size that does not fit.
   """
   resolution = request.output_resolution or defaults["output_resolution"]
-  images = [load_condition_image(path, resolution, source.nets.vae.image_channels) for path in request.images]
+  alpha = defaults["alpha"] and source.nets.vae.image_channels == 4
+  images = [load_condition_image(path, resolution, 4 if alpha else 3) for path in request.images]
   sizes = tuple(image.shape[:2] for image in images)
   _check_images(request.images, images, resolution, *defaults["image_pixels"])
   height, width = _picture_size(request, images, defaults)
@@ -65,7 +68,7 @@ def sample(source: Source, load: Callable[[], dict], request: Request, defaults:
   generator.check_noise(noise, len(prompts))
   latents, pictures = generator.draw(load(), prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
                                      request.negative_prompt, noise)
-  return latents, pictures, prompts
+  return latents, pictures if alpha or pictures.shape[-1] == 3 else np.stack([composite_on_white(picture) for picture in pictures]), prompts
 
 
 def _check_images(paths: Sequence[str], images: Sequence[np.ndarray], resolution: int, fewest: int, most: int) -> None:
@@ -138,12 +141,12 @@ def sampling_weights(run: Run, stage_name: str = "", average: str = DEPLOYED) ->
 
 
 def run_defaults(run: Run, stage_name: str) -> dict:
-  """What a run's config says of sampling, with the stage's first size and its last resolution."""
+  """What a run's config says of sampling, with the stage's first size and its last resolution, and whether it was trained with transparency."""
   stage = run.stages[stage_name]
   height, width = first_size(stage)
   return {"height": height, "width": width, "output_resolution": stage.resolutions[-1].base_px,
           "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": run.cfg.sampling.sigmas,
-          "only_sigmas": False, "image_pixels": (0, math.inf)}
+          "only_sigmas": False, "image_pixels": (0, math.inf), "alpha": any(part.alpha for part in stage.mixture)}
 
 
 def first_size(stage: StageConfig) -> tuple[int, int]:
@@ -155,4 +158,4 @@ def first_size(stage: StageConfig) -> tuple[int, int]:
 def pretrained_defaults(pretrained: Pretrained, resolution: int = 1024) -> dict:
   """The published pipeline's defaults: 1024 px, 40 steps or the folder's own times, no guidance."""
   return {"height": resolution, "width": resolution, "output_resolution": resolution, "num_steps": 40, "guidance": 1.0,
-          "sigmas": tuple(pretrained.sample_sigmas or ()), "only_sigmas": True, "image_pixels": pretrained.folder.image_pixels}
+          "sigmas": tuple(pretrained.sample_sigmas or ()), "only_sigmas": True, "image_pixels": pretrained.folder.image_pixels, "alpha": True}
