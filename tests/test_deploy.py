@@ -118,17 +118,22 @@ def test_a_worker_starts_training_again_after_75(tmp_path, codes, ends, runs):
 
 
 def test_what_is_lost_at_worst_follows_from_the_rehearsed_steps():
-  """The table of docs/pods.md: the longest of the times of the longest bucket, their sum, and 20 min and four of these sums."""
+  """The table of docs/pods.md: of the longest step and the longest micro-batch the longest of the times and their sum; after a notice a step is lost,
+  without one 20 min, a step and three micro-batches."""
   text, every_s, times = (ROOT / "docs" / "pods.md").read_text(), {stage.save_every_s for stage in pretrain.get_config().stages}, {}
   lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
   for plan, bucket, *cells in lines:
     if plan in pretrain.PLANS and len(cells) > 10:  # ... compute, HBM, ICI, DCN, bound, serial
-      times.setdefault(plan, {})[bucket] = list(map(float, cells[-6:-2]))
+      micro = int(cells[0].partition(" / ")[2])
+      times.setdefault(plan, {})[bucket] = list(map(float, cells[-6:-2])), [float(cell) / micro for cell in cells[-6:-2]]
   assert set(times) == set(pretrain.PLANS) and every_s == {1200}
   for plan, found in times.items():
-    longest = [max((values for bucket, values in found.items() if int(bucket.split()[1]) <= px), key=sum) for px in (512, 2048)]
-    row, = [cells for cells in lines if cells[0] == plan and len(cells) == 5]
-    assert row[1:] == [*(f"{max(one):.0f} to {sum(one):.0f}" for one in longest), *(f"{(1200 + 4 * sum(one)) / 60:.0f}" for one in longest)]
+    longest = [[max((values[which] for bucket, values in found.items() if int(bucket.split()[1]) <= px), key=sum) for which in (0, 1)]
+               for px in (512, 2048)]
+    row, = [cells for cells in lines if cells[0] == plan and len(cells) == 8]
+    spans = [f"{max(one):.{digits}f} to {sum(one):.{digits}f}" for pair in longest for one, digits in zip(pair, (0, 1))]
+    without = [f"{(1200 + sum(step) + 3 * sum(micro)) / 60:.0f}" for step, micro in longest]
+    assert row[1:] == [*spans, f"{sum(longest[1][0]) / 60:.1f}", *without]
 
 
 # Manifests.

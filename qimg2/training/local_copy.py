@@ -22,6 +22,7 @@ import math
 import pathlib
 import shutil
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,9 +64,15 @@ class LocalCopies:
     """Whether all processes copy after this step; see `SaveClock`."""
     return self._clock(by_number)
 
-  def save(self, state: TrainState, meta: dict) -> None:
-    """Starts to copy; returns once the device memory may be reused. A copy that cannot be written is named in the log, and those before it stay."""
+  def save(self, state: TrainState, meta: dict, sync: Callable[[], None] = lambda: None) -> None:
+    """Starts to copy, after `sync` has brought the rows of metrics up to the state to their place; returns once the device memory may be reused. A
+    copy that cannot be written, or whose rows cannot, is named in the log, and those before it stay."""
     self.wait()
+    try:
+      sync()
+    except OSError as error:
+      logging.warning("There is no copy of step %d: %s", int(state.step), error)
+      return
     step, shards, leaves = int(state.step), {}, _leaves(items_of(state))
     for name, x in leaves.items():
       for shard in x.addressable_shards:

@@ -242,11 +242,7 @@ def _between(stage: Stage, state: TrainState, frozen: dict, step: int, dispatche
     if "save" in due:
       _save(stage, state, step, output, can_continue=True)
     if "copy" in due:
-      try:
-        output.writer.sync()
-        output.copies.save(state, _meta(stage, step, output))
-      except OSError as error:  # a bucket that does not answer for a while
-        logging.warning("Stage %s has no copy of step %d: %s", stage.name, step, error)
+      output.copies.save(state, _meta(stage, step, output), output.writer.sync)
 
 
 def _wait(stage: Stage, state: TrainState, step: int, first: int, programs: StepPrograms, bucket: int, dispatched: collections.deque,
@@ -310,19 +306,14 @@ def _loss(values: Mapping[str, float]) -> str:
 def _save(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool = False, can_continue: bool = False) -> None:
   """Starts to save the state. Where the settings say so, a failure of the save before it is only logged, and with `can_continue` its own, too."""
   meta = _meta(stage, step, output, hooks_due)
-  for part, may_fail in ((output.checkpoints.wait, True), (lambda: _save_with_rows(state, meta, output), can_continue)):
+  save_after_rows = lambda: (output.writer.sync(), output.checkpoints.save(state, meta))  # where the rows are not safe, nothing is saved
+  for part, may_fail in ((output.checkpoints.wait, True), (save_after_rows, can_continue)):
     try:
       part()
     except OSError as error:
       if not may_fail or stage.faults.on_save_error == "stop" or jax.process_count() > 1:
         raise
       logging.warning("Stage %s goes on without a save: %s", stage.name, error)
-
-
-def _save_with_rows(state: TrainState, meta: dict, output: StageOutput) -> None:
-  """Starts to save the state when the rows up to it are where they belong."""
-  output.writer.sync()
-  output.checkpoints.save(state, meta)
 
 
 def _meta(stage: Stage, step: int, output: StageOutput, hooks_due: bool = False) -> dict:
