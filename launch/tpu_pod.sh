@@ -22,7 +22,7 @@ RUNTIME (v2-alpha-tpuv5), SPOT (1: spot machines, 0: on demand), SERVICE_ACCOUNT
 
 example:
   export PROJECT=my-project ZONE=us-east5-a NAME=qimg2 BUCKET=my-bucket
-  launch/tpu_pod.sh all -- --config=configs/pretrain.py:v5p-256:diffusers:bucket/published --workdir=gs://BUCKET/runs/first --config.data_dir=bucket/data
+  launch/tpu_pod.sh all -- --config=configs/pretrain.py:v5p-256:diffusers:bucket/published --workdir=gs://$BUCKET/runs/first --config.data_dir=bucket/data
 USAGE
 }
 

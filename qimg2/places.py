@@ -25,8 +25,13 @@ from etils import epath
 Place = pathlib.Path | epath.Path
 COMMITTED = "commit_success.txt"  # Orbax writes it into a folder of a bucket when a save is complete; on a disk it renames the folder
 UPLOAD_S = 60  # seconds between two uploads of a file that grows
-_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages that raise what is no OSError
+_CLIENTS = ("gcsfs", "aiohttp", "google", "tensorflow")  # packages that raise what is no OSError
+_FOR_GOOD = (400, 401, 403, 404, 412)  # answers that come again
 CHECKSUM = "crc32c:"  # what the checksums that a bucket tells begin with
+
+
+class BucketError(OSError):
+  """A bucket does not answer, or says that it cannot now: the same command may go on later."""
 
 
 class File(NamedTuple):
@@ -58,6 +63,8 @@ def find_place(place: str | os.PathLike, what: str) -> Place:
     raise ValueError(f"{what} is {text}, and without gcsfs nothing can be read there: pip install gcsfs.") from error
   # Listings that are kept would not know what TensorStore and other processes write.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  if "STORAGE_EMULATOR_HOST" not in os.environ:
+    fsspec.config.conf["gcs"].setdefault("token", "google_default")  # or it would go on as nobody where the credentials cannot be had for a moment
   python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)  # what fails in the end is raised, too
   return epath.Path(text)
 
@@ -144,32 +151,28 @@ class Growing:
     if self._pool:
       self._pool.submit(self._upload).result()
 
-  def push_soon(self) -> None:
-    """Begins an upload where the last one is `UPLOAD_S` ago; one that fails is said in the log."""
-    if self._pool and time.monotonic() >= self._due and (self._running is None or self._running.done()):
+  def push_soon(self, now: bool = False) -> None:
+    """Begins an upload where the last one is `UPLOAD_S` ago, or `now`; one that fails is said in the log, and tried again a minute later."""
+    if self._pool and (now or time.monotonic() >= self._due) and (self._running is None or self._running.done()):
       self._running = self._pool.submit(self._try)
 
   def close(self) -> None:
-    """Uploads what is left, and ends.
-
-    Raises:
-      OSError: it cannot be written to. The files stay where the error says.
-    """
+    """Uploads what is left, and ends. Where that fails, the log says where the files stay."""
     if not self._pool:
       return
     try:
       self.push()
+      shutil.rmtree(self.local)
     except OSError as error:
-      raise OSError(f"{error} What was not uploaded is in {self.local}.") from error
-    finally:
-      self._pool.shutdown()
-      self._pool = None
-    shutil.rmtree(self.local)
+      logging.warning("%s What was not uploaded is in %s.", error, self.local)
+    self._pool.shutdown()
+    self._pool = None
 
   def _try(self) -> None:
     try:
       self._upload()
     except OSError as error:
+      self._due = time.monotonic() + UPLOAD_S
       logging.warning("%s It is tried again.", error)
 
   def _upload(self) -> None:
@@ -192,7 +195,7 @@ def named_failures(place: Place) -> Iterator[None]:
   except Exception as error:
     if not is_remote(place):
       raise
-    raise OSError(f"{place} could not be written {_why(error)}") from error
+    raise _kind(error)(f"{place} could not be written {_why(error)}") from error
 
 
 @contextlib.contextmanager
@@ -203,7 +206,29 @@ def client_failures() -> Iterator[None]:
   except Exception as error:
     if type(error).__module__.partition(".")[0] not in _CLIENTS:
       raise
-    raise OSError(f"The bucket could not be read or written {_why(error)}") from error
+    raise _kind(error)(f"The bucket could not be read or written {_why(error)}") from error
+
+
+def check_rights(place: Place) -> None:
+  """Asks a bucket for what Orbax asks it for when it first removes an old checkpoint, which would be hours later: its own record.
+
+  Raises:
+    OSError: this machine may not read it.
+  """
+  if is_remote(place):
+    from google.cloud import storage
+    name = os.fspath(place).split("/")[2]
+    try:
+      storage.Client().get_bucket(name)
+    except Exception as error:
+      raise _kind(error)(f"The record of the bucket {name}, which Orbax reads, cannot be read {_why(error)} The roles storage.objectUser and "
+                         "storage.legacyBucketReader are needed.") from error
+
+
+def _kind(error: Exception) -> type[OSError]:
+  """`BucketError` where another time something else may come of it."""
+  is_final = isinstance(error, FileNotFoundError | PermissionError) or "auth" in type(error).__module__
+  return OSError if is_final or getattr(error, "code", None) in _FOR_GOOD else BucketError
 
 
 def _why(error: Exception) -> str:

@@ -93,7 +93,8 @@ def test_an_object_that_changed_is_found_without_reading_any(bucket, two, caplog
 
 def test_a_save_that_was_cut_off_does_not_count(two):
   folder, _, six, _ = two
-  (folder / "6" / places.COMMITTED).unlink()
+  for name in (places.COMMITTED, manifest.NAME):
+    (folder / "6" / name).unlink()
   assert checkpoint.Checkpoints(folder).latest_step() == 5 == checkpoint.newest_step(folder)
   assert (folder / "6").is_dir()  # perhaps a run is at it
   writer = checkpoint.Checkpoints(folder, keep=2)
@@ -101,6 +102,16 @@ def test_a_save_that_was_cut_off_does_not_count(two):
   writer.save(six, {})
   writer.close()
   assert checkpoint.Checkpoints(folder).latest_step() == 6
+
+
+def test_what_is_whole_without_a_mark_is_marked(two):
+  """A copy of a folder that a program wrote which marks none, or a save that was killed at its very end."""
+  folder, _, six, abstract = two
+  for step in "56":
+    (folder / step / places.COMMITTED).unlink()
+  writer = checkpoint.Checkpoints(folder, keep=2)
+  assert_equal(writer.restore(abstract, writer.latest_step())[0], six)
+  writer.close()
 
 
 def test_frozen_weights_that_were_cut_off_are_written_again(folder):
@@ -125,6 +136,7 @@ def test_rows_are_there_when_a_checkpoint_is(bucket, folder, tmp_path):
   writer.write(7, {"loss": 0.0})  # after the checkpoint; the machine is taken away
   assert [row["step"] for row in metrics.read_rows(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
   writer.write_fault(7, {"fault": "nan"})
+  writer._growing.push()
   assert [row["step"] for row in metrics.read_rows(folder / "faults.jsonl")] == [7]
   write(folder, range(5, 9), start=4).close()
   write(tmp_path / "whole", range(1, 9)).close()
@@ -142,9 +154,8 @@ def test_an_upload_that_fails_is_named_and_nothing_is_lost(bucket, folder, monke
     time.sleep(0.01)
   with pytest.raises(OSError, match=f"{folder}/events.* could not be written .RuntimeError: 503.: does this machine reach the bucket"):
     writer.sync()
-  with pytest.raises(OSError, match="What was not uploaded is in (.*)[.]") as failed:
-    writer.close()
-  left = places.pathlib.Path(str(failed.value).rpartition(" is in ")[2].removesuffix("."))
+  writer.close()
+  left = places.pathlib.Path(re.search("What was not uploaded is in (.*)[.]", caplog.text)[1])
   assert metrics.read_rows(left / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
 
 
@@ -154,8 +165,8 @@ def test_a_bucket_that_does_not_answer_is_one_sentence(bucket, folder, monkeypat
     pass
   bucket.is_down = True
   result = commands.launch("launch.sample", f"--workdir={folder}", "--prompt=x", f"--out={tmp_path}/x.png")
-  assert result.returncode == 1 and "Traceback" not in result.stderr
-  assert re.search("error: The bucket could not be read or written .HttpError: .*503.*: does this machine reach the bucket", result.stderr)
+  assert result.returncode == 75 and "Traceback" not in result.stderr  # whoever starts training again starts this, too
+  assert re.search("error: The bucket could not be read or written .HttpError: .*503.*: does this machine reach the bucket.* goes on", result.stderr)
 
 
 @pytest.mark.slow
@@ -170,6 +181,7 @@ def test_a_run_in_a_bucket_that_refuses_one_request_in_ten_and_is_killed_ends_bi
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   ends([process], PATIENCE_S)
+  assert f"cut/toy/checkpoints/4/{places.COMMITTED}" not in one.names()
   one.refuse_every = 10
   together(1, *toy(f"{ROOT}cut", *few), **one.environment)
   assert one.num_refused > 10

@@ -54,8 +54,8 @@ def newest(state, tmp_path, after=0, before=100, workdir="run"):
 
 
 def test_the_newest_whole_one_is_taken_bit_for_bit(state, tmp_path, caplog):
-  folder = copied(state, tmp_path, (3, 5, 8))
-  assert sorted(path.name for path in folder.iterdir()) == ["5", "8"]
+  folder = copied(state, tmp_path, (2, 3, 5, 8))
+  assert sorted(path.name for path in folder.iterdir()) == ["3", "5", "8"]
   found, meta = newest(state, tmp_path)
   assert bits(found) == bits(state(8)) and meta == {"loader_step": 8}
   assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, state(8))
@@ -66,7 +66,7 @@ def test_the_newest_whole_one_is_taken_bit_for_bit(state, tmp_path, caplog):
   assert f"leaves out the copy {folder / '8' / '0'}: the content of" in caplog.text
   assert "The copies of step 8 cannot be used and are removed: process 0 has no whole one" in caplog.text
   copied(state, tmp_path, (6,))
-  assert sorted(path.name for path in folder.iterdir()) == ["5", "6"] and newest(state, tmp_path, before=6)[1] == {"loader_step": 5}
+  assert sorted(path.name for path in folder.iterdir()) == ["3", "5", "6"] and newest(state, tmp_path, before=6)[1] == {"loader_step": 5}
   with LocalCopies(str(tmp_path / "disk"), 60.0, tmp_path / "run") as copies:
     copies.clear()
   assert not folder.exists() and newest(state, tmp_path) is None

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from data_pipelines.specs import DatasetSpec, Resolution
-from qimg2.places import Place, find_place
+from qimg2.places import Place, check_rights, find_place
 from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
@@ -50,6 +50,8 @@ def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with faults.PreemptionNotice() as stop:
     run = Run(cfg, workdir)
+    if processes.is_first():
+      check_rights(workdir)
     save_config(cfg, workdir, allow_config_change, allow_version_change)
     left = unfinished(run)
     for stage in cfg.stages:

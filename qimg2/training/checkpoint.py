@@ -23,9 +23,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from qimg2.places import Place, as_absolute, is_complete, is_remote
+from qimg2.places import COMMITTED, Place, as_absolute, is_complete, is_remote, write_file
 from qimg2.sharding import broadcast_from_first
 from qimg2.training import manifest
+from qimg2.training.faults import exchange
 from qimg2.training.state import TrainState
 
 _ALL_WRITTEN = "async_write_complete"  # Orbax's barrier between the writing of all processes and what the first one does with it
@@ -54,10 +55,10 @@ class Checkpoints:
     """
     self.folder, self._keep = as_absolute(folder), keep
     self._every = every
-    self._saving = 0  # the step of the save that was started last
+    self._saving, self._is_broken = 0, False  # the step of the save that was started last; whether one failed
     if keep is not None:
+      _finish_or_remove(self.folder)
       _set_aside(self.folder, self.latest_step())
-      _remove_uncommitted(self.folder)
     self._manager = self._open()
 
   def latest_step(self) -> int | None:
@@ -87,6 +88,8 @@ class Checkpoints:
     Raises:
       SaveError: this save could not be started, or the one before it failed.
     """
+    if self._is_broken:
+      self._guard(self._reopen)
     self.wait()
     if self._manager.latest_step() == int(state.step):
       return
@@ -130,7 +133,8 @@ class Checkpoints:
     Raises:
       SaveError: it failed.
     """
-    self._guard(self._manager.wait_until_finished)
+    if not self._is_broken:
+      self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
     """Waits for the save under way and ends.
@@ -149,14 +153,22 @@ class Checkpoints:
                                                async_options=asynchronous)
     return ocp.CheckpointManager(self.folder, options=options)
 
+  def _reopen(self) -> None:
+    """Removes what a save that failed has left, and begins anew."""
+    _remove_parts(self.folder)
+    self._manager, self._is_broken = self._open(), False
+
   def _guard(self, save: Callable[[], Any]) -> None:
-    """Runs a part of a save. After one that failed, what it left is removed and saving can begin anew."""
+    """Runs a part of a save. After one that failed, what it left is removed and saving can begin anew; if that fails too, at the next save."""
     try:
       done = save()
     except Exception as error:  # whatever the file system raises, in Orbax's threads too
       if jax.process_count() == 1:  # several would have to fail together
-        _remove_parts(self.folder)
-        self._manager = self._open()
+        self._is_broken = True
+        try:
+          self._reopen()
+        except Exception as again:
+          logging.warning("What a failed save left in %s is still there (%s).", self.folder, _first_line(again))
       raise SaveError(f"The checkpoint {self.folder / str(self._saving)} could not be written ({_first_line(error)}); those before it are kept: "
                       "free some space or mend the disk.") from error
     if done is False:
@@ -255,12 +267,17 @@ def _steps(folder: Place) -> list[int]:
   return sorted((int(path.name) for path in paths), reverse=True)
 
 
-def _remove_uncommitted(folder: Place) -> None:
-  """Removes what a killed process left in a bucket. Orbax would do it too, and then fail if nothing else is in the folder, which is gone with it."""
+def _finish_or_remove(folder: Place) -> None:
+  """Looks at what in a bucket Orbax has not marked as complete, and would remove. What is whole, such as a copy of a folder that has no marks, is
+  marked; what a killed process left is removed, here, because Orbax fails where nothing else is in the folder: it is gone with it."""
   if is_remote(folder) and jax.process_index() == 0 and folder.is_dir():
     for path in folder.iterdir():
-      if path.name.isdecimal() and not is_complete(path):
+      if not path.name.isdecimal() or is_complete(path):
+        continue
+      if manifest.find_fault(path):
         path.rmtree()
+      else:
+        write_file(path / COMMITTED, "")
 
 
 def _remove_parts(folder: Place) -> None:
@@ -314,7 +331,10 @@ def _with_manifest(find_folder: Callable[[], Place]) -> ocp.AsyncOptions:
 
 
 def _agreed_fault(folder: Place) -> str:
-  """What is damaged in a folder, "" for nothing. Several processes read a part of it each and come to the same end."""
+  """What is damaged in a folder, "" for nothing. Several processes read a part of it each and come to the same end; of a bucket, where hardly
+  anything is read, the first one looks."""
+  if is_remote(folder):
+    return exchange(manifest.find_fault(folder) if jax.process_index() == 0 else "")[0]
   index, count = jax.process_index(), jax.process_count()
   fault = manifest.find_fault(folder, (index, count))
   if count > 1 and multihost_utils.process_allgather(np.array(bool(fault))).any():

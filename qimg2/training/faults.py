@@ -143,20 +143,22 @@ class SaveClock:
 
   def __exit__(self, failure: type[BaseException] | None, *_):
     if self._every_s:
+      self._timer.cancel()
       self._agreement.close(_together(failure))
 
   def __call__(self, by_number: bool | None) -> bool:
     """Whether all processes save after this step; by_number: whether they do so whatever the time is. With None, for those who wait: whether the
-    clock of the first process, and this is that, says so; it does not count as a call."""
+    clock of the first process says so; it does not count as a call."""
     if not self._every_s:
       return bool(by_number)
     is_late = jax.process_index() == 0 and time.monotonic() - self._since >= self._every_s
     if by_number is None:
-      return is_late
+      return is_late or self._agreement.is_asked()
     if is_late:
       self._agreement.ask()
     due = self._agreement.reached() or by_number
     if due:
+      self._timer.cancel()
       self._agreement.close()
       self._begin()
     return due
@@ -164,6 +166,10 @@ class SaveClock:
   def _begin(self) -> None:
     if self._every_s:
       self._since, self._agreement = time.monotonic(), Agreement()
+      self._timer = threading.Timer(self._every_s, self._agreement.ask)  # the others may wait for it, and the first process for a program
+      self._timer.daemon = True
+      if _shared() and jax.process_index() == 0:
+        self._timer.start()
 
 
 class PreemptionNotice:

@@ -37,7 +37,7 @@ from qimg2.training.checkpoint import items_of, state_of
 from qimg2.training.faults import SaveClock, exchange
 from qimg2.training.state import TrainState
 
-KEEP = 2  # the newest step may be one that a lost process had not finished
+KEEP = 3  # a process may be two steps behind: one that it writes while the others have begun the next
 RECORD = "record.json"
 
 

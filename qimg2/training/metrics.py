@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from absl import logging
 
 from qimg2.places import Growing, Place
 
@@ -60,7 +59,7 @@ class MetricsWriter:
         file.write(json.dumps({"step": step, **row}) + "\n")
         file.flush()
         os.fsync(file.fileno())
-      self._growing.push()
+      self._growing.push_soon(now=True)
 
   def write_image(self, step: int, name: str, image: np.ndarray) -> None:
     """Adds an [H, W, 3] uint8 picture to TensorBoard."""
@@ -85,18 +84,11 @@ class MetricsWriter:
     try:
       yield
     except BaseException:
-      try:
-        self.close()
-      except OSError as error:
-        logging.warning("%s", error)
+      self.close()
       raise
 
   def close(self) -> None:
-    """Ends writing.
-
-    Raises:
-      OSError: a bucket cannot be written to.
-    """
+    """Ends writing. What cannot be brought to a bucket, which no checkpoint counts, is named in the log and stays on this machine."""
     if self._active:
       self._active = False
       self._metrics.close()

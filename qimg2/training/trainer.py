@@ -88,6 +88,7 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.save_every_steps)
     if (checkpoints.latest_step() or 0) >= stage.num_steps:
       checkpoints.close()
+      LocalCopies(*stage.local_copies, folder).clear()
       return None
   with LocalCopies(*stage.local_copies, folder) as copies:
     with recorder.measure("start"):
