@@ -61,10 +61,12 @@ def find_place(place: str | os.PathLike, what: str) -> Place:
     import gcsfs  # noqa: F401  what epath and TensorBoard's readers need for gs://
   except ImportError as error:
     raise ValueError(f"{what} is {text}, and without gcsfs nothing can be read there: pip install gcsfs.") from error
-  # Listings that are kept would not know what TensorStore and other processes write.
-  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-  if "STORAGE_EMULATOR_HOST" not in os.environ:
-    fsspec.config.conf["gcs"].setdefault("token", "google_default")  # or it would go on as nobody where the credentials cannot be had for a moment
+  conf = fsspec.config.conf.setdefault("gcs", {})
+  conf["use_listings_cache"] = False  # listings that are kept would not know what TensorStore and other processes write
+  if "STORAGE_EMULATOR_HOST" in os.environ:
+    conf.pop("token", None)
+  else:
+    conf.setdefault("token", "google_default")  # or it would go on as nobody where the credentials cannot be had for a moment
   python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)  # what fails in the end is raised, too
   return epath.Path(text)
 

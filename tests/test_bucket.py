@@ -82,7 +82,7 @@ def test_an_object_that_changed_is_found_without_reading_any(bucket, two, caplog
   file.path.write_bytes(bytes(file.size))
   before = bucket.num_requests
   assert manifest.find_fault(folder / "6") == f"the content of {name} was changed"
-  assert bucket.num_requests - before < 10 < len(places.list_files(folder / "6"))  # a listing, the manifest and Orbax's own record
+  assert bucket.num_requests - before < 15 < len(places.list_files(folder / "6"))  # a listing, the manifest and Orbax's own record
   writer = checkpoint.Checkpoints(folder, keep=2)  # a run that goes on from step 5
   assert writer.latest_step() == 5 and "6 is damaged" in caplog.text
   assert sorted(path.name for path in folder.iterdir()) == ["5", "6.damaged"]
