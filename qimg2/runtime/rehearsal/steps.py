@@ -114,7 +114,7 @@ class Rehearsal(Shapes):
     return (abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules),
             {role: place(stage.specs[role]) for role in stage.algorithm.frozen})
 
-  def _parts(self, stage: Stage, bucket: Bucket, program: str) -> tuple[tuple[Part, ...], float, float]:
+  def _parts_of(self, stage: Stage, bucket: Bucket, program: str) -> tuple[tuple[Part, ...], float, float]:
     """(what is compiled: of a step one program or those that it is cut into; bytes of a device that all weights and optimizer state take; those of
     them that no program reads)."""
     state, frozen = self._arrays(stage)
@@ -133,7 +133,7 @@ class Rehearsal(Shapes):
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit. "idle_bytes" are weights and state that it does not read."""
-    parts, held, idle = self._parts(stage, bucket, program)
+    parts, held, idle = self._parts_of(stage, bucket, program)
     limit, peak, compile_s, traffic = self.chip.hbm_bytes if self.chip else None, 0.0, 0.0, []
     if limit and held > limit:  # nothing to compile
       return {"peak_bytes": float(held), "limit_bytes": limit, "compile_s": 0.0, "idle_bytes": 0.0}
@@ -178,7 +178,7 @@ class Rehearsal(Shapes):
       ValueError: as `row`.
     """
     stage = self._stage(config, bucket, program)
-    return self._measure_part(self._parts(stage, bucket, program)[0][number], config, bucket, program, number)
+    return self._measure_part(self._parts_of(stage, bucket, program)[0][number], config, bucket, program, number)
 
 
 def _bytes(tree: Any) -> float:
