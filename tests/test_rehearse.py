@@ -305,7 +305,7 @@ def test_what_the_compiler_wrote_down(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_compiler_that_ends_is_named():
   with pytest.raises(ChildProcessError, match="compiles stage 'none' ended with code 1: "):
-    steps._measure_in_child(steps.ChildProcess("cpu:1"), quickstart.get_config("smoke"), "none", None, 0)
+    steps._measure_in_child(steps.ChildProcess("cpu:1"), quickstart.get_config("smoke"), "none", None, "step", 0)
 
 
 def launch(*arguments):
