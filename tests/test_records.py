@@ -131,11 +131,12 @@ USES = {"prepare": lambda place: embedded.prepare("glyphs", place, 3), "load_run
         "data_dir": lambda place: parse(plain(quickstart.get_config("smoke")) | {"data_dir": str(place)})}
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-@pytest.mark.parametrize("place", ["gs://bucket/folder", pathlib.Path("s3://bucket/folder")], ids=["gs", "s3"])
+@pytest.mark.parametrize("use, place", [
+    pytest.param(use, place, id=f"{name}-{place}") for name, use in USES.items()
+    for place in ("gs://bucket/folder", pathlib.Path("s3://bucket/folder")) if name not in ("load_run", "Run") or "gs" not in str(place)])
 def test_a_url_never_becomes_a_folder_of_its_name(use, place, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match="(--out|--workdir|config.data_dir) is (gs|s3):/.*mount the bucket"):
+  with pytest.raises(ValueError, match="(--out|--workdir|config.data_dir) is (gs|s3):/.*(mount the bucket|neither a folder of this machine nor gs://BUCKET/FOLDER)"):
     use(place)
   assert not list(tmp_path.iterdir())
 
