@@ -36,7 +36,8 @@ def write_part(folder: Place, index: int) -> None:
   folder = as_absolute(folder)
   if is_remote(folder):
     return
-  own = {name: file for name, file in list_files(folder).items() if f"/{OWN}{index}/" in name}
+  parts = list(folder.rglob(f"{OWN}{index}"))  # and nothing else, because others still write theirs: a file that is listed may be gone
+  own = {(part / name).relative_to(folder).as_posix(): file for part in parts for name, file in list_files(part).items()}
   _write(folder / f"{_PART}{index}", {name.replace(TEMPORARY, ""): found for name, found in _measure(own).items()})
 
 
