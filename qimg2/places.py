@@ -82,14 +82,17 @@ def as_absolute(place: str | os.PathLike) -> Place:
 
 
 def write_file(place: Place, content: str | bytes) -> None:
-  """Writes a whole file; whoever reads it sees the old one or the new one. Its folder is made."""
+  """Writes a whole file, which is on the disk when this returns; whoever reads it sees the old one or the new one. Its folder is made."""
   content, place = content.encode() if isinstance(content, str) else content, as_absolute(place)
   if is_remote(place):
     place.write_bytes(content)
     return
   place.parent.mkdir(parents=True, exist_ok=True)
   part = place.with_name(f"{place.name}.{os.getpid()}.part")
-  part.write_bytes(content)
+  with open(part, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
   part.replace(place)
 
 

@@ -210,12 +210,17 @@ def test_where_none_is_whole_nothing_is_read_and_nothing_begun(two):
 
 
 def test_a_file_that_changed_after_its_process_measured_it(tmp_path):
-  """Another length is measured again; other content of the same length is what the checksum is there to find."""
+  """Another length is measured again; other content of the same length is what the checksum is there to find. What other processes write meanwhile is
+  not looked at: it may be gone before it is."""
   folder = tmp_path / "item" / "ocdbt.process_1" / "d"
   folder.mkdir(parents=True)
   for name in "abc":
     (folder / name).write_bytes(b"12345678")
+  others = tmp_path / "item" / "ocdbt.process_0"
+  others.mkdir()
+  (others / "gone").symlink_to(tmp_path / "nowhere")
   manifest.write_part(tmp_path, 1)
+  (others / "gone").unlink()
   (folder / "a").write_bytes(b"123456789")
   (folder / "b").write_bytes(b"12345679")
   manifest.write_manifest(tmp_path)

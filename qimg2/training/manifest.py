@@ -12,7 +12,6 @@ is read for them. A checkpoint that was copied from a disk to a bucket, or from 
 import concurrent.futures
 import hashlib
 import json
-import os
 
 from qimg2.places import CHECKSUM, COMMITTED, File, Place, as_absolute, crc32c, is_remote, list_files, write_file
 
@@ -38,7 +37,7 @@ def write_part(folder: Place, index: int) -> None:
     return
   parts = list(folder.rglob(f"{OWN}{index}"))  # and nothing else, because others still write theirs: a file that is listed may be gone
   own = {(part / name).relative_to(folder).as_posix(): file for part in parts for name, file in list_files(part).items()}
-  _write(folder / f"{_PART}{index}", {name.replace(TEMPORARY, ""): found for name, found in _measure(own).items()})
+  write_file(folder / f"{_PART}{index}", json.dumps({name.replace(TEMPORARY, ""): found for name, found in _measure(own).items()}))
 
 
 def write_manifest(folder: Place) -> None:
@@ -54,7 +53,7 @@ def write_manifest(folder: Place) -> None:
   files = {name: recorded[name] for name, file in listed.items() if name in recorded and recorded[name][0] == file.size}
   files |= _measure({name: file for name, file in listed.items() if name not in files})
   content = {"files": files, "metadata": _metadata(folder)}
-  _write(folder / NAME, {"content": content, "sha256": _digest_of(content)})
+  write_file(folder / NAME, json.dumps({"content": content, "sha256": _digest_of(content)}, indent=1))
   for part in parts:
     part.unlink()
 
@@ -132,7 +131,7 @@ def _metadata(folder: Place) -> dict | None:
 
 
 def _is_late(name: str) -> bool:
-  return name in LATE or name.startswith(_PART) or name == f"{NAME}.part"
+  return name in LATE or name.startswith(_PART) or name.startswith(f"{NAME}.")
 
 
 def _measure(listed: dict[str, File]) -> dict[str, list]:
@@ -140,18 +139,6 @@ def _measure(listed: dict[str, File]) -> dict[str, list]:
   with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
     digests = list(pool.map(lambda file: file.checksum or _digest(file), listed.values()))
   return {name: [file.size, digest] for (name, file), digest in zip(listed.items(), digests)}
-
-
-def _write(path: Place, record: dict) -> None:
-  if is_remote(path):
-    write_file(path, json.dumps(record, indent=1))
-    return
-  part = path.with_name(f"{path.name}.part")
-  with open(part, "w", encoding="utf-8") as file:
-    json.dump(record, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
 
 
 def _digest(file: File, like: str = "") -> str:
