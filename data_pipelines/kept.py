@@ -19,6 +19,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,18 @@ def folder_of(word: str) -> str:
   if word == "default":
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "qimg2", "orders")
   return "" if word == "none" else os.path.expanduser(word)
+
+
+def check_folder(word: str) -> None:
+  """Raises `ValueError` where nothing can be written to a folder that config.order_dir names: large data sets, perhaps of a later stage, need it."""
+  if word in ("default", "none"):
+    return
+  try:
+    os.makedirs(folder_of(word), exist_ok=True)
+    tempfile.TemporaryFile(dir=folder_of(word)).close()
+  except OSError as error:
+    raise ValueError(f"config.order_dir is {word!r}, where nothing can be written ({error}): name a folder on a disk of this machine, or "
+                     "\"none\".") from error
 
 
 def keep(folder: str | os.PathLike, key: str, make: Callable[[New], Any]) -> tuple[Any, dict[str, np.ndarray]]:

@@ -132,6 +132,14 @@ def test_the_words_for_a_folder(monkeypatch, tmp_path):
   assert [kept.folder_of(word) for word in ("default", "none", "/a")] == [str(tmp_path / "qimg2" / "orders"), "", "/a"]
 
 
+def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match="config.order_dir is '.*file', where nothing can be written .*name a folder"):
+    kept.check_folder(str(tmp_path / "file"))
+  kept.check_folder(str(tmp_path / "new" / "one"))
+  assert not list((tmp_path / "new" / "one").iterdir())
+
+
 def test_a_second_start_sorts_nothing(tmp_path, monkeypatch):
   """Whoever asks for the same, whatever the seed; and nobody else."""
   monkeypatch.setattr(arrangement, "LARGE", 1)

@@ -22,7 +22,7 @@ from absl import logging
 
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
-from data_pipelines.kept import folder_of
+from data_pipelines.kept import check_folder, folder_of
 from data_pipelines.loader import Loader
 from data_pipelines.records import list_splits
 from data_pipelines.specs import DatasetSpec
@@ -86,6 +86,7 @@ class Run(StageWeights):
     self.stages = {stage.name: stage for stage in cfg.stages}
     if not trained:
       self._check_sources()
+      check_folder(cfg.order_dir)
     self._ensure_data()
     self.tokenizer = PromptTokenizer.load(self._tokenizer_path())
     if self.tokenizer.vocab_size > cfg.encoder.vocab_size:
