@@ -23,7 +23,8 @@ def _load_torchvision():
         continue
   made = torch.library.Library("torchvision", "FRAGMENT")
   for name in ("nms", "qnms"):
-    made.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    if not hasattr(torch.ops.torchvision, name):  # by this file under its other name
+      made.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
   return made
 
 
