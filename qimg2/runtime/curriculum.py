@@ -19,7 +19,7 @@ from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.micro_batches import variants
 from qimg2.runtime.run import HeldOut, Run, check_versions, save_config
-from qimg2.runtime.sheets import grid, save_png
+from qimg2.runtime.sheets import grid, save_picture
 from qimg2.runtime.suites import describe, evaluation, last_generator, recorded_evaluation
 from qimg2.sharding import to_host
 from qimg2.training import faults
@@ -181,7 +181,7 @@ def picture_hook(run: Run, config: StageConfig, task: str, batches: HeldOut):
     sheet = grid(rows, max(1, 8 // per_row) * per_row, captions, scale=max(1, 96 // targets.shape[1]))
     if processes.is_first():
       name = f"{step:08d}.png" if task == "t2i" else f"{step:08d}_{task}.png"
-      save_png(sheet, run.workdir / config.name / "samples" / name)
+      save_picture(sheet, run.workdir / config.name / "samples" / name)
       writer.write_image(step, f"{PREFIXES[task]}samples", sheet)
     return {}
   return hook
