@@ -160,6 +160,25 @@ def test_an_upload_that_fails_is_named_and_nothing_is_lost(bucket, folder, monke
   assert metrics.read_rows(left / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
 
 
+def test_the_rows_of_a_killed_process_go_with_the_next_one_those_of_a_living_one_and_what_is_not_uploaded_stay(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(places.tempfile, "tempdir", str(tmp_path))
+  there = lambda: {path.name for path in tmp_path.iterdir()}
+  living, killed, failed = (places.Growing(folder) for _ in range(3))
+  killed._lock.close()  # as the operating system does
+  (failed.local / "a").write_text("1")
+  with monkeypatch.context() as patch:
+    patch.setattr(places, "write_file", lambda *_: (_ for _ in ()).throw(RuntimeError("503")))
+    failed.close()
+  young = places.Growing(folder)
+  assert there() == {one.local.parent.name for one in (living, killed, failed, young)}, "the killed one is young: it may be about to take its lock"
+  monkeypatch.setattr(places, "_YOUNG_S", -1)
+  next_one = places.Growing(folder)
+  assert there() == {one.local.parent.name for one in (living, failed, young, next_one)} and (failed.local / "a").exists()
+  for one in (living, young, next_one):
+    one.close()
+  assert there() == {failed.local.parent.name}
+
+
 def test_a_bucket_that_does_not_answer_is_one_sentence(bucket, folder, monkeypatch, tmp_path):
   monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda _: done())
   async def done():
