@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import mmap
 import os
@@ -18,6 +19,7 @@ import numpy as np
 LARGE = 2**22  # bytes, from which on a column that is made is in a file
 _SCRATCH = "qimg2-order-"
 _YOUNG_S = 60
+_PAGE, _PAGES = 4096, 256
 _BLOCK_BYTES = 2**24
 _HEADER_BYTES = 30  # of a member of a ZIP file, before its name and its extra field, whose lengths are the last four bytes
 
@@ -99,6 +101,18 @@ def is_free(file: io.IOBase) -> bool:
   except BlockingIOError:
     return False
   return True
+
+
+def sampled_digest(path: str | os.PathLike) -> str:
+  """Returns the SHA-256 of a file's length and of 256 pages from all over it, the first and the last among them: to read all may take minutes."""
+  size, digest = os.path.getsize(path), hashlib.sha256()
+  last = max(0, size - _PAGE)
+  digest.update(str(size).encode())
+  with open(path, "rb") as file:
+    for begin in sorted({last * i // (_PAGES - 1) for i in range(_PAGES)}):
+      file.seek(begin)
+      digest.update(file.read(_PAGE))
+  return digest.hexdigest()
 
 
 def map_columns(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from data_pipelines.columns import map_columns
+from data_pipelines.columns import map_columns, sampled_digest
 from data_pipelines.shards import Shards
 from data_pipelines.tokenizer import PromptTokenizer
 
@@ -49,6 +49,7 @@ SPLITS = ("train", "validation")
 KINDS = ("general", "text", "knowledge", "structured")
 LAST_STAGE = 6
 VERSION = "2.0.0"
+_READ_WHOLE = 2**26  # bytes of an index, up to which it is compared with its checksum when it is opened; of a larger one pages from all over are
 _TOGETHER = 16  # records that are read at once from a file that is copied
 _DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes": "{}", "sources": [], "source_height": [], "source_width": [],
              "image": b"", "latents": b"", "source_latents": [], "features": []}
@@ -228,7 +229,7 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
   import tensorflow_datasets as tfds
   folder = pathlib.Path(folder)
   (folder / VERSION).mkdir(parents=True, exist_ok=True)
-  splits, checksums = [], {}
+  splits, checksums, pages = [], {}, {}
   for split in SPLITS:
     template = tfds.core.ShardedFileTemplate(dataset_name=name, split=split, filetype_suffix="array_record", data_dir=folder / VERSION)
     filled = [shard for shard in shards[split] if shard.num_records]
@@ -240,7 +241,7 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
       splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
                                         num_bytes=sum(shard.num_bytes for shard in filled), filename_template=template))
       np.savez(index_path(folder, split), **index[split])
-      checksums[f"index-{split}.npz"] = checksum(index_path(folder, split))
+      checksums[f"index-{split}.npz"], pages[f"index-{split}.npz"] = (of(index_path(folder, split)) for of in (checksum, sampled_digest))
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
     tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
                                        description=f"Records of {name}.", disable_shuffling=True)
@@ -248,7 +249,7 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
   for file in ("tokenizer.json", f"{VERSION}/dataset_info.json", f"{VERSION}/features.json"):
     checksums[file] = checksum(folder / file)
   facts = _counts(index) | facts | _token_facts(tokenizer, index)
-  text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums} | extra, indent=2)
+  text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums, "pages": pages} | extra, indent=2)
   (folder / "dataset.json").write_text(text, encoding="utf-8")
   return facts
 
@@ -335,13 +336,15 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   if not os.path.isdir(folder):
     raise ValueError(f"No data set {name!r} in {data_dir}: make it with python -m launch.prepare_data, --dataset={name} for an embedded one "
                      f"or --source=... --name={name} for your own, and --out={data_dir}.")
-  version = read_meta(folder)["request"]["version"]
+  meta = read_meta(folder)
+  version = meta["request"]["version"]
   if version != VERSION:
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
   if not os.path.exists(index_path(folder, split)):
     raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
   index = map_columns(index_path(folder, split))
   _check_lengths(index, index_path(folder, split))
+  _check_content(index_path(folder, split), meta)
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]
@@ -358,6 +361,15 @@ def _check_lengths(index: dict[str, np.ndarray], path: str) -> None:
       fewest = min(lengths, key=lengths.get)
       raise ValueError(f"{path} has the column {fewest} of {lengths[fewest]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
                        "the data set and prepare it anew.")
+
+
+def _check_content(path: str, meta: dict) -> None:
+  """Raises `ValueError` where an index is another than dataset.json was written with, as far as that says."""
+  kind, of = ("checksums", checksum) if os.path.getsize(path) <= _READ_WHOLE else ("pages", sampled_digest)
+  wanted = meta.get(kind, {}).get(os.path.basename(path))
+  if wanted is not None and of(path) != wanted:
+    raise ValueError(f"{path} is not the index that dataset.json beside it was written with: copy both again, or remove the data set and prepare it "
+                     "anew.")
 
 
 def load_tokenizer(data_dir: str | os.PathLike, name: str) -> PromptTokenizer:

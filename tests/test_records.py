@@ -152,3 +152,22 @@ def test_columns_that_do_not_go_together_are_refused(tmp_path, name, what):
   num = len(index[name])
   with pytest.raises(ValueError, match=f"index-train.npz has the column {name} of {num - 1} {what}, and others of {num}: copy it again"):
     records.open_split(tmp_path, "glyphs", "train")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_an_index_that_was_replaced_is_refused(tmp_path, monkeypatch, large):
+  """By one of the same length, which the kept order of the records would not be that of; of a large one not all bytes are read."""
+  embedded.prepare("glyphs", tmp_path, num_examples=3)
+  monkeypatch.setattr(records, "_READ_WHOLE", 0 if large else 2**26)
+  monkeypatch.setattr(records, "sampled_digest" if not large else "checksum", None)
+  assert len(records.open_split(tmp_path, "glyphs", "train")[0]) == 4
+  path = tmp_path / "glyphs" / "index-train.npz"
+  whole = path.read_bytes()
+  with np.load(path) as file:
+    index = dict(file)
+  np.savez(path, **index | {"caption_tokens": index["caption_tokens"] + 1})
+  assert path.stat().st_size == len(whole)
+  with pytest.raises(ValueError, match="index-train.npz is not the index that dataset.json beside it was written with: copy both again"):
+    records.open_split(tmp_path, "glyphs", "train")
+  path.write_bytes(whole)
+  records.open_split(tmp_path, "glyphs", "train")
