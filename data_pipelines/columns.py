@@ -74,8 +74,8 @@ def scratch(num: int, dtype: Any) -> np.ndarray:
     column = new_column(os.path.join(folder, "column"), num, dtype)
   except OSError as error:
     _remove(folder, os.getpid(), lock)
-    raise OSError(f"The order of the records takes {num_bytes / 1e9:.1f} GB in the folder of temporary files, {os.path.dirname(folder)} ({error}): "
-                  "name one with more room by TMPDIR.") from error
+    raise OSError(f"What is sorted or joined of an index takes {num_bytes / 1e9:.1f} GB in the folder of temporary files, {os.path.dirname(folder)} "
+                  f"({error}): name one with more room by TMPDIR.") from error
   weakref.finalize(column._mmap, _remove, folder, os.getpid(), lock)
   return column
 
