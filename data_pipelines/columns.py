@@ -1,6 +1,7 @@
 """The columns of an index, read from where they lie: nothing is loaded but the rows that are looked at, and the processes of a host share them."""
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -8,6 +9,7 @@ import mmap
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 import time
 import weakref
@@ -24,8 +26,26 @@ _BLOCK_BYTES = 2**24
 _HEADER_BYTES = 30  # of a member of a ZIP file, before its name and its extra field, whose lengths are the last four bytes
 
 
+_mapped: set[str] = set()  # folders of the files of columns
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end_in_a_sentence(_: int) -> None:
+  """What the system calls in the middle of reading a page that is not to be had. Python's own handlers would wait until that has been read."""
+  sentence = ("error: A file that is mapped cannot be read (SIGBUS), because its disk or mount fails, or it became shorter while it was in use. "
+              f"Mapped are files in {', '.join(sorted(_mapped))}. Mend it; the same command goes on where it was.\n")
+  os.write(2, sentence.encode())
+  os._exit(1)
+
+
 class Column(np.memmap):
-  """Rows of a file, memory-mapped. Another process to which it is sent maps them too, in place of getting them."""
+  """Rows of a file, memory-mapped. Another process to which it is sent maps them too, in place of getting them. Where they cannot be read when they
+  are looked at, the process ends with 1 and a sentence."""
+
+  def __new__(cls, path: str | os.PathLike, *args, **options):
+    _mapped.add(os.path.dirname(os.path.abspath(path)))
+    ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGBUS), _end_in_a_sentence)  # again each time: others set theirs when they are loaded
+    return super().__new__(cls, path, *args, **options)
 
   def __reduce_ex__(self, protocol: int) -> tuple:
     if self._mmap is None or not self.flags.c_contiguous:  # made out of rows of a file, and in none itself
