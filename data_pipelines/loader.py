@@ -8,7 +8,8 @@ in the log and counted, and too many of them are an error.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import grain.python as grain
 import numpy as np
@@ -95,12 +96,12 @@ class Loader:
     batches = grain.MapDataset.range(start, _ENDLESS).map(self._batch)
     return self._judged(self._read_ahead(batches), start, _ENDLESS)
 
-  def _read_ahead(self, batches: grain.MapDataset) -> grain.IterDataset:
+  def _read_ahead(self, batches: grain.MapDataset) -> Iterable[tuple]:
     if not self._num_workers:
       return batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
     # Threads inside the worker processes would only fight over their one lock.
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2))
+    return named_ends(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)))
 
   def _judged(self, batches, start: int, stop: int) -> Iterator[tuple[int, dict]]:
     """Yields the batches without their faults, which it names and counts; `ValueError` when they become too many."""
@@ -241,6 +242,18 @@ class Loader:
     kind = kinds[int(np.searchsorted(shares, draw[2] * shares[-1], side="right"))]
     usable = [i for i in usable if record["kinds"][i] == kind]
     return usable[int(draw[1] * len(usable))]
+
+
+def named_ends(batches: Iterable[tuple]) -> Iterator[tuple]:
+  """Yields batches of worker processes; `OSError` where one of these ends, which its own last words, if it had any, explain."""
+  try:
+    yield from batches
+  except RuntimeError as error:  # Grain's word for it
+    if "terminated unexpectedly" not in str(error):
+      raise
+    code = re.search(r"exit code (-?\d+)", str(error))
+    raise OSError(f"A worker process that loads data ended with {code[1] if code else 'an unknown code'}: what it said stands above; -9 is a machine "
+                  "without memory left, for which num_workers may be lower. The same command goes on where it was.") from error
 
 
 def read_records(source: Sequence[dict], positions: list[int]) -> list[dict | Exception]:

@@ -12,7 +12,7 @@ from absl import flags
 from data_pipelines import embedded, records
 from data_pipelines.embedded import glyph_edits, glyphs
 from data_pipelines.embedded.glyphs import Attributes
-from data_pipelines.loader import Loader
+from data_pipelines.loader import Loader, named_ends
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.transforms import encode_png
 
@@ -283,3 +283,14 @@ def test_a_prompt_that_another_tokenizer_makes_too_long_is_replaced(data, tokeni
 
 def test_no_tensorflow():
   assert "tensorflow" not in sys.modules
+
+
+def test_a_worker_process_that_ends_is_a_sentence():
+  def batches(words):
+    yield 0, {}, []
+    raise RuntimeError(words)
+
+  with pytest.raises(OSError, match="A worker process that loads data ended with -9: what it said stands above"):
+    list(named_ends(batches("Worker process was terminated unexpectedly with exit code -9. Search the logs above for the source of the crash.")))
+  with pytest.raises(RuntimeError, match="a defect"):
+    list(named_ends(batches("a defect")))

@@ -308,6 +308,13 @@ def test_a_compiler_that_ends_is_named():
     steps._measure_in_child(steps.ChildProcess("cpu:1"), quickstart.get_config("smoke"), "none", None, "step", 0)
 
 
+def test_what_a_program_does_not_read_takes_memory_all_the_same():
+  shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  arguments = {"read": shape(3, 5), "not": [shape(7, 11), shape(2)]}, shape(4)
+  text = jax.jit(lambda one, other: one["read"] + one["not"][1].sum() + other.sum()).lower(*arguments).compile().as_text()
+  assert steps._unread_bytes(arguments, text) == 4 * 7 * 11
+
+
 def launch(*arguments):
   on_tpu = any(argument.startswith("--topology=v") for argument in arguments)  # its compiler does not know the CPU's flags
   env = {name: value for name, value in os.environ.items() if not (on_tpu and name == "XLA_FLAGS")}
@@ -337,6 +344,7 @@ from configs import quickstart
 def get_config(arg=""):
   cfg = quickstart.get_config("smoke")
   cfg.model.dtype = "bfloat16"
+  cfg.stages[3].optimizer.accumulate, cfg.stages[3].faults.stop_after = 2, "micro_batch"
   large = copy.deepcopy(cfg.stages[3])
   large.name, large.resolutions[0].batch_size, large.resolutions[0].base_px = "large", 4194304, 64
   cfg.stages = *cfg.stages, large
@@ -346,7 +354,7 @@ def get_config(arg=""):
 
 @pytest.mark.slow
 def test_a_tpu(tmp_path):
-  """A stage that fits, compiled up to its machine code and to the end, and one that does not."""
+  """A stage whose steps are cut, that fits, compiled up to its machine code and to the end, and one that does not."""
   file, config = tmp_path / "rows.json", tmp_path / "two.py"
   config.write_text(SMALL_AND_LARGE)
   common = (f"--config={config}", "--topology=v5e:2x2", "--stage=sft", "--task=t2i", "--squares", f"--json={file}")

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import apache_beam as beam
 import numpy as np
@@ -203,7 +203,7 @@ def _settle(job: Job, config: dict) -> Job:
   path = files.join(job.work, "tokenizer.json")
   settled = files.join(job.work, "settled.json")
   if not files.exists(settled):
-    heads = [json.loads(files.read(job.path("survey", number, ".head"))) for number in range(job.num_units)]
+    heads = (json.loads(files.read(job.path("survey", number, ".head"))) for number in range(job.num_units))
     captions = dict.fromkeys(text for head in heads for text in head["captions"])
     tokenizer = PromptTokenizer.load(config["tokenizer"]) if config["tokenizer"] else train_tokenizer(captions, config["vocab_size"])
     files.write(path, tokenizer.to_bytes())
@@ -225,16 +225,16 @@ def _curate_units(pool: _Runner, units: Sequence[Unit], job: Job) -> None:
 def _hold_out_some(pool: _Runner, units: Sequence[Unit], job: Job, config: dict) -> Job:
   """The job with at least one record held out, if any are wanted, and one left for training, where there are two: of few pictures the numbers
   may fall all on one side. The units that this changes are curated again."""
-  results = _results(job)
-  train, validation = (sum(result["shards"][split]["num_records"] for result in results) for split in records.SPLITS)
+  results = [(result["shards"]["train"]["num_records"], result["shards"]["validation"]["num_records"], result["lowest"]) for result in _results(job)]
+  train, validation = (sum(one[which] for one in results) for which in range(2))
   if train and (validation or not config["validation_share"] or train == 1):
     return job
   if not train + validation:
     return job
-  lowest = min(result["lowest"] for result in results)
+  lowest = min(own for _, _, own in results)
   below = float(np.nextafter(lowest, 1)) if train + validation > 1 else 0.0
-  for number, result in enumerate(results):
-    if result["shards"]["validation"]["num_records"] or result["lowest"] == lowest:
+  for number, (_, held_out, own) in enumerate(results):
+    if held_out or own == lowest:
       files.remove_file(job.path("curated", number, ".json"))
   files.write(files.join(job.work, "settled.json"), json.dumps({"validation_below": below}).encode())
   job = dataclasses.replace(job, validation_below=below)
@@ -242,15 +242,15 @@ def _hold_out_some(pool: _Runner, units: Sequence[Unit], job: Job, config: dict)
   return job
 
 
-def _results(job: Job) -> list[dict]:
-  """What became of the samples of each unit."""
-  return [json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units)]
+def _results(job: Job) -> Iterator[dict]:
+  """What became of the samples of each unit, one after the other: they have pictures in them."""
+  return (json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units))
 
 
 def _pack(pool: _Runner, job: Job, most_bytes: float) -> dict[str, list[records.Shard]]:
   """Puts the records of units that follow one another into files of at most `most_bytes`; returns those of each split."""
-  results = _results(job)
-  packs = packing.plan({split: [records.Shard(**result["shards"][split]) for result in results] for split in records.SPLITS}, most_bytes)
+  shards = [{split: records.Shard(**result["shards"][split]) for split in records.SPLITS} for result in _results(job)]
+  packs = packing.plan({split: [one[split] for one in shards] for split in records.SPLITS}, most_bytes)
   few = [one for one in packs if len(one.shards) > 1]
 
   def build(pipeline: beam.Pipeline) -> None:
@@ -265,14 +265,14 @@ def _pack(pool: _Runner, job: Job, most_bytes: float) -> dict[str, list[records.
 
 def _assemble(path: str, name: str, job: Job, request: dict, source: str, shards: dict[str, list[records.Shard]]) -> dict:
   """Makes the data set of all files of records, with its report, and removes the work folder. Returns its facts."""
-  results = _results(job)
   steps = funnel.make_steps(job.settings["operators"], job.tokenizer)
-  tally = funnel.join_tallies((result["tally"] for result in results), len(steps))
+  tally = funnel.join_tallies((result["tally"] for result in _results(job)), len(steps))
   if not shards["train"]:
     files.remove_folder(job.work)
     raise ValueError(f"No picture of {source} is left for training: {report.summary(tally, steps)}; loosen a threshold, "
                      "--config.operators[i].NAME=VALUE.")
-  index = {split: records.join_indices([_read_index(job, number, split) for number in range(job.num_units)]) for split in records.SPLITS}
+  read = lambda split: (_read_index(job, number, split) for number in range(job.num_units))
+  index = {split: records.join_indices(functools.partial(read, split)) for split in records.SPLITS}
   tokenizer = PromptTokenizer.from_bytes(files.read(job.tokenizer), job.tokenizer)
   with tempfile.TemporaryDirectory() as scratch:
     complete, moves = os.path.join(scratch, name) if files.is_remote(path) else files.join(job.work, "complete"), {}

@@ -122,9 +122,8 @@ def step_parts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, 
     sums = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (number, metrics, gradient), place)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     same = accumulate, *sorted(metrics)
-    # All of the state is an argument of what adds, also what it does not read: the compiler's peak is to count it.
     return (Part(jax.jit(zeros, out_shardings=place), (), key=("begin", *same)),
-            Part(jax.jit(add, donate_argnums=3, keep_unused=True, out_shardings=(place, everywhere)), (*inputs, sums), accumulate),
+            Part(jax.jit(add, donate_argnums=3, out_shardings=(place, everywhere)), (*inputs, sums), accumulate),
             Part(jax.jit(end, donate_argnums=0, out_shardings=(own, None)), (abstract, sums), beside=inputs[1:], key=("end", *same)))
   return parts
 

@@ -295,7 +295,7 @@ class _Job:
     if len(broken) > self._stage.max_faulty * max(num_read, FIRST_ROWS) or len(broken) == num_read:
       raise ValueError(f"{len(broken)} of {num_read} records of data set {self._name!r} could not be cached, more than max_faulty="
                        f"{self._stage.max_faulty} of stage {self._stage.name!r} allows; the last one: {broken[-1]}")
-    index = {split: R.join_indices(indices[split] or [empty]) for split in R.SPLITS}
+    index = {split: R.join_indices(lambda split=split: indices[split] or [empty]) for split in R.SPLITS}
     facts = {"cached_from": self._name, "left_out": len(broken)}
     # Linked, not moved: should this be interrupted, the shards are still where they were.
     return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=R.link, cache=self._describe(), broken=broken[:_NAMED])

@@ -169,7 +169,8 @@ class Rehearsal(Shapes):
       peak = compiled.memory_analysis().peak_memory_in_bytes
     measured = {"limit_bytes": limit, "compile_s": time.monotonic() - start}
     text = topology.program_text() or compiled.as_text()
-    return {"peak_bytes": float(topology.reserved_bytes() or peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
+    peak = (topology.reserved_bytes() or peak) + _unread_bytes(part.arguments, text)
+    return {"peak_bytes": float(peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
 
   def measure_part(self, config: StageConfig, bucket: Bucket, program: str, number: int) -> dict:
     """The measured fields of one part of a program of a stage for one bucket, see `Row`.
@@ -184,6 +185,13 @@ class Rehearsal(Shapes):
 def _bytes(tree: Any) -> float:
   """Of the arrays in a tree on each device."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _unread_bytes(arguments: Any, text: str) -> float:
+  """Of arguments that are none of the compiled program, because it does not read them: they are on the devices all the same. (To have them kept is no
+  way: libtpu 0.0.52 crashes on programs of pictures, which do not read the vision tower.)"""
+  read = sum(array.num_bytes for one in hlo.parse(text)["ENTRY"] if one.opcode == "parameter" for array in one.arrays)
+  return max(0.0, _bytes(arguments) - read)
 
 
 def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, program: str, number: int) -> dict | None:
