@@ -2,6 +2,9 @@
 PYTHON ?= python3
 RUN := runs/quickstart
 export JAX_PLATFORMS ?= cpu
+# Python keeps what it compiled of a package that it imports, also where the surroundings forbid it: without, each of the many processes that the
+# tests start compiles all of them anew, which takes longer than the rest of its start.
+unexport PYTHONDONTWRITEBYTECODE
 # Keep freed memory in the process: training allocates the same large arrays at every step.
 FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
