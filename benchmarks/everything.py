@@ -1,10 +1,10 @@
 """All benchmarks of this device with one command, each in a process of its own, within a time limit, into one JSON file.
 
-  python -m benchmarks.everything --out=benchmarks.json [--minutes=9] [--only=step,sampler,networks,attention,start] [--tiny]
+  python -m benchmarks.everything --out=benchmarks.json [--minutes=9] [--only=step,step.alone,sampler,networks,attention,start] [--tiny]
 
-On a GPU: bfloat16 with float32 master weights and cuDNN attention; the published 7B generator at 1,024 px, with as many of its layers as fit with
-AdamW's state, beside torch's compiled class. On a CPU: float32 and 20M weights. What would run past the limit is stopped, and the file says so; so
-it does of what failed. `--tiny` runs everything at sizes that only show that it runs.
+On a GPU: bfloat16 with float32 master weights and cuDNN attention; the published 7B generator at 1,024 px, with as many of its layers as fit twice
+with AdamW's state, ours beside torch's compiled class ("step"), then with all that fit alone ("step.alone"). On a CPU: float32 and 20M weights. What
+would run past the limit is stopped, and the file says so; so it does of what failed. `--tiny` runs everything at sizes that only show that it runs.
 """
 
 import json
@@ -23,10 +23,11 @@ from qimg2 import params as P
 from qimg2.models import mmdit
 
 ROOT = pathlib.Path(__file__).parent.parent
-NAMES = ("step", "sampler", "networks", "attention", "start")
+NAMES = ("step", "step.alone", "attention", "networks", "sampler", "start")  # NAME or NAME.CASE of `benchmarks.NAME`, in the order of running
 BYTES_PER_WEIGHT = 16  # a float32 weight, its gradient and two moments
 ENVIRONMENT = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # torch shares the device
-SHARE = 0.7  # of the device's memory; the rest is for activations
+SHARE = 0.7  # of the device's memory, where two train; the rest is for activations
+SHARE_ALONE = 0.85  # where one does, with the inputs of its layers alone kept
 
 
 def find_device() -> tuple[str, str, float]:
@@ -38,10 +39,10 @@ def find_device() -> tuple[str, str, float]:
 
 
 def layers_that_fit(memory_bytes: float) -> int:
-  """How many layers of the published generator can be trained on a device of `memory_bytes`, at most all."""
+  """How many layers of the published generator have weights, gradients and moments in `memory_bytes`, at most all."""
   count = lambda num: P.count(mmdit.specs(mmdit.Config(num_layers=num)))
   rest, layer = count(1) - (count(2) - count(1)), count(2) - count(1)
-  return max(1, min(mmdit.Config().num_layers, int((SHARE * memory_bytes / BYTES_PER_WEIGHT - rest) // layer)))
+  return max(1, min(mmdit.Config().num_layers, int((memory_bytes / BYTES_PER_WEIGHT - rest) // layer)))
 
 
 def commands(platform: str, memory_bytes: float, tiny: bool) -> dict[str, list[str]]:
@@ -53,8 +54,9 @@ def commands(platform: str, memory_bytes: float, tiny: bool) -> dict[str, list[s
             "attention": ["--length=64", "--prefix=32", "--heads=2", "--head_dim=8", "--dtype=float32", "--rounds=1"],
             "start": ["--what=help", "--rounds=1"]}
   if platform == "gpu":
-    step = ["--size=7B", f"--num_layers={layers_that_fit(memory_bytes)}", "--dtype=bfloat16", "--attention=cudnn", "--remat=dots"]
-    return {"step": [*step, "--batch=1,2", "--task=t2i", "--peer=compiled", "--forward"],
+    step = lambda share: ["--size=7B", f"--num_layers={layers_that_fit(share * memory_bytes)}", "--dtype=bfloat16", "--attention=cudnn", "--task=t2i"]
+    return {"step": [*step(SHARE / 2), "--remat=dots", "--batch=1,2", "--peer=compiled", "--forward"],
+            "step.alone": [*step(SHARE_ALONE), "--remat=attention", "--batch=1", "--peer="],
             "networks": ["--size=100M", "--dtype=bfloat16", "--px=512", "--batch=8", "--peer=eager,compiled"],
             "sampler": ["--size=100M", "--dtype=bfloat16", "--px=512", "--images=0,1", "--peer=eager,compiled"],
             "attention": ["--length=4352", "--prefix=256", "--heads=32", "--head_dim=128", "--dtype=bfloat16"],
@@ -69,7 +71,7 @@ def run(name: str, arguments: list[str], limit_s: float) -> dict:
   """What one benchmark wrote and printed, with its seconds and, where it did not end well, how."""
   with tempfile.TemporaryDirectory() as folder:
     file, begin = pathlib.Path(folder) / "rows.json", time.monotonic()
-    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, f"--json={file}"]
+    command = [sys.executable, "-m", f"benchmarks.{name.partition('.')[0]}", *arguments, f"--json={file}"]
     try:
       done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=max(limit_s, 1))
       ended, printed = f"code {done.returncode}: {done.stderr[-2000:]}" if done.returncode else "", done.stdout
@@ -99,7 +101,7 @@ def main(_) -> None:
       print(f"benchmarks.{name} {' '.join(arguments)}: {found[name]['seconds']:.0f} s {found[name].get('ended', '')}\n{found[name]['printed']}",
             flush=True)
       pathlib.Path(args.out).write_text(json.dumps(found, indent=1), encoding="utf-8")
-  if odd := [name for name in args.only if "ended" in found[name]]:
+  if odd := [name for name in args.only if "ended" in found.get(name, {})]:
     raise ValueError(f"{', '.join(odd)} did not end well: {args.out} says how.")
 
 

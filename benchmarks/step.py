@@ -135,9 +135,10 @@ def theirs(size: Size, batch: dict, forward: bool, compiled: bool):
   """(function of a round as in `ours`, number of weights) for the published class."""
   cfg = size.model
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  module = reference.qwen_image_transformer()(
-      in_channels=cfg.latent_channels, out_channels=cfg.latent_channels, num_layers=cfg.num_layers, attention_head_dim=cfg.head_dim,
-      num_attention_heads=cfg.num_heads, context_in_dim=cfg.context_width, axes_dims_rope=cfg.rope_dims).to(device)
+  with torch.device(device):  # to draw billions of weights on the host takes minutes
+    module = reference.qwen_image_transformer()(
+        in_channels=cfg.latent_channels, out_channels=cfg.latent_channels, num_layers=cfg.num_layers, attention_head_dim=cfg.head_dim,
+        num_attention_heads=cfg.num_heads, context_in_dim=cfg.context_width, axes_dims_rope=cfg.rope_dims)
   num = sum(x.numel() for x in module.parameters())
   put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
   flat = lambda x: x.reshape(len(x), -1, x.shape[-1])

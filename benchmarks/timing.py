@@ -56,12 +56,12 @@ def read_stage(run_config: str, name: str) -> tuple[Any, Any]:
 
 def take_turns(ways: Mapping[str, Callable[[int], Any]], rounds: int, warm_up: int = 2) -> dict[str, Times]:
   """Name -> times of `way(round)`, which returns when its work is done. `round` counts from 0, warm-up included: inputs may differ by it."""
-  found = {name: [] for name in ways}
+  found, rest_s = {name: [] for name in ways}, REST_S if jax.default_backend() == "cpu" else 0.0  # a GPU that rests slows down
   for number in range(warm_up + rounds):
     names = list(ways)
     start = number % len(names)
     for name in names[start:] + names[:start]:
-      time.sleep(REST_S)
+      time.sleep(rest_s)
       begin = time.perf_counter()
       ways[name](number)
       took = time.perf_counter() - begin
@@ -70,17 +70,18 @@ def take_turns(ways: Mapping[str, Callable[[int], Any]], rounds: int, warm_up: i
   return {name: Times(tuple(seconds)) for name, seconds in found.items()}
 
 
-def matrix_rates(size: int = 2048, rounds: int = 7, dtype: str = "float32", torch: Any = None) -> dict[str, float]:
+def matrix_rates(rounds: int = 7, dtype: str = "float32", torch: Any = None) -> dict[str, float]:
   """The largest rate of a square matrix product in FLOP/s, of XLA and, where the module is given, of torch."""
+  size, repeats = (2048, 1) if jax.default_backend() == "cpu" else (8192, 20)  # so many that to start them takes no time beside them
   a, b = (jax.random.normal(jax.random.key(seed), (size, size)).astype(dtype) for seed in range(2))
   product = jax.jit(jnp.matmul)
-  ways = {"xla": lambda _: jax.block_until_ready(product(a, b))}
+  ways = {"xla": lambda _: jax.block_until_ready([product(a, b) for _ in range(repeats)])}
   if torch is not None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, y = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    ways["torch"] = lambda _: synchronize(torch, torch.matmul(x, y))
+    ways["torch"] = lambda _: synchronize(torch, [torch.matmul(x, y) for _ in range(repeats)])
   times = take_turns(ways, rounds)
-  return {name: 2 * size**3 / min(one.seconds) for name, one in times.items()}
+  return {name: repeats * 2 * size**3 / min(one.seconds) for name, one in times.items()}
 
 
 def copy_bandwidth(size: int = 2**26, rounds: int = 5) -> float:

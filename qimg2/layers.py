@@ -85,12 +85,23 @@ def rotate_pairs(x: jax.Array, angles: jax.Array) -> jax.Array:
   """`x` [B, S, H, K] with its adjacent pairs (2j, 2j+1) turned by `angles` [B, S, K/2].
 
   Neighbours change places by a product with a matrix of 0, 1 and -1, because on a TPU slices of every second number are copies through memory. It is
-  exact, but for TPUs, whose products round what is not bfloat16.
+  exact, but for TPUs, whose products round what is not bfloat16. On a GPU they are read where they are.
   """
   cos, sin = (jnp.repeat(f(angles), 2, axis=-1)[:, :, None] for f in (jnp.cos, jnp.sin))
-  place, y = np.arange(x.shape[-1]), x.astype(jnp.float32)
-  swap = (place[:, None] == place ^ 1) * np.where(place % 2, 1.0, -1.0)  # to 2j goes minus its right neighbour, to 2j + 1 its left one
-  return (y * cos + (y @ jnp.asarray(swap, jnp.float32)) * sin).astype(x.dtype)
+  y = x.astype(jnp.float32)
+  return (y * cos + jax.lax.platform_dependent(y, cuda=_swap_places, default=_swap_by_product) * sin).astype(x.dtype)
+
+
+def _swap_by_product(x: jax.Array) -> jax.Array:
+  """To place 2j goes minus the right neighbour, to 2j + 1 the left one."""
+  place = np.arange(x.shape[-1])
+  return x @ jnp.asarray((place[:, None] == place ^ 1) * np.where(place % 2, 1.0, -1.0), jnp.float32)
+
+
+def _swap_places(x: jax.Array) -> jax.Array:
+  """The same, without a product."""
+  left, right = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, 2), -1, 0)
+  return jnp.stack([-right, left], axis=-1).reshape(x.shape)
 
 
 def rotate_halves(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -116,12 +127,20 @@ def sinusoid(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
 # Names that rematerialisation policies know activations by: what goes into a layer; what `linear` gave; what attention gave, with the normaliser of
 # its softmax.
 LAYER_INPUT, PRODUCT, ATTENTION_OUTPUT = "layer_input", "product", "attention"
-_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # JAX's primitive; what it gives besides the output has no name
+
+
+def _save(*names: str) -> Callable[..., Any]:
+  """A policy that saves what has these names, and what cuDNN's attention gave."""
+  named = jax.checkpoint_policies.save_only_these_names(*names)
+  return lambda primitive, *args, **params: primitive.name == CUDNN_ATTENTION or named(primitive, *args, **params)
+
+
 POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION_OUTPUT),
-    "attention": _SAVE_ATTENTION,
+    "dots": _save(PRODUCT, ATTENTION_OUTPUT),
+    "attention": _save(ATTENTION_OUTPUT),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT], offload_src="device", offload_dst="pinned_host"),
 }
@@ -133,8 +152,8 @@ def checkpoint_layer(layer, policy: str):
   Args:
     layer: the function that `jax.lax.scan` runs per layer.
     policy: which activations are saved for the backward pass: "none" saves all (no rematerialisation); "full" the layer's input; "dots" the
-      results of matrix products with weights, and of attention; "attention" the layer's input and the result of attention (with splash and ring
-      none runs twice); "offload" the layer's input, in the host's memory.
+      results of matrix products with weights, and of attention; "attention" the layer's input and the result of attention (with splash, ring and
+      cudnn none runs twice); "offload" the layer's input, in the host's memory.
 
   Raises:
     ValueError: an unknown policy.

@@ -1,18 +1,34 @@
 """The published PyTorch classes, imported safely and made small and random.
 
 `diffusers` and `transformers` ask for torchvision, whose CPU build may be missing. Install it with `pip install --no-deps torchvision`: its
-Python code is enough once the two operators that it expects have a schema.
+Python code is enough once the two operators that it expects have a schema. A whole torchvision defines them itself, and ends the process if it finds
+them defined, so it is loaded first.
 """
 
-import contextlib
+import importlib.util
+import pathlib
 
 import numpy as np
 import torch
 
-_torchvision = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-  with contextlib.suppress(RuntimeError):  # a full torchvision defines them itself
-    _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+def _load_torchvision():
+  """The operators of torchvision, as far as its library can be loaded here; what then is missing as a schema."""
+  for folder in importlib.util.find_spec("torchvision").submodule_search_locations:
+    for library in pathlib.Path(folder).glob("_C*.so"):
+      try:
+        torch.ops.load_library(library)
+        return None
+      except OSError:  # of another build of torch
+        continue
+  made = torch.library.Library("torchvision", "FRAGMENT")
+  for name in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, name):  # by this file under its other name
+      made.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+  return made
+
+
+_torchvision = _load_torchvision()
 
 
 def qwen_image_transformer():

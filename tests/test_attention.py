@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax._src.cudnn import fused_attention_stablehlo
 
 from benchmarks.attention import compare, make_inputs
 from qimg2 import attention, layers, sharding
@@ -282,6 +283,28 @@ def test_unusable_back_ends_are_refused(backend, platform, dtype, parts, message
 
 
 # Rematerialisation.
+
+
+@pytest.mark.parametrize("policy, times", [("none", 1), ("attention", 1), ("dots", 1), ("full", 2)])
+def test_the_kernel_for_gpus_runs_as_often_as_said(policy, times, monkeypatch):
+  """Traced, not run: once for the prefix and once for the target, unless a policy keeps nothing."""
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+  mask = attention.block_causal(jnp.zeros((1, 32), jnp.int32), jnp.arange(32)[None] != 7, 8, 0)
+
+  def layer(x, weight):
+    return x + attention.cudnn.attend(layers.linear(x, weight), x, x, mask), None
+  def loss(weights):
+    return jnp.sum(jax.lax.scan(layers.checkpoint_layer(layer, policy), jnp.ones((1, 32, 2, 64), jnp.bfloat16), weights)[0].astype(jnp.float32))
+  text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((2, 64, 64))))
+  assert text.count("= dot_product_attention_fwd_wrapper[") == 2 * times and text.count("= dot_product_attention_bwd_wrapper[") == 2
+
+
+def test_keys_are_put_back_without_atomic_sums():
+  mask = Mask(valid=jnp.arange(16)[None] != 5)
+  run = jax.jit(jax.grad(lambda k, q: jnp.sum(cudnn.attend(q, k, k, mask, implementation="xla"))))
+  text = run.lower(*(jax.random.normal(jax.random.key(seed), (1, 16, 2, 8)) for seed in range(2))).as_text()
+  assert text.count('"stablehlo.scatter"(') == text.count("unique_indices = true") > 0
 
 
 @functools.cache

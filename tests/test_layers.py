@@ -35,6 +35,15 @@ def test_pairs_turn_as_complex_numbers_do(dtype, tolerance):
     np.testing.assert_allclose(pairs(ours), theirs, atol=tolerance * np.abs(theirs).max())
 
 
+def test_neighbours_change_places_by_a_product_but_on_a_gpu():
+  x = normal(2, 3, 4, 8)
+  np.testing.assert_array_equal(layers._swap_places(x), layers._swap_by_product(x))
+  np.testing.assert_array_equal(layers._swap_places(x)[..., :2], np.stack([-x[..., 1], x[..., 0]], axis=-1))
+  turn = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(layers.rotate_pairs(x, normal(2, 3, 4, seed=2))))))
+  products = lambda platform: turn.trace(x).lower(lowering_platforms=(platform,)).as_text().count("dot_general")
+  assert products("cuda") == 0 and products("tpu") == products("cpu") == 2
+
+
 def test_norms():
   x = 5 + 3 * normal(4, 16)
   y = np.asarray(layers.layer_norm(x))
