@@ -2,6 +2,9 @@
 PYTHON ?= python3
 RUN := runs/quickstart
 export JAX_PLATFORMS ?= cpu
+# Python keeps what it compiled of a package that it imports, also where the surroundings forbid it: without, each of the many processes that the
+# tests start compiles all of them anew, which takes longer than the rest of its start.
+unexport PYTHONDONTWRITEBYTECODE
 # Keep freed memory in the process: training allocates the same large arrays at every step.
 FAST := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 
@@ -30,15 +33,17 @@ test-fast: .venv/.installed-dev
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
 
+# The pip that comes with Python 3.11 takes twice as long to choose among the files of an index.
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --no-compile pip==26.3
 
 .venv/.installed: requirements.txt requirements.lock | .venv/bin/python
 	.venv/bin/python -m pip install -q --no-compile -r requirements.txt -c requirements.lock
 	touch $@
 
 # torchvision's wheels name a torch build of their own; its Python code is all that the tests need.
-.venv/.installed-dev: requirements-data.txt requirements-dev.txt .venv/.installed
-	.venv/bin/python -m pip install -q --no-compile -r requirements-data.txt -r requirements-dev.txt -c requirements.lock
+.venv/.installed-dev: requirements.txt requirements-data.txt requirements-dev.txt requirements.lock | .venv/bin/python
+	.venv/bin/python -m pip install -q --no-compile -r requirements.txt -r requirements-data.txt -r requirements-dev.txt -c requirements.lock
 	.venv/bin/python -m pip install -q --no-compile --no-deps torchvision==0.29.1
-	touch $@
+	touch .venv/.installed $@

@@ -7,10 +7,12 @@ it takes more than ten seconds times that.
 
 import os
 import pathlib
+import shutil
 
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path(os.environ.get("QIMG2_TEST_CACHE") or ROOT / ".cache" / "tests")
 MAX_CACHE_BYTES = 2 * 2**30
+MEMORY, ROOM_BYTES = pathlib.Path("/dev/shm"), 8 * 2**30  # where the tests' own folders are, if it has room
 EXPENSIVE = {"smoke_run", "caches"}  # fixtures
 # The groups that take longest, longest first.
 LONG = ("smoke_run", "test_methods", "test_sharded_equality", "published", "test_rehearse", "test_launched_runs", "test_processes", "test_attention",
@@ -46,8 +48,13 @@ cli.collect_rarely()
 
 
 def pytest_configure(config):
-  """Forgets the oldest compiled programs once there are too many; in the process that starts the others."""
-  if not hasattr(config, "workerinput") and CACHE.is_dir():
+  """Puts the folders of the tests into memory, where a save waits for no disk; forgets the oldest compiled programs once there are too many. In the
+  process that starts the others."""
+  if hasattr(config, "workerinput"):
+    return
+  if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+  if CACHE.is_dir():
     programs = sorted(((path.stat(), path) for path in CACHE.iterdir() if path.is_file()), key=lambda pair: pair[0].st_mtime, reverse=True)
     kept = 0
     for stat, path in programs:

@@ -302,9 +302,9 @@ def test_processes_that_hold_the_same_rows_take_the_same_rewards(whole, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, mesh, num_devices", [("grpo", '{"fsdp": -1}', 1), ("adapter", '{"fsdp": 2, "tensor": 2}', 2)])
-def test_two_processes_give_the_numbers_of_one(whole, method, mesh, num_devices, tmp_path):
-  together(2, *toy_command(tmp_path, f"--method={method}", f"--mesh={mesh}"), num_devices=num_devices, heartbeat_s=UNHURRIED_S)
-  for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):
+def test_two_processes_of_two_devices_give_the_numbers_of_one(whole, tmp_path):
+  """Samples are divided over the processes, and weights over them and over the devices of each."""
+  together(2, *toy_command(tmp_path, "--method=grpo", '--mesh={"fsdp": 2, "tensor": 2}'), num_devices=2, heartbeat_s=UNHURRIED_S)
+  for mine, its in zip(rows(tmp_path), rows(whole("grpo")), strict=True):
     np.testing.assert_allclose([mine[name] for name in its], list(its.values()), rtol=2e-4, atol=2e-5)
   assert json.loads((tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

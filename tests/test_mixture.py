@@ -174,7 +174,7 @@ def test_every_record_fits_its_bucket(world):
 
 
 @pytest.mark.slow
-@repeat(30)
+@repeat(15)
 @given(worlds(), st.lists(st.integers(0, 10**12), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_the_plan_is_a_function_of_k_and_no_host_enters(world, numbers, random):
   if build_or_refuse(world) is None:
