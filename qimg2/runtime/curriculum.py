@@ -17,6 +17,7 @@ from qimg2.places import Place, check_rights, find_place
 from qimg2.runtime import processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
+from qimg2.runtime.kept_data import identify_data
 from qimg2.runtime.micro_batches import variants
 from qimg2.runtime.run import HeldOut, Run, check_versions, save_config
 from qimg2.runtime.sheets import grid, save_png
@@ -35,12 +36,12 @@ PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
 def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
-          profile: tuple[int, int] | None = None, allow_version_change: bool = False) -> Run:
+          profile: tuple[int, int] | None = None, allow_version_change: bool = False, allow_data_change: bool = False) -> Run:
   """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites unless that was done before, and
   returns the run.
 
   Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken; first and last step of each
-  stage to trace; whether packages of other versions than the run's are taken.
+  stage to trace; whether packages of other versions than the run's are taken; whether data sets are that are not what the run began with.
 
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
@@ -52,7 +53,8 @@ def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
     run = Run(cfg, workdir)
     if processes.is_first():
       check_rights(workdir)
-    save_config(cfg, workdir, allow_config_change, allow_version_change)
+    processes.agree("data", json.dumps(identify_data(cfg)))
+    save_config(cfg, workdir, allow_config_change, allow_version_change, run.tokenizer, allow_data_change)
     left = unfinished(run)
     for stage in cfg.stages:
       if stage.name not in left:
