@@ -6,15 +6,17 @@ A record that cannot be decoded is replaced by the next one of its cell that can
 in the log and counted, and too many of them are an error.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 import grain.python as grain
 import numpy as np
 from absl import logging
 
+from data_pipelines import children
 from data_pipelines.buckets import Bucket
 from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
@@ -85,23 +87,31 @@ class Loader:
     own = self.own_rows(len(plan.places))
     return plan.bucket, *self._load(self.buckets[plan.bucket], [(plan.cell, place) for place in plan.places[own]], draws[own])
 
-  def iterate(self, start: int = 0) -> Iterator[tuple[int, dict]]:
-    """Returns an endless iterator of (bucket index, batch) from batch `start` on, which reads ahead.
+  def iterate(self, start: int = 0) -> Generator[tuple[int, dict], None, None]:
+    """Returns an endless iterator of (bucket index, batch) from batch `start` on, which reads ahead. `close` it where it is not needed any more: it
+    ends the workers.
 
     To resume, start at the number of batches already used: nothing else needs saving. Worker processes (num_workers >
     0) need parsed absl flags, which a launcher has; in a notebook call `absl.flags.FLAGS.mark_as_parsed()` first.
     """
     if start < 0:
       raise ValueError(f"start={start} must not be negative: it is the number of batches already used.")
-    batches = grain.MapDataset.range(start, _ENDLESS).map(self._batch)
-    return self._judged(self._read_ahead(batches), start, _ENDLESS)
+    return self._ahead(grain.MapDataset.range(start, _ENDLESS).map(self._batch), start)
 
-  def _read_ahead(self, batches: grain.MapDataset) -> Iterable[tuple]:
+  def _ahead(self, batches: grain.MapDataset, start: int) -> Generator[tuple[int, dict], None, None]:
+    with contextlib.closing(iter(self._reading(batches))) as found:
+      # What workers send lies in shared memory, which is given back at once.
+      mine = ((bucket, _owned(batch), faults) for bucket, batch, faults in found) if self._num_workers else found
+      yield from self._judged(mine, start, _ENDLESS)
+
+  def _reading(self, batches: grain.MapDataset) -> Iterable[tuple]:
     if not self._num_workers:
       return batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
+    children.start_tracker()
     # Threads inside the worker processes would only fight over their one lock.
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    return named_ends(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2)))
+    return named_ends(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2),
+                                          worker_init_fn=children.end_with_parent))
 
   def _judged(self, batches, start: int, stop: int) -> Iterator[tuple[int, dict]]:
     """Yields the batches without their faults, which it names and counts; `ValueError` when they become too many."""
@@ -289,6 +299,10 @@ def _arrays(num: int, bucket: Bucket) -> dict:
 def _prompts(num: int, bucket: Bucket) -> dict:
   """Returns the arrays of `num` rows of a bucket that hold prompts and ids, not filled."""
   return {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32), "sample_id": np.empty(num, np.int64)}
+
+
+def _owned(batch: dict) -> dict:
+  return {name: tuple(map(children.own, value)) if isinstance(value, tuple) else children.own(value) for name, value in batch.items()}
 
 
 def _tuples(arrays: dict) -> dict:

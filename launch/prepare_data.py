@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from launch import cli
 
 NEEDED = {"apache_beam": "apache-beam", "imagehash": "imagehash", "pyarrow": "pyarrow", "fsspec": "fsspec",
           "rapidocr_onnxruntime": "rapidocr_onnxruntime"}
+TABLES = (".csv", ".tsv", ".jsonl")
 
 
 def define_flags() -> None:
@@ -68,6 +70,7 @@ def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str
   except ImportError as error:
     raise ValueError(f"A package of requirements-data.txt cannot be loaded ({error}): for libGL, apt-get install libgl1.") from error
   _check_config(cfg)
+  _check_source(source)
   facts = _say(pipeline.curate(source, name, out, plain(cfg), runner, num_workers, shlex.split(beam_options)))
   funnel = json.loads(pipeline.files.read(f"{facts['path']}/funnel.json"))
   for step in funnel["steps"]:
@@ -78,6 +81,21 @@ def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str
     print(f"  not run, though the report's funnel has them: {', '.join(funnel['not_run'])}")
   print(f"Report: {facts['path']}/report.html")
   return facts
+
+
+def _check_source(source: str) -> None:
+  """Finds what is missing on this machine, and a text table that is not UTF-8, before anything is read."""
+  if re.search(r"://|^tfds:|[*?\[{]", source):
+    return
+  path = pathlib.Path(source).expanduser()
+  if not path.exists():
+    raise ValueError(f"There is no {source}: correct --source, which names a folder of pictures, a table, a Parquet file or tars.")
+  if path.suffix.lower() in TABLES and path.is_file():
+    with open(path, "rb") as file:
+      head = file.read(1000)
+    if b"\0" in head:  # in no text of UTF-8, and in every second byte of the ASCII of UTF-16
+      raise ValueError(f"{source} is UTF-16 or UTF-32, or no text, and tables are read as UTF-8: save it so, such as with "
+                       f"iconv -f UTF-16 -t UTF-8 {source} > utf8{path.suffix}.")
 
 
 def _check_config(cfg: Mapping[str, Any]) -> None:

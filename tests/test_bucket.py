@@ -1,6 +1,7 @@
 """A run in a bucket: what is there, what counts, and what is left of it by kills and refusals."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -15,6 +16,7 @@ from many import PATIENCE_S, UNHURRIED_S, ends, start, together, toy
 from test_checkpoint import assert_equal, make, specs
 
 from qimg2 import places
+from qimg2.runtime import lock
 from qimg2.training import checkpoint, faults, manifest, metrics
 
 
@@ -123,6 +125,26 @@ def test_frozen_weights_that_were_cut_off_are_written_again(folder):
     assert places.is_complete(folder)
     assert_equal(checkpoint.restore_weights(folder, abstract.params["model"]), saved.params["model"])
     (folder / places.COMMITTED).unlink()
+
+
+def test_a_run_in_a_bucket_has_one_holder(folder, monkeypatch, caplog):
+  monkeypatch.setattr(lock, "BEAT_S", 0.1)
+  monkeypatch.setattr(lock, "STALE_S", 1.0)
+  lost = []
+  with lock.RunLock(folder, lost.append):
+    monkeypatch.setattr(lock, "STALE_S", 20.0)
+    with pytest.raises(ValueError, match=f"The run in {folder} is being trained by process {os.getpid()} on "), lock.RunLock(folder, lost.append):
+      pass
+    # one that was silent for so long that another one has it
+    limit = time.monotonic() + 60
+    while not lost and time.monotonic() < limit:  # a beat that was under way may write over it once
+      (folder / lock.NAME).write_text(json.dumps({"holder": "another", "host": "elsewhere", "pid": 7}))
+      time.sleep(1)
+  assert len(lost) == 1 and f"The run in {folder} was taken over by process 7 on elsewhere" in lost[0]
+  monkeypatch.setattr(lock, "STALE_S", 1.0)
+  with lock.RunLock(folder, lost.append):
+    assert "process 7 on elsewhere (since an unknown time), which had it, gave no sign of life" in caplog.text
+  assert not (folder / lock.NAME).exists()
 
 
 def test_rows_are_there_when_a_checkpoint_is(bucket, folder, tmp_path):

@@ -1,10 +1,17 @@
 """Batch k is a function of (seed, mixture, k): of nothing else, and of all of these."""
 
 import collections
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
+import pathlib
+import subprocess
 import sys
+import time
 
+import commands
 import numpy as np
 import pytest
 from absl import flags
@@ -149,10 +156,50 @@ def test_resume_equals_no_interruption_and_seed_matters(data, tokenizer):
 @pytest.mark.slow
 def test_worker_processes_change_nothing(data, tokenizer):
   flags.FLAGS.mark_as_parsed()
-  plain = itertools.islice(make(data, tokenizer).iterate(3), 5)
-  workers = itertools.islice(make(data, tokenizer, num_workers=2).iterate(3), 5)
-  for first, second in zip(plain, workers, strict=True):
+  plain, before = itertools.islice(make(data, tokenizer).iterate(3), 5), set(os.listdir("/dev/shm"))
+  with contextlib.closing(make(data, tokenizer, num_workers=2).iterate(3)) as workers:
+    kept = list(itertools.islice(workers, 5))
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+  for first, second in zip(plain, kept, strict=True):
     assert_same(first, second)
+  assert not any(process.is_alive() for process in processes)
+  gone_soon(lambda: set(os.listdir("/dev/shm")) - before, "shared memory, although batches are still in use")
+
+
+FOREVER = """
+from absl import flags
+from data_pipelines import records
+from data_pipelines.loader import Loader
+from data_pipelines.specs import DatasetSpec, Resolution
+flags.FLAGS.mark_as_parsed()
+tokenizer = records.load_tokenizer({folder!r}, "glyphs")
+loader = Loader([DatasetSpec({folder!r}, "glyphs")], [Resolution(64, 8, ("1:1",))], 96, tokenizer, 0, num_workers=1)
+for _ in loader.iterate():
+  print("read", flush=True)
+"""
+
+
+def gone_soon(left, what):
+  """Waits until `left()` is empty."""
+  limit = time.monotonic() + 60
+  while left():
+    assert time.monotonic() < limit, f"There is still {what}: {left()}."
+    time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed_and_leave_nothing(data):
+  before = set(os.listdir("/dev/shm"))
+  with subprocess.Popen([sys.executable, "-c", FOREVER.format(folder=str(data[0]))], cwd=commands.ROOT, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE, text=True) as one:
+    assert one.stdout.readline() == "read\n"
+    children = [int(pid) for path in pathlib.Path(f"/proc/{one.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    assert len(children) >= 2, "a worker, and the tracker of its shared memory"
+    one.kill()
+    gone_soon(lambda: [pid for pid in children if os.path.exists(f"/proc/{pid}")], "a child")
+    assert "leaked" not in one.stderr.read()
+  gone_soon(lambda: set(os.listdir("/dev/shm")) - before, "shared memory")
 
 
 def test_edits_bring_their_source_and_instruction(data, tokenizer):

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import base, emoji, folder, pretrain
 from data_pipelines.mixture import Mixture
-from qimg2.runtime import curriculum, suites
+from qimg2.runtime import curriculum, lock, suites
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run
@@ -30,7 +30,7 @@ def files(run):
 
 def test_smoke_writes_what_it_promises(smoke_run):
   names = files(smoke_run)
-  assert {"config.json", "report.html", "evaluation.json", "evaluation.png"} <= names
+  assert {"config.json", "tokenizer.json", "report.html", "evaluation.json", "evaluation.png"} <= names
   for stage in smoke_run.cfg.stages:
     assert {f"{stage.name}/metrics.jsonl", f"{stage.name}/timing.jsonl", f"{stage.name}/samples/00000002.png"} <= names
     rows = read_rows(smoke_run.workdir / stage.name / "metrics.jsonl")
@@ -62,6 +62,10 @@ def test_training_again_changes_nothing_and_reads_nothing(smoke_run, smoke_confi
   with pytest.raises(TypeError):  # there is no loader
     train(cfg, workdir)
   assert not (workdir / "evaluation.json").exists()  # it was of weights that are gone
+  assert not (workdir / lock.NAME).exists()
+  monkeypatch.setattr(lock, "BEAT_S", 0.1)
+  with lock.RunLock(workdir, print), pytest.raises(ValueError, match="is being trained by process"):
+    train(cfg, workdir)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ and can be saved. A step of one micro-batch is one program in any case.
 
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -28,8 +28,8 @@ RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 class Loader(Protocol):
   """What the loop needs of a loader: batch k is a function of k."""
 
-  def iterate(self, start: int) -> Iterator[tuple[int, dict]]:
-    """(bucket number, batch) from batch `start` on."""
+  def iterate(self, start: int) -> Generator[tuple[int, dict], None, None]:
+    """(bucket number, batch) from batch `start` on; it is closed where no more are wanted."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import open_cache
+from data_pipelines.identity import differences_from_cached, identify
 from data_pipelines.kept import folder_of
 from data_pipelines.loader import FIRST_ROWS, check_record, fill_pixels, load_source, read_records
 from data_pipelines.mixture import Cell, Mixture
@@ -109,7 +110,7 @@ class _Job:
     path = self._data_dir / self._out_name
     if path.exists():
       facts = R.read_meta(path)["facts"]
-      _check_request(path, R.read_meta(path)["request"], self._request)
+      _check_request(path, self._data_dir, R.read_meta(path)["request"], self._request)
       return {"path": str(path), "reused": True} | facts
     self._work.mkdir(exist_ok=True)
     self._begin()
@@ -130,7 +131,7 @@ class _Job:
     """What decides every byte of the cache. Mesh and batch size are left out: they change the last bits at most."""
     run, options = self._run, self._options
     sizes = [{"base_px": one.base_px, "ratios": list(one.ratios), "multiple": one.multiple} for one in self._resolutions]
-    request = {"dataset": self._name, "dataset_sha256": R.checksum(self._data_dir / self._name / "dataset.json"), "tasks": self._tasks,
+    request = {"dataset": self._name, "data": identify(self._data_dir, self._name), "tasks": self._tasks,
                "resolutions": sizes, "max_crop": self._stage.max_crop, "shapes": self._shapes, "features": options.features, "dtype": options.dtype,
                "shard_records": options.shard_records, "tokenizer": run.tokenizer.fingerprint, "vae": self._encoder.fingerprints["vae"],
                "vae_dtype": run.cfg.vae.dtype, "decoding": DECODING} | self._alpha
@@ -159,7 +160,7 @@ class _Job:
       part = self._work / f"request.{os.getpid()}.part"
       part.write_text(json.dumps(self._request, indent=1), encoding="utf-8")
       part.replace(file)
-    _check_request(self._work, json.loads(file.read_text(encoding="utf-8")), self._request)
+    _check_request(self._work, self._data_dir, json.loads(file.read_text(encoding="utf-8")), self._request)
 
   def _open(self, split: str) -> _Split:
     """Which records of a split to cache. The validation split may have none of a task."""
@@ -323,8 +324,14 @@ def _distinct(resolutions: Sequence[Resolution]) -> tuple[Resolution, ...]:
   return tuple(chosen.values())
 
 
-def _check_request(folder: pathlib.Path, stored: dict, request: dict) -> None:
+def _check_request(folder: pathlib.Path, data_dir: pathlib.Path, stored: dict, request: dict) -> None:
+  other = differences_from_cached(data_dir, stored)
+  if other:
+    raise ValueError(f"{folder} holds latents of data set {request['dataset']!r} as it was when they were cached, and this has {other} now: remove "
+                     "that folder or choose another --name.")
   for key, value in request.items():
+    if key == "data":
+      continue
     if key == "shapes" and stored.get(key) != value:
       raise ValueError(f"{folder} holds a latent cache for other buckets, or of an older version: remove that folder or choose another --name.")
     if stored.get(key) != value:

@@ -12,8 +12,9 @@ from data_pipelines.specs import Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig
+from qimg2.runtime.kept_data import tokenizer_path
 from qimg2.runtime.rehearsal.table import EVALUATION, SAMPLES, STEP
-from qimg2.runtime.run import fold_name, tokenizer_path
+from qimg2.runtime.run import fold_name
 
 SYSTEM_TOKENS, WORDS_PER_IMAGE = 12, 6  # where there is no tokenizer
 

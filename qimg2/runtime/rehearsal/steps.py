@@ -8,7 +8,6 @@ most of the time and changes none of what is read here. `ChildProcess` lets it w
 import dataclasses
 import math
 import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from data_pipelines.buckets import Bucket
+from data_pipelines.children import end_with_parent
 from data_pipelines.loader import Loader
 from qimg2 import networks, sharding
 from qimg2 import params as P
@@ -228,7 +228,7 @@ def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bu
 def _child_main(send: Any, child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, program: str, number: int) -> None:
   """What the other process does."""
   tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
-  threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # nobody is left to tell
+  end_with_parent()  # nobody is left to tell
   topology.prepare_environment(child.topology)
   rehearsal = Rehearsal(cfg, *topology.find_devices(child.topology, child.num_slices))
   try:
