@@ -57,15 +57,16 @@ def plan_folder(place: Place, files: Iterable[str], size: int) -> Iterator[tuple
   """Yields (reader, place, piece): the samples of a folder, whose options hold the files of each; then the rows of its tables."""
   files = [name for name in files if kind(name)]
   groups, tables = _groups(name for name in files if kind(name) != "table"), []
-  known, images, conditions = _Names(place, files), set(), set()
+  folder = _Folder(place, files, groups)
   for name in files:
     if kind(name) == "table":
       table = dataclasses.replace(place, path=posixpath.join(place.path, name), name=name)
       tables += [(TABLE_EXTENSIONS[posixpath.splitext(name)[1].lower()], table, piece)
-                 for piece in _plan_table(table, size, known, groups, images, conditions)]
+                 for piece in _plan_table(table, size, folder)]
   samples = []
   for stem, group in groups.items():
-    rest = [image for image in group.images if image not in images and (image not in conditions or group.texts or group.sources)]
+    rest = [image for image in group.images
+            if image not in folder.images and (image not in folder.conditions or group.texts or group.sources)]
     samples += [[image, *group.beside(), stem] for image in rest] or ([] if group.images else [["", *group.beside(), stem]])
   samples.sort(key=lambda sample: _key(*sample[:3]))
   yield from (("folder", place, (start, stop, {"samples": samples[start:stop]})) for start, stop in ranges(len(samples), size))
@@ -107,11 +108,19 @@ def _joined(groups: dict[str, _Group]) -> dict[str, _Group]:
   return groups
 
 
-class _Names:
-  """The files of a folder by the paths that records give."""
+class _Folder:
+  """The files of a folder by the paths that records give.
 
-  def __init__(self, place: Place, names: Iterable[str]):
+  Attributes:
+    groups: the group of each picture.
+    images, conditions: what rows of tables have named as their picture, or as a condition image of it.
+  """
+
+  def __init__(self, place: Place, names: Iterable[str], groups: dict[str, _Group]):
     self._root, self._names = place.path.rstrip("/") + "/", {normal(name): name for name in names}
+    self.groups = {image: group for group in groups.values() for image in group.images}
+    self.images: set[str] = set()
+    self.conditions: set[str] = set()
 
   def find(self, table: Place, path: str) -> str | None:
     """Returns the name of the file that a row of a table names by its path; None if it is not in the folder."""
@@ -121,9 +130,8 @@ class _Names:
       return None
 
 
-def _plan_table(table: Place, size: int, known: _Names, groups: dict[str, _Group], images: set[str], conditions: set[str]) -> Iterator[Piece]:
-  """Yields the pieces of a table whose rows name pictures of its folder, with what lies beside these; adds the names to `images` and `conditions`."""
-  of = {image: group for group in groups.values() for image in group.images}
+def _plan_table(table: Place, size: int, folder: _Folder) -> Iterator[Piece]:
+  """Yields the pieces of a table whose rows name pictures of its folder, with what lies beside these; notes what it has named."""
   plan, read = TABLES[TABLE_EXTENSIONS[posixpath.splitext(table.name)[1].lower()]]
   for start, stop, options in plan(table, size):
     beside = {}
@@ -132,11 +140,11 @@ def _plan_table(table: Place, size: int, known: _Names, groups: dict[str, _Group
         picture, sources = picture_paths(make())
       except (ValueError, RecursionError):  # the row's own sample will say why
         continue
-      conditions.update(filter(None, (known.find(table, path) for path in sources)))
-      for name in filter(None, (known.find(table, path) for path in picture)):
-        images.add(name)
-        if name in of and any(of[name].beside()):
-          beside[str(number)] = of[name].beside()
+      folder.conditions.update(filter(None, (folder.find(table, path) for path in sources)))
+      for name in filter(None, (folder.find(table, path) for path in picture)):
+        folder.images.add(name)
+        if name in folder.groups and any(folder.groups[name].beside()):
+          beside[str(number)] = folder.groups[name].beside()
     yield start, stop, options | {"name": table.name, "beside": beside}
 
 
