@@ -20,6 +20,7 @@ from data_pipelines import children
 from data_pipelines.buckets import Bucket
 from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
+from data_pipelines.tags import varies, vary
 from data_pipelines.tokenizer import PromptTokenizer
 from data_pipelines.transforms import fit_source, load_picture
 
@@ -81,9 +82,9 @@ class Loader:
 
   def _batch(self, k: int) -> tuple[int, dict, list[Fault]]:
     plan = self.mixture.plan(k)
-    # Three numbers per row of the global batch, so that a process draws for its rows what any other would.
+    # Three numbers per row of the global batch, so that a process draws for its rows what any other would; and the row's epoch.
     rng, num = np.random.default_rng((self._seed, 3, k)), len(plan.places)
-    draws = np.concatenate([rng.random((num, 2)), rng.random((num, 1))], axis=1)
+    draws = np.concatenate([rng.random((num, 2)), rng.random((num, 1)), plan.epochs[:, None]], axis=1)
     own = self.own_rows(len(plan.places))
     return plan.bucket, *self._load(self.buckets[plan.bucket], [(plan.cell, place) for place in plan.places[own]], draws[own])
 
@@ -202,7 +203,7 @@ class Loader:
       try:
         check_record(record, sample_id, bucket, name)
         number = self._pick_caption(record, spec, draw)
-        self._encode(arrays, row, record, number, bucket, name)
+        self._encode(arrays, row, record, number, bucket, name, None if draw is None or not varies(spec) else (spec, int(draw[3])))
         _decode(arrays, row, record, bucket, name, self.mixture.max_crop, spec.alpha)
       except ValueError as error:
         broken.append((sample_id, str(error)))
@@ -210,14 +211,20 @@ class Loader:
         return (record, number), [Fault(spec.name, bad, sample_id, sentence) for bad, sentence in broken]
     raise ValueError(f"{len(broken)} records of one bucket of data set {spec.name!r} in a row cannot be used; {broken[-1][1]}")
 
-  def _encode(self, arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str) -> None:
-    """Writes the prompt of a record; `ValueError` for one that is not UTF-8, or too long."""
+  def _encode(self, arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str,
+              tags: tuple[DatasetSpec, int] | None = None) -> None:
+    """Writes the prompt of a record, its tags varied as a data set says in an epoch; `ValueError` for one that is not UTF-8, or too long."""
     try:
       prompt = "" if caption is None else record["captions"][caption].decode()
     except UnicodeDecodeError as error:
       raise ValueError(f"A caption of {name} is not UTF-8: {error}; prepare the data set anew.") from error
+    grids = source_grids(bucket.source_sizes)
+    if tags is not None:
+      varied = vary(prompt, tags[0], (self._seed, 5, int(record["sample_id"]), tags[1]))
+      # In another order a text may have more tokens; as it is written it is known to have a place.
+      prompt = varied if len(self._tokenizer.encode(varied, grids)) <= bucket.num_tokens else prompt
     try:
-      tokens, count = self._tokenizer.encode_batch([prompt], bucket.num_tokens, source_grids(bucket.source_sizes))
+      tokens, count = self._tokenizer.encode_batch([prompt], bucket.num_tokens, grids)
     except ValueError as error:
       raise ValueError(f"Cannot use {name}: {error}") from error
     arrays["tokens"][row], arrays["token_count"][row], arrays["sample_id"][row] = tokens[0], count[0], record["sample_id"]

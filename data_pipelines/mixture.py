@@ -26,16 +26,19 @@ from data_pipelines.cache import cached_shapes, open_cache
 from data_pipelines.order import Turns, permute, scatter
 from data_pipelines.records import KINDS, checksum, index_path, open_split
 from data_pipelines.specs import TASKS, DatasetSpec, Resolution
+from data_pipelines.tags import varies
 from data_pipelines.tokenizer import PromptTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One global batch: its bucket, data set and cell, and the place of each row's record in the cell's records, B int64."""
+  """One global batch: its bucket, data set and cell, and the place of each row's record in the cell's records, and how often all of these were seen
+  before it, B int64 each."""
   bucket: int
   dataset: int
   cell: Cell
   places: np.ndarray
+  epochs: np.ndarray
 
   @property
   def records(self) -> np.ndarray:
@@ -84,6 +87,10 @@ class Mixture:
     _check(datasets, resolutions, num_tokens, prompt_classes, seed)
     self.datasets, self.resolutions, self.max_crop, self._seed = tuple(datasets), tuple(resolutions), max_crop, seed
     found = [Found(*(find or open_dataset)(spec)) for spec in self.datasets]
+    for spec, one in zip(self.datasets, found):
+      if varies(spec) and one.cache is not None and one.cache.has_features:
+        raise ValueError(f"Data set {spec.name!r} holds the encoder's states of its captions as they are written, but shuffle_tags or drop_tags "
+                         "change them: cache it without --features, or leave the tags as they are.")
     wanted = Wanted(self.datasets, self.resolutions, tuple(sorted({*prompt_classes, num_tokens})), tokenizer, max_crop, min_bucket_records,
                     max_programs, programs, every, alpha or any(spec.alpha for spec in self.datasets))
     arrangement = arrange(wanted, found, order_dir)
@@ -101,7 +108,8 @@ class Mixture:
     cell = self.cells[number]
     batch_size, num = self.buckets[cell.bucket].batch_size, len(cell.records)
     position = visit * batch_size + np.arange(batch_size)
-    return Plan(cell.bucket, cell.dataset, cell, permute(position % num, num, (self._seed, 2, number), position // num))
+    epochs = position // num
+    return Plan(cell.bucket, cell.dataset, cell, permute(position % num, num, (self._seed, 2, number), epochs), epochs)
 
   def first_needed(self, start: int, end: int) -> list[int]:
     """Returns the numbers of all buckets: in the order in which the batches from `start` on need them, as far as these are looked at; then those that
@@ -184,6 +192,9 @@ def _check(datasets, resolutions, num_tokens, prompt_classes, seed) -> None:
       raise ValueError(f"Data set {spec.name!r} has weight={spec.weight}: give a positive one or leave the set out.")
     if spec.max_enlarge < 0:
       raise ValueError(f"Data set {spec.name!r} has max_enlarge={spec.max_enlarge}: give the largest factor, such as 1.25, or 0 for any.")
+    if not 0 <= spec.drop_tags <= 1 or spec.keep_tags < 0 or not spec.tag_separator:
+      raise ValueError(f"Data set {spec.name!r} has drop_tags={spec.drop_tags}, keep_tags={spec.keep_tags} and tag_separator={spec.tag_separator!r}: "
+                       "give a chance from 0 to 1, a number of 0 or more, and what stands between tags, such as \",\".")
     unknown = [kind for kind in spec.caption_weights if kind not in KINDS]
     if unknown or any(weight < 0 for weight in spec.caption_weights.values()):
       raise ValueError(f"Data set {spec.name!r} has caption_weights={dict(spec.caption_weights)}: give {', '.join(KINDS)} weights of 0 or more.")

@@ -11,6 +11,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines import shards
+from data_pipelines.loader import named_ends
 from tests import test_fuzz_records as fuzz
 
 NUM_FILES, PER_FILE = 9, 5
@@ -123,3 +124,14 @@ def test_too_few_files_may_be_open(paths):
     assert shards.Shards(paths, [PER_FILE] * NUM_FILES)[7] == record(7)
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_worker_process_that_ends_is_a_sentence():
+  def batches(words):
+    yield 0, {}, []
+    raise RuntimeError(words)
+
+  with pytest.raises(OSError, match="A worker process that loads data ended with -9: what it said stands above"):
+    list(named_ends(batches("Worker process was terminated unexpectedly with exit code -9. Search the logs above for the source of the crash.")))
+  with pytest.raises(RuntimeError, match="a defect"):
+    list(named_ends(batches("a defect")))

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
@@ -31,6 +32,8 @@ from data_pipelines.tokenizer import PromptTokenizer
 
 THUMB_PX = 112
 EXAMPLES = 24  # of each reason, and of what is kept, that the report shows; each unit leaves at least six
+SENTENCES = 50  # kinds of them, that are counted of each reason
+_VARYING = re.compile(r"'(?:[^'\\]|\\.)*'|\S*[\d./]\S*")  # names and numbers in a sentence
 TOKENIZER_CAPTIONS = 200_000  # as many captions teach the tokenizer
 DUPLICATE = "duplicate"
 
@@ -211,22 +214,31 @@ class Tally:
   def __init__(self, steps: Sequence[Step], most: int):
     """Args: the steps; how many examples of each reason."""
     self._most = most
-    self._drops = [{} for _ in steps]
+    self._drops: list[dict] = [{} for _ in steps]
     self._kept: dict = {"count": 0, "examples": []}
     self._total = 0
 
   def add(self, sample: Sample, failed: tuple[int, Drop] | None) -> None:
     """Counts one sample."""
     self._total += 1
-    entry = self._kept if failed is None else self._drops[failed[0]].setdefault(failed[1].reason, {"count": 0, "examples": []})
+    entry = self._kept if failed is None else self._drops[failed[0]].setdefault(failed[1].reason, {"count": 0, "examples": [], "sentences": {}})
     entry["count"] += 1
+    detail = failed[1].detail if failed else sample.captions[0].text[:200] if sample.captions else "(no caption)"
     if len(entry["examples"]) < self._most:
-      detail = failed[1].detail if failed else sample.captions[0].text[:200]
       entry["examples"].append({"key": sample.key, "detail": detail, "thumb": thumbnail(sample)})
+    if failed:
+      _count_sentence(entry["sentences"], _VARYING.sub("*", detail), {"count": 1, "key": sample.key, "detail": detail})
 
   def plain(self) -> dict:
-    """As JSON: the number of samples, drops per step as reason -> count and examples, and the same of those that passed every step."""
+    """As JSON: the number of samples; drops per step as reason -> count, examples, and the sentences that differ in more than names and numbers, each
+    with its count and an example; and count and examples of those that passed every step."""
     return {"total": self._total, "drops": self._drops, "kept": self._kept}
+
+
+def _count_sentence(to: dict, kind: str, entry: dict) -> None:
+  """Adds the count of a sentence of one kind to those of several kinds; what is more than `SENTENCES` kinds counts as one, ""."""
+  kind = kind if kind in to or len(to) < SENTENCES else ""
+  to[kind] = to.get(kind, entry) | {"count": to.get(kind, {"count": 0})["count"] + entry["count"]}
 
 
 def join_tallies(parts: Iterator[dict], num_steps: int, most: int = EXAMPLES) -> dict:
@@ -235,6 +247,8 @@ def join_tallies(parts: Iterator[dict], num_steps: int, most: int = EXAMPLES) ->
 
   def add(to: dict, entry: dict) -> None:
     to["count"] += entry["count"]
+    for kind, sentence in entry.get("sentences", {}).items():
+      _count_sentence(to["sentences"], kind, sentence)
     to["examples"] += entry["examples"][:most - len(to["examples"])]
 
   for part in parts:
@@ -242,7 +256,7 @@ def join_tallies(parts: Iterator[dict], num_steps: int, most: int = EXAMPLES) ->
     add(joined["kept"], part["kept"])
     for drops, more in zip(joined["drops"], part["drops"]):
       for reason, entry in more.items():
-        add(drops.setdefault(reason, {"count": 0, "examples": []}), entry)
+        add(drops.setdefault(reason, {"count": 0, "examples": [], "sentences": {}}), entry)
   return joined
 
 

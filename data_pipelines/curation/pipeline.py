@@ -26,11 +26,13 @@ from data_pipelines import records
 from data_pipelines.curation import duplicates, encode, files, funnel, packing, report
 from data_pipelines.curation.funnel import Job
 from data_pipelines.curation.operators import missing_report_operators
-from data_pipelines.curation.sources import Unit, fingerprint, plan_units
+from data_pipelines.curation.reading import Reading
+from data_pipelines.curation.sources import Found, Unit, fingerprint, look_up, plan_units
 from data_pipelines.curation.workers import worker_options
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 
 DIRECT = "DirectRunner"
+_REPORT = "-report"  # behind the path of a data set: the folder of the report where no data set came out
 
 
 def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT, num_workers: int = 0, beam_options: Sequence[str] = ()) -> dict:
@@ -48,8 +50,9 @@ def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT,
     ValueError: a source, config or model that cannot be used, another data set in that place, or nothing left of the source.
   """
   _check(config, name)
-  units = plan_units(source, config["samples_per_unit"])
-  request = {"source": source, "fingerprint": fingerprint(source, units), "config": config}
+  found = look_up(source, Reading(**config["reading"]))
+  units = plan_units(found, config["samples_per_unit"])
+  request = {"source": source, "fingerprint": fingerprint(found, units), "config": config}
   path, work = files.join(out, name), files.join(out, f".{name}.work")
   if files.exists(files.join(path, "dataset.json") if files.is_remote(path) else path):
     return {"path": path, "reused": True} | _facts_of(path, request)
@@ -62,7 +65,7 @@ def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT,
     _curate_units(pool, units, job)
     job = _hold_out_some(pool, units, job, config)
     shards = _pack(pool, job, config["shard_gb"] * 1e9)
-  return {"path": path, "reused": False} | _assemble(path, name, job, request, source, shards)
+  return {"path": path, "reused": False} | _assemble(path, name, job, request, found, shards)
 
 
 def _check(config: dict, name: str) -> None:
@@ -83,11 +86,10 @@ def _check(config: dict, name: str) -> None:
 def _claim(work: str, request: dict) -> None:
   """Begins a work folder, or goes on with one that was begun for the same request."""
   path, text = files.join(work, "request.json"), json.dumps(request, indent=1)
-  if not files.exists(path):
-    files.write(path, text.encode())
-  difference = _difference(json.loads(files.read(path)), request)
+  difference = _difference(json.loads(files.read(path)), request) if files.exists(path) else ""
   if difference:
     raise ValueError(f"{work} holds an unfinished run {difference}: remove that folder to begin anew, or go on as it was begun.")
+  files.write(path, text.encode())  # also of one that goes on: it may have got an answer that it lacked
 
 
 def _facts_of(path: str, request: dict) -> dict:
@@ -107,7 +109,9 @@ def _difference(stored: dict, request: dict) -> str:
     return f"of {stored['source']} as it was then; files were added, removed or changed"
   now = json.loads(json.dumps(request["config"]))
   # Before they could be chosen: the records were as they are with these.
-  old = {"shard_gb": now["shard_gb"]} | stored["config"] | {"encode": {"alpha": False} | stored["config"]["encode"]}
+  old = {"shard_gb": now["shard_gb"], "reading": now["reading"]} | stored["config"] | {"encode": {"alpha": False} | stored["config"]["encode"]}
+  if old["reading"] | {"captions": now["reading"]["captions"]} == now["reading"] and old["reading"]["captions"] == "ask":
+    old["reading"] = now["reading"]  # what was read so far did not depend on the answer
   keys = sorted(key for key in old.keys() | now.keys() if old.get(key) != now.get(key))
   return f"with another config ({', '.join(keys)})" if keys else ""
 
@@ -263,14 +267,16 @@ def _pack(pool: _Runner, job: Job, most_bytes: float) -> dict[str, list[records.
 # ---- one data set ----------------------------------------------------------------------------------
 
 
-def _assemble(path: str, name: str, job: Job, request: dict, source: str, shards: dict[str, list[records.Shard]]) -> dict:
+def _assemble(path: str, name: str, job: Job, request: dict, found: Found, shards: dict[str, list[records.Shard]]) -> dict:
   """Makes the data set of all files of records, with its report, and removes the work folder. Returns its facts."""
   steps = funnel.make_steps(job.settings["operators"], job.tokenizer)
   tally = funnel.join_tallies((result["tally"] for result in _results(job)), len(steps))
+  write_report = functools.partial(_write_report, tally, steps, name, found)
   if not shards["train"]:
+    write_report(f"{path}{_REPORT}", {"train": 0, "validation": 0})
     files.remove_folder(job.work)
-    raise ValueError(f"No picture of {source} is left for training: {report.summary(tally, steps)}; loosen a threshold, "
-                     "--config.operators[i].NAME=VALUE.")
+    raise ValueError(f"No picture of {found.source} is left for training: {report.why_nothing_is_left(tally, steps)} All reasons, with pictures: "
+                     f"{path}{_REPORT}/report.html.")
   read = lambda split: (_read_index(job, number, split) for number in range(job.num_units))
   index = {split: records.join_indices(functools.partial(read, split)) for split in records.SPLITS}
   tokenizer = PromptTokenizer.from_bytes(files.read(job.tokenizer), job.tokenizer)
@@ -279,12 +285,17 @@ def _assemble(path: str, name: str, job: Job, request: dict, source: str, shards
     files.remove_folder(complete)  # of a run that was interrupted here
     facts = records.finish(complete, name, shards, index, tokenizer, request, funnel_facts(tally, steps),
                            functools.partial(_mark, moves) if files.is_remote(path) else records.link)
-    funnel_json, page = report.write(tally, steps, missing_report_operators(steps), name, source, facts)
-    files.write(files.join(complete, "funnel.json"), funnel_json)
-    files.write(files.join(complete, "report.html"), page)
+    write_report(complete, facts)
     _publish(complete, path, moves)
   files.remove_folder(job.work)
+  files.remove_folder(f"{path}{_REPORT}")  # of a run that nothing was left of
   return facts
+
+
+def _write_report(tally: dict, steps: Sequence[funnel.Step], name: str, found: Found, folder: str, facts: dict) -> None:
+  funnel_json, page = report.write(tally, steps, missing_report_operators(steps), name, found.source, facts, found.left_out.plain())
+  files.write(files.join(folder, "funnel.json"), funnel_json)
+  files.write(files.join(folder, "report.html"), page)
 
 
 def _mark(moves: dict[str, str], source: str, target: str) -> None:

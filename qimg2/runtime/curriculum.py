@@ -33,7 +33,8 @@ from qimg2.training.state import make_optimizers
 from qimg2.training.trainer import ORDER, train_stage
 from qimg2.training.validation import Evaluator
 
-LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha")  # keys of resolutions and data sets that the first checkpoints did not have
+LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha",  # keys of resolutions and data sets that the first checkpoints did not have
+         "shuffle_tags", "drop_tags", "keep_tags", "tag_separator")
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
