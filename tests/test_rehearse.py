@@ -344,7 +344,6 @@ from configs import quickstart
 def get_config(arg=""):
   cfg = quickstart.get_config("smoke")
   cfg.model.dtype = "bfloat16"
-  cfg.stages[3].optimizer.accumulate, cfg.stages[3].faults.stop_after = 2, "micro_batch"
   large = copy.deepcopy(cfg.stages[3])
   large.name, large.resolutions[0].batch_size, large.resolutions[0].base_px = "large", 4194304, 64
   cfg.stages = *cfg.stages, large
@@ -354,7 +353,7 @@ def get_config(arg=""):
 
 @pytest.mark.slow
 def test_a_tpu(tmp_path):
-  """A stage whose steps are cut, that fits, compiled up to its machine code and to the end, and one that does not."""
+  """A stage that fits, compiled up to its machine code and to the end, and one that does not."""
   file, config = tmp_path / "rows.json", tmp_path / "two.py"
   config.write_text(SMALL_AND_LARGE)
   common = (f"--config={config}", "--topology=v5e:2x2", "--stage=sft", "--task=t2i", "--squares", f"--json={file}")

@@ -3,6 +3,8 @@ machines divide the work: `launch.cache_latents`.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -284,22 +286,26 @@ class _Job:
     built, tokenizer = self._work / self._out_name, self._run.tokenizer
     shutil.rmtree(built, ignore_errors=True)
     empty = R.Columns().arrays(tokenizer) | {name: np.zeros(0, np.int32) for name in _MORE}
-    files, indices, broken = {split: [] for split in R.SPLITS}, {split: [] for split in R.SPLITS}, []
+    files, broken = {split: [] for split in R.SPLITS}, []
     for split, number in shards:
-      with np.load(self._place(split, number).with_suffix(".npz")) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-      about = json.loads(str(arrays.pop("about")))
+      about = self._stored(split, number)[1]
       broken += about.pop("broken")
       files[split].append(R.Shard(os.fspath(self._place(split, number)), **about))
-      indices[split].append(arrays)
     num_read = sum(shard.num_records for some in files.values() for shard in some) + len(broken)
     if len(broken) > self._stage.max_faulty * max(num_read, FIRST_ROWS) or len(broken) == num_read:
       raise ValueError(f"{len(broken)} of {num_read} records of data set {self._name!r} could not be cached, more than max_faulty="
                        f"{self._stage.max_faulty} of stage {self._stage.name!r} allows; the last one: {broken[-1]}")
-    index = {split: R.join_indices(lambda split=split: indices[split] or [empty]) for split in R.SPLITS}
+    parts = lambda split: itertools.chain((self._stored(*shard)[0] for shard in shards if shard[0] == split), [empty])
+    index = {split: R.join_indices(functools.partial(parts, split)) for split in R.SPLITS}
     facts = {"cached_from": self._name, "left_out": len(broken)}
     # Linked, not moved: should this be interrupted, the shards are still where they were.
     return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=R.link, cache=self._describe(), broken=broken[:_NAMED])
+
+  def _stored(self, split: str, number: int) -> tuple[dict[str, np.ndarray], dict]:
+    """(the index of a shard, what else was written down of it)."""
+    with np.load(self._place(split, number).with_suffix(".npz")) as stored:
+      arrays = {name: stored[name] for name in stored.files}
+    return arrays, json.loads(str(arrays.pop("about")))
 
 
 def _of_dataset(mixture: Mixture, name: str, distinct: Sequence[Resolution]) -> tuple[dict[tuple, np.ndarray], list]:
