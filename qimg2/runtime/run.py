@@ -138,7 +138,7 @@ class Run(StageWeights):
       if cache and stage.kind == "autoencoder":
         raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
       if cache:
-        check_use(part.data_dir, part.name, stage.name, sizes, needs | {"alpha": part.alpha})
+        check_use(part.data_dir, part.name, stage.name, sizes, needs | {"alpha": part.alpha, "truncate": stage.truncates})
       if cache and weights:
         made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
@@ -187,8 +187,8 @@ class Run(StageWeights):
     return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
                   process_index=index, process_count=count, num_workers=self.cfg.num_workers, order_dir=folder_of(self.cfg.order_dir),
-                  alpha=any(part.alpha for part in stage.mixture),
-                  unconditional=self.algorithm(stage).unconditional, **buckets)
+                  alpha=any(part.alpha for part in stage.mixture), unconditional=self.algorithm(stage).unconditional, truncate=stage.truncates,
+                  **buckets)
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""
