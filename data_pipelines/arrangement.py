@@ -157,7 +157,7 @@ class _Arranger:
     buckets, cells, first = {}, [], 0
     for d, (spec, parts, own) in enumerate(zip(self._wanted.datasets, sorts, placed)):
       if not any(one.kept for one in own):
-        self._nothing_left(spec, given is not None)
+        self._nothing_left(spec, _usage(parts, own), given is not None)
       total = sum(sum(one.weights) for one in own)
       for r, (part, one) in enumerate(zip(parts, own)):
         for (target, source_sizes, prompt), (positions, weight) in part.cells(one, records[first:first + one.kept]).items():
@@ -186,11 +186,13 @@ class _Arranger:
     return [Sorted(spec, resolution, r, kinds, found.cache, found.shapes, self._wanted.classes, "base_px" in found.index)
             for r, resolution in enumerate(self._wanted.resolutions)]
 
-  def _nothing_left(self, spec: DatasetSpec, may_be: bool) -> None:
+  def _nothing_left(self, spec: DatasetSpec, usage: Mapping[str, Any], may_be: bool) -> None:
     sentence = (f"No record of {spec.name!r} ({spec.split}) is left by task={spec.task}, min_quality={spec.min_quality}, "
                 f"min_stage={spec.min_stage}, max_enlarge={spec.max_enlarge}, languages={spec.languages}, "
                 f"caption_weights={dict(spec.caption_weights)}, num_tokens={self._wanted.classes[-1]}, max_crop={self._wanted.max_crop}, "
                 f"min_bucket_records={self._wanted.min_bucket_records} and max_programs={self._wanted.max_programs}")
+    if usage["records"]:
+      sentence += f" (of {usage['records']}: {', '.join(f'{number} {reason}' for reason, number in usage['left_out'].items())})"
     if not may_be:
       raise ValueError(f"{sentence}: loosen one or add ratios.")
     logging.warning("%s and the buckets of the training data: it is not looked at.", sentence)

@@ -35,11 +35,11 @@ def say(stage: StageConfig, loader: Loader, folder: Place) -> None:
     print(f"Stage {stage.name}: all {total} records are used.", flush=True)
     return
   write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for d, one in enumerate(usage) for row in _rows(one, loader, d)))
-  which = f"the first {MOST_NAMED} of a data set are" if any(sum(one["left_out"].values()) > MOST_NAMED for one in usage) else "they are"
+  which = f" (the first {MOST_NAMED} of each data set)" if any(sum(one["left_out"].values()) > MOST_NAMED for one in usage) else ""
   mend = "; raise num_tokens, or set too_long='truncate'" if "too_long" in reasons else ""
   print(f"Stage {stage.name}: {used} of {total} records are used, {total - used} are left out: "
         f"{', '.join(f'{number} {_WORDS[reason]}' for reason, number in sorted(reasons.items(), key=lambda pair: -pair[1]))}{mend}. Their names: "
-        f"{path} ({which} there).", flush=True)
+        f"{path}{which}.", flush=True)
 
 
 def _rows(usage: Mapping[str, Any], loader: Loader, dataset: int) -> Iterator[dict[str, Any]]:

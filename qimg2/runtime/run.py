@@ -160,7 +160,12 @@ class Run(StageWeights):
       rows = lambda one: micro_batches.held_out_rows(self.cfg, stage, task, one, self.tokenizer.num_image_tokens, self.nets.shard.parts("batch"))
       smaller = tuple(dataclasses.replace(one, batch_size=rows(one)) for one in stage.resolutions)
       loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, programs=training.mixture.programs)
-      if not loader.mixture.cells:
+      if not loader.mixture.cells and not any("rare" in one["left_out"] for one in loader.mixture.usage):
+        logging.warning("Stage %s: no held-out record of the task %s can be used, so it is validated on the pictures that it trains on, which says "
+                        "nothing of others.", stage.name, task)
+        trained = [dataclasses.replace(part, split="train") for part in parts.values()]
+        loader = self._loader(dataclasses.replace(stage, resolutions=smaller), trained, 0.0, programs=training.mixture.programs)
+      elif not loader.mixture.cells:
         logging.warning("Stage %s: no held-out record of the task %s fits a bucket of its training data, so these have buckets of their own.",
                         stage.name, task)
         loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, max_programs=stage.max_programs)
