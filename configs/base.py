@@ -78,6 +78,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       max_crop=0.2,  # largest share of a picture that fitting it to a bucket may cut off
       max_programs=64,  # most buckets, each of which is a compiled step; more shapes than that share them. 0: one for each shape
       min_bucket_records=0,  # buckets with fewer records are merged into others, and what fits nowhere is left out
+      too_long="drop",  # records with a caption longer than num_tokens are left out, or with "truncate" its end is; a VAE reads none and takes all
       max_faulty=0.01,  # largest share of records that may be broken
       optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}

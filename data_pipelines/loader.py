@@ -54,8 +54,8 @@ class Loader:
                tokenizer: PromptTokenizer, seed: int, caption_dropout: float = 0.1, max_crop: float = 0.2, prompt_classes: Sequence[int] = (),
                min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
                num_workers: int = 0, unconditional: bool = False, max_programs: int = 0,
-               programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False):
-    """Args: those of `Mixture`, the last four at the end; share of prompts that are emptied; largest share of records that may be broken; which of
+               programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False, truncate: bool = False):
+    """Args: those of `Mixture`, the last five at the end; share of prompts that are emptied; largest share of records that may be broken; which of
     how many processes this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
     whether a batch has the unconditional prompt.
 
@@ -65,13 +65,13 @@ class Loader:
     parts = (process_index,) if isinstance(process_index, int) else tuple(process_index)
     _check(resolutions, caption_dropout, max_faulty, parts, process_count)
     self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records, max_programs, programs,
-                           order_dir=order_dir, alpha=alpha)
+                           order_dir=order_dir, alpha=alpha, truncate=truncate)
     self.buckets, self.counts = self.mixture.buckets, self.mixture.counts
     self.faults: list[Fault] = []
     self._tokenizer, self._seed = tokenizer, seed
     self._caption_dropout, self._max_faulty = caption_dropout, max_faulty
     self._process, self._num_workers = (parts, process_count), num_workers
-    self.unconditional = unconditional
+    self.unconditional, self._truncate = unconditional, truncate
     self._held_out: dict[int | None, list] = {}
 
   # ---- batches -----------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Loader:
 
   def _encode(self, arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str,
               tags: tuple[DatasetSpec, int] | None = None) -> None:
-    """Writes the prompt of a record, its tags varied as a data set says in an epoch; `ValueError` for one that is not UTF-8, or too long."""
+    """Writes the prompt of a record, its tags varied as a data set says in an epoch; `ValueError` for one that is not UTF-8, or longer than may be."""
     try:
       prompt = "" if caption is None else record["captions"][caption].decode()
     except UnicodeDecodeError as error:
@@ -224,7 +224,7 @@ class Loader:
       # In another order a text may have more tokens; as it is written it is known to have a place.
       prompt = varied if len(self._tokenizer.encode(varied, grids)) <= bucket.num_tokens else prompt
     try:
-      tokens, count = self._tokenizer.encode_batch([prompt], bucket.num_tokens, grids)
+      tokens, count = self._tokenizer.encode_batch([prompt], bucket.num_tokens, grids, self._truncate)
     except ValueError as error:
       raise ValueError(f"Cannot use {name}: {error}") from error
     arrays["tokens"][row], arrays["token_count"][row], arrays["sample_id"][row] = tokens[0], count[0], record["sample_id"]

@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import commands
 import numpy as np
@@ -26,6 +27,7 @@ from data_pipelines.mixture import Mixture
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tags import vary
 from data_pipelines.transforms import encode_png
+from qimg2.runtime import left_out
 
 RATIOS = ("1:1", "1:2", "2:1")
 DEFAULT = (Resolution(64, 8, RATIOS, multiple=16),)
@@ -387,6 +389,32 @@ def test_a_prompt_that_another_tokenizer_makes_too_long_is_replaced(data, tokeni
   for k in range(6):
     assert loader.batch(k)[1]["token_count"].max() <= middle
   assert loader.faults and all(f"more than the {middle} of the bucket" in fault.sentence for fault in loader.faults)
+
+
+def test_what_is_left_out_is_one_line_and_their_names_are_in_a_file(data, tokenizer, tmp_path, capsys):
+  index = records.open_split(data[0], "glyphs", "train")[1]
+  alone = ~index["source_sizes"].any((1, 2))
+  longest = np.array([some.max() for some in np.split(np.array(index["caption_tokens"]), np.cumsum(index["num_captions"])[:-1])])
+  most = int(np.median(longest[alone]))
+  wanted = np.array(index["sample_id"])[alone & (longest > most)].tolist()
+  load = lambda **more: Loader([DatasetSpec(str(data[0]), "glyphs")], DEFAULT, most, tokenizer, 0, max_crop=0.9, caption_dropout=0.0, **more)
+  tell = lambda loader: left_out.say(types.SimpleNamespace(name="first"), loader, tmp_path / "first")
+  tell(load())
+  named = tmp_path / "first" / "left_out.jsonl"
+  assert 5 < len(wanted) < NUM_TRAIN and capsys.readouterr().out == (
+      f"Stage first: {NUM_TRAIN - len(wanted)} of {NUM_TRAIN} records are used, {len(wanted)} are left out: {len(wanted)} with a caption longer than "
+      f"num_tokens; raise num_tokens, or set too_long='truncate'. Their names: {named}.\n")
+  rows = [json.loads(line) for line in named.read_text().splitlines()]
+  assert [row["sample_id"] for row in rows] == wanted and {(row["dataset"], row["reason"]) for row in rows} == {("glyphs", "too_long")}
+  assert all(max(len(tokenizer.encode(caption)) for caption in row["captions"]) > most for row in rows)
+  cut = load(truncate=True)
+  tell(cut)
+  assert capsys.readouterr().out == f"Stage first: all {NUM_TRAIN} records are used.\n" and not named.exists()
+  batches = [cut.batch(k)[1] for k in range(3 * NUM_TRAIN // 8)]
+  seen = {i: tokenizer.decode_prompt(tokens) for batch in batches for i, tokens in zip(batch["sample_id"].tolist(), batch["tokens"])}
+  whole = {row["sample_id"]: row["captions"] for row in rows}
+  assert not cut.faults and all(any(caption.startswith(seen[i]) for caption in whole[i]) for i in wanted)
+  assert any(seen[i] not in whole[i] for i in wanted), "one of them was cut"
 
 
 def test_no_tensorflow():

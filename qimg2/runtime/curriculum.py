@@ -15,7 +15,7 @@ from absl import logging
 
 from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2.places import Place, find_place
-from qimg2.runtime import processes, report
+from qimg2.runtime import left_out, processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.kept_data import identify_data
@@ -126,6 +126,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
       (run.cfg.local_copies.folder, run.cfg.local_copies.every_s))
   if processes.is_first():
     report.save_counts(run, config, loader)
+    left_out.say(config, loader, run.workdir / config.name)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
               lambda: next(iter(batches.values())), stop, began)
 

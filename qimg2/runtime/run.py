@@ -138,7 +138,7 @@ class Run(StageWeights):
       if cache and stage.kind == "autoencoder":
         raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
       if cache:
-        check_use(part.data_dir, part.name, stage.name, sizes, needs | {"alpha": part.alpha})
+        check_use(part.data_dir, part.name, stage.name, sizes, needs | {"alpha": part.alpha, "truncate": stage.truncates})
       if cache and weights:
         made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
@@ -160,7 +160,12 @@ class Run(StageWeights):
       rows = lambda one: micro_batches.held_out_rows(self.cfg, stage, task, one, self.tokenizer.num_image_tokens, self.nets.shard.parts("batch"))
       smaller = tuple(dataclasses.replace(one, batch_size=rows(one)) for one in stage.resolutions)
       loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, programs=training.mixture.programs)
-      if not loader.mixture.cells:
+      if not loader.mixture.cells and not any("rare" in one["left_out"] for one in loader.mixture.usage):
+        logging.warning("Stage %s: no held-out record of the task %s can be used, so it is validated on the pictures that it trains on, which says "
+                        "nothing of others.", stage.name, task)
+        trained = [dataclasses.replace(part, split="train") for part in parts.values()]
+        loader = self._loader(dataclasses.replace(stage, resolutions=smaller), trained, 0.0, programs=training.mixture.programs)
+      elif not loader.mixture.cells:
         logging.warning("Stage %s: no held-out record of the task %s fits a bucket of its training data, so these have buckets of their own.",
                         stage.name, task)
         loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, max_programs=stage.max_programs)
@@ -187,8 +192,8 @@ class Run(StageWeights):
     return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
                   process_index=index, process_count=count, num_workers=self.cfg.num_workers, order_dir=folder_of(self.cfg.order_dir),
-                  alpha=any(part.alpha for part in stage.mixture),
-                  unconditional=self.algorithm(stage).unconditional, **buckets)
+                  alpha=any(part.alpha for part in stage.mixture), unconditional=self.algorithm(stage).unconditional, truncate=stage.truncates,
+                  **buckets)
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""

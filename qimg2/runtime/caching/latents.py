@@ -55,6 +55,9 @@ def cache_latents(cfg: Any, stage_name: str, workdir: str | pathlib.Path, out_na
   algorithm = run.algorithm(stage)
   if "vae" not in {algorithm.roles[role].network for role in algorithm.frozen}:
     raise ValueError(f"Stage {stage_name!r} has no frozen VAE whose latents could be cached: choose a stage that trains a generator.")
+  if options.features and stage.truncates:
+    raise ValueError(f"Stage {stage_name!r} has too_long='truncate', but no states of captions that are longer than num_tokens are cached: leave out "
+                     "--features, or choose too_long='drop'.")
   names = list(dict.fromkeys(part.name for part in stage.mixture))
   if out_name and len(names) > 1:
     raise ValueError(f"--name={out_name} names one cache, but stage {stage_name!r} has the data sets {', '.join(names)}: leave it out.")
