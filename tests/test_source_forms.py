@@ -10,6 +10,7 @@ import shutil
 import unicodedata
 import zlib
 
+import commands
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +27,6 @@ from data_pipelines.curation.sample import Caption, Sample
 from data_pipelines.curation.sources import look_up, plan_units, read_unit
 from data_pipelines.transforms import encode_png
 from data_pipelines.verify import verify
-from launch import prepare_data
 from qimg2.runtime.config import plain
 
 PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
@@ -185,14 +185,13 @@ def test_pictures_elsewhere(tmp_path):
   check(tmp_path / "in/x.csv", dict(zip(keys, (away, "missing", away, "leads out of its folder.*--picture_root", away))))
 
 
-def test_where_nothing_is_left_the_reasons_are_said_and_reported(tmp_path, capsys):
+def test_where_nothing_is_left_the_reasons_are_said_and_reported(tmp_path):
   for i in range(5):
     (tmp_path / f"p{i}.png").write_bytes(raw_folder.encoded(raw_folder.picture(i), "PNG"))
   (tmp_path / "p4.txt").write_text("one\ntwo")
   (tmp_path / "p3.json").write_text('{"caption": 3}')
-  out, cfg = tmp_path.parent / f"{tmp_path.name}_out", curation.get_config("small")
-  cfg.vocab_size = 300
-  run = lambda **reading: prepare_data.curate(str(tmp_path), "mine", str(out), cfg, num_workers=1, reading=reading)
+  out, cfg = tmp_path.parent / f"{tmp_path.name}_out", plain(curation.get_config("small"))
+  run = lambda **reading: pipeline.curate(str(tmp_path), "mine", str(out), cfg | {"reading": cfg["reading"] | reading}, num_workers=1)
   with pytest.raises(ValueError, match="^The caption file 'p4.txt' has 2 lines: say --captions=lines"):
     run()
   (tmp_path / "p4.txt").unlink()
@@ -203,9 +202,10 @@ def test_where_nothing_is_left_the_reasons_are_said_and_reported(tmp_path, capsy
   assert os.listdir(out) == ["mine-report"] and "loosen" not in str(error.value).lower()
   page = pathlib.Path(re.search(r"pictures: (.*)\.$", str(error.value))[1]).read_text()
   assert "4, such as p0.png: The picture has no caption" in page and json.loads((out / "mine-report/funnel.json").read_text())["samples"] == 5
-  facts = run(uncaptioned="keep")
-  assert facts["train"] + facts["validation"] == 4 and verify(out, "mine")["records"] == 4 and os.listdir(out) == ["mine"]
-  assert "1, such as p3.png: A caption is 3" in capsys.readouterr().out
+  done = commands.launch("launch.prepare_data", f"--source={tmp_path}", "--name=mine", f"--out={out}", "--config=configs/curation.py:small",
+                         "--num_workers=1", "--uncaptioned=keep")
+  assert done.returncode == 0 and "1, such as p3.png: A caption is 3" in done.stdout, done.stderr
+  assert verify(out, "mine")["records"] == 4 and os.listdir(out) == ["mine"]
   source, index = records.open_split(out, "mine", "train")
   assert not index["num_captions"].any() and list(source[0]["captions"]) == []
   with pytest.raises(ValueError, match=r"holds a data set with another config \(reading\)"):

@@ -26,6 +26,7 @@ from data_pipelines import records
 from data_pipelines.curation import encode, files
 from data_pipelines.curation.measures import perceptual_hash
 from data_pipelines.curation.operators import Step, make_operators
+from data_pipelines.curation.reading import NeedsAnswer
 from data_pipelines.curation.sample import Drop, Sample
 from data_pipelines.curation.sources import Unit, read_unit
 from data_pipelines.tokenizer import PromptTokenizer
@@ -60,6 +61,11 @@ class Job:
     """The curation config."""
     return json.loads(self.config)
 
+  @property
+  def errors(self) -> str:
+    """The folder in which units leave sentences for the user."""
+    return files.join(self.work, "errors")
+
   def path(self, phase: str, unit: int, suffix: str) -> str:
     """The file that a phase leaves for a unit."""
     return files.join(self.work, phase, f"{unit:06d}{suffix}")
@@ -80,10 +86,16 @@ class Row:
 
 
 def survey(job: Job, unit: Unit) -> list[Row]:
-  """Runs the steps before "duplicate" on a unit; returns the samples that passed."""
+  """Runs the steps before "duplicate" on a unit; returns the samples that passed. None once the user has to be asked something: the question is left
+  with the errors, and is no error, which a runner would show at length."""
   path = job.path("survey", unit.number, ".json")
   if not files.exists(path):
-    leave_errors(job, unit.number, lambda: _write_survey(job, unit, path))
+    if files.names(job.errors):
+      return []
+    try:
+      leave_errors(job, unit.number, lambda: _write_survey(job, unit, path))
+    except NeedsAnswer:
+      return []
   return [Row(unit.number, *row) for row in json.loads(files.read(path))["rows"]]
 
 

@@ -146,8 +146,7 @@ class _Runner:
 
   def __call__(self, build: Callable[[beam.Pipeline], None], phase: str, description: str, num: int = 0) -> None:
     """Builds and runs one pipeline; `phase` is the folder in which each unit leaves its .json, or each of `num` pieces of work that are not units."""
-    errors = files.join(self._job.work, "errors")
-    files.remove_folder(errors)
+    files.remove_folder(self._job.errors)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     try:
       with _Progress(files.join(self._job.work, phase), num or self._job.num_units, description):
@@ -156,10 +155,15 @@ class _Runner:
     except Exception as error:  # A runner wraps what a worker raised in a type of its own.
       if "KeyboardInterrupt" in str(error):
         raise KeyboardInterrupt from error
-      sentences = sorted(files.names(errors))
-      if sentences:
-        raise ValueError(files.read(files.join(errors, sentences[0])).decode()) from error
+      self._raise_sentence(error)
       raise
+    self._raise_sentence(None)
+
+  def _raise_sentence(self, error: Exception | None) -> None:
+    """Raises `ValueError` with the first of the sentences that units have left."""
+    sentences = sorted(files.names(self._job.errors))
+    if sentences:
+      raise ValueError(files.read(files.join(self._job.errors, sentences[0])).decode()) from error
 
 
 class _Progress:
