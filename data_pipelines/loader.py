@@ -213,7 +213,7 @@ class Loader:
 
   def _encode(self, arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str,
               tags: tuple[DatasetSpec, int] | None = None) -> None:
-    """Writes the prompt of a record, its tags varied as a data set says in an epoch; `ValueError` for one that is not UTF-8, or longer than may be."""
+    """Writes the prompt of a record, its tags varied as a data set says in an epoch; `ValueError` for one that is not UTF-8, or too long."""
     try:
       prompt = "" if caption is None else record["captions"][caption].decode()
     except UnicodeDecodeError as error:
