@@ -16,14 +16,11 @@ import commands
 import numpy as np
 import pytest
 from absl import flags
-from made_up import TOKENIZER, plain_index, world_of
 
 from data_pipelines import embedded, records
-from data_pipelines.cache import Cache
 from data_pipelines.embedded import glyph_edits, glyphs
 from data_pipelines.embedded.glyphs import Attributes
 from data_pipelines.loader import Loader
-from data_pipelines.mixture import Mixture
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tags import vary
 from data_pipelines.transforms import encode_png
@@ -157,27 +154,6 @@ def test_tags_whose_order_would_be_too_long_are_as_they_are_written(data, tokeni
       assert int(tokenizer.count([varied[text]])[0]) > longest if was_too_long else text in varied.values()
       seen[was_too_long] += 1
   assert seen[True] and seen[False] and not loader.faults
-
-
-def test_which_tags_are_left_and_in_which_order():
-  spec = lambda *values: DatasetSpec("", "", **dict(zip(TAGS, values)))
-  tags = [f"tag {i}" for i in range(20)]
-  text = " , ".join(tags)
-  assert vary(text, spec(False, 0.0, 0, ","), (1,)) == ", ".join(tags) and vary("a cat on a mat", spec(True, 1.0, 0, ","), (1,)) == "a cat on a mat"
-  assert vary("a b  c", spec(False, 1.0, 1, " "), (1,)) == "a" and vary("a; b, c;", spec(False, 1.0, 2, ";"), (1,)) == "a; b, c"
-  orders = [vary(text, spec(True, 0.0, 3, ","), (7, i)).split(", ") for i in range(300)]
-  assert all(order[:3] == tags[:3] and sorted(order) == sorted(tags) for order in orders) and len({tuple(order) for order in orders}) == 300
-  assert {order[3] for order in orders} == set(tags[3:]) and vary(text, spec(True, 0.5, 3, ","), (7,)) == vary(text, spec(True, 0.5, 3, ","), (7,))
-  left = [vary(text, spec(False, 0.3, 3, ","), (7, i)).split(", ") for i in range(300)]
-  assert all(some == [tag for tag in tags if tag in some] and some[:3] == tags[:3] for some in left)
-  # 5100 draws: the share's standard deviation is 0.0064.
-  assert abs(sum(len(some) - 3 for some in left) / (300 * 17) - 0.7) < 0.03
-  for words, values in {"drop_tags=1.5": (True, 1.5, 0, ","), "keep_tags=-1": (True, 0.5, -1, ","), "tag_separator=''": (True, 0.5, 0, "")}.items():
-    with pytest.raises(ValueError, match=words):
-      world_of(plain_index([(64, 64)]), spec=dict(zip(TAGS, values))).build()
-  find = lambda width: lambda spec: (None, plain_index([(64, 64)]), Cache("float16", 8, 8, width, 5), ())
-  with pytest.raises(ValueError, match="holds the encoder's states of its captions as they are written.*without --features"):
-    Mixture((spec(True, 0.0, 0, ","),), DEFAULT, 64, TOKENIZER, 0, find=find(32))
 
 
 def test_shares_follow_the_weights(data, tokenizer):

@@ -330,24 +330,6 @@ def test_prompt_classes_put_short_captions_into_short_buckets():
   assert {mixture.buckets[cell.bucket].num_tokens: cell.records.tolist() for cell in cells_of(mixture)} == {24: [0, 1], 40: [2, 3], 64: [4, 5]}
 
 
-def test_the_longest_of_the_usable_captions_decides():
-  index = plain_index([(64, 64)]) | {"num_captions": np.array([3]), "caption_tokens": np.array([22, 30, 50]),
-                                     "caption_language": np.array([1, 0, 2]), "caption_kind": np.zeros(3, int)}
-  length = lambda **spec: world_of(index, prompt_classes=(24, 40), spec=spec).build().buckets[0].num_tokens
-  assert [length(languages=languages) for languages in (("en",), ("en", "de"), ())] == [24, 40, 64]
-
-
-def test_of_many_records_that_are_left_out_the_first_are_named_and_all_are_counted(monkeypatch):
-  monkeypatch.setattr(pieces, "PIECE", 700)
-  index = plain_index([(64, 64)] * 3000, tokens=[65, 20] * 1500)
-  usage, = world_of(index).build().usage
-  assert (usage["records"], usage["used"], usage["left_out"]) == (3000, 1500, {"too_long": 1500})
-  assert usage["named"] == tuple((i, "too_long") for i in range(0, 2000, 2))
-  usage, = (mixture := world_of(index, truncate=True, prompt_classes=(24,)).build()).usage
-  assert (usage["used"], usage["left_out"], usage["named"]) == (3000, {}, ())
-  assert [(mixture.buckets[cell.bucket].num_tokens, len(cell.records)) for cell in mixture.cells] == [(24, 1500), (64, 1500)]
-
-
 def test_another_tokenizer_puts_everything_into_the_longest_class():
   index = plain_index([(64, 64)] * 4, tokens=[20, 30, 64, 500], tokenizer=np.array("another"))
   mixture = world_of(index, prompt_classes=(24, 40)).build()
