@@ -1,10 +1,13 @@
 """The benchmarks measure what they say: both sides have the same weights and tokens, and ways take turns."""
 
 import json
+import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import everything, growth, mixture, networks, sampler, start, step, timing
+from benchmarks import everything, growth, kernels, mixture, networks, sampler, start, step, timing
 from configs import pretrain
 from qimg2 import params as P
 from qimg2.models import mmdit
@@ -67,6 +70,16 @@ def test_every_command_is_timed_and_mistakes_are_named():
     start.command("-m", "launch.descripe", "--help")
   with pytest.raises(ValueError, match="--what=sing is unknown: choose among help, train."):
     timing.check_choices(what=(["help", "sing"], ("help", "train")))
+
+
+def test_kernels_are_those_of_the_program():
+  product = jax.jit(jnp.matmul)
+  x = jnp.ones((256, 256))
+  product(x, x).block_until_ready()
+  begin = time.perf_counter()
+  rows = kernels.trace(lambda _: product(x, x).block_until_ready(), 3)
+  took_ms = 1e3 * (time.perf_counter() - begin)
+  assert [row["calls"] for row in rows] == [1.0] and 0 < 3 * rows[0]["ms"] < took_ms  # one product, once in each call
 
 
 def test_as_many_layers_as_fit():
