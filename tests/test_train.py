@@ -263,7 +263,7 @@ def test_a_frozen_network_is_drawn_from_the_seed_only_where_the_config_says_so(s
     pytest.param(pretrain, {1}, marks=pytest.mark.apart("pretrain")), (folder, {1}),
     pytest.param(emoji, {2}, marks=[needs_emoji, pytest.mark.apart("emoji")])])
 def test_smoke_of_the_other_configs(module, trained, data_dir, tmp_path, one_device, monkeypatch):
-  """A stage of the generator is trained. All of the others is built, and programs that no stage had before are lowered, but neither compiled nor run."""
+  """A stage of the generator is trained. All of the others is built; programs that no stage had before are lowered, but neither compiled nor run."""
   cfg = module.get_config("smoke")
   cfg.data_dir = str(data_dir)
   Run(cfg, tmp_path)  # whose stages start from each other as they should
