@@ -78,6 +78,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       max_crop=0.2,  # largest share of a picture that fitting it to a bucket may cut off
       max_programs=64,  # most buckets, each of which is a compiled step; more shapes than that share them. 0: one for each shape
       min_bucket_records=0,  # buckets with fewer records are merged into others, and what fits nowhere is left out
+      too_long="drop",  # records with a caption longer than num_tokens are left out, or with "truncate" its end is; a VAE reads none and takes all
       max_faulty=0.01,  # largest share of records that may be broken
       optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}
@@ -104,14 +105,19 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
 
 def part(name: str, weight: float = DatasetSpec.weight, task: str = DatasetSpec.task, split: str = DatasetSpec.split,
          min_quality: float = DatasetSpec.min_quality, min_stage: int = DatasetSpec.min_stage, max_enlarge: float = DatasetSpec.max_enlarge,
-         languages: tuple[str, ...] = DatasetSpec.languages, alpha: bool = DatasetSpec.alpha, **caption_weights: float) -> dict:
+         languages: tuple[str, ...] = DatasetSpec.languages, alpha: bool = DatasetSpec.alpha, shuffle_tags: bool = DatasetSpec.shuffle_tags,
+         drop_tags: float = DatasetSpec.drop_tags, keep_tags: int = DatasetSpec.keep_tags, tag_separator: str = DatasetSpec.tag_separator,
+         **caption_weights: float) -> dict:
   """A data set in a mixture; `weight` is its share of the batches, `task` "t2i" (text to image) or "ti2i" (editing).
 
   `min_stage` leaves out records that did not pass the filters of that data stage (1 to 6), `max_enlarge` at each resolution those whose picture would
   be scaled up by more than that. `caption_weights`: general, text, knowledge, structured, how often captions of each kind are drawn; without
   any all kinds alike. `alpha` keeps the transparency of pictures, which needs a VAE of four channels; otherwise they are laid on white paper.
+  Captions that are lists of tags: `shuffle_tags` has them in another order in each epoch, `drop_tags` is the chance that one is left out, and the
+  first `keep_tags` stay as they are.
   """
-  return plain(DatasetSpec("", name, split, weight, task, min_quality, min_stage, languages, caption_weights, max_enlarge, alpha))
+  return plain(DatasetSpec("", name, split, weight, task, min_quality, min_stage, languages, caption_weights, max_enlarge, alpha, shuffle_tags,
+                           drop_tags, keep_tags, tag_separator))
 
 
 def published(cfg: ConfigDict, source: str) -> ConfigDict:

@@ -31,6 +31,9 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.operators = tuple(ConfigDict(one) for one in steps)
   cfg.encode = ConfigDict(dict(max_px=2048, format="webp", quality=95, synthetic_format="png", alpha=False))  # webp, jpeg or png
   # alpha: whether a picture that is encoded anew keeps its transparency, to be trained on; else it is laid on white paper
+  cfg.reading = ConfigDict(dict(captions="ask", uncaptioned="drop", picture_root=""))
+  # captions: what a caption file of several lines is, "whole" (one text) or "lines" (a caption each); uncaptioned: what becomes of a picture without,
+  # "drop", "keep" (for a VAE) or "file_name" (its caption); picture_root: folder that a table's paths are below, where it is not the table's own
   cfg.samples_per_unit = 512  # of work, which is done or redone as a whole
   cfg.shard_gb = 2.0  # of a file of records: a unit's go into one with those of the next, up to so much
   cfg.validation_share = 0.02

@@ -27,6 +27,7 @@ from data_pipelines.sorting import REASONS, Count, Merging, Placed, Sorted, exac
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 
+MOST_NAMED = 1000  # records of a data set that are left out; all are counted
 MOST_LEFT_OUT = 0.01  # of the records of a data set, for want of programs
 
 
@@ -61,6 +62,7 @@ class Arrangement:
   programs: Mapping[tuple, np.ndarray]
   used: tuple[Mapping[tuple, np.ndarray], ...]
   shapes: tuple[tuple, ...]
+  usage: tuple[Mapping[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +78,14 @@ class Wanted:
   programs: Mapping[tuple, np.ndarray] | None
   every: bool
   alpha: bool
+  truncate: bool
 
   def key(self, identities: Sequence[str]) -> str:
     """Returns hexadecimal digits that name the arrangement of data sets with these identities, and this version of the code."""
     given = None if self.programs is None else sorted((repr(key), some.tolist()) for key, some in self.programs.items())
     specs = [dataclasses.replace(spec, data_dir="") for spec in self.datasets]  # wherever it is, its identity says what it holds
     return _digest(_code(), identities, specs, self.resolutions, self.classes, self.tokenizer.fingerprint, self.max_crop, self.min_bucket_records,
-                   self.max_programs, given, self.every, self.alpha)
+                   self.max_programs, given, self.every, self.alpha, self.truncate)
 
 
 def _digest(*parts: Any) -> str:
@@ -154,7 +157,7 @@ class _Arranger:
     buckets, cells, first = {}, [], 0
     for d, (spec, parts, own) in enumerate(zip(self._wanted.datasets, sorts, placed)):
       if not any(one.kept for one in own):
-        self._nothing_left(spec, given is not None)
+        self._nothing_left(spec, _usage(parts, own), given is not None)
       total = sum(sum(one.weights) for one in own)
       for r, (part, one) in enumerate(zip(parts, own)):
         for (target, source_sizes, prompt), (positions, weight) in part.cells(one, records[first:first + one.kept]).items():
@@ -170,7 +173,8 @@ class _Arranger:
             "merging": merging([one for own in placed for one in own], len(sizes), max(repeated, default=1)),
             "programs": _plain(_used(sorts, placed)), "used": [_plain(_used([parts], [own])) for parts, own in zip(sorts, placed)],
             "shapes": tuple(tuple(part.shape(row) for part, one in zip(parts, own) for some in one.used.values() for row in some.tolist())
-                            for parts, own in zip(sorts, placed))}
+                            for parts, own in zip(sorts, placed)),
+            "usage": tuple(_usage(parts, own) for parts, own in zip(sorts, placed))}
 
   def _sorts(self, spec: DatasetSpec, found: Found) -> list[Sorted]:
     """Returns the records of a data set at each resolution."""
@@ -182,11 +186,13 @@ class _Arranger:
     return [Sorted(spec, resolution, r, kinds, found.cache, found.shapes, self._wanted.classes, "base_px" in found.index)
             for r, resolution in enumerate(self._wanted.resolutions)]
 
-  def _nothing_left(self, spec: DatasetSpec, may_be: bool) -> None:
+  def _nothing_left(self, spec: DatasetSpec, usage: Mapping[str, Any], may_be: bool) -> None:
     sentence = (f"No record of {spec.name!r} ({spec.split}) is left by task={spec.task}, min_quality={spec.min_quality}, "
                 f"min_stage={spec.min_stage}, max_enlarge={spec.max_enlarge}, languages={spec.languages}, "
                 f"caption_weights={dict(spec.caption_weights)}, num_tokens={self._wanted.classes[-1]}, max_crop={self._wanted.max_crop}, "
                 f"min_bucket_records={self._wanted.min_bucket_records} and max_programs={self._wanted.max_programs}")
+    if usage["records"]:
+      sentence += f" (of {usage['records']}: {', '.join(f'{number} {reason}' for reason, number in usage['left_out'].items())})"
     if not may_be:
       raise ValueError(f"{sentence}: loosen one or add ratios.")
     logging.warning("%s and the buckets of the training data: it is not looked at.", sentence)
@@ -250,6 +256,7 @@ class _Arranger:
         some = {name: index[name][captions] for name in ("caption_language", "caption_kind", "caption_tokens")}
         tokens = np.where(usable_captions(some | {"language_names": index["language_names"]}, spec), tokens, 0)
       length, reason = _longest(tokens, counts), np.zeros(len(counts), np.uint8)
+      length = np.minimum(length, longest) if self._wanted.truncate else length
       tests = {"too_long": length > longest, "no_caption": length == 0, "low_stage": np.array(index["stage"][piece]) < spec.min_stage,
                "low_quality": np.array(index["quality"][piece]) < np.float32(spec.min_quality)}
       for name, holds in tests.items():  # the first reason comes last
@@ -292,6 +299,21 @@ def _lost(parts: Sequence[Sorted], own: Sequence[Placed]) -> tuple[int, int]:
   usable = functools.reduce(np.logical_or, (one.usable() for one in parts))
   kept = functools.reduce(np.logical_or, (one.place >= 0 for one in own))
   return int(counts[usable & ~kept].sum()), int(counts[usable].sum())
+
+
+def _usage(parts: Sequence[Sorted], own: Sequence[Placed]) -> dict[str, Any]:
+  """Returns what becomes of the records of a data set at all resolutions together: how many there are of the task, how many of them are in batches,
+  why the others are not, reason -> number, and (position, reason) of the first `MOST_NAMED` of these. A record that one resolution uses is used; why
+  another is not is what the first resolution says."""
+  kinds, mine = parts[0].kinds, functools.reduce(np.logical_or, (one.own for one in parts))
+  unused = mine & ~functools.reduce(np.logical_or, (one.place >= 0 for one in own))
+  first = functools.reduce(lambda found, one: np.where(found >= 0, found, np.where(one.own, one.reason, -1)), parts, np.full(len(mine), -1))
+  numbers = np.bincount(first[unused], kinds.counts[unused], len(REASONS)).astype(int).tolist()
+  named = kinds.first(unused, MOST_NAMED)
+  word = lambda number: REASONS[number] or "rare"
+  return {"dataset": parts[0].spec.name, "split": parts[0].spec.split, "task": parts[0].spec.task, "records": int(kinds.counts[mine].sum()),
+          "used": int(kinds.counts[mine & ~unused].sum()), "left_out": {word(i): number for i, number in enumerate(numbers) if number},
+          "named": tuple((int(position), word(first[kind])) for position, kind in zip(*named))}
 
 
 def _used(sorts: Sequence[Sequence[Sorted]], placed: Sequence[Sequence[Placed]]) -> dict[tuple, np.ndarray]:

@@ -112,8 +112,8 @@ def check_use(data_dir: str | os.PathLike, name: str, stage: str, resolutions: S
     data_dir, name: the data set.
     stage: name of the stage, for the message.
     resolutions: (base_px, ratios, multiple) of each resolution of the stage.
-    needs: channels, factor, alpha (whether its pictures keep theirs), feature_width, num_system_tokens, tokenizer (its fingerprint) and num_tokens
-      of the stage. All but the first three matter where states are stored.
+    needs: channels, factor, alpha (whether its pictures keep theirs), feature_width, num_system_tokens, tokenizer (its fingerprint), num_tokens
+      and truncate (whether captions are cut) of the stage. All but the first three matter where states are stored.
 
   Raises:
     ValueError: the cache was made for something else.
@@ -130,6 +130,9 @@ def check_use(data_dir: str | os.PathLike, name: str, stage: str, resolutions: S
   if cache.has_features and needs["num_tokens"] > has["num_tokens"]:
     raise ValueError(f"Data set {name!r} holds states of prompts of at most num_tokens={has['num_tokens']}, but stage {stage!r} has "
                      f"num_tokens={needs['num_tokens']}: {_AGAIN}.")
+  if cache.has_features and needs.get("truncate"):
+    raise ValueError(f"Data set {name!r} holds no states of captions that are longer than num_tokens, but stage {stage!r} has too_long='truncate': "
+                     "choose 'drop', or cache without --features.")
   for base_px, ratios, multiple in resolutions:
     offered = {bucket_size(base_px, ratio, multiple) for ratio in ratios}
     cached = made_with["sizes"].get(str(base_px))

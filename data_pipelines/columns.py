@@ -1,12 +1,15 @@
 """The columns of an index, read from where they lie: nothing is loaded but the rows that are looked at, and the processes of a host share them."""
 
 import contextlib
+import ctypes
 import fcntl
+import hashlib
 import io
 import mmap
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 import time
 import weakref
@@ -18,12 +21,31 @@ import numpy as np
 LARGE = 2**22  # bytes, from which on a column that is made is in a file
 _SCRATCH = "qimg2-order-"
 _YOUNG_S = 60
+_PAGE, _PAGES = 4096, 256
 _BLOCK_BYTES = 2**24
 _HEADER_BYTES = 30  # of a member of a ZIP file, before its name and its extra field, whose lengths are the last four bytes
 
 
+_mapped: set[str] = set()  # folders of the files of columns
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end_in_a_sentence(_: int) -> None:
+  """What the system calls in the middle of reading a page that is not to be had. Python's own handlers would wait until that has been read."""
+  sentence = ("error: A file that is mapped cannot be read (SIGBUS), because its disk or mount fails, or it became shorter while it was in use. "
+              f"Mapped are files in {', '.join(sorted(_mapped))}. Mend it; the same command goes on where it was.\n")
+  os.write(2, sentence.encode())
+  os._exit(1)
+
+
 class Column(np.memmap):
-  """Rows of a file, memory-mapped. Another process to which it is sent maps them too, in place of getting them."""
+  """Rows of a file, memory-mapped. Another process to which it is sent maps them too, in place of getting them. Where they cannot be read when they
+  are looked at, the process ends with 1 and a sentence."""
+
+  def __new__(cls, path: str | os.PathLike, *args, **options):
+    _mapped.add(os.path.dirname(os.path.abspath(path)))
+    ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGBUS), _end_in_a_sentence)  # again each time: others set theirs when they are loaded
+    return super().__new__(cls, path, *args, **options)
 
   def __reduce_ex__(self, protocol: int) -> tuple:
     if self._mmap is None or not self.flags.c_contiguous:  # made out of rows of a file, and in none itself
@@ -72,8 +94,8 @@ def scratch(num: int, dtype: Any) -> np.ndarray:
     column = new_column(os.path.join(folder, "column"), num, dtype)
   except OSError as error:
     _remove(folder, os.getpid(), lock)
-    raise OSError(f"The order of the records takes {num_bytes / 1e9:.1f} GB in the folder of temporary files, {os.path.dirname(folder)} ({error}): "
-                  "name one with more room by TMPDIR.") from error
+    raise OSError(f"What is sorted or joined of an index takes {num_bytes / 1e9:.1f} GB in the folder of temporary files, {os.path.dirname(folder)} "
+                  f"({error}): name one with more room by TMPDIR.") from error
   weakref.finalize(column._mmap, _remove, folder, os.getpid(), lock)
   return column
 
@@ -99,6 +121,18 @@ def is_free(file: io.IOBase) -> bool:
   except BlockingIOError:
     return False
   return True
+
+
+def sampled_digest(path: str | os.PathLike) -> str:
+  """Returns the SHA-256 of a file's length and of 256 pages from all over it, the first and the last among them: to read all may take minutes."""
+  size, digest = os.path.getsize(path), hashlib.sha256()
+  last = max(0, size - _PAGE)
+  digest.update(str(size).encode())
+  with open(path, "rb") as file:
+    for begin in sorted({last * i // (_PAGES - 1) for i in range(_PAGES)}):
+      file.seek(begin)
+      digest.update(file.read(_PAGE))
+  return digest.hexdigest()
 
 
 def map_columns(path: str | os.PathLike) -> dict[str, np.ndarray]:

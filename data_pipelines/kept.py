@@ -28,11 +28,10 @@ from absl import logging
 
 from data_pipelines.buckets import Bucket
 from data_pipelines.cache import Cache
-from data_pipelines.columns import Column, is_free, new_column
+from data_pipelines.columns import Column, is_free, new_column, sampled_digest
 from data_pipelines.sorting import Count, Merging
 
 MOST_BYTES = 64 * 10**9  # of all entries of a folder together, but for those that are in use
-_PAGE, _PAGES = 4096, 256
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _in_use: list[io.BufferedReader] = []  # locked until this process ends
 
@@ -112,20 +111,9 @@ def _column(path: pathlib.Path, dtype: str, num: int, pages: str) -> np.ndarray:
   size, wanted = path.stat().st_size, num * np.dtype(dtype).itemsize
   if size != wanted:
     raise ValueError(f"{path.name} has {size} bytes, not {wanted}")
-  if _pages(path) != pages:
+  if sampled_digest(path) != pages:
     raise ValueError(f"{path.name} is not what was written")
   return Column(path, dtype, "r", 0, (num,)) if num else np.empty(0, dtype)
-
-
-def _pages(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of pages from all over a file, the first and the last among them."""
-  last = max(0, path.stat().st_size - _PAGE)
-  digest = hashlib.sha256()
-  with open(path, "rb") as file:
-    for begin in sorted({last * i // (_PAGES - 1) for i in range(_PAGES)}):
-      file.seek(begin)
-      digest.update(file.read(_PAGE))
-  return digest.hexdigest()
 
 
 def _write(place: pathlib.Path, make: Callable[[New], Any]) -> None:
@@ -143,7 +131,7 @@ def _write(place: pathlib.Path, make: Callable[[New], Any]) -> None:
     for name, column in made.items():
       if len(column):
         column.flush()
-      abouts[name] = {"dtype": column.dtype.str, "num": len(column), "pages": _pages(part / name)}
+      abouts[name] = {"dtype": column.dtype.str, "num": len(column), "pages": sampled_digest(part / name)}
     body = pickle.dumps((facts, abouts))
     with open(part / "facts", "wb") as file:
       file.write(hashlib.sha256(body).digest() + body)

@@ -208,8 +208,7 @@ class Kinds:
     sizes_of = np.bincount(place[place >= 0], self.counts[place >= 0], num).astype(np.int64)
     filled = np.cumsum(sizes_of) - sizes_of
     places = [range(begin, begin + size) for begin, size in zip(filled.tolist(), sizes_of.tolist())]
-    table = (place + 1).astype(np.min_scalar_type(num))
-    table = table if self._number is None else table[np.minimum(self._number, len(table) - 1)]
+    table = self._by_code((place + 1).astype(np.min_scalar_type(num)))
     for piece in pieces(self._num):
       here = table[self._of[piece]]
       order = np.argsort(here, kind="stable").astype(np.uint32) + np.uint32(piece.start)
@@ -219,6 +218,22 @@ class Kinds:
         every[filled[number]:filled[number] + len(some)] = some
         filled[number] += len(some)
     return places
+
+  def first(self, wanted: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (positions, kinds) of the first records of wanted kinds, [K] bool, at most so many."""
+    table, positions = self._by_code(wanted), [np.zeros(0, np.int64)]
+    for piece in pieces(self._num):
+      here = np.flatnonzero(table[self._of[piece]])[:most]
+      positions.append(here + piece.start)
+      most -= len(here)
+      if not most:
+        break
+    found = np.concatenate(positions)
+    return found, self._by_code(np.arange(len(wanted)))[self._of[found]]
+
+  def _by_code(self, values: np.ndarray) -> np.ndarray:
+    """Returns a value of each kind, [K], so that what `_of` holds of each record finds it."""
+    return values if self._number is None else values[np.minimum(self._number, len(values) - 1)]
 
 
 def _looks(height: np.ndarray, width: np.ndarray, targets: Sequence[Sequence[Bucket]], max_crop: float) -> np.ndarray:

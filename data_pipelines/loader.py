@@ -6,17 +6,21 @@ A record that cannot be decoded is replaced by the next one of its cell that can
 in the log and counted, and too many of them are an error.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 import grain.python as grain
 import numpy as np
 from absl import logging
 
+from data_pipelines import children
 from data_pipelines.buckets import Bucket
 from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
+from data_pipelines.tags import varies, vary
 from data_pipelines.tokenizer import PromptTokenizer
 from data_pipelines.transforms import fit_source, load_picture
 
@@ -50,8 +54,8 @@ class Loader:
                tokenizer: PromptTokenizer, seed: int, caption_dropout: float = 0.1, max_crop: float = 0.2, prompt_classes: Sequence[int] = (),
                min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
                num_workers: int = 0, unconditional: bool = False, max_programs: int = 0,
-               programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False):
-    """Args: those of `Mixture`, the last four at the end; share of prompts that are emptied; largest share of records that may be broken; which of
+               programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False, truncate: bool = False):
+    """Args: those of `Mixture`, the last five at the end; share of prompts that are emptied; largest share of records that may be broken; which of
     how many processes this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
     whether a batch has the unconditional prompt.
 
@@ -61,13 +65,13 @@ class Loader:
     parts = (process_index,) if isinstance(process_index, int) else tuple(process_index)
     _check(resolutions, caption_dropout, max_faulty, parts, process_count)
     self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records, max_programs, programs,
-                           order_dir=order_dir, alpha=alpha)
+                           order_dir=order_dir, alpha=alpha, truncate=truncate)
     self.buckets, self.counts = self.mixture.buckets, self.mixture.counts
     self.faults: list[Fault] = []
     self._tokenizer, self._seed = tokenizer, seed
     self._caption_dropout, self._max_faulty = caption_dropout, max_faulty
     self._process, self._num_workers = (parts, process_count), num_workers
-    self.unconditional = unconditional
+    self.unconditional, self._truncate = unconditional, truncate
     self._held_out: dict[int | None, list] = {}
 
   # ---- batches -----------------------------------------------------------------------------------
@@ -78,29 +82,37 @@ class Loader:
 
   def _batch(self, k: int) -> tuple[int, dict, list[Fault]]:
     plan = self.mixture.plan(k)
-    # Three numbers per row of the global batch, so that a process draws for its rows what any other would.
+    # Three numbers per row of the global batch, so that a process draws for its rows what any other would; and the row's epoch.
     rng, num = np.random.default_rng((self._seed, 3, k)), len(plan.places)
-    draws = np.concatenate([rng.random((num, 2)), rng.random((num, 1))], axis=1)
+    draws = np.concatenate([rng.random((num, 2)), rng.random((num, 1)), plan.epochs[:, None]], axis=1)
     own = self.own_rows(len(plan.places))
     return plan.bucket, *self._load(self.buckets[plan.bucket], [(plan.cell, place) for place in plan.places[own]], draws[own])
 
-  def iterate(self, start: int = 0) -> Iterator[tuple[int, dict]]:
-    """Returns an endless iterator of (bucket index, batch) from batch `start` on, which reads ahead.
+  def iterate(self, start: int = 0) -> Generator[tuple[int, dict], None, None]:
+    """Returns an endless iterator of (bucket index, batch) from batch `start` on, which reads ahead. `close` it where it is not needed any more: it
+    ends the workers.
 
     To resume, start at the number of batches already used: nothing else needs saving. Worker processes (num_workers >
     0) need parsed absl flags, which a launcher has; in a notebook call `absl.flags.FLAGS.mark_as_parsed()` first.
     """
     if start < 0:
       raise ValueError(f"start={start} must not be negative: it is the number of batches already used.")
-    batches = grain.MapDataset.range(start, _ENDLESS).map(self._batch)
-    return self._judged(self._read_ahead(batches), start, _ENDLESS)
+    return self._ahead(grain.MapDataset.range(start, _ENDLESS).map(self._batch), start)
 
-  def _read_ahead(self, batches: grain.MapDataset) -> grain.IterDataset:
+  def _ahead(self, batches: grain.MapDataset, start: int) -> Generator[tuple[int, dict], None, None]:
+    with contextlib.closing(iter(self._reading(batches))) as found:
+      # What workers send lies in shared memory, which is given back at once.
+      mine = ((bucket, _owned(batch), faults) for bucket, batch, faults in found) if self._num_workers else found
+      yield from self._judged(mine, start, _ENDLESS)
+
+  def _reading(self, batches: grain.MapDataset) -> Iterable[tuple]:
     if not self._num_workers:
       return batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
+    children.start_tracker()
     # Threads inside the worker processes would only fight over their one lock.
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2))
+    return named_ends(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2),
+                                          worker_init_fn=children.end_with_parent))
 
   def _judged(self, batches, start: int, stop: int) -> Iterator[tuple[int, dict]]:
     """Yields the batches without their faults, which it names and counts; `ValueError` when they become too many."""
@@ -191,7 +203,7 @@ class Loader:
       try:
         check_record(record, sample_id, bucket, name)
         number = self._pick_caption(record, spec, draw)
-        self._encode(arrays, row, record, number, bucket, name)
+        self._encode(arrays, row, record, number, bucket, name, None if draw is None or not varies(spec) else (spec, int(draw[3])))
         _decode(arrays, row, record, bucket, name, self.mixture.max_crop, spec.alpha)
       except ValueError as error:
         broken.append((sample_id, str(error)))
@@ -199,14 +211,20 @@ class Loader:
         return (record, number), [Fault(spec.name, bad, sample_id, sentence) for bad, sentence in broken]
     raise ValueError(f"{len(broken)} records of one bucket of data set {spec.name!r} in a row cannot be used; {broken[-1][1]}")
 
-  def _encode(self, arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str) -> None:
-    """Writes the prompt of a record; `ValueError` for one that is not UTF-8, or too long."""
+  def _encode(self, arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str,
+              tags: tuple[DatasetSpec, int] | None = None) -> None:
+    """Writes the prompt of a record, its tags varied as a data set says in an epoch; `ValueError` for one that is not UTF-8, or too long."""
     try:
       prompt = "" if caption is None else record["captions"][caption].decode()
     except UnicodeDecodeError as error:
       raise ValueError(f"A caption of {name} is not UTF-8: {error}; prepare the data set anew.") from error
+    grids = source_grids(bucket.source_sizes)
+    if tags is not None:
+      varied = vary(prompt, tags[0], (self._seed, 5, int(record["sample_id"]), tags[1]))
+      # In another order a text may have more tokens; as it is written it is known to have a place.
+      prompt = varied if len(self._tokenizer.encode(varied, grids)) <= bucket.num_tokens else prompt
     try:
-      tokens, count = self._tokenizer.encode_batch([prompt], bucket.num_tokens, source_grids(bucket.source_sizes))
+      tokens, count = self._tokenizer.encode_batch([prompt], bucket.num_tokens, grids, self._truncate)
     except ValueError as error:
       raise ValueError(f"Cannot use {name}: {error}") from error
     arrays["tokens"][row], arrays["token_count"][row], arrays["sample_id"][row] = tokens[0], count[0], record["sample_id"]
@@ -243,6 +261,18 @@ class Loader:
     return usable[int(draw[1] * len(usable))]
 
 
+def named_ends(batches: Iterable[tuple]) -> Iterator[tuple]:
+  """Yields batches of worker processes; `OSError` where one of these ends, which its own last words, if it had any, explain."""
+  try:
+    yield from batches
+  except RuntimeError as error:  # Grain's word for it
+    if "terminated unexpectedly" not in str(error):
+      raise
+    code = re.search(r"exit code (-?\d+)", str(error))
+    raise OSError(f"A worker process that loads data ended with {code[1] if code else 'an unknown code'}: what it said stands above; -9 is a machine "
+                  "without memory left, for which num_workers may be lower. The same command goes on where it was.") from error
+
+
 def read_records(source: Sequence[dict], positions: list[int]) -> list[dict | Exception]:
   """Returns the records at these positions; in place of one that cannot be read, why.
 
@@ -276,6 +306,10 @@ def _arrays(num: int, bucket: Bucket) -> dict:
 def _prompts(num: int, bucket: Bucket) -> dict:
   """Returns the arrays of `num` rows of a bucket that hold prompts and ids, not filled."""
   return {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32), "sample_id": np.empty(num, np.int64)}
+
+
+def _owned(batch: dict) -> dict:
+  return {name: tuple(map(children.own, value)) if isinstance(value, tuple) else children.own(value) for name, value in batch.items()}
 
 
 def _tuples(arrays: dict) -> dict:

@@ -26,16 +26,19 @@ from data_pipelines.cache import cached_shapes, open_cache
 from data_pipelines.order import Turns, permute, scatter
 from data_pipelines.records import KINDS, checksum, index_path, open_split
 from data_pipelines.specs import TASKS, DatasetSpec, Resolution
+from data_pipelines.tags import varies
 from data_pipelines.tokenizer import PromptTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One global batch: its bucket, data set and cell, and the place of each row's record in the cell's records, B int64."""
+  """One global batch: its bucket, data set and cell, and the place of each row's record in the cell's records, and how often all of these were seen
+  before it, B int64 each."""
   bucket: int
   dataset: int
   cell: Cell
   places: np.ndarray
+  epochs: np.ndarray
 
   @property
   def records(self) -> np.ndarray:
@@ -61,6 +64,7 @@ class Mixture:
     merging: what it cost that shapes share buckets.
     programs: the shapes of the buckets, (task, resolution, cache, number of condition images) -> as `data_pipelines.programs.Chooser` gives them.
     used: the same of each data set alone.
+    usage: what becomes of the records of each data set, and the first that are in no batch; see `data_pipelines.arrangement`.
     shapes: those of each data set in words: (task, base_px, target size, sizes of condition images, prompt tokens) of each bucket.
     datasets, resolutions, max_crop: as given.
     sources: the records of each data set, by position.
@@ -69,13 +73,15 @@ class Mixture:
   def __init__(self, datasets: Sequence[DatasetSpec], resolutions: Sequence[Resolution], num_tokens: int, tokenizer: PromptTokenizer, seed: int,
                prompt_classes: Sequence[int] = (), max_crop: float = 0.2, min_bucket_records: int = 0, max_programs: int = 0,
                programs: Mapping[tuple, np.ndarray] | None = None, every: bool = False,
-               find: Callable[[DatasetSpec], Sequence] | None = None, order_dir: str = "", alpha: bool = False):
+               find: Callable[[DatasetSpec], Sequence] | None = None, order_dir: str = "", alpha: bool = False,
+               truncate: bool = False):
     """Args: data sets; resolutions; M, the longest prompt, condition images not counted; tokenizer; seed; further, shorter prompt lengths that
     have buckets of their own; largest share of a target that may be cut off; fewest records for which a bucket is worth a compiled step; most
     buckets, 0 for one per shape; `programs` of another mixture with the same resolutions, but for batch sizes, and the same prompt lengths, in
     place of own ones; whether records count whose quality, stage, size or captions the data sets' specs refuse; what opens a data set,
     `open_dataset` unless it is made up; folder in which what takes long to sort is kept for the next start, "" for none; whether
-    pixels have alpha, be there a data set that keeps its own or not.
+    pixels have alpha, be there a data set that keeps its own or not; whether captions that are
+    longer than M may be cut, so that their records count.
 
     Raises:
       ValueError: numbers that make no mixture, or a data set of which nothing is left.
@@ -84,11 +90,16 @@ class Mixture:
     _check(datasets, resolutions, num_tokens, prompt_classes, seed)
     self.datasets, self.resolutions, self.max_crop, self._seed = tuple(datasets), tuple(resolutions), max_crop, seed
     found = [Found(*(find or open_dataset)(spec)) for spec in self.datasets]
+    for spec, one in zip(self.datasets, found):
+      if varies(spec) and one.cache is not None and one.cache.has_features:
+        raise ValueError(f"Data set {spec.name!r} holds the encoder's states of its captions as they are written, but shuffle_tags or drop_tags "
+                         "change them: cache it without --features, or leave the tags as they are.")
     wanted = Wanted(self.datasets, self.resolutions, tuple(sorted({*prompt_classes, num_tokens})), tokenizer, max_crop, min_bucket_records,
-                    max_programs, programs, every, alpha or any(spec.alpha for spec in self.datasets))
+                    max_programs, programs, every, alpha or any(spec.alpha for spec in self.datasets), truncate)
     arrangement = arrange(wanted, found, order_dir)
     self.buckets, self.cells, self.counts, self.merging = arrangement.buckets, arrangement.cells, arrangement.counts, arrangement.merging
     self.programs, self.used, self.shapes = arrangement.programs, arrangement.used, arrangement.shapes
+    self.usage = arrangement.usage
     self.sources = [one.records for one in found]
     self._sample_ids = [sample_ids(one, order_dir) for one in found]
     self._turns = Turns([cell.weight for cell in self.cells], seed)
@@ -101,7 +112,8 @@ class Mixture:
     cell = self.cells[number]
     batch_size, num = self.buckets[cell.bucket].batch_size, len(cell.records)
     position = visit * batch_size + np.arange(batch_size)
-    return Plan(cell.bucket, cell.dataset, cell, permute(position % num, num, (self._seed, 2, number), position // num))
+    epochs = position // num
+    return Plan(cell.bucket, cell.dataset, cell, permute(position % num, num, (self._seed, 2, number), epochs), epochs)
 
   def first_needed(self, start: int, end: int) -> list[int]:
     """Returns the numbers of all buckets: in the order in which the batches from `start` on need them, as far as these are looked at; then those that
@@ -184,6 +196,9 @@ def _check(datasets, resolutions, num_tokens, prompt_classes, seed) -> None:
       raise ValueError(f"Data set {spec.name!r} has weight={spec.weight}: give a positive one or leave the set out.")
     if spec.max_enlarge < 0:
       raise ValueError(f"Data set {spec.name!r} has max_enlarge={spec.max_enlarge}: give the largest factor, such as 1.25, or 0 for any.")
+    if not 0 <= spec.drop_tags <= 1 or spec.keep_tags < 0 or not spec.tag_separator:
+      raise ValueError(f"Data set {spec.name!r} has drop_tags={spec.drop_tags}, keep_tags={spec.keep_tags} and tag_separator={spec.tag_separator!r}: "
+                       "give a chance from 0 to 1, a number of 0 or more, and what stands between tags, such as \",\".")
     unknown = [kind for kind in spec.caption_weights if kind not in KINDS]
     if unknown or any(weight < 0 for weight in spec.caption_weights.values()):
       raise ValueError(f"Data set {spec.name!r} has caption_weights={dict(spec.caption_weights)}: give {', '.join(KINDS)} weights of 0 or more.")

@@ -23,12 +23,14 @@ written last and the folder is renamed when complete, so a folder that is there 
   <out>/<name>/dataset.json, tokenizer.json, index-train.npz, index-validation.npz, <version>/<name>-train.array_record-00000-of-00004
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -39,7 +41,8 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from data_pipelines.columns import map_columns
+from data_pipelines.columns import map_columns, sampled_digest, scratch
+from data_pipelines.pieces import pieces
 from data_pipelines.shards import Shards
 from data_pipelines.tokenizer import PromptTokenizer
 
@@ -48,7 +51,9 @@ SPLITS = ("train", "validation")
 # entities, attributes and relations of charts and diagrams (Qwen-Image-2.0 report, arXiv 2605.10730, section 2.2).
 KINDS = ("general", "text", "knowledge", "structured")
 LAST_STAGE = 6
+FIXED = ("language_names", "tokenizer")  # columns of an index that have no row for each record or caption
 VERSION = "2.0.0"
+_READ_WHOLE = 2**26  # bytes of an index, up to which it is compared with its checksum when it is opened; of a larger one pages from all over are
 _TOGETHER = 16  # records that are read at once from a file that is copied
 _DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes": "{}", "sources": [], "source_height": [], "source_width": [],
              "image": b"", "latents": b"", "source_latents": [], "features": []}
@@ -195,17 +200,33 @@ class Columns:
     return np.array([counts[text, bool(sizes)] for captions, sizes in zip(self._captions, self._source_sizes) for text in captions], np.int32)
 
 
-def join_indices(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """One index of the records of all parts, in their order."""
-  names = sorted({name for part in parts for name in part["language_names"].tolist()})
-  most = max(part["source_sizes"].shape[1] for part in parts)
-  joined = []
-  for part in parts:
-    table = np.array([names.index(name) for name in part["language_names"].tolist()], np.uint16)
-    joined.append(part | {"caption_language": table[part["caption_language"]] if len(table) else part["caption_language"],
-                          "source_sizes": np.pad(part["source_sizes"], ((0, 0), (0, most - part["source_sizes"].shape[1]), (0, 0)))})
-  fixed = {"language_names": np.array(names, str), "tokenizer": parts[0]["tokenizer"]}
-  return {name: np.concatenate([part[name] for part in joined]) for name in parts[0] if name not in fixed} | fixed
+def join_indices(parts: Callable[[], Iterable[dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+  """One index of the records of all parts, in their order.
+
+  `parts` gives them, at least one. It is called twice, and one part at a time is looked at: what is joined is in temporary files where it is large,
+  so memory does not grow with the records.
+
+  Raises:
+    OSError: there is no room for it.
+  """
+  names, most, lengths = set(), 0, collections.Counter()
+  for part in parts():
+    names.update(part["language_names"].tolist())
+    most = max(most, part["source_sizes"].shape[1])
+    lengths.update({name: len(column) for name, column in part.items() if name not in FIXED})
+  joined, filled, place = {}, collections.Counter(), {name: i for i, name in enumerate(sorted(names))}
+  for part in parts():
+    table = np.array([place[name] for name in part["language_names"].tolist()], np.uint16)
+    languages = part["caption_language"]
+    padded = np.pad(part["source_sizes"], ((0, 0), (0, most - part["source_sizes"].shape[1]), (0, 0)))
+    changed = {"caption_language": table[languages] if len(table) else languages, "source_sizes": padded}
+    for name in lengths:
+      values = changed.get(name, part[name])
+      if name not in joined:
+        joined[name] = scratch(lengths[name] * math.prod(values.shape[1:]), values.dtype).reshape(lengths[name], *values.shape[1:])
+      joined[name][filled[name]:filled[name] + len(values)] = values
+      filled[name] += len(values)
+  return joined | {"language_names": np.array(sorted(names), str), "tokenizer": part["tokenizer"]}
 
 
 # ---- a data set ------------------------------------------------------------------------------------
@@ -228,7 +249,7 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
   import tensorflow_datasets as tfds
   folder = pathlib.Path(folder)
   (folder / VERSION).mkdir(parents=True, exist_ok=True)
-  splits, checksums = [], {}
+  splits, checksums, pages = [], {}, {}
   for split in SPLITS:
     template = tfds.core.ShardedFileTemplate(dataset_name=name, split=split, filetype_suffix="array_record", data_dir=folder / VERSION)
     filled = [shard for shard in shards[split] if shard.num_records]
@@ -240,7 +261,7 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
       splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
                                         num_bytes=sum(shard.num_bytes for shard in filled), filename_template=template))
       np.savez(index_path(folder, split), **index[split])
-      checksums[f"index-{split}.npz"] = checksum(index_path(folder, split))
+      checksums[f"index-{split}.npz"], pages[f"index-{split}.npz"] = (of(index_path(folder, split)) for of in (checksum, sampled_digest))
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
     tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
                                        description=f"Records of {name}.", disable_shuffling=True)
@@ -248,14 +269,15 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
   for file in ("tokenizer.json", f"{VERSION}/dataset_info.json", f"{VERSION}/features.json"):
     checksums[file] = checksum(folder / file)
   facts = _counts(index) | facts | _token_facts(tokenizer, index)
-  text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums} | extra, indent=2)
+  text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums, "pages": pages} | extra, indent=2)
   (folder / "dataset.json").write_text(text, encoding="utf-8")
   return facts
 
 
 def _counts(index: dict) -> dict:
-  edits = {split: int(index[split]["source_sizes"].any((1, 2)).sum()) for split in SPLITS}
-  return {split: len(index[split]["height"]) for split in SPLITS} | {f"{split}_edits": edits[split] for split in SPLITS}
+  nums = {split: len(index[split]["height"]) for split in SPLITS}
+  edits = lambda split: sum(int(index[split]["source_sizes"][piece].any((1, 2)).sum()) for piece in pieces(nums[split]))
+  return nums | {f"{split}_edits": edits(split) for split in SPLITS}
 
 
 def _token_facts(tokenizer: PromptTokenizer, index: dict) -> dict:
@@ -335,13 +357,15 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   if not os.path.isdir(folder):
     raise ValueError(f"No data set {name!r} in {data_dir}: make it with python -m launch.prepare_data, --dataset={name} for an embedded one "
                      f"or --source=... --name={name} for your own, and --out={data_dir}.")
-  version = read_meta(folder)["request"]["version"]
+  meta = read_meta(folder)
+  version = meta["request"]["version"]
   if version != VERSION:
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
   if not os.path.exists(index_path(folder, split)):
     raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
   index = map_columns(index_path(folder, split))
   _check_lengths(index, index_path(folder, split))
+  _check_content(index_path(folder, split), meta)
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]
@@ -351,13 +375,22 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
 
 def _check_lengths(index: dict[str, np.ndarray], path: str) -> None:
   """Raises `ValueError` unless the columns of an index that is mapped go together, so that no row is looked for behind the end of its file."""
-  of_captions, fixed = ("caption_language", "caption_kind", "caption_tokens"), ("language_names", "tokenizer")
-  for names, what in (([name for name in index if name not in (*of_captions, *fixed)], "records"), (of_captions, "captions")):
+  of_captions = ("caption_language", "caption_kind", "caption_tokens")
+  for names, what in (([name for name in index if name not in (*of_captions, *FIXED)], "records"), (of_captions, "captions")):
     lengths = {name: len(index[name]) for name in names}
     if len(set(lengths.values())) > 1:
       fewest = min(lengths, key=lengths.get)
       raise ValueError(f"{path} has the column {fewest} of {lengths[fewest]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
                        "the data set and prepare it anew.")
+
+
+def _check_content(path: str, meta: dict) -> None:
+  """Raises `ValueError` where an index is another than dataset.json was written with, as far as that says."""
+  kind, of = ("checksums", checksum) if os.path.getsize(path) <= _READ_WHOLE else ("pages", sampled_digest)
+  wanted = meta.get(kind, {}).get(os.path.basename(path))
+  if wanted is not None and of(path) != wanted:
+    raise ValueError(f"{path} is not the index that dataset.json beside it was written with: copy both again, or remove the data set and prepare it "
+                     "anew.")
 
 
 def load_tokenizer(data_dir: str | os.PathLike, name: str) -> PromptTokenizer:

@@ -109,6 +109,8 @@ class Sorted:
     shapes: [N, 1 + most condition images + 1] each row once: the places in `family` of the target, the condition images and the prompt class, then -1
       up to the end.
     counts: [N], how many records have each.
+    own: [K], whether the records have the task and may be used at the resolution.
+    reason: [K], why they cannot be used, a place in `REASONS`.
     stored: number of condition images -> the programs that its latents were cached for, where the stage has these prompt classes.
   """
 
@@ -123,6 +125,7 @@ class Sorted:
     own = (kinds.is_edit == (spec.task == "ti2i")) & kinds.at_resolution(r)
     reason = np.where((kinds.reason == 0) & ~kinds.fits(r, every, target), REASONS.index("cropped"), kinds.reason)
     reason = np.where((reason == 0) & kinds.enlarged(r), REASONS.index("enlarged"), reason)
+    self.own, self.reason = own, reason
     self._reasons = _sum(reason[own] * len(self.targets) + target[own], kinds.counts[own], len(REASONS) * len(self.targets)).reshape(len(REASONS), -1)
     usable = np.flatnonzero(own & (reason == 0))
     ranges = (len(self.targets), *[len(slots) + 1] * kinds.num_sources, len(classes))

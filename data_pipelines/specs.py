@@ -25,6 +25,8 @@ class DatasetSpec:
     max_enlarge: at each resolution, records whose picture would be scaled up by more than this to cover the nearest target size are not used; 0
       takes any.
     alpha: whether the pictures' transparency is kept, for a VAE of four channels; otherwise they are laid on white paper.
+    shuffle_tags, drop_tags, keep_tags, tag_separator: of captions that are lists of tags, see `data_pipelines.tags`: whether their order is another
+      in each epoch, the chance that a tag is left out, 0 to 1, how many of the first are always there in their places, and what is between them.
   """
 
   data_dir: str
@@ -38,6 +40,10 @@ class DatasetSpec:
   caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   max_enlarge: float = 0.0
   alpha: bool = False
+  shuffle_tags: bool = False
+  drop_tags: float = 0.0
+  keep_tags: int = 0
+  tag_separator: str = ","
 
 
 @dataclasses.dataclass(frozen=True)

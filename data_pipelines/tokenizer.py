@@ -138,15 +138,20 @@ class PromptTokenizer:
     return len(self.encode("", source_grids)) - len(self.encode(""))
 
   def encode_batch(self, prompts: Sequence[str], length: int,
-                   source_grids: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
+                   source_grids: Sequence[tuple[int, int]] = (), truncate: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens B length int32, right-padded with `pad_id`; token_count B int32).
 
-    All prompts share the source grids. A prompt that does not fit is a `ValueError`; nothing is cut.
+    All prompts share the source grids. A prompt that does not fit is a `ValueError`, unless `truncate` says that the end of its text is cut off; what
+    stands around the text stays whole.
     """
     tokens = np.full((len(prompts), length), self.pad_id, np.int32)
     token_count = np.zeros(len(prompts), np.int32)
     for row, prompt in enumerate(prompts):
       ids = self.encode(prompt, source_grids)
+      excess = len(ids) - length
+      if truncate and 0 < excess < len(ids) - len(self.encode("", source_grids)):
+        end = len(ids) - len(self._reply)  # the text stands before what asks for the reply
+        ids = ids[:end - excess] + self._reply
       if len(ids) > length:
         raise ValueError(f"The prompt {_shorten(prompt)!r} has {len(ids)} tokens with its template, more than the "
                          f"{length} of the bucket: raise num_tokens or shorten the prompt.")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from launch import console
+
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 IN_CONFIG_FILE = (ImportError, NameError, SyntaxError)
 FLAG_ERRORS = (AttributeError, KeyError, OSError, ValueError, TypeError, IndexError, flags.Error, *IN_CONFIG_FILE)
@@ -22,10 +24,11 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
   """Runs `main(argv)` under absl and exits.
 
   A `ValueError`, a file that cannot be read or written, or a non-finite loss prints its message on stderr and exits with 1; a wrong
-  flag, a config file that is missing or a key that the config does not have, with 2; an interruption (Ctrl-C) with 130. Anything else is a
-  defect of the program and keeps its traceback.
+  flag, a config file that is missing or a key that the config does not have, with 2; an interruption (Ctrl-C) with 130; a closed pipe quietly
+  with 141. Anything else is a defect of the program and keeps its traceback.
   """
   collect_rarely()
+  console.begin()
   try:
     define_flags()  # a config file with a default is read here, with what the command line changes in it
   except FLAG_ERRORS as error:
@@ -33,17 +36,23 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
 
   def guarded(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-      _fail(f"What is {argv[1]!r}? Every argument is a flag, --name=value; --help lists them.", 2)
+      console.fail(f"What is {argv[1]!r}? Every argument is a flag, --name=value; --help lists them.", 2)
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # libraries log every file they touch
     try:
       main(argv)
     except USER_ERRORS as error:
-      _fail(" ".join(str(error).split()), 1)
+      if isinstance(error, BrokenPipeError) and console.is_closed():
+        sys.exit(console.CLOSED)
+      console.fail(" ".join(str(error).split()), 1)
     except KeyboardInterrupt:
-      _fail("Interrupted. The same command goes on where it was.", 130)
+      console.fail("Interrupted. The same command goes on where it was.", 130)
 
-  app.run(guarded, flags_parser=_parse)
+  try:
+    app.run(guarded, flags_parser=_parse)
+  finally:
+    if console.is_closed():
+      sys.exit(console.CLOSED)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -69,12 +78,7 @@ def _fail_flags(error: Exception) -> None:
     text = f"{text} ({place.filename}, line {place.lineno})"
   if "Traceback" in text:  # ml_collections hands on that of a config file
     text = text.splitlines()[-1].strip()
-  _fail(f"The flags cannot be used: {' '.join(text.split())}", 2)
-
-
-def _fail(sentence: str, code: int) -> None:
-  print(f"error: {sentence}", file=sys.stderr)
-  sys.exit(code)
+  console.fail(f"The flags cannot be used: {' '.join(text.split())}", 2)
 
 
 # Launchers that can run as several processes.

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from launch import cli
 from qimg2.runtime.config import parse
 from qimg2.runtime.inspection import open_data, plan, sheet, summary, table
-from qimg2.runtime.sheets import save_png
+from qimg2.runtime.sheets import save_picture
 
 
 def define_flags() -> None:
@@ -47,7 +47,7 @@ def main(_: Sequence[str]) -> None:
   if args.summary:
     print(table(summary(data)), file=sys.stderr)
   if args.out:
-    save_png(sheet(data, args.start, args.num_batches, args.num_tiles), args.out)
+    save_picture(sheet(data, args.start, args.num_batches, args.num_tiles), args.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
   python -m launch.prepare_data --dataset=emoji --out=/data      8202 emoji on paper, captions in 114 languages, 8085 edits
   python -m launch.prepare_data --verify --name=mine --out=/data           reads all of it back
 
---source is a folder of pictures with .txt or .json files beside them, a .csv, .jsonl or .parquet file, WebDataset tars such as
+--source is a folder of pictures with .txt or .json files or a metadata.jsonl beside them, a .csv, .jsonl or .parquet file, WebDataset tars such as
 "shard-{000..127}.tar", or tfds:NAME; local, or gs://... It needs pip install -r requirements-data.txt. glyphs needs nothing but this project's
 packages; emoji needs the Debian packages fonts-noto-color-emoji and unicode-cldr-core.
 
@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,9 @@ from launch import cli
 
 NEEDED = {"apache_beam": "apache-beam", "imagehash": "imagehash", "pyarrow": "pyarrow", "fsspec": "fsspec",
           "rapidocr_onnxruntime": "rapidocr_onnxruntime"}
+TABLES = (".csv", ".tsv", ".jsonl")
+
+READING = ("captions", "uncaptioned", "picture_root")  # flags that are also keys of config.reading
 
 
 def define_flags() -> None:
@@ -41,6 +45,10 @@ def define_flags() -> None:
   flags.DEFINE_bool("verify", False, "Read a data set back: checksums, and every record against the index.")
   default = pathlib.Path(__file__).parent.parent / "configs" / "curation.py"
   config_flags.DEFINE_config_file("config", str(default), "What is kept of --source, and how it is stored.")
+  flags.DEFINE_enum("captions", None, ["whole", "lines"], "What a caption file with several lines is: one text, or a caption per line.")
+  flags.DEFINE_enum("uncaptioned", None, ["drop", "keep", "file_name"],
+                    "What becomes of a picture without a caption: it is dropped, kept (for a VAE), or has its file name as caption.")
+  flags.DEFINE_string("picture_root", None, "Folder that the paths in a table are below, absolute ones too; unset takes the table's own folder.")
   flags.DEFINE_string("runner", "DirectRunner", "The Beam runner: this machine's cores, or DataflowRunner, FlinkRunner, SparkRunner.")
   flags.DEFINE_integer("num_workers", 0, "Processes of the DirectRunner; 0 for one per core.", lower_bound=0)
   flags.DEFINE_string("beam_options", "", 'Further options of the runner, such as "--project=P --region=R --temp_location=gs://B/tmp".')
@@ -57,8 +65,9 @@ def prepare(dataset: str, out: str, num_examples: int | None = None, seed: int =
 
 
 def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str = "DirectRunner", num_workers: int = 0,
-           beam_options: str = "") -> dict:
-  """Returns the facts of the data set that a source becomes, after printing them; see `data_pipelines.curation.pipeline.curate`."""
+           beam_options: str = "", reading: Mapping[str, str] = {}) -> dict:
+  """Returns the facts of the data set that a source becomes, after printing them; see `data_pipelines.curation.pipeline.curate`. `reading` changes
+  keys of the config's section of that name."""
   missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
   if missing:
     raise ValueError(f"Curation needs {', '.join(missing)}: pip install -r requirements-data.txt")
@@ -68,16 +77,42 @@ def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str
   except ImportError as error:
     raise ValueError(f"A package of requirements-data.txt cannot be loaded ({error}): for libGL, apt-get install libgl1.") from error
   _check_config(cfg)
-  facts = _say(pipeline.curate(source, name, out, plain(cfg), runner, num_workers, shlex.split(beam_options)))
+  _check_source(source)
+  cfg = plain(cfg)
+  facts = _say(pipeline.curate(source, name, out, cfg | {"reading": cfg["reading"] | reading}, runner, num_workers, shlex.split(beam_options)))
   funnel = json.loads(pipeline.files.read(f"{facts['path']}/funnel.json"))
+  _say_funnel(funnel)
+  print(f"Report: {facts['path']}/report.html")
+  return facts
+
+
+def _say_funnel(funnel: dict) -> None:
   for step in funnel["steps"]:
     drops = ", ".join(f"{count} {reason}" for reason, count in step["drops"].items())
     print(f"  {step['stage']} {step['operator']:16} {step['entered']:>9} -> {step['passed']:<9} {drops}")
+    if step["operator"] == "broken":
+      for one in (one for some in step.get("sentences", {}).values() for one in some[:3]):
+        print(f"    {one['count']}, such as {one['key']}: {one['detail']}")
   print("  A sample that fails after S1 is kept for the stages before.")
+  for one in funnel.get("left_out", ()):
+    print(f"  {one['count']} files are no part of a sample: {one['reason']}, such as {one['examples'][0]}")
   if funnel["not_run"]:
     print(f"  not run, though the report's funnel has them: {', '.join(funnel['not_run'])}")
-  print(f"Report: {facts['path']}/report.html")
-  return facts
+
+
+def _check_source(source: str) -> None:
+  """Finds what is missing on this machine, and a text table that is not UTF-8, before anything is read."""
+  if re.search(r"://|^tfds:|[*?\[{]", source):
+    return
+  path = pathlib.Path(source).expanduser()
+  if not path.exists():
+    raise ValueError(f"There is no {source}: correct --source, which names a folder of pictures, a table, a Parquet file or tars.")
+  if path.suffix.lower() in TABLES and path.is_file():
+    with open(path, "rb") as file:
+      head = file.read(1000)
+    if b"\0" in head:  # in no text of UTF-8, and in every second byte of the ASCII of UTF-16
+      raise ValueError(f"{source} is UTF-16 or UTF-32, or no text, and tables are read as UTF-8: save it so, such as with "
+                       f"iconv -f UTF-16 -t UTF-8 {source} > utf8{path.suffix}.")
 
 
 def _check_config(cfg: Mapping[str, Any]) -> None:
@@ -103,6 +138,9 @@ def main(_: Sequence[str]) -> None:
     raise ValueError("Give the data set a --name: its folder is <out>/<name>.")
   if args.source and args.name in embedded.SOURCES:
     raise ValueError(f"--name={args.name} is that of an embedded data set: choose another.")
+  given = [name for name in READING if not args.source and args[name].present]
+  if given:
+    raise ValueError(f"--{given[0]} is for --source: it says how your own pictures are read.")
   given = [name for name in ("num_examples", "seed", "vocab_size") if not args.dataset and args[name].present]
   if given:
     raise ValueError(f"--{given[0]} is for --dataset: of --source, set --config.vocab_size, and see configs/curation.py for the rest.")
@@ -113,7 +151,8 @@ def main(_: Sequence[str]) -> None:
     found = verify(out, args.name)
     print(f"{out}/{args.name}: {found['files']} files and {found['records']} records are as written.")
   elif args.source:
-    curate(args.source, args.name, out, args.config, args.runner, args.num_workers, args.beam_options)
+    reading = {name: args[name].value for name in READING if args[name].present}
+    curate(args.source, args.name, out, args.config, args.runner, args.num_workers, args.beam_options, reading)
   else:
     prepare(args.dataset, out, args.num_examples, args.seed, args.vocab_size)
 

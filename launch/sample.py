@@ -17,7 +17,7 @@ from qimg2.runtime import processes
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import Request, pretrained_defaults, run_defaults, sample, sampling_stage
-from qimg2.runtime.sheets import grid, save_png
+from qimg2.runtime.sheets import grid, picture_format, save_picture
 from qimg2.runtime.weights import DEPLOYED
 
 
@@ -31,13 +31,13 @@ def define_flags() -> None:
   flags.DEFINE_multi_string("image", [], "A condition image (PNG, JPEG, WebP) that every prompt sees; repeat the flag for more, in prompt order.")
   flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
   flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures for each prompt.", lower_bound=1)
-  flags.DEFINE_string("out", "grid.png", "PNG file to write: the picture, or one sheet of all pictures.")
+  flags.DEFINE_string("out", "grid.png", "File to write, .png, .jpg or .webp: the picture, or one sheet of all pictures.")
   flags.DEFINE_string("pictures", "", "Folder for each picture as a PNG of its own.")
   flags.DEFINE_string("save_latents", "", "File for the final latents, .npy: h w C float32, n h w C for several pictures.")
-  flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**31 - 1)
+  flags.DEFINE_integer("seed", 0, "Seed of the noise; that of an edit depends on its condition images as well.", lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_string("noise", "", "File of the initial noise, .npy: h w C float32 in latents, or n h w C, one for each picture.")
   flags.DEFINE_integer("num_steps", 0, "Sampling steps; 0 takes the run's, or 40.", lower_bound=0)
-  flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 runs no second pass. Default: the run's, or 1.", lower_bound=0)
+  flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; at most 1 is none. Default: the run's, or 1.", lower_bound=0)
   flags.DEFINE_list("sigmas", [], "Sampling times before the shift, from 1 down, comma-separated, without the last 0; their number is that of steps.")
   flags.DEFINE_integer("height", 0, "Height in px; 0 takes the default.", lower_bound=0)
   flags.DEFINE_integer("width", 0, "Width in px; 0 takes the default.", lower_bound=0)
@@ -72,6 +72,7 @@ def main(_) -> None:
   request = request_from_flags(args)
   if local_folder(args.out, "--out").is_dir():
     raise ValueError(f"--out={args.out} is a folder: name a PNG file; --pictures takes a folder.")
+  picture_format(args.out)
   if args.pretrained:
     if args.stage or args.average != DEPLOYED:
       raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
@@ -91,10 +92,10 @@ def main(_) -> None:
 def write(args: flags.FlagValues, latents: np.ndarray, pictures: np.ndarray, captions: Sequence[str]) -> None:
   """Writes what the flags ask for."""
   scale = max(1, 96 // pictures.shape[1])
-  save_png(pictures[0] if len(pictures) == 1 else grid(list(pictures), min(4, len(pictures)), captions, scale), args.out)
+  save_picture(pictures[0] if len(pictures) == 1 else grid(list(pictures), min(4, len(pictures)), captions, scale), args.out)
   if args.pictures:
     for number, picture in enumerate(pictures):
-      save_png(picture, pathlib.Path(args.pictures) / f"{number:04d}.png")
+      save_picture(picture, pathlib.Path(args.pictures) / f"{number:04d}.png")
   if args.save_latents:
     path = pathlib.Path(args.save_latents)
     path.parent.mkdir(parents=True, exist_ok=True)

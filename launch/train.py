@@ -26,6 +26,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.", required=True)
   flags.DEFINE_bool("allow_config_change", False, "Go on although the config differs from the one that started the run.")
   flags.DEFINE_bool("allow_version_change", False, "Go on although jax or another package has another version than the one that started the run.")
+  flags.DEFINE_bool("allow_data_change", False, "Go on although a data set, or what a latent cache was made of, is not what the run began with.")
   flags.DEFINE_string("compilation_cache", "~/.cache/qimg2", "Folder of compiled programs, kept between runs; empty for none.")
   flags.DEFINE_string("profile", "", "START:STOP: trace these steps of every stage for XProf and Perfetto, into <stage>/profile; counted from 1.")
   cli.define_process_flags()
@@ -45,7 +46,8 @@ def main(_) -> None:
   if args.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", str(find_place(args.compilation_cache, "--compilation_cache").expanduser()))
   try:
-    run = train(parse(args.config), args.workdir, args.allow_config_change, window, args.allow_version_change)
+    run = train(parse(args.config), args.workdir, args.allow_config_change, window, args.allow_version_change,
+                args.allow_data_change)
   except faults.Preempted as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(faults.EXIT_CODE)

@@ -8,6 +8,8 @@ makes a folder; and a listing tells the checksum of everything in it, so that no
 import base64
 import concurrent.futures
 import contextlib
+import fcntl
+import io
 import logging as python_logging
 import os
 import pathlib
@@ -28,6 +30,7 @@ UPLOAD_S = 60  # seconds between two uploads of a file that grows
 _CLIENTS = ("gcsfs", "aiohttp", "google", "tensorflow")  # packages that raise what is no OSError
 _FOR_GOOD = (400, 401, 403, 404, 412)  # answers that come again
 CHECKSUM = "crc32c:"  # what the checksums that a bucket tells begin with
+_SCRATCH, _YOUNG_S = "qimg2.", 60
 
 
 class BucketError(OSError):
@@ -144,7 +147,7 @@ class Growing:
     if not is_remote(place):
       place.mkdir(parents=True, exist_ok=True)
       return
-    self.local = pathlib.Path(tempfile.mkdtemp(prefix="qimg2."))
+    self.local, self._lock = _scratch()
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "upload")
 
   def push(self) -> None:
@@ -167,9 +170,11 @@ class Growing:
       return
     try:
       self.push()
-      shutil.rmtree(self.local)
+      shutil.rmtree(self.local.parent)
     except OSError as error:
+      pathlib.Path(self._lock.name).unlink(missing_ok=True)  # so that it stays
       logging.warning("%s What was not uploaded is in %s.", error, self.local)
+    self._lock.close()
     self._pool.shutdown()
     self._pool = None
 
@@ -190,6 +195,24 @@ class Growing:
         write_file(self._place / name, content)
       self._pushed[name] = len(content)
     self._due = time.monotonic() + UPLOAD_S
+
+
+def _scratch() -> tuple[pathlib.Path, io.IOBase]:
+  """Returns (a new folder in that of temporary files, its lock, which this process holds until it ends). Those of processes that were killed, whose
+  locks nobody holds, go: what they had not uploaded comes after the last checkpoint. One that is only seconds old may not hold its own yet.
+
+  (`data_pipelines.columns.scratch` does the same with columns; neither package may import the other.)
+  """
+  folder = pathlib.Path(tempfile.mkdtemp(prefix=_SCRATCH))
+  for path in folder.parent.glob(f"{_SCRATCH}*/lock"):
+    with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError), open(path, "r+b") as file:  # gone, another user's, in use
+      if path.stat().st_mtime < time.time() - _YOUNG_S:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path.parent, ignore_errors=True)
+  lock = open(folder / "lock", "wb")
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  (folder / "files").mkdir()
+  return folder / "files", lock
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
   x <- x + (sigma_next - sigma) v                                                                                            (1)
   v = v_uncond + w (v_cond - v_uncond) under classifier-free guidance with scale w (arXiv 2207.12598)                         (2)
 
-At w = 1 the unconditional pass is not run. Both passes of a guided step are one batch of twice the rows. "Unconditional" may be the empty
-prompt or a negative one. A step is a function of its own, so that a method which samples inside its loss or its rollout takes the same ones.
+At w <= 1 the unconditional pass is not run, as in the published pipeline. Both passes of a guided step are one batch of twice the rows.
+"Unconditional" may be the empty prompt or a negative one. A step is a function of its own, so that a method which samples inside its loss or its
+rollout takes the same ones.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarr
     noise: [B, h, w, C] standard normal.
     cond: condition tree of the B rows; with guidance, of 2B rows, the unconditional ones after the conditional ones.
     sigmas: [T + 1] times from 1 down to 0, see `flow.Schedule.sigmas`.
-    guidance: scale w.
+    guidance: scale w; at most 1 is none.
   """
   def step(x, pair):
     sigma, sigma_next = pair
@@ -39,7 +40,7 @@ def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarr
 
 def guided_velocity(net: Net, params: dict, x: jax.Array, sigma: jax.Array, cond: Any, guidance: float = 1.0) -> jax.Array:
   """The velocity at `x` [B, ...] and the time `sigma`, equation 2; `cond` and `guidance` as in `sample`."""
-  if guidance == 1.0:
+  if guidance <= 1.0:
     return net(params, x, jnp.full(x.shape[:1], sigma), cond)
   t = jnp.full((2 * x.shape[0],), sigma)
   v_cond, v_uncond = jnp.split(net(params, jnp.concatenate([x, x]), t, cond), 2)

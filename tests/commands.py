@@ -48,6 +48,8 @@ def launch(module: str, *arguments: str) -> Result:
     stack.enter_context(contextlib.chdir(ROOT))
     stack.enter_context(contextlib.redirect_stdout(out))
     stack.enter_context(contextlib.redirect_stderr(err))
+    if imported := sys.modules.pop(module, None):  # by a test: a new process has not
+      stack.callback(sys.modules.__setitem__, module, imported)
     try:
       runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as stopped:

@@ -25,7 +25,7 @@ from qimg2.runtime.exporting import export
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.run import load_run
-from qimg2.runtime.sheets import grid, save_png
+from qimg2.runtime.sheets import grid, save_picture
 
 SIDE_PX, NUM_STEPS, GUIDANCE, NUM_PICTURES = 64, 40, 3.0, 4
 
@@ -47,7 +47,7 @@ def main():
   print(f"{len(drawn)} pictures of {SIDE_PX} px, {NUM_STEPS} steps, guidance {GUIDANCE:g}: latents differ by at most {latents:.1e} of the largest, "
         f"pixels by at most {pixels:.3f} of 255.")
   sheet = [one["theirs"] for one in drawn] + [one["ours"] for one in drawn]
-  save_png(grid(sheet, len(drawn), [f"diffusers: {t}" for t, _ in prompts] + [f"qimg2: {t}" for t, _ in prompts], scale=2), args.out)
+  save_picture(grid(sheet, len(drawn), [f"diffusers: {t}" for t, _ in prompts] + [f"qimg2: {t}" for t, _ in prompts], scale=2), args.out)
 
 
 def draw_both(pipe, source, weights, text, image, seed):

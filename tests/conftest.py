@@ -5,8 +5,10 @@ QIMG2_TEST_SLOWNESS: by how much this machine is slower than two idle cores, 1 b
 it takes more than ten seconds times that.
 """
 
+import itertools
 import os
 import pathlib
+import re
 import shutil
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -18,6 +20,7 @@ EXPENSIVE = {"smoke_run", "caches"}  # fixtures
 LONG = ("smoke_run", "test_methods", "test_sharded_equality", "published", "test_rehearse", "test_launched_runs", "test_processes", "test_attention",
         "test_benchmarks", "emoji", "pretrain", "test_curation", "test_mixture", "test_products", "test_cache", "test_state", "test_train", "bucket",
         "test_bucket", "test_faults", "test_flax_module", "test_transforms", "test_checkpoint")
+NUMBERS = itertools.count()
 LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -95,6 +98,17 @@ def pytest_runtest_call(item):
   if took > LIMIT_S and not item.get_closest_marker("slow") and outcome.excinfo is None:
     outcome.force_exception(AssertionError(f"It took {took:.0f} s, and only tests that are marked `slow` may take more than {LIMIT_S:.0f}: make it "
                                            "quicker, mark it, or set QIMG2_TEST_SLOWNESS where the machine is slow."))
+
+
+@pytest.fixture
+def tmp_path(request, tmp_path_factory):
+  """A folder of a test's own, under a name that no other test of this process has, though those that passed are removed: what the process keeps by
+  path, such as open files and fsspec's memory, would be taken for its own."""
+  failed, name = request.session.testsfailed, re.sub(r"\W", "_", request.node.name)[:30]
+  path = tmp_path_factory.mktemp(f"{name}-{next(NUMBERS)}", numbered=False)
+  yield path
+  if request.session.testsfailed == failed:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -79,5 +79,6 @@ def worlds(draw):
     resolutions.append(Resolution(base_px, draw(st.sampled_from([4, 8, 12])), ratios, draw(weights), draw(st.sampled_from([16, 32])),
                                   tuple(draw(weights) for _ in ratios) if draw(st.booleans()) else ()))
   options = dict(num_tokens=64, seed=draw(st.integers(0, 2**31)), max_crop=draw(st.sampled_from([0.15, 0.3, 0.6])),
-                 prompt_classes=draw(st.sampled_from([(), (30,), (24, 40, 64)])), min_bucket_records=draw(st.sampled_from([0, 1, 5, 15])))
+                 prompt_classes=draw(st.sampled_from([(), (30,), (24, 40, 64)])), min_bucket_records=draw(st.sampled_from([0, 1, 5, 15])),
+                 truncate=draw(st.booleans()))
   return World(tuple(specs), tuple(resolutions), indices, options)

@@ -33,7 +33,7 @@ class Row:
     """The row as a record whose pictures are given as `give` says, by default as paths."""
     sources = [give(f"p/s{self.name}-{i}.png", data) for i, data in enumerate(self.sources)]
     return {"image": give(f"p/{self.name}.png", self.image), "captions": self.captions, "language": self.language, "kind": self.kind,
-            "sources": sources}
+            "sources": sources or None}
 
 
 # Captions with every separator, and with U+2028, which ends no line. Ten condition images, so that number 10 must come after 2.
@@ -73,7 +73,8 @@ def table(at, name, delimiter):
   writer = csv.writer(text, delimiter=delimiter)
   writer.writerow(["file_name", "captions", "language", "kind", "sources"])
   for row in (row.record() for row in ROWS):
-    writer.writerow([row["image"], json.dumps(row["captions"], indent=1), row["language"], row["kind"], json.dumps(row["sources"])])
+    sources = row["sources"] and json.dumps(row["sources"])
+    writer.writerow([row["image"], json.dumps(row["captions"], indent=1), row["language"], row["kind"], sources])
   return write(at, {name: "\ufeff" + text.getvalue()} | PICTURES)
 
 

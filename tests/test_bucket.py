@@ -1,20 +1,23 @@
 """A run in a bucket: what is there, what counts, and what is left of it by kills and refusals."""
 
+import json
+import os
 import re
 import signal
 import time
 
 import commands
 import jax
-import numpy as np
 import pytest
 from bucket import ROOT, Bucket
 from etils import epath
-from many import PATIENCE_S, ends, start, together, toy
+from kill_points import assert_same_bits
+from many import PATIENCE_S, UNHURRIED_S, ends, start, together, toy
 from test_checkpoint import assert_equal, make, specs
 
 from qimg2 import places
-from qimg2.training import checkpoint, manifest, metrics
+from qimg2.runtime import lock
+from qimg2.training import checkpoint, faults, manifest, metrics
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,26 @@ def test_frozen_weights_that_were_cut_off_are_written_again(folder):
     (folder / places.COMMITTED).unlink()
 
 
+def test_a_run_in_a_bucket_has_one_holder(folder, monkeypatch, caplog):
+  monkeypatch.setattr(lock, "BEAT_S", 0.1)
+  monkeypatch.setattr(lock, "STALE_S", 1.0)
+  lost = []
+  with lock.RunLock(folder, lost.append):
+    monkeypatch.setattr(lock, "STALE_S", 20.0)
+    with pytest.raises(ValueError, match=f"The run in {folder} is being trained by process {os.getpid()} on "), lock.RunLock(folder, lost.append):
+      pass
+    # one that was silent for so long that another one has it
+    limit = time.monotonic() + 60
+    while not lost and time.monotonic() < limit:  # a beat that was under way may write over it once
+      (folder / lock.NAME).write_text(json.dumps({"holder": "another", "host": "elsewhere", "pid": 7}))
+      time.sleep(1)
+  assert len(lost) == 1 and f"The run in {folder} was taken over by process 7 on elsewhere" in lost[0]
+  monkeypatch.setattr(lock, "STALE_S", 1.0)
+  with lock.RunLock(folder, lost.append):
+    assert "process 7 on elsewhere (since an unknown time), which had it, gave no sign of life" in caplog.text
+  assert not (folder / lock.NAME).exists()
+
+
 def test_rows_are_there_when_a_checkpoint_is(bucket, folder, tmp_path):
   def write(place, steps, start=0):
     writer = metrics.MetricsWriter(place, start)
@@ -159,6 +182,25 @@ def test_an_upload_that_fails_is_named_and_nothing_is_lost(bucket, folder, monke
   assert metrics.read_rows(left / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
 
 
+def test_the_rows_of_a_killed_process_go_with_the_next_one_those_of_a_living_one_and_what_is_not_uploaded_stay(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(places.tempfile, "tempdir", str(tmp_path))
+  there = lambda: {path.name for path in tmp_path.iterdir()}
+  living, killed, failed = (places.Growing(folder) for _ in range(3))
+  killed._lock.close()  # as the operating system does
+  (failed.local / "a").write_text("1")
+  with monkeypatch.context() as patch:
+    patch.setattr(places, "write_file", lambda *_: (_ for _ in ()).throw(RuntimeError("503")))
+    failed.close()
+  young = places.Growing(folder)
+  assert there() == {one.local.parent.name for one in (living, killed, failed, young)}, "the killed one is young: it may be about to take its lock"
+  monkeypatch.setattr(places, "_YOUNG_S", -1)
+  next_one = places.Growing(folder)
+  assert there() == {one.local.parent.name for one in (living, failed, young, next_one)} and (failed.local / "a").exists()
+  for one in (living, young, next_one):
+    one.close()
+  assert there() == {failed.local.parent.name}
+
+
 def test_a_bucket_that_does_not_answer_is_one_sentence(bucket, folder, monkeypatch, tmp_path):
   monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda _: done())
   async def done():
@@ -185,10 +227,29 @@ def test_a_run_in_a_bucket_that_refuses_one_request_in_ten_and_is_killed_ends_bi
   one.refuse_every = 10
   together(1, *toy(f"{ROOT}cut", *few), **one.environment)
   assert one.num_refused > 10
-  one.download(tmp_path)
-  rows = [(tmp_path / name / "toy" / "metrics.jsonl").read_bytes() for name in ("disk", "cut")]
-  assert rows[0] == rows[1]
-  saved = [checkpoint.Checkpoints(tmp_path / name / "toy" / "checkpoints") for name in ("disk", "cut")]
-  assert saved[0].latest_step() == saved[1].latest_step() == 4
-  jax.tree.map(np.testing.assert_array_equal, *[each._manager.restore(4)["params.model"] for each in saved])
+  ended_alike(one, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.apart("bucket")
+def test_two_processes_in_a_bucket_that_are_asked_to_stop_end_bit_identical(tmp_path):
+  few, unhurried = ("--num_steps=4", "--save_every=3"), {"heartbeat_s": UNHURRIED_S}
+  together(2, *toy(tmp_path / "disk", *few), **unhurried)
+  one = Bucket()
+  started = start(2, *toy(f"{ROOT}cut", *few, "--ask_at=3"), **unhurried, **one.environment)  # the second one is asked
+  for code, _, stderr in ends(started, PATIENCE_S):
+    assert code == faults.EXIT_CODE and "is saved at step" in stderr, stderr[-3000:]
+  together(2, *toy(f"{ROOT}cut", *few), **unhurried, **one.environment)
+  files = ended_alike(one, tmp_path)
+  for item in ("params.model", "optimizer"):
+    assert all(any(name.startswith(f"{item}/{manifest.OWN}{index}/d/") for name in files) for index in range(2))  # each has rows of each array
+
+
+def ended_alike(one, folder):
+  """Asserts that the run `cut` of a bucket ended, after its fourth step, as `disk` in a folder did; returns the files that its manifest lists. The
+  server ends."""
+  one.download(folder)
   one.close()
+  assert_same_bits(folder / "disk", folder / "cut")
+  assert checkpoint.Checkpoints(folder / "cut" / "toy" / "checkpoints").latest_step() == 4
+  return json.loads((folder / "cut" / "toy" / "checkpoints" / "4" / manifest.NAME).read_text())["content"]["files"]

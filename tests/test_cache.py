@@ -274,6 +274,7 @@ def test_another_vae_is_refused(config, run, caches, tmp_path):
     (True, lambda cfg: cfg.update(num_tokens=41), "prompts of at most num_tokens=40, but stage 'high_resolution' has num_tokens=41"),
     (False, lambda cfg: cfg.model.update(latent_channels=4) or cfg.vae.update(latent_channels=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4),
      "channels=8, but stage 'high_resolution' has channels=4"),
+    (True, lambda cfg: cfg.stages[0].update(too_long="truncate"), "no states of captions .* has too_long='truncate': choose 'drop'"),
     (False, train_a_vae, "trains a VAE, but data set .* holds latents"),
 ])
 def test_a_cache_for_something_else_is_refused(config, caches, tmp_path, features, change, message):

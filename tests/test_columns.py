@@ -104,3 +104,14 @@ def test_what_is_no_index_is_refused(path, way):
     path.write_bytes({"cut": data[:len(data) // 2], "text": b"no index", "header": data.replace(b"\x93NUMPY", b"\x93NUMBY")}[way])
   with pytest.raises(ValueError, match="index.npz is no index of a data set .*prepare it anew"):
     columns.map_columns(path)
+
+
+def test_a_mapped_file_that_fails_ends_the_process_in_a_sentence(tmp_path):
+  """One that was cut while it was in use, looked at by another thread than the first; the system says so by a signal."""
+  np.savez(tmp_path / "index.npz", ids=np.arange(10**5))
+  program = (f"import os, threading; from data_pipelines import columns; ids = columns.map_columns('{tmp_path}/index.npz')['ids']; "
+             f"os.truncate('{tmp_path}/index.npz', 4096); looks = threading.Thread(target=lambda: print(ids.sum())); looks.start(); looks.join()")
+  done = subprocess.run([sys.executable, "-c", program], cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+  assert done.returncode == 1 and done.stdout == ""
+  assert done.stderr == ("error: A file that is mapped cannot be read (SIGBUS), because its disk or mount fails, or it became shorter while it was "
+                         f"in use. Mapped are files in {tmp_path}. Mend it; the same command goes on where it was.\n")

@@ -22,7 +22,7 @@ from qimg2.runtime.config.sources import Source, check_source, parse_source
 from qimg2.training import faults, optim
 
 ROOT = pathlib.Path(__file__).parent.parent
-LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies", "order_dir"}  # keys that records of earlier programs do not have
+LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies", "order_dir", "too_long"}  # keys that records of earlier programs do not have
 
 
 def smoke():
@@ -223,6 +223,7 @@ def test_no_default_stands_twice():
     assert plain(section) == plain(value)
   assert base.part("one") == plain(DatasetSpec("", "one"))
   assert base.part("one", 0.5, min_stage=3, text=2.0) == plain(DatasetSpec("", "one", weight=0.5, min_stage=3, caption_weights={"text": 2.0}))
+  assert base.part("one", keep_tags=2, tag_separator=";") == plain(DatasetSpec("", "one", keep_tags=2, tag_separator=";"))
   for section, cls in ((run, RunConfig), (stage, StageConfig), (run.mesh, MeshConfig), (run.prepare, config.PrepareConfig),
                        (run.sampling, config.SamplingConfig), (stage.evaluation, config.EvaluationConfig)):
     assert set(section) == {field.name for field in dataclasses.fields(cls)} and defaults_of(cls) <= LATER, cls

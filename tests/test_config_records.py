@@ -3,17 +3,24 @@
 import copy
 import dataclasses
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from configs import quickstart
+from data_pipelines import embedded
+from data_pipelines.identity import identify
+from data_pipelines.records import checksum
 from data_pipelines.specs import Resolution
+from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.runtime import curriculum
 from qimg2.runtime import run as run_module
 from qimg2.runtime.config import parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record
+from qimg2.runtime.kept_data import data_changes, run_tokenizer
 from qimg2.runtime.run import FREE, load_run, save_config
 from qimg2.training.trainer import ORDER_KEYS
 
@@ -232,3 +239,51 @@ def test_a_record_that_cannot_be_understood_names_file_and_key(record, message, 
   with pytest.raises(ValueError) as caught:
     load_run(tmp_path)
   assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_data_made_anew_under_their_name_are_refused_or_said(tmp_path, capsys, caplog):
+  """The run goes on with its own tokenizer, and draws without any data; a copy, or the same data prepared again, are the same data."""
+  def config(place, num=4, seed=0):
+    cfg = quickstart.get_config("smoke")
+    cfg.data_dir, cfg.stages = str(tmp_path / place), cfg.stages[:1]
+    embedded.prepare("glyphs", cfg.data_dir, num, seed)
+    return parse(cfg)
+  run, first = tmp_path / "run", config("data")
+  fingerprint = PromptTokenizer.load(tmp_path / "data" / "glyphs").fingerprint
+  begin = lambda cfg, **allowed: save_config(cfg, run, tokenizer=run_tokenizer(cfg, run, trained=False), **allowed)
+  begin(first)
+  begin(config("again"))
+  other = config("other", 6, seed=1)
+  assert PromptTokenizer.load(tmp_path / "other" / "glyphs").fingerprint != fingerprint
+  begun = (run / "config.json").read_bytes()
+  said = r"data set 'glyphs' has other training records \(6 then, 9 now\) and other held-out records \(2 then, 2 now\) and another tokenizer"
+  with pytest.raises(ValueError, match=rf"The data of the run in .* are not what they were: {said}. Put them back, .* --allow_data_change"):
+    begin(other, allow_change=True, allow_version_change=True)
+  assert (run / "config.json").read_bytes() == begun and capsys.readouterr().err == ""
+  begin(other, allow_data_change=True)
+  assert re.fullmatch(f"{said}\n", capsys.readouterr().err)
+  begin(other)  # it is the run's now
+  shutil.rmtree(tmp_path / "other")
+  assert run_tokenizer(other, run, trained=True).fingerprint == fingerprint
+  # a run of an earlier version
+  (run / "tokenizer.json").unlink()
+  assert run_tokenizer(first, run, trained=True).fingerprint == fingerprint and "kept no tokenizer: it is read from" in caplog.text
+  with pytest.raises(ValueError, match="kept no tokenizer, and that of its data is gone .*other/glyphs.: put the data set back, or its"):
+    run_tokenizer(other, run, trained=True)
+
+
+@pytest.mark.parametrize("binding", [lambda data: {"data": identify(data, "glyphs")},
+                                     lambda data: {"dataset_sha256": checksum(data / "glyphs" / "dataset.json")}], ids=["now", "earlier version"])
+def test_a_latent_cache_is_of_the_data_set_that_it_was_made_of(tmp_path, binding):
+  cfg = quickstart.get_config("smoke")
+  cfg.data_dir, cfg.stages, cfg.stages[0].mixture[0].name = str(tmp_path), cfg.stages[:1], "glyphs_latents"
+  cfg, found = parse(cfg), lambda: list(data_changes(cfg, PromptTokenizer.load(tmp_path / "glyphs"), {}, {"glyphs_latents": {}}))
+  embedded.prepare("glyphs", tmp_path, 4)
+  (tmp_path / "glyphs_latents").mkdir()
+  meta = {"request": {"dataset": "glyphs", **binding(tmp_path)}, "facts": {}, "cache": {}}
+  (tmp_path / "glyphs_latents" / "dataset.json").write_text(json.dumps(meta))
+  assert found() == []
+  shutil.rmtree(tmp_path / "glyphs")
+  embedded.prepare("glyphs", tmp_path, 6)
+  sentence, = found()
+  assert re.match("data set 'glyphs_latents' holds latents of data set 'glyphs' as it was when .*, and this has (other|another) ", sentence)

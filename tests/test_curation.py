@@ -34,7 +34,8 @@ from qimg2.runtime.config import plain
 
 def settings(**changes):
   """The config for small pictures."""
-  return plain(curation.get_config("small")) | {"samples_per_unit": 16, "vocab_size": 300, "shard_gb": 1e-4} | changes
+  cfg = plain(curation.get_config("small"))
+  return cfg | {"samples_per_unit": 16, "vocab_size": 300, "shard_gb": 1e-4, "reading": cfg["reading"] | {"captions": "lines"}} | changes
 
 
 def dropped(path) -> collections.Counter:
@@ -91,7 +92,7 @@ def test_the_same_command_finds_it_and_another_is_refused(small):
   again = pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(), num_workers=1)
   assert again == facts | {"reused": True}
   meta = records.read_meta(facts["path"])["request"]
-  before = {key: value for key, value in meta["config"].items() if key != "shard_gb"}
+  before = {key: value for key, value in meta["config"].items() if key not in ("shard_gb", "reading")}
   before["encode"] = {key: value for key, value in before["encode"].items() if key != "alpha"}
   assert pipeline._difference(meta | {"config": before}, meta) == "", "of a version without these keys"
   with pytest.raises(ValueError, match=r"holds a data set with another config \(validation_share\): remove that folder, or choose another --name"):
@@ -196,7 +197,8 @@ def test_a_changed_source_or_config_does_not_go_on(small, tmp_path, monkeypatch)
 
 
 def launch(*arguments, **options):
-  command = [sys.executable, "-m", "launch.prepare_data", "--config=configs/curation.py:small", "--config.samples_per_unit=16", *arguments]
+  command = [sys.executable, "-m", "launch.prepare_data", "--config=configs/curation.py:small", "--config.samples_per_unit=16", "--captions=lines",
+             *arguments]
   return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
 
 

@@ -328,9 +328,12 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   assert "| low_resolution |" in early and "| sft |" not in early and "Evaluation of stage" not in early
   assert "ema/val_loss |" in card and "Evaluation of stage" in card and "from_pretrained" in card and "jax " in card
   assert pipeline._drop_idx == smoke_run.nets.num_system_tokens
-  found = {"__name__": "card"}
-  exec(card.split("With qimg2")[1].split("```python\n")[1].split("```")[0].replace(f'"{out.name}"', repr(str(out))), found)
-  assert found["weights"].keys() == smoke_run.nets.specs().keys()
+  for dtype, folder in (("float32", out), ("bfloat16", export(smoke_run, tmp_path / "half"))):
+    found = {"__name__": "card"}
+    for part in (folder / "README.md").read_text().split("```python\n")[1:]:  # what it says runs as it stands
+      exec(part.split("```")[0].replace(f'"{folder.name}"', repr(str(folder))), found)
+    assert {str(found["pipe"].components[name].dtype) for name in ("transformer", "text_encoder", "vae")} == {f"torch.{dtype}"}
+    assert found["image"].size == (bucket.width, bucket.height) and found["pictures"].shape[:3] == (1, bucket.height, bucket.width)
 
 
 def test_command_line(smoke_run, tmp_path):

@@ -1,6 +1,7 @@
 """The launchers as a user meets them."""
 
 import json
+import zlib
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from qimg2.runtime.config import plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import sampling_weights
+from qimg2.sampler import sample_noise
 
 
 @pytest.mark.slow
@@ -98,6 +100,9 @@ def test_an_edit_sees_its_own_image(smoke_run):
   assert np.abs(latents[0] - latents[1]).max() > 1e-2
   swapped, _ = generator.draw(weights, prompts, images=[images[::-1]], noise=noise)
   np.testing.assert_allclose(swapped, latents[::-1], atol=1e-4)
+  # Without noise of its own it begins with one that depends on the seed, its number and its image.
+  own = sample_noise(jax.random.key(5), np.array([zlib.crc32(image.tobytes(), i) for i, image in enumerate(images)], np.uint32), (4, 4, 8))
+  np.testing.assert_array_equal(generator.draw(weights, prompts, 5, [images])[0], generator.draw(weights, prompts, 5, [images], noise=own)[0])
 
 
 def test_sampling_by_command(smoke_run, tmp_path):

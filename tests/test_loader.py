@@ -1,10 +1,18 @@
 """Batch k is a function of (seed, mixture, k): of nothing else, and of all of these."""
 
 import collections
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
+import pathlib
+import subprocess
 import sys
+import time
+import types
 
+import commands
 import numpy as np
 import pytest
 from absl import flags
@@ -14,11 +22,14 @@ from data_pipelines.embedded import glyph_edits, glyphs
 from data_pipelines.embedded.glyphs import Attributes
 from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
+from data_pipelines.tags import vary
 from data_pipelines.transforms import encode_png
+from qimg2.runtime import left_out
 
 RATIOS = ("1:1", "1:2", "2:1")
 DEFAULT = (Resolution(64, 8, RATIOS, multiple=16),)
 NUM_TRAIN = 90
+TAGS = ("shuffle_tags", "drop_tags", "keep_tags", "tag_separator")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +47,7 @@ def tokenizer(data):
 
 
 def make(data, tokenizer, seed=0, sets=1, weights=(1.0, 3.0), resolutions=DEFAULT, **options):
-  spec_options = {key: options.pop(key) for key in ("min_quality", "languages", "split", "task") if key in options}
+  spec_options = {key: options.pop(key) for key in ("min_quality", "languages", "split", "task", *TAGS) if key in options}
   datasets = [DatasetSpec(str(folder), "glyphs", weight=w, **spec_options) for folder, w in zip(data[:sets], weights)]
   return Loader(datasets, resolutions, 64, tokenizer, seed, **options)
 
@@ -110,6 +121,41 @@ def test_each_record_comes_exactly_once_per_epoch(data, tokenizer):
   assert union == set(range(NUM_TRAIN))
 
 
+def test_tags_vary_with_the_sample_and_the_epoch_alone(data, tokenizer):
+  options = dict(zip(TAGS, (True, 0.2, 2, " "))) | {"caption_dropout": 0.0}
+  spec = DatasetSpec("", "", **{name: options[name] for name in TAGS})
+  loader, parts = make(data, tokenizer, **options), [make(data, tokenizer, process_index=i, process_count=2, **options) for i in range(2)]
+  prompts = lambda batch: list(map(tokenizer.decode_prompt, batch["tokens"]))
+  by_epoch = collections.defaultdict(dict)
+  for k in range(24):
+    plan, batch = loader.mixture.plan(k), loader.batch(k)[1]
+    for row, text in enumerate(prompts(batch)):
+      captions, epoch = glyphs.example(int(batch["sample_id"][row]), seed=0)["captions"], int(plan.epochs[row])
+      varied = {vary(caption, spec, (0, 5, int(batch["sample_id"][row]), epoch)): caption for caption in captions}
+      assert text in varied and text.split()[:2] == varied[text].split()[:2] and set(text.split()) <= set(varied[text].split())
+      by_epoch[int(batch["sample_id"][row]), varied[text]][epoch] = text
+    assert prompts(batch) == [text for part in parts for text in prompts(part.batch(k)[1])]
+  assert any(len(set(texts.values())) > 1 for texts in by_epoch.values())
+  varied, plain = (next(make(data, tokenizer, split="validation", **some).evaluation_batches(8)) for some in (options, {}))
+  assert_same(varied, plain)
+
+
+def test_tags_whose_order_would_be_too_long_are_as_they_are_written(data, tokenizer):
+  captions = {i: glyphs.example(i, seed=0)["captions"] for i in range(NUM_TRAIN)}
+  longest = max(int(tokenizer.count(some).max()) for some in captions.values())
+  spec = DatasetSpec(str(data[0]), "glyphs", shuffle_tags=True, tag_separator=" ")
+  loader = Loader([spec], DEFAULT, longest, tokenizer, 0, caption_dropout=0.0)
+  seen = collections.Counter()
+  for k in range(24):
+    plan, (_, batch) = loader.mixture.plan(k), loader.batch(k)
+    for i, epoch, tokens in zip(batch["sample_id"].tolist(), plan.epochs.tolist(), batch["tokens"]):
+      text, varied = tokenizer.decode_prompt(tokens), {caption: vary(caption, spec, (0, 5, i, epoch)) for caption in captions[i]}
+      was_too_long = text in varied and varied[text] != text
+      assert int(tokenizer.count([varied[text]])[0]) > longest if was_too_long else text in varied.values()
+      seen[was_too_long] += 1
+  assert seen[True] and seen[False] and not loader.faults
+
+
 def test_shares_follow_the_weights(data, tokenizer):
   loader = make(data, tokenizer, sets=2, resolutions=[
       Resolution(32, 8, ("1:1",), weight=1.0), Resolution(64, 4, ("1:1",), weight=4.0)], max_crop=0.6)
@@ -149,10 +195,50 @@ def test_resume_equals_no_interruption_and_seed_matters(data, tokenizer):
 @pytest.mark.slow
 def test_worker_processes_change_nothing(data, tokenizer):
   flags.FLAGS.mark_as_parsed()
-  plain = itertools.islice(make(data, tokenizer).iterate(3), 5)
-  workers = itertools.islice(make(data, tokenizer, num_workers=2).iterate(3), 5)
-  for first, second in zip(plain, workers, strict=True):
+  plain, before = itertools.islice(make(data, tokenizer).iterate(3), 5), set(os.listdir("/dev/shm"))
+  with contextlib.closing(make(data, tokenizer, num_workers=2).iterate(3)) as workers:
+    kept = list(itertools.islice(workers, 5))
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+  for first, second in zip(plain, kept, strict=True):
     assert_same(first, second)
+  assert not any(process.is_alive() for process in processes)
+  gone_soon(lambda: set(os.listdir("/dev/shm")) - before, "shared memory, although batches are still in use")
+
+
+FOREVER = """
+from absl import flags
+from data_pipelines import records
+from data_pipelines.loader import Loader
+from data_pipelines.specs import DatasetSpec, Resolution
+flags.FLAGS.mark_as_parsed()
+tokenizer = records.load_tokenizer({folder!r}, "glyphs")
+loader = Loader([DatasetSpec({folder!r}, "glyphs")], [Resolution(64, 8, ("1:1",))], 96, tokenizer, 0, num_workers=1)
+for _ in loader.iterate():
+  print("read", flush=True)
+"""
+
+
+def gone_soon(left, what):
+  """Waits until `left()` is empty."""
+  limit = time.monotonic() + 60
+  while left():
+    assert time.monotonic() < limit, f"There is still {what}: {left()}."
+    time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed_and_leave_nothing(data):
+  before = set(os.listdir("/dev/shm"))
+  with subprocess.Popen([sys.executable, "-c", FOREVER.format(folder=str(data[0]))], cwd=commands.ROOT, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE, text=True) as one:
+    assert one.stdout.readline() == "read\n"
+    children = [int(pid) for path in pathlib.Path(f"/proc/{one.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    assert len(children) >= 2, "a worker, and the tracker of its shared memory"
+    one.kill()
+    gone_soon(lambda: [pid for pid in children if os.path.exists(f"/proc/{pid}")], "a child")
+    assert "leaked" not in one.stderr.read()
+  gone_soon(lambda: set(os.listdir("/dev/shm")) - before, "shared memory")
 
 
 def test_edits_bring_their_source_and_instruction(data, tokenizer):
@@ -279,6 +365,32 @@ def test_a_prompt_that_another_tokenizer_makes_too_long_is_replaced(data, tokeni
   for k in range(6):
     assert loader.batch(k)[1]["token_count"].max() <= middle
   assert loader.faults and all(f"more than the {middle} of the bucket" in fault.sentence for fault in loader.faults)
+
+
+def test_what_is_left_out_is_one_line_and_their_names_are_in_a_file(data, tokenizer, tmp_path, capsys):
+  index = records.open_split(data[0], "glyphs", "train")[1]
+  alone = ~index["source_sizes"].any((1, 2))
+  longest = np.array([some.max() for some in np.split(np.array(index["caption_tokens"]), np.cumsum(index["num_captions"])[:-1])])
+  most = int(np.median(longest[alone]))
+  wanted = np.array(index["sample_id"])[alone & (longest > most)].tolist()
+  load = lambda **more: Loader([DatasetSpec(str(data[0]), "glyphs")], DEFAULT, most, tokenizer, 0, max_crop=0.9, caption_dropout=0.0, **more)
+  tell = lambda loader: left_out.say(types.SimpleNamespace(name="first"), loader, tmp_path / "first")
+  tell(load())
+  named = tmp_path / "first" / "left_out.jsonl"
+  assert 5 < len(wanted) < NUM_TRAIN and capsys.readouterr().out == (
+      f"Stage first: {NUM_TRAIN - len(wanted)} of {NUM_TRAIN} records are used, {len(wanted)} are left out: {len(wanted)} with a caption longer than "
+      f"num_tokens; raise num_tokens, or set too_long='truncate'. Their names: {named}.\n")
+  rows = [json.loads(line) for line in named.read_text().splitlines()]
+  assert [row["sample_id"] for row in rows] == wanted and {(row["dataset"], row["reason"]) for row in rows} == {("glyphs", "too_long")}
+  assert all(max(len(tokenizer.encode(caption)) for caption in row["captions"]) > most for row in rows)
+  cut = load(truncate=True)
+  tell(cut)
+  assert capsys.readouterr().out == f"Stage first: all {NUM_TRAIN} records are used.\n" and not named.exists()
+  batches = [cut.batch(k)[1] for k in range(3 * NUM_TRAIN // 8)]
+  seen = {i: tokenizer.decode_prompt(tokens) for batch in batches for i, tokens in zip(batch["sample_id"].tolist(), batch["tokens"])}
+  whole = {row["sample_id"]: row["captions"] for row in rows}
+  assert not cut.faults and all(any(caption.startswith(seen[i]) for caption in whole[i]) for i in wanted)
+  assert any(seen[i] not in whole[i] for i in wanted), "one of them was cut"
 
 
 def test_no_tensorflow():

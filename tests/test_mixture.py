@@ -43,7 +43,9 @@ def caption_lengths(world, spec, i):
   for j in range(first, first + int(index["num_captions"][i])):
     language, kind = LANGUAGES[index["caption_language"][j]], KINDS[index["caption_kind"][j]]
     if (not spec.languages or language in spec.languages) and (not spec.caption_weights or spec.caption_weights.get(kind, 0) > 0):
-      found.append(int(index["caption_tokens"][j]) if index["tokenizer"] == TOKENIZER.fingerprint else world.options["num_tokens"])
+      most, length = world.options["num_tokens"], int(index["caption_tokens"][j])
+      known = index["tokenizer"] == TOKENIZER.fingerprint
+      found.append(most if not known or length > most and world.options.get("truncate") else length)
   return found
 
 
@@ -147,6 +149,11 @@ def test_counts_add_up_and_name_the_right_reason(world):
         for reason in REASONS[:-1]:
           assert sum(getattr(count, reason) for count in counts) == fates[reason]
         assert sum(count.rare for count in counts) == len(good) - len(kept)
+    usage, used = mixture.usage[d], {i for cell in cells_of(mixture, d) for i in cell.records.tolist()}
+    fates = {i: fate(world, spec, world.resolutions[0], i) for i in range(len(world.indices[spec.name]["height"]))}
+    why = {i: reason or "rare" for i, reason in fates.items() if reason is not None and i not in used}
+    assert (usage["records"], usage["used"], usage["left_out"]) == (len(why) + len(used), len(used), collections.Counter(why.values()))
+    assert dict(usage["named"]) == why and len(usage["named"]) == len(why)
 
 
 @repeat(80)
@@ -321,13 +328,6 @@ def test_looking_at_records_in_pieces_changes_nothing(world, max_programs):
 def test_prompt_classes_put_short_captions_into_short_buckets():
   mixture = world_of(plain_index([(64, 64)] * 6, tokens=[20, 24, 25, 40, 41, 64]), prompt_classes=(24, 40)).build()
   assert {mixture.buckets[cell.bucket].num_tokens: cell.records.tolist() for cell in cells_of(mixture)} == {24: [0, 1], 40: [2, 3], 64: [4, 5]}
-
-
-def test_the_longest_of_the_usable_captions_decides():
-  index = plain_index([(64, 64)]) | {"num_captions": np.array([3]), "caption_tokens": np.array([22, 30, 50]),
-                                     "caption_language": np.array([1, 0, 2]), "caption_kind": np.zeros(3, int)}
-  length = lambda **spec: world_of(index, prompt_classes=(24, 40), spec=spec).build().buckets[0].num_tokens
-  assert [length(languages=languages) for languages in (("en",), ("en", "de"), ())] == [24, 40, 64]
 
 
 def test_another_tokenizer_puts_everything_into_the_longest_class():

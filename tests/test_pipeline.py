@@ -167,7 +167,7 @@ def test_the_size_of_an_edit_is_the_pipelines(folders, tmp_path):
   image.save(tmp_path / "image.png")
   source = Pretrained(folders(0), devices=jax.devices()[:1])
   defaults = pretrained_defaults(source) | {"num_steps": 1}
-  request = Request(("x",), images=(str(tmp_path / "image.png"),), output_resolution=RESOLUTION)
+  request = Request(("x",), images=(str(tmp_path / "image.png"),), output_resolution=RESOLUTION + 7)  # rounded down, and that is said
   _, pictures, _ = sample(source, lambda: weights_of(folders(0)), request, defaults)
   theirs = pipeline(folders(0))("x", image=[image], num_inference_steps=2, output_resolution=RESOLUTION, output_type="np").images[0]
   assert pictures[0].shape == theirs.shape
@@ -194,9 +194,10 @@ def test_the_command_edits_with_a_published_folder(folders, tmp_path):
 @pytest.mark.slow
 def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
   result = launch("launch.sample", f"--pretrained={folders(0)}", "--prompt=a poster", "--prompt=a red word", "--num_images_per_prompt=2",
-                  "--height=32", "--width=64", "--dtype=bfloat16", "--nocache", "--sigmas=1.0,0.8,0.3", f"--out={tmp_path}/out.png",
+                  "--height=47", "--width=64", "--dtype=bfloat16", "--nocache", "--sigmas=1.0,0.8,0.3", f"--out={tmp_path}/out.jpg",
                   f"--pictures={tmp_path}/each", f"--save_latents={tmp_path}/latents.npy")
   assert result.returncode == 0 and "4 pictures" in result.stdout, result.stderr
+  assert "--height=47 is drawn at 32: it must be a multiple of 32." in result.stderr and Image.open(tmp_path / "out.jpg").format == "JPEG"
   assert sorted(path.name for path in (tmp_path / "each").iterdir()) == [f"000{i}.png" for i in range(4)]
   latents = np.load(tmp_path / "latents.npy")
   assert latents.shape == (4, 2, 4, 8) and all((latents[i] != latents[j]).any() for i in range(4) for j in range(i))
@@ -215,7 +216,8 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
     (("--pretrained={folder}", "--sigmas=1,0.5", "--num_steps=3"), "--num_steps=3 does not go with the 2 sampling times that --sigmas gives"),
     (("--pretrained={folder}", "--sigmas=1,x"), "--sigmas=1,x is not understood"),
     (("--pretrained={folder}", "--sigmas=0.5,0.9"), "must fall from at most 1"),
-    (("--pretrained={folder}", "--height=40", "--width=64"), "picture of 40 x 64 px cannot be drawn"),
+    (("--pretrained={folder}", "--height=20", "--width=64"), "--height=20 is too small: it must be at least 32"),
+    (("--pretrained={folder}", "--out={folder}/x.tiff"), "x.tiff does not say what kind of picture it is: let it end in .png, .jpg, .jpeg, .webp."),
     (("--pretrained={folder}", "--image={folder}/image.png", "--output_resolution=4096"), "16777216 px at output_resolution 4096"),
 ])
 def test_mistakes_end_in_one_sentence(folders, arguments, message, monkeypatch):

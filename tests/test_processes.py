@@ -140,9 +140,10 @@ def test_runs_that_are_asked_to_stop_end_bit_identical(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_process_reads_back_what_it_wrote(tmp_path):
+def test_each_process_reads_back_what_it_wrote_and_all_save_whatever_each_of_them_lists(tmp_path):
   """So that the checksums of a large checkpoint are there within a notice of preemption."""
-  together(2, "tests/worker.py", "--do=save", f"--workdir={tmp_path}", heartbeat_s=UNHURRIED_S)
+  together(2, "tests/worker.py", "--do=save", f"--workdir={tmp_path}", heartbeat_s=UNHURRIED_S, timeout=PATIENCE_S)
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4", "9"]
   hashed = [json.loads((tmp_path / f"hashed{i}.json").read_text().replace(manifest.TEMPORARY, "")) for i in range(2)]
   step = tmp_path / "checkpoints" / "3"
   hashed = [[os.path.relpath(path, step) for path in paths] for paths in hashed]

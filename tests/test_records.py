@@ -11,7 +11,8 @@ import pytest
 from commands import launch, process
 
 from configs import quickstart
-from data_pipelines import embedded, records
+from data_pipelines import columns, embedded, records
+from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import decode_image
 from qimg2.runtime import run
 from qimg2.runtime.config import parse, plain
@@ -152,3 +153,46 @@ def test_columns_that_do_not_go_together_are_refused(tmp_path, name, what):
   num = len(index[name])
   with pytest.raises(ValueError, match=f"index-train.npz has the column {name} of {num - 1} {what}, and others of {num}: copy it again"):
     records.open_split(tmp_path, "glyphs", "train")
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_indices_of_parts_become_one(monkeypatch, tmp_path, large):
+  """Languages are numbered anew, and rows of fewer condition images get zeros. What is large is in files, and comes to a data set from there."""
+  monkeypatch.setattr(columns, "LARGE", 1 if large else 2**22)
+  tokenizer, parts, made = train_tokenizer(["a b"], 300), [], []
+  for languages, sizes in ((["en", "de"], [(4, 8)]), (["fr"], []), ([], []), (["de", "de", "en"], [(1, 2), (3, 4)])):
+    part = records.Columns()
+    for _ in range(2 if languages else 0):
+      made.append({"height": 5 + len(made), "width": 6, "sample_id": 7 * len(made), "captions": ["a"] * len(languages), "languages": languages,
+                   "source_height": [height for height, _ in sizes], "source_width": [width for _, width in sizes]})
+      part.add(made[-1])
+    parts.append(part.arrays(tokenizer))
+  whole = records.Columns()
+  for record in made:
+    whole.add(record)
+  joined, expected = records.join_indices(lambda: iter(parts)), whole.arrays(tokenizer)
+  assert isinstance(joined["height"], np.memmap) == isinstance(joined["source_sizes"], np.memmap) == large
+  np.savez(tmp_path / "joined.npz", **joined)
+  found = columns.map_columns(tmp_path / "joined.npz")
+  assert list(found) == list(joined) and found.keys() == expected.keys()
+  for name, column in expected.items():
+    assert found[name].dtype == column.dtype and found[name].tolist() == column.tolist(), name
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_an_index_that_was_replaced_is_refused(tmp_path, monkeypatch, large):
+  """By one of the same length, which the kept order of the records would not be that of; of a large one not all bytes are read."""
+  embedded.prepare("glyphs", tmp_path, num_examples=3)
+  monkeypatch.setattr(records, "_READ_WHOLE", 0 if large else 2**26)
+  monkeypatch.setattr(records, "sampled_digest" if not large else "checksum", None)
+  assert len(records.open_split(tmp_path, "glyphs", "train")[0]) == 4
+  path = tmp_path / "glyphs" / "index-train.npz"
+  whole = path.read_bytes()
+  with np.load(path) as file:
+    index = dict(file)
+  np.savez(path, **index | {"caption_tokens": index["caption_tokens"] + 1})
+  assert path.stat().st_size == len(whole)
+  with pytest.raises(ValueError, match="index-train.npz is not the index that dataset.json beside it was written with: copy both again"):
+    records.open_split(tmp_path, "glyphs", "train")
+  path.write_bytes(whole)
+  records.open_split(tmp_path, "glyphs", "train")

@@ -308,6 +308,13 @@ def test_a_compiler_that_ends_is_named():
     steps._measure_in_child(steps.ChildProcess("cpu:1"), quickstart.get_config("smoke"), "none", None, "step", 0)
 
 
+def test_what_a_program_does_not_read_takes_memory_all_the_same():
+  shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  arguments = {"read": shape(3, 5), "not": [shape(7, 11), shape(2)]}, shape(4)
+  text = jax.jit(lambda one, other: one["read"] + one["not"][1].sum() + other.sum()).lower(*arguments).compile().as_text()
+  assert steps._unread_bytes(arguments, text) == 4 * 7 * 11
+
+
 def launch(*arguments):
   on_tpu = any(argument.startswith("--topology=v") for argument in arguments)  # its compiler does not know the CPU's flags
   env = {name: value for name, value in os.environ.items() if not (on_tpu and name == "XLA_FLAGS")}

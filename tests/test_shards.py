@@ -11,6 +11,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines import shards
+from data_pipelines.loader import named_ends
 from tests import test_fuzz_records as fuzz
 
 NUM_FILES, PER_FILE = 9, 5
@@ -83,22 +84,35 @@ def test_a_failure_that_passes_is_waited_for(paths, monkeypatch):
   assert pauses == [0.5, 1, 2]
 
 
-@pytest.mark.parametrize("way, words", [("gone", "open() failed: No such file"), ("unreadable", "read() failed: Is a directory")])
-def test_a_failure_that_stays_stops_the_run_and_no_record_counts_as_broken(tmp_path, pauses, way, words):
+class Failing:
+  """A reader of a file that cannot be read, in the reader's own words."""
+
+  def __init__(self, path, **options):
+    self._path = path
+
+  def read(self, positions):
+    raise RuntimeError("INTERNAL: pread() failed: Input/output error")
+
+  def close(self):
+    pass
+
+
+@pytest.mark.parametrize("way, words", [("gone", "open() failed: No such file"), ("unreadable", "pread() failed: Input/output error")])
+def test_a_failure_that_stays_stops_the_run_and_no_record_counts_as_broken(tmp_path, pauses, monkeypatch, way, words):
   made = [fuzz.glyphs.example(i, seed=0) for i in range(60)]
   fuzz.write(tmp_path, made, [{}] * 60)
   loader = fuzz.open_loader(tmp_path, max_faulty=1.0)
   path = next((tmp_path / fuzz.DATA / fuzz.records.VERSION).glob("*train*"))
   whole = path.read_bytes()
-  path.unlink()
-  if way == "unreadable":
-    path.mkdir()
-  with pytest.raises(OSError, match="7 times in a row") as caught:
-    loader.batch(0)
+  with monkeypatch.context() as patch:
+    if way == "gone":
+      path.unlink()
+    else:
+      patch.setattr(shards, "ArrayRecordReader", Failing)
+    with pytest.raises(OSError, match="7 times in a row") as caught:
+      loader.batch(0)
   assert words in str(caught.value) and path.name in str(caught.value) and loader.faults == []
   assert sum(pauses) == 31.5
-  if way == "unreadable":
-    path.rmdir()
   path.write_bytes(whole)
   assert len(loader.batch(0)[1]["sample_id"]) == 8  # the storage is back
 
@@ -123,3 +137,14 @@ def test_too_few_files_may_be_open(paths):
     assert shards.Shards(paths, [PER_FILE] * NUM_FILES)[7] == record(7)
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_worker_process_that_ends_is_a_sentence():
+  def batches(words):
+    yield 0, {}, []
+    raise RuntimeError(words)
+
+  with pytest.raises(OSError, match="A worker process that loads data ended with -9: what it said stands above"):
+    list(named_ends(batches("Worker process was terminated unexpectedly with exit code -9. Search the logs above for the source of the crash.")))
+  with pytest.raises(RuntimeError, match="a defect"):
+    list(named_ends(batches("a defect")))

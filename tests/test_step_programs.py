@@ -1,5 +1,6 @@
 """Programs that are compiled while a stage trains."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -8,7 +9,12 @@ import time
 
 import pytest
 
+from qimg2.runtime.rehearsal import steps
+from qimg2.training.faults import Settings
 from qimg2.training.programs import StepPrograms, num_threads
+from qimg2.training.stage import step_parts
+from qimg2.training.state import abstract_state
+from tests.jobs import toy, toy_methods
 
 
 class Compiler:
@@ -87,3 +93,14 @@ def test_a_process_that_is_asked_to_stop_does_not_wait_for_a_compiler():
 
 def test_threads():
   assert [num_threads(num) for num in (1, 2, 31, 32, 208)] == [1, 1, 1, 2, 8]
+
+
+def test_what_adds_a_micro_batch_keeps_no_argument_that_it_does_not_read():
+  """The compiler for TPUs crashes where it is told to keep them, on steps of pictures, which leave the vision tower aside."""
+  job = toy.Job("supervised", settings=dataclasses.replace(toy.SETTINGS, accumulate=2), tolerance=Settings(stop_after="micro_batch"))
+  stage, mesh, rules = toy.stage_of(job)
+  state = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
+  _, add, _ = step_parts(stage, toy_methods.Nets(), state, {}, mesh)(0)
+  moments = sum(steps._bytes(own) for own in state.opt.values())
+  assert moments >= 2 * steps._bytes(state.params)
+  assert steps._unread_bytes(add.arguments, add.compile({}).as_text()) >= moments

@@ -87,6 +87,18 @@ def test_too_long_prompt_is_named_with_both_lengths(tokenizer):
     tokenizer.encode_batch(["a red star"], 12)
 
 
+@pytest.mark.parametrize("grids", [(), ((2, 1),)])
+def test_too_long_a_text_is_cut_at_its_end_and_nothing_around_it(tokenizer, grids):
+  whole, empty, reply = tokenizer.encode("a red star on white", grids), tokenizer.encode("", grids), tokenizer.encode("")[-3:]
+  length = len(whole) - 2
+  (tokens,), (count,) = tokenizer.encode_batch(["a red star on white"], length, grids, truncate=True)
+  end = len(whole) - len(tokenizer._reply)
+  assert count == length and tokens.tolist() == whole[:end - 2] + whole[end:] and tokens[-3:].tolist() == reply
+  assert "a red star on white".startswith(tokenizer.decode_prompt(tokens)) and 5 < len(tokenizer.decode_prompt(tokens)) < 19
+  with pytest.raises(ValueError, match="more than the"):  # the template does not fit
+    tokenizer.encode_batch(["a red star"], len(empty) - 2, grids, truncate=True)
+
+
 def test_training_is_deterministic_and_bounded():
   first, second = train_tokenizer(CAPTIONS, 300), train_tokenizer(CAPTIONS[::-1], 300)
   assert pickle.dumps(first) == pickle.dumps(second)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import base, emoji, folder, pretrain
 from data_pipelines.mixture import Mixture
-from qimg2.runtime import curriculum, suites
+from qimg2.runtime import curriculum, lock, suites
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run
@@ -30,7 +30,7 @@ def files(run):
 
 def test_smoke_writes_what_it_promises(smoke_run):
   names = files(smoke_run)
-  assert {"config.json", "report.html", "evaluation.json", "evaluation.png"} <= names
+  assert {"config.json", "tokenizer.json", "report.html", "evaluation.json", "evaluation.png"} <= names
   for stage in smoke_run.cfg.stages:
     assert {f"{stage.name}/metrics.jsonl", f"{stage.name}/timing.jsonl", f"{stage.name}/samples/00000002.png"} <= names
     rows = read_rows(smoke_run.workdir / stage.name / "metrics.jsonl")
@@ -62,6 +62,10 @@ def test_training_again_changes_nothing_and_reads_nothing(smoke_run, smoke_confi
   with pytest.raises(TypeError):  # there is no loader
     train(cfg, workdir)
   assert not (workdir / "evaluation.json").exists()  # it was of weights that are gone
+  assert not (workdir / lock.NAME).exists()
+  monkeypatch.setattr(lock, "BEAT_S", 0.1)
+  with lock.RunLock(workdir, print), pytest.raises(ValueError, match="is being trained by process"):
+    train(cfg, workdir)
 
 
 @pytest.mark.slow
@@ -263,7 +267,7 @@ def test_a_frozen_network_is_drawn_from_the_seed_only_where_the_config_says_so(s
     pytest.param(pretrain, {1}, marks=pytest.mark.apart("pretrain")), (folder, {1}),
     pytest.param(emoji, {2}, marks=[needs_emoji, pytest.mark.apart("emoji")])])
 def test_smoke_of_the_other_configs(module, trained, data_dir, tmp_path, one_device, monkeypatch):
-  """A stage of the generator is trained. All of the others is built; programs that no stage had before are lowered, but neither compiled nor run."""
+  """A stage of the generator is trained. All of the others is built, and programs that no stage had before are lowered, not compiled or run."""
   cfg = module.get_config("smoke")
   cfg.data_dir = str(data_dir)
   Run(cfg, tmp_path)  # whose stages start from each other as they should

@@ -3,12 +3,15 @@
   python tests/worker.py --do=batches --workdir=... (one JSON list of sample ids per batch, by process 0)
   python tests/worker.py --do=stop --workdir=... (two stages that are asked to stop; prints where they stopped, the ids of all processes, and what
       a wait for a program says)
-  python tests/worker.py --do=save --workdir=... (one checkpoint; each process writes to hashed<i>.json which files it read to compute checksums)
+  python tests/worker.py --do=save --workdir=... (one checkpoint; each process writes to hashed<i>.json which files it read to compute checksums; then
+      the same is to be saved again, and one more, while process 0 does not see a step 9 that there is, and the others do not see step 3)
   python tests/worker.py --do=wait --workdir=... [--victim=1 --mistake] (collectives for two minutes; the victim raises)
 """
 
 import json
+import os
 import pathlib
+import shutil
 import sys
 import threading
 import time
@@ -16,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
@@ -47,10 +51,20 @@ def save(args):
   mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
   params = put_global_batch({"w": jnp.arange(64.0 * jax.device_count())}, mesh, {"batch": ("fsdp",)})
   step, key = jax.jit(lambda: (jnp.int32(3), jax.random.key(0)), out_shardings=NamedSharding(mesh, PartitionSpec()))()
+  state = TrainState(step, {"model": params}, {}, {}, {}, key)
   writer = checkpoint.Checkpoints(folder / "checkpoints", keep=2)
-  writer.save(TrainState(step, {"model": params}, {}, {}, {}, key), {})
+  writer.save(state, {})
   writer.close()
   (folder / f"hashed{jax.process_index()}.json").write_text(json.dumps(hashed), encoding="utf-8")
+  if processes.is_first():
+    shutil.copytree(folder / "checkpoints" / "3", folder / "checkpoints" / "9")
+  multihost_utils.sync_global_devices("9 is there")
+  listdir, hidden = os.listdir, "9" if processes.is_first() else "3"
+  os.listdir = lambda path=".": [name for name in listdir(path) if not (name == hidden and os.fspath(path).endswith("checkpoints"))]
+  writer = checkpoint.Checkpoints(folder / "checkpoints", keep=2)
+  for one in (state, state.replace(step=step + 1)):
+    writer.save(one, {})
+  writer.close()
 
 
 def wait(args):

@@ -38,8 +38,19 @@ def record(sample: Sample, settings: dict, stage: int) -> dict:
       "image": image, "height": height, "width": width, "quality": float(sample.quality), "stage": stage,
       "has_text": bool(sample.tags.get("has_text", False)), "captions": [caption.text for caption in sample.captions],
       "languages": [caption.language for caption in sample.captions], "kinds": [caption.kind for caption in sample.captions],
-      "attributes": json.dumps({**sample.attributes, "key": sample.key, "tags": sample.tags}, ensure_ascii=False, sort_keys=True),
+      "attributes": json.dumps(_attributes(sample), ensure_ascii=False, sort_keys=True),
       "sources": [data for data, _ in sources], "source_height": [size[0] for _, size in sources], "source_width": [size[1] for _, size in sources]}
+
+
+def _attributes(sample: Sample) -> dict:
+  """What the source says, with the sample's name there and what curation found out: `key` and `tags`; or where the source has keys of these names of
+  its own, `curation` with both."""
+  ours, name = {"key": sample.key, "tags": sample.tags}, "curation"
+  if not ours.keys() & sample.attributes.keys():
+    return sample.attributes | ours
+  while name in sample.attributes:
+    name += "_"
+  return sample.attributes | {name: ours}
 
 
 def shrink(data: bytes, pixels: np.ndarray, max_px: int, file_format: str, quality: int, alpha: bool = False) -> tuple[bytes, tuple[int, int]]:

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,12 +26,15 @@ from data_pipelines import records
 from data_pipelines.curation import encode, files
 from data_pipelines.curation.measures import perceptual_hash
 from data_pipelines.curation.operators import Step, make_operators
+from data_pipelines.curation.reading import NeedsAnswer
 from data_pipelines.curation.sample import Drop, Sample
 from data_pipelines.curation.sources import Unit, read_unit
 from data_pipelines.tokenizer import PromptTokenizer
 
 THUMB_PX = 112
 EXAMPLES = 24  # of each reason, and of what is kept, that the report shows; each unit leaves at least six
+SENTENCES = 50  # kinds of them, that are counted of each reason
+_VARYING = re.compile(r"'(?:[^'\\]|\\.)*'|\S*[\d./]\S*")  # names and numbers in a sentence
 TOKENIZER_CAPTIONS = 200_000  # as many captions teach the tokenizer
 DUPLICATE = "duplicate"
 
@@ -57,6 +61,11 @@ class Job:
     """The curation config."""
     return json.loads(self.config)
 
+  @property
+  def errors(self) -> str:
+    """The folder in which units leave sentences for the user."""
+    return files.join(self.work, "errors")
+
   def path(self, phase: str, unit: int, suffix: str) -> str:
     """The file that a phase leaves for a unit."""
     return files.join(self.work, phase, f"{unit:06d}{suffix}")
@@ -77,10 +86,16 @@ class Row:
 
 
 def survey(job: Job, unit: Unit) -> list[Row]:
-  """Runs the steps before "duplicate" on a unit; returns the samples that passed."""
+  """Runs the steps before "duplicate" on a unit; returns the samples that passed. None once the user has to be asked something: the question is left
+  with the errors, and is no error, which a runner would show at length."""
   path = job.path("survey", unit.number, ".json")
   if not files.exists(path):
-    leave_errors(job, unit.number, lambda: _write_survey(job, unit, path))
+    if files.names(job.errors):
+      return []
+    try:
+      leave_errors(job, unit.number, lambda: _write_survey(job, unit, path))
+    except NeedsAnswer:
+      return []
   return [Row(unit.number, *row) for row in json.loads(files.read(path))["rows"]]
 
 
@@ -211,22 +226,31 @@ class Tally:
   def __init__(self, steps: Sequence[Step], most: int):
     """Args: the steps; how many examples of each reason."""
     self._most = most
-    self._drops = [{} for _ in steps]
+    self._drops: list[dict] = [{} for _ in steps]
     self._kept: dict = {"count": 0, "examples": []}
     self._total = 0
 
   def add(self, sample: Sample, failed: tuple[int, Drop] | None) -> None:
     """Counts one sample."""
     self._total += 1
-    entry = self._kept if failed is None else self._drops[failed[0]].setdefault(failed[1].reason, {"count": 0, "examples": []})
+    entry = self._kept if failed is None else self._drops[failed[0]].setdefault(failed[1].reason, {"count": 0, "examples": [], "sentences": {}})
     entry["count"] += 1
+    detail = failed[1].detail if failed else sample.captions[0].text[:200] if sample.captions else "(no caption)"
     if len(entry["examples"]) < self._most:
-      detail = failed[1].detail if failed else sample.captions[0].text[:200]
       entry["examples"].append({"key": sample.key, "detail": detail, "thumb": thumbnail(sample)})
+    if failed:
+      _count_sentence(entry["sentences"], _VARYING.sub("*", detail), {"count": 1, "key": sample.key, "detail": detail})
 
   def plain(self) -> dict:
-    """As JSON: the number of samples, drops per step as reason -> count and examples, and the same of those that passed every step."""
+    """As JSON: the number of samples; drops per step as reason -> count, examples, and the sentences that differ in more than names and numbers, each
+    with its count and an example; and count and examples of those that passed every step."""
     return {"total": self._total, "drops": self._drops, "kept": self._kept}
+
+
+def _count_sentence(to: dict, kind: str, entry: dict) -> None:
+  """Adds the count of a sentence of one kind to those of several kinds; what is more than `SENTENCES` kinds counts as one, ""."""
+  kind = kind if kind in to or len(to) < SENTENCES else ""
+  to[kind] = to.get(kind, entry) | {"count": to.get(kind, {"count": 0})["count"] + entry["count"]}
 
 
 def join_tallies(parts: Iterator[dict], num_steps: int, most: int = EXAMPLES) -> dict:
@@ -235,6 +259,8 @@ def join_tallies(parts: Iterator[dict], num_steps: int, most: int = EXAMPLES) ->
 
   def add(to: dict, entry: dict) -> None:
     to["count"] += entry["count"]
+    for kind, sentence in entry.get("sentences", {}).items():
+      _count_sentence(to["sentences"], kind, sentence)
     to["examples"] += entry["examples"][:most - len(to["examples"])]
 
   for part in parts:
@@ -242,7 +268,7 @@ def join_tallies(parts: Iterator[dict], num_steps: int, most: int = EXAMPLES) ->
     add(joined["kept"], part["kept"])
     for drops, more in zip(joined["drops"], part["drops"]):
       for reason, entry in more.items():
-        add(drops.setdefault(reason, {"count": 0, "examples": []}), entry)
+        add(drops.setdefault(reason, {"count": 0, "examples": [], "sentences": {}}), entry)
   return joined
 
 

@@ -239,9 +239,9 @@ def _take_out(sample: Sample, reason: str, faults: list[str]) -> Drop | None:
   if dropped:
     sample.tags["captions_dropped"] = sample.tags.get("captions_dropped", 0) + dropped
   sample.captions[:] = [caption for caption, fault in zip(sample.captions, faults) if not fault]
-  if sample.captions:
+  if sample.captions or not faults:  # one that came without is wanted without, see `data_pipelines.curation.reading`
     return None
-  return Drop(reason, f"None of {len(faults)} captions is left, the first because {faults[0]}." if faults else "The sample has no caption.")
+  return Drop(reason, f"None of {len(faults)} captions is left, the first because {faults[0]}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import apache_beam as beam
 import numpy as np
@@ -26,11 +26,13 @@ from data_pipelines import records
 from data_pipelines.curation import duplicates, encode, files, funnel, packing, report
 from data_pipelines.curation.funnel import Job
 from data_pipelines.curation.operators import missing_report_operators
-from data_pipelines.curation.sources import Unit, fingerprint, plan_units
+from data_pipelines.curation.reading import Reading
+from data_pipelines.curation.sources import Found, Unit, fingerprint, look_up, plan_units
 from data_pipelines.curation.workers import worker_options
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 
 DIRECT = "DirectRunner"
+_REPORT = "-report"  # behind the path of a data set: the folder of the report where no data set came out
 
 
 def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT, num_workers: int = 0, beam_options: Sequence[str] = ()) -> dict:
@@ -48,8 +50,9 @@ def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT,
     ValueError: a source, config or model that cannot be used, another data set in that place, or nothing left of the source.
   """
   _check(config, name)
-  units = plan_units(source, config["samples_per_unit"])
-  request = {"source": source, "fingerprint": fingerprint(source, units), "config": config}
+  found = look_up(source, Reading(**config["reading"]))
+  units = plan_units(found, config["samples_per_unit"])
+  request = {"source": source, "fingerprint": fingerprint(found, units), "config": config}
   path, work = files.join(out, name), files.join(out, f".{name}.work")
   if files.exists(files.join(path, "dataset.json") if files.is_remote(path) else path):
     return {"path": path, "reused": True} | _facts_of(path, request)
@@ -62,7 +65,7 @@ def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT,
     _curate_units(pool, units, job)
     job = _hold_out_some(pool, units, job, config)
     shards = _pack(pool, job, config["shard_gb"] * 1e9)
-  return {"path": path, "reused": False} | _assemble(path, name, job, request, source, shards)
+  return {"path": path, "reused": False} | _assemble(path, name, job, request, found, shards)
 
 
 def _check(config: dict, name: str) -> None:
@@ -83,11 +86,10 @@ def _check(config: dict, name: str) -> None:
 def _claim(work: str, request: dict) -> None:
   """Begins a work folder, or goes on with one that was begun for the same request."""
   path, text = files.join(work, "request.json"), json.dumps(request, indent=1)
-  if not files.exists(path):
-    files.write(path, text.encode())
-  difference = _difference(json.loads(files.read(path)), request)
+  difference = _difference(json.loads(files.read(path)), request) if files.exists(path) else ""
   if difference:
     raise ValueError(f"{work} holds an unfinished run {difference}: remove that folder to begin anew, or go on as it was begun.")
+  files.write(path, text.encode())  # also of one that goes on: it may have got an answer that it lacked
 
 
 def _facts_of(path: str, request: dict) -> dict:
@@ -107,7 +109,9 @@ def _difference(stored: dict, request: dict) -> str:
     return f"of {stored['source']} as it was then; files were added, removed or changed"
   now = json.loads(json.dumps(request["config"]))
   # Before they could be chosen: the records were as they are with these.
-  old = {"shard_gb": now["shard_gb"]} | stored["config"] | {"encode": {"alpha": False} | stored["config"]["encode"]}
+  old = {"shard_gb": now["shard_gb"], "reading": now["reading"]} | stored["config"] | {"encode": {"alpha": False} | stored["config"]["encode"]}
+  if old["reading"] | {"captions": now["reading"]["captions"]} == now["reading"] and old["reading"]["captions"] == "ask":
+    old["reading"] = now["reading"]  # what was read so far did not depend on the answer
   keys = sorted(key for key in old.keys() | now.keys() if old.get(key) != now.get(key))
   return f"with another config ({', '.join(keys)})" if keys else ""
 
@@ -142,8 +146,7 @@ class _Runner:
 
   def __call__(self, build: Callable[[beam.Pipeline], None], phase: str, description: str, num: int = 0) -> None:
     """Builds and runs one pipeline; `phase` is the folder in which each unit leaves its .json, or each of `num` pieces of work that are not units."""
-    errors = files.join(self._job.work, "errors")
-    files.remove_folder(errors)
+    files.remove_folder(self._job.errors)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     try:
       with _Progress(files.join(self._job.work, phase), num or self._job.num_units, description):
@@ -152,10 +155,15 @@ class _Runner:
     except Exception as error:  # A runner wraps what a worker raised in a type of its own.
       if "KeyboardInterrupt" in str(error):
         raise KeyboardInterrupt from error
-      sentences = sorted(files.names(errors))
-      if sentences:
-        raise ValueError(files.read(files.join(errors, sentences[0])).decode()) from error
+      self._raise_sentence(error)
       raise
+    self._raise_sentence(None)
+
+  def _raise_sentence(self, error: Exception | None) -> None:
+    """Raises `ValueError` with the first of the sentences that units have left."""
+    sentences = sorted(files.names(self._job.errors))
+    if sentences:
+      raise ValueError(files.read(files.join(self._job.errors, sentences[0])).decode()) from error
 
 
 class _Progress:
@@ -203,7 +211,7 @@ def _settle(job: Job, config: dict) -> Job:
   path = files.join(job.work, "tokenizer.json")
   settled = files.join(job.work, "settled.json")
   if not files.exists(settled):
-    heads = [json.loads(files.read(job.path("survey", number, ".head"))) for number in range(job.num_units)]
+    heads = (json.loads(files.read(job.path("survey", number, ".head"))) for number in range(job.num_units))
     captions = dict.fromkeys(text for head in heads for text in head["captions"])
     tokenizer = PromptTokenizer.load(config["tokenizer"]) if config["tokenizer"] else train_tokenizer(captions, config["vocab_size"])
     files.write(path, tokenizer.to_bytes())
@@ -225,16 +233,16 @@ def _curate_units(pool: _Runner, units: Sequence[Unit], job: Job) -> None:
 def _hold_out_some(pool: _Runner, units: Sequence[Unit], job: Job, config: dict) -> Job:
   """The job with at least one record held out, if any are wanted, and one left for training, where there are two: of few pictures the numbers
   may fall all on one side. The units that this changes are curated again."""
-  results = _results(job)
-  train, validation = (sum(result["shards"][split]["num_records"] for result in results) for split in records.SPLITS)
+  results = [(result["shards"]["train"]["num_records"], result["shards"]["validation"]["num_records"], result["lowest"]) for result in _results(job)]
+  train, validation = (sum(one[which] for one in results) for which in range(2))
   if train and (validation or not config["validation_share"] or train == 1):
     return job
   if not train + validation:
     return job
-  lowest = min(result["lowest"] for result in results)
+  lowest = min(own for _, _, own in results)
   below = float(np.nextafter(lowest, 1)) if train + validation > 1 else 0.0
-  for number, result in enumerate(results):
-    if result["shards"]["validation"]["num_records"] or result["lowest"] == lowest:
+  for number, (_, held_out, own) in enumerate(results):
+    if held_out or own == lowest:
       files.remove_file(job.path("curated", number, ".json"))
   files.write(files.join(job.work, "settled.json"), json.dumps({"validation_below": below}).encode())
   job = dataclasses.replace(job, validation_below=below)
@@ -242,15 +250,15 @@ def _hold_out_some(pool: _Runner, units: Sequence[Unit], job: Job, config: dict)
   return job
 
 
-def _results(job: Job) -> list[dict]:
-  """What became of the samples of each unit."""
-  return [json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units)]
+def _results(job: Job) -> Iterator[dict]:
+  """What became of the samples of each unit, one after the other: they have pictures in them."""
+  return (json.loads(files.read(job.path("curated", number, ".json"))) for number in range(job.num_units))
 
 
 def _pack(pool: _Runner, job: Job, most_bytes: float) -> dict[str, list[records.Shard]]:
   """Puts the records of units that follow one another into files of at most `most_bytes`; returns those of each split."""
-  results = _results(job)
-  packs = packing.plan({split: [records.Shard(**result["shards"][split]) for result in results] for split in records.SPLITS}, most_bytes)
+  shards = [{split: records.Shard(**result["shards"][split]) for split in records.SPLITS} for result in _results(job)]
+  packs = packing.plan({split: [one[split] for one in shards] for split in records.SPLITS}, most_bytes)
   few = [one for one in packs if len(one.shards) > 1]
 
   def build(pipeline: beam.Pipeline) -> None:
@@ -263,28 +271,35 @@ def _pack(pool: _Runner, job: Job, most_bytes: float) -> dict[str, list[records.
 # ---- one data set ----------------------------------------------------------------------------------
 
 
-def _assemble(path: str, name: str, job: Job, request: dict, source: str, shards: dict[str, list[records.Shard]]) -> dict:
+def _assemble(path: str, name: str, job: Job, request: dict, found: Found, shards: dict[str, list[records.Shard]]) -> dict:
   """Makes the data set of all files of records, with its report, and removes the work folder. Returns its facts."""
-  results = _results(job)
   steps = funnel.make_steps(job.settings["operators"], job.tokenizer)
-  tally = funnel.join_tallies((result["tally"] for result in results), len(steps))
+  tally = funnel.join_tallies((result["tally"] for result in _results(job)), len(steps))
+  write_report = functools.partial(_write_report, tally, steps, name, found)
   if not shards["train"]:
+    write_report(f"{path}{_REPORT}", {"train": 0, "validation": 0})
     files.remove_folder(job.work)
-    raise ValueError(f"No picture of {source} is left for training: {report.summary(tally, steps)}; loosen a threshold, "
-                     "--config.operators[i].NAME=VALUE.")
-  index = {split: records.join_indices([_read_index(job, number, split) for number in range(job.num_units)]) for split in records.SPLITS}
+    raise ValueError(f"No picture of {found.source} is left for training: {report.why_nothing_is_left(tally, steps)} All reasons, with pictures: "
+                     f"{path}{_REPORT}/report.html.")
+  read = lambda split: (_read_index(job, number, split) for number in range(job.num_units))
+  index = {split: records.join_indices(functools.partial(read, split)) for split in records.SPLITS}
   tokenizer = PromptTokenizer.from_bytes(files.read(job.tokenizer), job.tokenizer)
   with tempfile.TemporaryDirectory() as scratch:
     complete, moves = os.path.join(scratch, name) if files.is_remote(path) else files.join(job.work, "complete"), {}
     files.remove_folder(complete)  # of a run that was interrupted here
     facts = records.finish(complete, name, shards, index, tokenizer, request, funnel_facts(tally, steps),
                            functools.partial(_mark, moves) if files.is_remote(path) else records.link)
-    funnel_json, page = report.write(tally, steps, missing_report_operators(steps), name, source, facts)
-    files.write(files.join(complete, "funnel.json"), funnel_json)
-    files.write(files.join(complete, "report.html"), page)
+    write_report(complete, facts)
     _publish(complete, path, moves)
   files.remove_folder(job.work)
+  files.remove_folder(f"{path}{_REPORT}")  # of a run that nothing was left of
   return facts
+
+
+def _write_report(tally: dict, steps: Sequence[funnel.Step], name: str, found: Found, folder: str, facts: dict) -> None:
+  funnel_json, page = report.write(tally, steps, missing_report_operators(steps), name, found.source, facts, found.left_out.plain())
+  files.write(files.join(folder, "funnel.json"), funnel_json)
+  files.write(files.join(folder, "report.html"), page)
 
 
 def _mark(moves: dict[str, str], source: str, target: str) -> None:

@@ -31,7 +31,7 @@ class Sample:
   Attributes:
     key: its name in the source, unique and stable, such as "cats/0001.jpg" or "part-3.csv:17".
     image: the encoded target picture.
-    captions: at least one, unless `error` says otherwise.
+    captions: at least one, unless `error` says otherwise, or the user keeps pictures without.
     sources: encoded condition images of an edit, in prompt order; empty for text-to-image.
     attributes: everything else that the source says; JSON-serialisable.
     quality: 0 to 1; 1 is clean.

@@ -3,12 +3,14 @@
 As in source_tables, a planner gives (start, stop, options) of each unit of work, and a reader yields the samples [start, stop).
 """
 
+import dataclasses
+import functools
 import itertools
 import json
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,25 +19,18 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 
+from data_pipelines.curation.reading import Reading
 from data_pipelines.curation.sample import Sample
-from data_pipelines.curation.source_tables import (
-  Piece,
-  Place,
-  check_columns,
-  full_location,
-  guarded,
-  in_prompt_order,
-  open_location,
-  parse_lines,
-  parse_object,
-  ranges,
-  record_sample,
-)
+from data_pipelines.curation.source_places import LeftOut, Place, full_location, normal, open_location
+from data_pipelines.curation.source_records import guarded, in_prompt_order, parse_object, parse_text, record_sample
+from data_pipelines.curation.source_tables import Piece, Rows, check_columns, ranges
 from data_pipelines.transforms import encode_png
 
 # What Pillow reads and people store pictures in.
 IMAGE_EXTENSIONS = frozenset("png apng jpg jpeg jpe jfif webp gif bmp tif tiff ppm pgm pbm pnm avif jp2 tga ico qoi".split())
-_SOURCE = re.compile(r"source([0-9]*)")
+_SOURCE_MEMBER = re.compile(r"(?:source|control)_?([0-9]*)\.([^.]+)")
+_CONTROL_FOLDER = re.compile(r"(.*/|)control(?:_?[0-9]+)?")
+TEXT_EXTENSIONS = frozenset(("txt", "caption"))
 _ROWS_PER_BATCH = 16
 # Numbers in an array that is kept as an attribute; masks and the like are larger.
 _LARGEST_ATTRIBUTE = 256
@@ -44,8 +39,9 @@ _TAR_BLOCK = 512
 _TAR_PADDING = 1 << 20
 
 
-def plan_tar(place: Place, size: int) -> list[Piece]:
-  """Returns the pieces of a tar whose members are grouped by their names up to the first dot, as WebDataset does.
+def plan_tar(place: Place, size: int, left_out: LeftOut) -> list[Piece]:
+  """Returns the pieces of a tar whose members are grouped by their names up to the first dot, as WebDataset does; counts the members that are
+  no part of a sample.
 
   A tar that is cut short or damaged counts its whole groups and one more, for what is lost. `ValueError` if it holds no member.
   """
@@ -57,8 +53,20 @@ def plan_tar(place: Place, size: int) -> list[Piece]:
       if key in seen:
         repeated.append(number)
       seen.add(key)
+      for name in _Parts.of(group).unread(group) if group else ():
+        left_out.add("members of tars that are neither pictures nor captions", f"{place.name}:{name}")
+  _check_no_control_folders(place, {posixpath.dirname(key) for key in seen if key})
   return [(start, stop, {"offset": offsets[start], "repeated": [number for number in repeated if start <= number < stop]})
           for start, stop in ranges(len(offsets), size)]
+
+
+def _check_no_control_folders(place: Place, folders: set[str]) -> None:
+  """Raises `ValueError` for a tar whose edits have their condition images in folders of their own: they do not lie beside their pictures."""
+  for folder in sorted(folders):
+    match = _CONTROL_FOLDER.fullmatch(folder)
+    if match and f"{match[1]}target" in folders:
+      raise ValueError(f"{place.path} has the condition images of {match[1]}target in a folder of their own, {folder}: unpack it and give the "
+                       "folder, or store them beside their pictures as KEY.source1.png.")
 
 
 def read_tar(place: Place, start: int, stop: int, options: dict) -> Iterator[Sample]:
@@ -72,7 +80,7 @@ def read_tar(place: Place, start: int, stop: int, options: dict) -> Iterator[Sam
         yield Sample(f"{place.name}:{_tar_key(group[0])}@{number}",
                      error=f"The members of {_tar_key(group[0])!r} are not side by side: write the tar again, sorted by name.")
       else:
-        yield guarded(f"{place.name}:{_tar_key(group[0])}", _tar_sample, file, group)
+        yield guarded(f"{place.name}:{_tar_key(group[0])}", _tar_sample, file, group, place.reading)
 
 
 def _groups(file: BinaryIO, place: Place) -> Iterator[tuple[int, list[tarfile.TarInfo] | None]]:
@@ -84,7 +92,7 @@ def _groups(file: BinaryIO, place: Place) -> Iterator[tuple[int, list[tarfile.Ta
     raise ValueError(f"{place.path} is not a tar file ({error}): replace it or leave it out.") from error
   group: list[tarfile.TarInfo] = []
   for member in _members(tar):
-    if group and _tar_key(member) != _tar_key(group[0]):
+    if group and normal(_tar_key(member)) != normal(_tar_key(group[0])):
       yield group[0].offset, group
       group = []
     group.append(member)
@@ -122,30 +130,57 @@ def _tar_key(member: tarfile.TarInfo) -> str:
   return posixpath.join(folder, base.split(".")[0])
 
 
-def _tar_sample(key: str, file: BinaryIO, group: list[tarfile.TarInfo]) -> Sample:
-  image, record, lines, sources = None, {}, [], []
-  for member in group:
-    file.seek(member.offset_data)
-    suffix, data = posixpath.basename(member.name).partition(".")[2].lower(), file.read(member.size)
-    source = _SOURCE.fullmatch(suffix.rpartition(".")[0])
-    if suffix in IMAGE_EXTENSIONS:
-      if image is not None:
-        raise ValueError(f"There are two pictures of one name, the second {member.name!r}: give them different names.")
-      image = data
-    elif source and suffix.rpartition(".")[2] in IMAGE_EXTENSIONS:
-      sources.append((source[1], data))
-    elif suffix == "txt":
-      lines += parse_lines(data, member.name)
-    elif suffix == "json":
-      record |= parse_object(data, member.name)
-    elif suffix == "cls":
-      record.setdefault("cls", data.decode("utf-8", "replace").strip())
-  if image is None:
-    raise ValueError(f"The tar has no picture beside {group[0].name!r}: add it under the same name or remove that member.")
-  return record_sample(key, record, _not_in_a_tar, image, in_prompt_order(sources), lines)
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+  """What the members of a group are: places in it. Sources come with their numbers."""
+  images: list[int]
+  texts: list[int]
+  objects: list[int]
+  classes: list[int]
+  sources: list[tuple[str, int]]
+
+  @classmethod
+  def of(cls, group: Sequence[tarfile.TarInfo]) -> "_Parts":
+    """Tells them by their suffixes, what follows the first dot: KEY.jpg is the picture, or where there is none the only KEY.word.jpg."""
+    suffixes = [posixpath.basename(member.name).partition(".")[2].lower() for member in group]
+    matches = [(place, _SOURCE_MEMBER.fullmatch(suffix)) for place, suffix in enumerate(suffixes)]
+    sources = {place: match[1] for place, match in matches if match and match[2] in IMAGE_EXTENSIONS}
+
+    def named(kinds: Collection[str]) -> list[int]:
+      exact = [place for place, suffix in enumerate(suffixes) if suffix in kinds]
+      longer = [place for place, suffix in enumerate(suffixes) if suffix.rpartition(".")[2] in kinds and place not in sources]
+      return exact if exact or len(longer) != 1 else longer
+    numbered = [(number, place) for place, number in sources.items()]
+    return cls(named(IMAGE_EXTENSIONS), named(TEXT_EXTENSIONS), named(("json",)), named(("cls",)), numbered)
+
+  def unread(self, group: Sequence[tarfile.TarInfo]) -> list[str]:
+    """Returns the names of the members that are none of these."""
+    read = {*self.images, *self.texts, *self.objects, *self.classes, *(place for _, place in self.sources)}
+    return [member.name for place, member in enumerate(group) if place not in read]
 
 
-def _not_in_a_tar(name: str) -> bytes:
+def _tar_sample(key: str, file: BinaryIO, group: list[tarfile.TarInfo], reading: Reading) -> Sample:
+  parts, record, texts = _Parts.of(group), {}, []
+  if len(parts.images) > 1:
+    raise ValueError(f"There are two pictures of one name, the second {group[parts.images[1]].name!r}: give them different names.")
+  if not parts.images:
+    raise ValueError(f"The tar has no picture beside {group[0].name!r}: add it under the same name up to the first dot, such as KEY.jpg with "
+                     "KEY.txt, or remove that member.")
+
+  def data(place: int) -> bytes:
+    file.seek(group[place].offset_data)
+    return file.read(group[place].size)
+  for place in parts.objects:
+    record |= parse_object(data(place), group[place].name)
+  for place in parts.texts:
+    texts += reading.texts(parse_text(data(place), group[place].name), group[place].name)
+  for place in parts.classes:
+    record.setdefault("cls", data(place).decode("utf-8", "replace").strip())
+  sources = in_prompt_order((number, data(place)) for number, place in parts.sources)
+  return record_sample(key, record, _not_here, reading, data(parts.images[0]), f"{posixpath.basename(_tar_key(group[0]))}.", sources, texts)
+
+
+def _not_here(name: str) -> bytes:
   raise ValueError(f"The path {name[:300]!r} cannot be followed in a tar: store the condition image as KEY.source1.png.")
 
 
@@ -160,8 +195,8 @@ def plan_parquet(place: Place, size: int) -> list[Piece]:
     return [(start, stop, {}) for start, stop in ranges(parquet.metadata.num_rows, size)]
 
 
-def read_parquet(place: Place, start: int, stop: int, options: dict) -> Iterator[Sample]:
-  """Yields the samples of rows [start, stop), from the row groups that hold them; keys count rows from 1."""
+def read_parquet(place: Place, start: int, stop: int, options: dict) -> Rows:
+  """Yields the rows [start, stop), from the row groups that hold them; keys count rows from 1."""
   del options
   with place.open() as file:
     parquet, first = pq.ParquetFile(file), 0
@@ -170,7 +205,7 @@ def read_parquet(place: Place, start: int, stop: int, options: dict) -> Iterator
       wanted = range(max(start, first), min(stop, end))
       rows = _group_rows(parquet, group, wanted.start - first) if wanted else iter(())
       for number in wanted:
-        yield guarded(f"{place.name}:{number + 1}", _parquet_sample, next(rows, None), place)
+        yield f"{place.name}:{number + 1}", functools.partial(_parquet_record, next(rows, None))
       first = end
 
 
@@ -187,14 +222,13 @@ def _group_rows(parquet: pq.ParquetFile, group: int, skip: int) -> Iterator[pa.R
       raise
 
 
-def _parquet_sample(key: str, row: pa.RecordBatch | None, place: Place) -> Sample:
+def _parquet_record(row: pa.RecordBatch | None) -> dict[str, Any]:
   if row is None:
     raise ValueError("The row group is damaged here: replace the Parquet file.")
   try:
-    record = {name: _cell(row.column(name)[0]) for name in row.schema.names}
+    return {name: _cell(row.column(name)[0]) for name in row.schema.names}
   except UnicodeDecodeError as error:
     raise ValueError("A text of the row is not UTF-8: write the column again in that encoding.") from error
-  return record_sample(key, record, place.near)
 
 
 def _cell(scalar: pa.Scalar) -> Any:
@@ -257,10 +291,10 @@ def read_tfds(place: Place, start: int, stop: int, options: dict) -> Iterator[Sa
   """Yields the samples of positions [start, stop) of the split; keys count from 0, as TFDS does."""
   info, examples = _open_tfds(full_location(place.fs, place.path), options["split"])
   for number in range(start, stop):
-    yield guarded(f"{info.full_name}:{options['split']}:{number}", _tfds_sample, examples, number, info.features)
+    yield guarded(f"{info.full_name}:{options['split']}:{number}", _tfds_sample, examples, number, info.features, place.reading)
 
 
-def _tfds_sample(key: str, examples: Sequence[dict], number: int, features: tfds.features.FeaturesDict) -> Sample:
+def _tfds_sample(key: str, examples: Sequence[dict], number: int, features: tfds.features.FeaturesDict, reading: Reading) -> Sample:
   example = dict(examples[number])
   image, sources = _encoded(example.pop("image")), [_encoded(data) for data in example.pop("sources", ())]
   record = {name: _python(value) for name, value in example.items()}
@@ -275,7 +309,7 @@ def _tfds_sample(key: str, examples: Sequence[dict], number: int, features: tfds
     record["captions"] = [{"text": text, "language": language} for text, language in itertools.zip_longest(texts, languages[:len(texts)])]
   if isinstance(record.get("attributes"), str):
     record["attributes"] = json.loads(record["attributes"] or "{}")
-  return record_sample(key, record, _not_in_a_tar, image, sources)
+  return record_sample(key, record, _not_here, reading, image, sources=sources)
 
 
 def _encoded(value: Any) -> bytes:

@@ -32,7 +32,7 @@ SCHEDULE_FIELDS = {"base_tokens": "base_image_seq_len", "base_shift": "base_shif
 SCHEDULER_FIXED = {"num_train_timesteps": 1000, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
                    "invert_sigmas": False, "stochastic_sampling": False}
 TOKENIZER = "processor/tokenizer.json"
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # the newer one counts, if it speaks of images
 IMAGE_NORM = [0.5, 0.5, 0.5]
 # Fields that say how a network is run, or that come with the weights: they may differ between a run and the folder that it starts from.
 NOT_ARCHITECTURE = ("dtype", "remat", "attention_backend", "temporal_weights", "latents_mean", "latents_std")
@@ -89,7 +89,8 @@ def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "
   """
   path = pathlib.Path(path)
   if not (path / "model_index.json").is_file():
-    raise ValueError(f"{path} is no pipeline folder: it has no model_index.json.")
+    fetch = f" A model of the hub is fetched first: hf download {path} --local-dir=DIR" if len(path.parts) == 2 and not path.exists() else ""
+    raise ValueError(f"{path} is no pipeline folder: it has no model_index.json.{fetch}")
   index = tensors.read_json(path / "model_index.json")
   _check_index(index, path)
   configs = {network: tensors.read_json(path / part.folder / "config.json") for network, part in COMPONENTS.items()}
@@ -122,11 +123,12 @@ def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
 
 def _read_image_pixels(folder: pathlib.Path, vision: VisionConfig) -> tuple[int, int]:
   """The bounds of a processor that does to pixels what `qwen3_vl_vision` does: scale to [-1, 1], cut into the encoder's patches."""
-  path = next((folder / name for name in PROCESSOR_FILES if (folder / name).is_file()), None)
-  if path is None:
+  files = {folder / name: tensors.read_json(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()}
+  if not files:
     raise ValueError(f"The folder {folder} has neither {' nor '.join(PROCESSOR_FILES)}.")
-  published = tensors.read_json(path)
-  settings = published.get("image_processor", published)
+  found = {path: file.get("image_processor", file) for path, file in files.items()}
+  path = next((path for path, settings in found.items() if "image_mean" in settings), next(iter(found)))
+  settings = found[path]
   wanted = {"image_mean": IMAGE_NORM, "image_std": IMAGE_NORM}  # what a file must say; the rest has these values when it says nothing
   wanted |= {name: value for name, value in {"do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "patch_size": vision.patch_px,
                                              "merge_size": vision.merge, "temporal_patch_size": vision.num_frames}.items() if name in settings}
@@ -179,7 +181,7 @@ def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: d
   """The weights of a network, read tensor by tensor onto the devices.
 
   The autoencoder's tree also has "statistics", filled from its config. Its published weights over time, which no image uses, are left unread
-  where `specs` does not declare them.
+  where `specs` does not declare them, and so is the encoder's head.
 
   Args:
     folder: the opened folder.
@@ -195,6 +197,8 @@ def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: d
   if network == "vae":
     return _load_vae(folder, files, specs, shardings)
   table = mmdit_names.table(folder.model) if network == "mmdit" else qwen3_vl_names.table(folder.encoder)
+  if network == "qwen3_vl" and "head" not in specs:  # tied to the embedding, or not asked for: then it is no matter whether the files have it
+    files, table = files.without({qwen3_vl_names.HEAD}), {path: entry for path, entry in table.items() if path != "head"}
   _check_paths(specs, table, files.folder)
   return tensors.load_tensors(files, specs, table, shardings, network)
 
@@ -242,16 +246,21 @@ def check_sampling(folder: PipelineFolder, schedule: flow.Schedule, sample_sigma
   """Does nothing when a run's sampling times are the folder's: a generator that starts from it was made for these.
 
   Raises:
-    ValueError: the schedule or the given times differ; the first difference is named with both values.
+    ValueError: the schedule or the given times differ; all keys to set are named with their values.
   """
-  ours, theirs = (published_schedule(one) for one in (schedule, folder.schedule))
-  for name in ours:
-    if ours[name] != theirs[name]:
-      raise ValueError(f"config.schedule gives the sampler {name} {ours[name]!r}, but the pipeline in {folder.path} has {theirs[name]!r}: make them "
-                       "equal to start from it.")
+  ours, theirs = (_sampling_fields(one) for one in (schedule, folder.schedule))
+  wanted = [f"config.schedule.{name}={value!r}" for name, value in theirs.items() if ours.get(name) != value]
   if tuple(sample_sigmas) != (folder.sample_sigmas or ()):
-    raise ValueError(f"config.sampling.sigmas is {tuple(sample_sigmas)}, but the pipeline in {folder.path} has {folder.sample_sigmas or ()}: make "
-                     "them equal to start from it.")
+    wanted.append(f"config.sampling.sigmas={folder.sample_sigmas or ()}")
+  if wanted:
+    raise ValueError(f"The pipeline in {folder.path} was made for other sampling times than this run's: to start from it set {', '.join(wanted)}.")
+
+
+def _sampling_fields(schedule: flow.Schedule) -> dict[str, Any]:
+  """What decides on the sampling times; no shift is a static one of 1."""
+  static = {} if schedule.shift == "resolution" else {"static_shift": schedule.static_shift if schedule.shift == "static" else 1.0}
+  fields = static or {name: getattr(schedule, name) for name in SCHEDULE_FIELDS}
+  return {"shift": "static" if static else "resolution", **fields, "terminal": schedule.terminal}
 
 
 def _differences(ours: Any, theirs: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

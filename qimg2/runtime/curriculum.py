@@ -1,5 +1,6 @@
 """Trains the stages of a config, one after the other, and goes on where an earlier call was stopped. See `launch.train`."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -13,13 +14,15 @@ import numpy as np
 from absl import logging
 
 from data_pipelines.specs import DatasetSpec, Resolution
-from qimg2.places import Place, check_rights, find_place
-from qimg2.runtime import processes, report
+from qimg2.places import Place, find_place
+from qimg2.runtime import left_out, processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
+from qimg2.runtime.kept_data import identify_data
+from qimg2.runtime.lock import hold
 from qimg2.runtime.micro_batches import variants
 from qimg2.runtime.run import HeldOut, Run, check_versions, save_config
-from qimg2.runtime.sheets import grid, save_png
+from qimg2.runtime.sheets import grid, save_picture
 from qimg2.runtime.suites import describe, evaluation, last_generator, recorded_evaluation
 from qimg2.sharding import to_host
 from qimg2.training import faults
@@ -30,17 +33,18 @@ from qimg2.training.state import make_optimizers
 from qimg2.training.trainer import ORDER, train_stage
 from qimg2.training.validation import Evaluator
 
-LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha")  # keys of resolutions and data sets that the first checkpoints did not have
+LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha",  # keys of resolutions and data sets that the first checkpoints did not have
+         "shuffle_tags", "drop_tags", "keep_tags", "tag_separator")
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
 def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
-          profile: tuple[int, int] | None = None, allow_version_change: bool = False) -> Run:
+          profile: tuple[int, int] | None = None, allow_version_change: bool = False, allow_data_change: bool = False) -> Run:
   """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites unless that was done before, and
   returns the run.
 
   Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken; first and last step of each
-  stage to trace; whether packages of other versions than the run's are taken.
+  stage to trace; whether packages of other versions than the run's are taken; whether data sets are that are not what the run began with.
 
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
@@ -48,25 +52,26 @@ def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
   cfg, workdir, began = parse(cfg), find_place(workdir, "--workdir"), time.monotonic()
   check_versions()
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
-  with faults.PreemptionNotice() as stop:
-    run = Run(cfg, workdir)
+  with contextlib.ExitStack() as locked:
+    with faults.PreemptionNotice() as stop:
+      run = Run(cfg, workdir)
+      locked.enter_context(hold(workdir))
+      processes.agree("data", json.dumps(identify_data(cfg)))
+      save_config(cfg, workdir, allow_config_change, allow_version_change, run.tokenizer, allow_data_change)
+      left = unfinished(run)
+      for stage in cfg.stages:
+        if stage.name not in left:
+          continue  # its data and weights, which may take minutes to read, are not needed any more
+        train_one(run, stage, stop, began, profile, allow_config_change)
+        gc.collect()  # or what only its own cycles hold of this stage would share the devices with the next one
+        if processes.is_first():
+          report.write_report(run)
+        began = time.monotonic()
+    result = evaluation(run) if cfg.evals else None
     if processes.is_first():
-      check_rights(workdir)
-    save_config(cfg, workdir, allow_config_change, allow_version_change)
-    left = unfinished(run)
-    for stage in cfg.stages:
-      if stage.name not in left:
-        continue  # its data and weights, which may take minutes to read, are not needed any more
-      train_one(run, stage, stop, began, profile, allow_config_change)
-      gc.collect()  # or what only its own cycles hold of this stage would share the devices with the next one
-      if processes.is_first():
-        report.write_report(run)
-      began = time.monotonic()
-  result = evaluation(run) if cfg.evals else None
-  if processes.is_first():
-    if result:
-      print(describe(result))
-    report.write_report(run)
+      if result:
+        print(describe(result))
+      report.write_report(run)
   return run
 
 
@@ -121,6 +126,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
       (run.cfg.local_copies.folder, run.cfg.local_copies.every_s))
   if processes.is_first():
     report.save_counts(run, config, loader)
+    left_out.say(config, loader, run.workdir / config.name)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
               lambda: next(iter(batches.values())), stop, began)
 
@@ -181,7 +187,7 @@ def picture_hook(run: Run, config: StageConfig, task: str, batches: HeldOut):
     sheet = grid(rows, max(1, 8 // per_row) * per_row, captions, scale=max(1, 96 // targets.shape[1]))
     if processes.is_first():
       name = f"{step:08d}.png" if task == "t2i" else f"{step:08d}_{task}.png"
-      save_png(sheet, run.workdir / config.name / "samples" / name)
+      save_picture(sheet, run.workdir / config.name / "samples" / name)
       writer.write_image(step, f"{PREFIXES[task]}samples", sheet)
     return {}
   return hook

@@ -62,7 +62,7 @@ def model_card(run: Run, stage_name: str, average: str, dtype: str, title: str) 
       "## Training\n",
       _table(("stage", "algorithm", "starts from", "step", "resolutions", "data"), [_stage_row(run, stage) for stage in _lineage(run, stage_name)]),
       "## Figures\n", _figures(run, stage_name),
-      "## Loading\n", _loading(run, stage_name, title),
+      "## Loading\n", _loading(run, stage_name, dtype, title),
       "## Versions\n", ", ".join(f"{name} {version}" for name, version in _versions(run).items())
       + f"; laid out as by diffusers {DIFFUSERS_VERSION}.\n"])
 
@@ -99,25 +99,28 @@ def _figures(run: Run, stage_name: str) -> str:
   return text + (f"\n{describe(result)}\n" if result.get("stage") == stage_name else "")
 
 
-def _loading(run: Run, stage_name: str, title: str) -> str:
-  height, width = first_size(run.stages[stage_name])
+def _loading(run: Run, stage_name: str, dtype: str, title: str) -> str:
+  """Both snippets draw in the type of the files: left to themselves, parts of the published pipeline take theirs and others float32."""
+  (height, width), sampling = first_size(run.stages[stage_name]), run.cfg.sampling
+  guidance = max(1.0, sampling.guidance)
+  steps = "" if sampling.sigmas else f", num_inference_steps={sampling.num_steps}"
   return f"""With diffusers:
 
 ```python
+import torch
 from diffusers import QwenImage21Pipeline
-pipe = QwenImage21Pipeline.from_pretrained("{title}")
-image = pipe("a prompt", negative_prompt=" ", true_cfg_scale={max(1.0, run.cfg.sampling.guidance):g},
-             height={height}, width={width}).images[0]
+pipe = QwenImage21Pipeline.from_pretrained("{title}", torch_dtype=torch.{dtype})
+image = pipe("a prompt", negative_prompt=" ", true_cfg_scale={guidance:g}, height={height}, width={width}{steps}).images[0]
 ```
 
-With qimg2 (`load_weights` also takes shardings, to spread the weights over a mesh):
+With qimg2, on all devices; pictures are [n, height, width, channels] of 8 bits:
 
 ```python
-from qimg2.networks import Networks
-from qimg2.published.folder import load_weights, open_folder
-folder = open_folder("{title}", dtype="bfloat16")
-nets = Networks(folder.model, folder.encoder, folder.vae, num_system_tokens={run.tokenizer.num_system_tokens})
-weights = {{role: load_weights(folder, role, specs) for role, specs in nets.specs().items()}}
+from qimg2.runtime.pretrained import Pretrained
+from qimg2.runtime.sampling import Request, pretrained_defaults, sample
+source = Pretrained("{title}", dtype="{dtype}")
+request = Request(("a prompt",), height={height}, width={width}, guidance={guidance:g}{steps.replace("inference_", "")})
+latents, pictures, prompts = sample(source, source.load, request, pretrained_defaults(source))
 ```
 """
 

@@ -1,7 +1,9 @@
 """From prompts and condition images to pictures, with the networks of a trained run or of a published folder."""
 
 import dataclasses
+import functools
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -51,7 +53,7 @@ class Generator:
       source: networks and tokenizer.
       size: shapes.
       num_steps: sampling steps.
-      guidance: scale of classifier-free guidance; 1 runs no second pass.
+      guidance: scale of classifier-free guidance; at most 1 runs no second pass.
       base_times: sampling times before the shift in place of an even grid, see `flow.Schedule.sigmas`.
       cache: whether keys and values of the prefix are computed once, where the network allows it.
 
@@ -62,7 +64,7 @@ class Generator:
     if size.height % factor or size.width % factor or min(size.height, size.width) < factor:
       raise ValueError(f"A picture of {size.height} x {size.width} px cannot be drawn: height and width must be positive multiples of {factor}.")
     rows = source.mesh.shape["data"] * source.mesh.shape["fsdp"]
-    self._source, self._guided = source, guidance != 1.0
+    self._source, self._guided = source, guidance > 1.0
     self._size = dataclasses.replace(size, batch_size=-(-size.batch_size // rows) * rows)
     self._shape = (size.height // factor, size.width // factor, nets.vae.latent_channels)
     sigmas = source.schedule.sigmas(num_steps, self._shape[0] * self._shape[1], base_times)
@@ -74,7 +76,7 @@ class Generator:
       latents = sampler.sample(nets.velocity, weights["mmdit"], noise, cond, sigmas, guidance)
       return latents, nets.decode(weights["vae"], latents)
     self._generate = jax.jit(generate)
-    self._noise = jax.jit(lambda seed, rows: sampler.sample_noise(jax.random.key(seed), rows, self._shape))
+    self._noise = jax.jit(lambda seed, ids: sampler.sample_noise(jax.random.key(seed), ids, self._shape))
 
   def __call__(self, weights: dict, prompts: Sequence[str], seed: int = 0, **conditions: Any) -> np.ndarray:
     """[n, H, W, C] uint8, one picture per prompt; arguments as in `draw`."""
@@ -90,7 +92,7 @@ class Generator:
     Args:
       weights: {network: weights}, of "mmdit", "qwen3_vl" and "vae".
       prompts: n texts.
-      seed: of the noise.
+      seed: of the noise. That of an edit depends on its condition images as well, lest it begins with the noise that drew the image it edits.
       images: one array [n, h, w, 3 or 4] uint8 per condition image, of the sizes in `size.source_sizes`.
       negative_prompt: what guidance leads away from.
       noise: [n, h, w, C] float32 in place of noise from the seed.
@@ -123,8 +125,8 @@ class Generator:
   def _piece(self, weights, prompts, start, seed, images, negative_prompt, noise) -> tuple[np.ndarray, np.ndarray]:
     rows = np.arange(start, start + self._size.batch_size)
     real = np.minimum(rows, len(prompts) - 1)  # the last picture fills what is left
-    noise = self._noise(seed, rows) if noise is None else noise[real]
     texts, sources = [prompts[row] for row in real], [image[real] for image in images]
+    noise = self._noise(seed, _noise_ids(rows, sources)) if noise is None else noise[real]
     if self._guided:
       texts, sources = texts + [negative_prompt] * len(rows), [np.concatenate([image, image]) for image in sources]
     tokens, token_count = self._source.tokenizer.encode_batch(texts, self._size.num_tokens, source_grids(self._size.source_sizes))
@@ -134,6 +136,14 @@ class Generator:
 
   def _put(self, batch: dict) -> dict:
     return sharding.put_global_batch(batch, self._source.mesh, self._source.rules)
+
+
+def _noise_ids(rows: np.ndarray, images: Sequence[np.ndarray]) -> np.ndarray:
+  """[n] what tells the noise of one picture from that of another: its number, for an edit with the checksum of its condition images."""
+  if not images:
+    return rows
+  checksum = lambda image, start: zlib.crc32(np.ascontiguousarray(image), start)
+  return np.array([functools.reduce(lambda found, image: checksum(image[i], found), images, int(row)) for i, row in enumerate(rows)], np.uint32)
 
 
 def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_channels: int) -> np.ndarray:

@@ -38,9 +38,9 @@ class Pretrained:
                        f"{self.folder.encoder.image_token_id}: they are of different models.")
 
   def load(self) -> dict[str, dict]:
-    """{network: weights}, read tensor by tensor onto the mesh."""
+    """{network: weights}, read tensor by tensor onto the mesh; without the encoder's head, which nothing that draws reads."""
     weights = {}
     for network, declared in self.nets.specs().items():
-      specs = P.with_dtype(declared, self._dtype)
+      specs = P.with_dtype({name: tree for name, tree in declared.items() if (network, name) != ("qwen3_vl", "head")}, self._dtype)
       weights[network] = load_weights(self.folder, network, specs, sharding.param_shardings(specs, self.mesh, self.rules))
     return weights

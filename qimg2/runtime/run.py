@@ -1,7 +1,8 @@
 """A run: its config turned into dataclasses once, its mesh, its networks, its data, and the weights in its folder.
 
   workdir/
-    config.json                  the resolved config, package versions, device kind
+    config.json                  the resolved config, package versions, what the data sets are, device kind
+    tokenizer.json               see qimg2.runtime.kept_data
     frozen/<role>/               weights of frozen roles that were drawn from the seed
     <stage>/checkpoints/<step>/  see qimg2.training.checkpoint
     <stage>/metrics.jsonl ...    see qimg2.training.metrics
@@ -30,12 +31,12 @@ from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2.algorithms import Algorithm
 from qimg2.places import Place, find_place, named_failures, write_file
-from qimg2.published.folder import TOKENIZER, open_folder
 from qimg2.runtime import micro_batches
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
-from qimg2.runtime.config.records import FORMAT, read_record, read_versions
-from qimg2.runtime.config.sources import DIFFUSERS, check_source
+from qimg2.runtime.config.records import FORMAT, read_record, read_section
+from qimg2.runtime.config.sources import check_source
+from qimg2.runtime.kept_data import KEPT, data_changes, identify_data, run_tokenizer, tokenizer_path
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.processes import barrier, from_first, in_turn, is_first
 from qimg2.runtime.weights import StageWeights
@@ -87,10 +88,12 @@ class Run(StageWeights):
     if not trained:
       self._check_sources()
       check_folder(cfg.order_dir)
-    self._ensure_data()
-    self.tokenizer = PromptTokenizer.load(self._tokenizer_path())
+    self._found: set[str] = set()
+    if not trained or not workdir:
+      self._ensure_data(*cfg.stages)
+    self.tokenizer = run_tokenizer(cfg, self.workdir if workdir else None, trained)
     if self.tokenizer.vocab_size > cfg.encoder.vocab_size:
-      raise ValueError(f"The tokenizer in {self._tokenizer_path()} has {self.tokenizer.vocab_size} tokens, but config.encoder.vocab_size is "
+      raise ValueError(f"The tokenizer of {tokenizer_path(cfg)} has {self.tokenizer.vocab_size} tokens, but config.encoder.vocab_size is "
                        f"{cfg.encoder.vocab_size}: raise it.")
     encoder = dataclasses.replace(cfg.encoder, image_token_id=self.tokenizer.image_token_id)
     self.nets = networks.Networks(cfg.model, encoder, cfg.vae, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
@@ -112,8 +115,10 @@ class Run(StageWeights):
                          f"in the published layout, --config.stages[{number}].frozen.{role}=diffusers:DIR (configs/pretrain.py:PLAN:diffusers:DIR "
                          "names it in all stages and for the tokenizer), or set --config.random_frozen=True to train on a random network.")
 
-  def _ensure_data(self) -> None:
-    for name in sorted({part.name for stage in self.cfg.stages for part in stage.mixture}):
+  def _ensure_data(self, *stages: StageConfig) -> None:
+    """Makes the embedded data sets of some stages where they are missing, and looks for the others."""
+    for name in sorted({part.name for stage in stages for part in stage.mixture} - self._found):
+      self._found.add(name)
       if name in EMBEDDED:
         in_turn(f"data {name}", lambda: prepare(name, self.cfg.data_dir, self.cfg.prepare.num_examples, self.cfg.prepare.seed))
       elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
@@ -133,15 +138,10 @@ class Run(StageWeights):
       if cache and stage.kind == "autoencoder":
         raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
       if cache:
-        check_use(part.data_dir, part.name, stage.name, sizes, needs | {"alpha": part.alpha})
+        check_use(part.data_dir, part.name, stage.name, sizes, needs | {"alpha": part.alpha, "truncate": stage.truncates})
       if cache and weights:
         made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
-
-  def _tokenizer_path(self) -> pathlib.Path:
-    if self.cfg.tokenizer.startswith(DIFFUSERS):
-      open_folder(self.cfg.tokenizer.removeprefix(DIFFUSERS))  # which says what is wrong with it
-    return tokenizer_path(self.cfg)
 
   # Data.
 
@@ -160,7 +160,12 @@ class Run(StageWeights):
       rows = lambda one: micro_batches.held_out_rows(self.cfg, stage, task, one, self.tokenizer.num_image_tokens, self.nets.shard.parts("batch"))
       smaller = tuple(dataclasses.replace(one, batch_size=rows(one)) for one in stage.resolutions)
       loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, programs=training.mixture.programs)
-      if not loader.mixture.cells:
+      if not loader.mixture.cells and not any("rare" in one["left_out"] for one in loader.mixture.usage):
+        logging.warning("Stage %s: no held-out record of the task %s can be used, so it is validated on the pictures that it trains on, which says "
+                        "nothing of others.", stage.name, task)
+        trained = [dataclasses.replace(part, split="train") for part in parts.values()]
+        loader = self._loader(dataclasses.replace(stage, resolutions=smaller), trained, 0.0, programs=training.mixture.programs)
+      elif not loader.mixture.cells:
         logging.warning("Stage %s: no held-out record of the task %s fits a bucket of its training data, so these have buckets of their own.",
                         stage.name, task)
         loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, max_programs=stage.max_programs)
@@ -181,13 +186,14 @@ class Run(StageWeights):
   def _loader(self, stage: StageConfig, datasets: Sequence[DatasetSpec], caption_dropout: float, process: tuple[int, int] | None = None,
               **buckets: Any) -> Loader:
     """A loader of some data sets of a stage; all of its batches have as many channels, validation by task too."""
+    self._ensure_data(stage)
     index, count = process or sharding.local_parts(self.mesh, self.rules)
     classes = () if stage.kind == "autoencoder" else self.cfg.prompt_classes  # a VAE reads no prompt, so its buckets do not differ by them
     return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
                   process_index=index, process_count=count, num_workers=self.cfg.num_workers, order_dir=folder_of(self.cfg.order_dir),
-                  alpha=any(part.alpha for part in stage.mixture),
-                  unconditional=self.algorithm(stage).unconditional, **buckets)
+                  alpha=any(part.alpha for part in stage.mixture), unconditional=self.algorithm(stage).unconditional, truncate=stage.truncates,
+                  **buckets)
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""
@@ -214,13 +220,6 @@ class Run(StageWeights):
     return jax.random.key(fold_name(self.cfg.seed, name))
 
 
-def tokenizer_path(cfg: RunConfig) -> pathlib.Path:
-  """Where a run's tokenizer is, a tokenizer.json or its folder: that of the first stage's first data set in a run that names none."""
-  if cfg.tokenizer.startswith(DIFFUSERS):
-    return pathlib.Path(cfg.tokenizer.removeprefix(DIFFUSERS)) / TOKENIZER
-  return pathlib.Path(cfg.data_dir) / cfg.stages[0].mixture[0].name if cfg.tokenizer == "default" else pathlib.Path(cfg.tokenizer)
-
-
 def fold_name(seed: int, name: str) -> int:
   """A seed below 2**31 that depends on `seed` and `name`."""
   return zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
@@ -229,13 +228,14 @@ def fold_name(seed: int, name: str) -> int:
 # The record of a run.
 
 
-def save_config(cfg: RunConfig, workdir: Place, allow_change: bool = False, allow_version_change: bool = False) -> None:
-  """Writes config.json, by process 0. What is there already must agree, apart from lengths, logging and the mesh; what `allow_change` and
-  `allow_version_change` let pass is printed to stderr, a line per difference.
+def save_config(cfg: RunConfig, workdir: Place, allow_change: bool = False, allow_version_change: bool = False,
+                tokenizer: PromptTokenizer | None = None, allow_data_change: bool = False) -> None:
+  """Writes config.json and, if it is given, the tokenizer, by process 0. What is there already must agree, apart from lengths, logging and the mesh;
+  what `allow_change`, `allow_version_change` and `allow_data_change` let pass is printed to stderr, a line per difference.
 
   Raises:
-    ValueError: the config changed in a way that matters and `allow_change` is False, or a package of `FIXED` has another version than the run began
-      with and `allow_version_change` is False.
+    ValueError: the config changed in a way that matters, a package of `FIXED` has another version than the run began with, or a data set is not what
+      it was, and the argument that lets it pass is False.
   """
   path, config = workdir / "config.json", _as_json(cfg)
   before = _as_json(read_record(path)) if path.exists() else config
@@ -243,20 +243,29 @@ def save_config(cfg: RunConfig, workdir: Place, allow_change: bool = False, allo
   if changes and not allow_change:
     raise ValueError(f"The run in {workdir} was started with another config: {'; '.join(changes[:5])}. Use another --workdir, or "
                      "--allow_config_change to go on with the new one.")
-  recorded, versions = read_versions(path) if path.exists() else {}, _installed_versions()
+  recorded, versions = read_section(path, "versions"), _installed_versions()
   both = [name for name in FIXED if name in recorded and name in versions]
   others = [f"{name} was {recorded[name]} and is {versions[name]}" for name in both if recorded[name] != versions[name]]
   if others and not allow_version_change:
     raise ValueError(f"The run in {workdir} was trained with other packages: {'; '.join(others)}. Install those that it had, or "
                      "--allow_version_change to go on with these, which may compute other numbers.")
+  kept, datasets = read_section(path, "datasets"), identify_data(cfg) if tokenizer else {}
+  moved = list(data_changes(cfg, tokenizer, kept, datasets)) if tokenizer else []
+  if moved and not allow_data_change:
+    raise ValueError(f"The data of the run in {workdir} are not what they were: {'; '.join(moved[:5])}. Put them back, write caches anew with "
+                     "launch.cache_latents, use another --workdir, or --allow_data_change to go on with what is there and the run's own tokenizer.")
   barrier("config")  # all have compared it with the old record
   if not is_first():
     return
-  for change in (*changes, *others):
+  for change in (*changes, *others, *moved):
     print(change, file=sys.stderr)
-  record = {"format": FORMAT, "config": config, "versions": {**recorded, **versions},
+  if path.exists() and tokenizer and not kept:
+    logging.warning("The run in %s is of an earlier version, which did not record its data: from now on those that are there count.", workdir)
+  record = {"format": FORMAT, "config": config, "versions": {**recorded, **versions}, "datasets": {**kept, **datasets},
             "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
   with named_failures(path):
+    if tokenizer:
+      write_file(workdir / KEPT, tokenizer.to_bytes())
     write_file(path, json.dumps(record, indent=1))
 
 

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from absl import logging
 
 from data_pipelines.buckets import bucket_size
-from data_pipelines.specs import source_grids
+from data_pipelines.specs import SLOT_PX, source_grids
 from data_pipelines.transforms import composite_on_white
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.generator import Generator, Size, Source, load_condition_image
@@ -44,25 +45,26 @@ def sample(source: Source, load: Callable[[], dict], request: Request, defaults:
     source: networks and tokenizer.
     load: gives the weights of all roles; called when all that is asked for has been checked, since it may take minutes.
     request: what to draw.
-    defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open; "only_sigmas",
-      whether another number of steps may not replace these; "image_pixels", the fewest and most px of a condition image; "alpha", whether
-      transparency was learned: otherwise pictures are laid on white paper, those that are drawn and condition images.
+    defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open; "multiple", px, to
+      multiples of which sizes are rounded down, as the published pipeline does, and said; "only_sigmas", whether another number of steps may not
+      replace these; "image_pixels", the fewest and most px of a condition image; "alpha", whether transparency was learned: otherwise pictures are
+      laid on white paper, those that are drawn and condition images.
 
   Raises:
     ValueError: an image, a noise file or a size that does not fit.
   """
-  resolution = request.output_resolution or defaults["output_resolution"]
+  resolution = _whole("output_resolution", request.output_resolution, SLOT_PX) or defaults["output_resolution"]
   alpha = defaults["alpha"] and source.nets.vae.image_channels == 4
   images = [load_condition_image(path, resolution, 4 if alpha else 3) for path in request.images]
   sizes = tuple(image.shape[:2] for image in images)
   _check_images(request.images, images, resolution, *defaults["image_pixels"])
-  height, width = _picture_size(request, images, defaults)
+  height, width = _picture_size(request, images, resolution, defaults)
   prompts = [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)]
   longest = max(len(source.tokenizer.encode(text, source_grids(sizes))) for text in (*request.prompts, request.negative_prompt))
   base_times, num_steps = _times(request, defaults)
   guidance = defaults["guidance"] if request.guidance is None else request.guidance
-  if request.negative_prompt and guidance == 1.0:
-    raise ValueError("A negative prompt is only read with guidance: give --guidance, such as 4.")
+  if request.negative_prompt and guidance <= 1.0:
+    raise ValueError("A negative prompt is only read with guidance: give --guidance above 1, such as 4.")
   size = Size(height, width, -(-longest // TOKEN_STEP) * TOKEN_STEP, sizes, min(MAX_BATCH, len(prompts)))
   generator, noise = Generator(source, size, num_steps, guidance, base_times or None, request.cache), _load_noise(request.noise, len(prompts))
   generator.check_noise(noise, len(prompts))
@@ -88,15 +90,26 @@ def _times(request: Request, defaults: dict) -> tuple[tuple[float, ...], int]:
   return own, len(own) or request.num_steps or defaults["num_steps"]
 
 
-def _picture_size(request: Request, images: Sequence[np.ndarray], defaults: dict) -> tuple[int, int]:
+def _picture_size(request: Request, images: Sequence[np.ndarray], resolution: int, defaults: dict) -> tuple[int, int]:
   """(height, width) as asked; else of the last condition image, or the default."""
   if images:
     height, width = images[-1].shape[:2]
   elif request.output_resolution:
-    height = width = request.output_resolution
+    height = width = resolution
   else:
     height, width = defaults["height"], defaults["width"]
-  return request.height or height, request.width or width
+  asked = (_whole(name, getattr(request, name), defaults["multiple"]) for name in ("height", "width"))
+  return tuple(own or other for own, other in zip(asked, (height, width)))
+
+
+def _whole(name: str, px: int, multiple: int) -> int:
+  """`px` of a flag, down to a multiple, which is said; 0 where nothing is asked for."""
+  found = px // multiple * multiple
+  if px and not found:
+    raise ValueError(f"--{name}={px} is too small: it must be at least {multiple}.")
+  if found != px:
+    logging.warning("--%s=%d is drawn at %d: it must be a multiple of %d.", name, px, found, multiple)
+  return found
 
 
 def _load_noise(path: str, num: int) -> np.ndarray | None:
@@ -146,7 +159,8 @@ def run_defaults(run: Run, stage_name: str) -> dict:
   height, width = first_size(stage)
   return {"height": height, "width": width, "output_resolution": stage.resolutions[-1].base_px,
           "num_steps": run.cfg.sampling.num_steps, "guidance": run.cfg.sampling.guidance, "sigmas": run.cfg.sampling.sigmas,
-          "only_sigmas": False, "image_pixels": (0, math.inf), "alpha": any(part.alpha for part in stage.mixture)}
+          "only_sigmas": False, "multiple": run.nets.vae.spatial_factor, "image_pixels": (0, math.inf),
+          "alpha": any(part.alpha for part in stage.mixture)}
 
 
 def first_size(stage: StageConfig) -> tuple[int, int]:
@@ -158,4 +172,5 @@ def first_size(stage: StageConfig) -> tuple[int, int]:
 def pretrained_defaults(pretrained: Pretrained, resolution: int = 1024) -> dict:
   """The published pipeline's defaults: 1024 px, 40 steps or the folder's own times, no guidance."""
   return {"height": resolution, "width": resolution, "output_resolution": resolution, "num_steps": 40, "guidance": 1.0,
-          "sigmas": tuple(pretrained.sample_sigmas or ()), "only_sigmas": True, "image_pixels": pretrained.folder.image_pixels, "alpha": True}
+          "sigmas": tuple(pretrained.sample_sigmas or ()), "only_sigmas": True, "multiple": SLOT_PX,
+          "image_pixels": pretrained.folder.image_pixels, "alpha": True}

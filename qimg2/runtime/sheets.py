@@ -1,18 +1,23 @@
-"""Sheets of pictures with captions, as arrays and PNG files."""
+"""Sheets of pictures with captions, as arrays, and files of pictures."""
 
 import functools
 import importlib.util
 import io
 import itertools
 import os
+import pathlib
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipelines.transforms import composite_on_white
 from qimg2.places import Place, write_file
 
+_JPEG = {"format": "JPEG", "quality": 95}
+FORMATS = {".png": {"format": "PNG", "optimize": True}, ".jpg": _JPEG, ".jpeg": _JPEG, ".webp": {"format": "WEBP", "lossless": True}}
 MARGIN_PX = 6
 TILE_GAP_PX = 18  # wider than the margin, so that the pictures of a tile belong together
 LINE_PX = 13
@@ -158,8 +163,21 @@ def write_lines(image: Image.Image, x: int, y: int, lines: Sequence[str]) -> Non
     draw.text((x, y + number * LINE_PX), line, "black", font())
 
 
-def save_png(image: np.ndarray, path: str | Place) -> None:
-  """Writes an [H, W, 3 or 4] uint8 picture; folders are made."""
-  content = io.BytesIO()
-  Image.fromarray(image).save(content, "PNG", optimize=True)
+def picture_format(path: str | Place) -> dict[str, Any]:
+  """Pillow's arguments for a picture in a file of this name.
+
+  Raises:
+    ValueError: the name does not end in a format that is written.
+  """
+  suffix = pathlib.PurePosixPath(str(path)).suffix.lower()
+  if suffix not in FORMATS:
+    raise ValueError(f"{path} does not say what kind of picture it is: let it end in {', '.join(FORMATS)}.")
+  return FORMATS[suffix]
+
+
+def save_picture(image: np.ndarray, path: str | Place) -> None:
+  """Writes an [H, W, 3 or 4] uint8 picture in the format that the name ends in; folders are made. JPEG has no transparency: it is laid on white."""
+  settings, content = picture_format(path), io.BytesIO()
+  image = composite_on_white(image) if settings["format"] == "JPEG" and image.shape[-1] == 4 else image
+  Image.fromarray(image).save(content, **settings)
   write_file(path, content.getvalue())

@@ -28,7 +28,7 @@ from qimg2.runtime.config import PrepareConfig, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.run import Run
 from qimg2.runtime.sampling import sampling_weights
-from qimg2.runtime.sheets import grid, save_png
+from qimg2.runtime.sheets import grid, save_picture
 from qimg2.sharding import broadcast_from_first
 from qimg2.training.checkpoint import Checkpoints, newest_step
 
@@ -70,7 +70,7 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   result = {"stage": name, "step": step, "config": digest, "suites": results}
   if processes.is_first():
     images, captions = zip(*[cell for cells in shown for cell in cells[:NUM_SHOWN // len(shown)]])
-    save_png(grid(images, 8, captions), run.workdir / "evaluation.png")
+    save_picture(grid(images, 8, captions), run.workdir / "evaluation.png")
     write_file(run.workdir / "evaluation.json", json.dumps(result, indent=1))
   return result
 

@@ -14,13 +14,14 @@ compared with its manifest: a damaged one is named in the log and the one before
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
 from qimg2.places import COMMITTED, Place, as_absolute, is_complete, is_remote, write_file
@@ -150,7 +151,7 @@ class Checkpoints:
       return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=False))
     asynchronous = _with_manifest(lambda: self.folder / str(self._saving))
     options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._keep, self._every), create=True, cleanup_tmp_directories=True,
-                                               async_options=asynchronous)
+                                           async_options=asynchronous, step_name_format=_Agreed(_agreed_steps(self.folder)))
     return ocp.CheckpointManager(self.folder, options=options)
 
   def _reopen(self) -> None:
@@ -198,6 +199,26 @@ class _Kept:
     steps = [one.step for one in checkpoints]
     kept = {*steps[-self._num:], *[step for step in steps if step % self._every == 0][-self._num:]}
     return [step in kept for step in steps]
+
+
+class _Agreed(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+  """Orbax's names of steps, and the steps that there are when it begins. Whether a step is saved, and which go, follows from them: were each process
+  to list them for itself, one that sees an older listing would save what another does not, and wait for it for ever."""
+
+  def __init__(self, steps: Sequence[int]):
+    self._steps, self._standard = steps, ocp.path.step.standard_name_format()
+
+  def build_name(self, step: int) -> str:
+    """The name of a step's folder."""
+    return self._standard.build_name(step)
+
+  def find_all(self, base_path: epath.PathLike) -> Iterator[ocp.path.step.Metadata]:
+    """The agreed steps."""
+    return (ocp.path.step.Metadata(step=step, path=epath.Path(base_path) / self.build_name(step)) for step in self._steps)
+
+  def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
+    """A step that was completed; `ValueError` if it was not."""
+    return self._standard.find_step(base_path, step)
 
 
 def newest_step(folder: Place) -> int | None:

@@ -7,7 +7,7 @@ and can be saved. A step of one micro-batch is one program in any case.
 
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -28,8 +28,8 @@ RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 class Loader(Protocol):
   """What the loop needs of a loader: batch k is a function of k."""
 
-  def iterate(self, start: int) -> Iterator[tuple[int, dict]]:
-    """(bucket number, batch) from batch `start` on."""
+  def iterate(self, start: int) -> Generator[tuple[int, dict], None, None]:
+    """(bucket number, batch) from batch `start` on; it is closed where no more are wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +122,8 @@ def step_parts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, 
     sums = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), (number, metrics, gradient), place)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     same = accumulate, *sorted(metrics)
-    # All of the state is an argument of what adds, also what it does not read: the compiler's peak is to count it.
     return (Part(jax.jit(zeros, out_shardings=place), (), key=("begin", *same)),
-            Part(jax.jit(add, donate_argnums=3, keep_unused=True, out_shardings=(place, everywhere)), (*inputs, sums), accumulate),
+            Part(jax.jit(add, donate_argnums=3, out_shardings=(place, everywhere)), (*inputs, sums), accumulate),
             Part(jax.jit(end, donate_argnums=0, out_shardings=(own, None)), (abstract, sums), beside=inputs[1:], key=("end", *same)))
   return parts
 

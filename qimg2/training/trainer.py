@@ -124,8 +124,9 @@ def _train(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rul
     if hooks_due:
       _run_hooks(stage, state, frozen, step, output)
     output.writer.write_timing(step, recorder.row())
-    feed = Feed(loader.iterate(step), lambda batch: put_batch(batch, mesh, rules))
-    with contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler, SaveClock(stage.save_every_s) as is_save_due:
+    with (contextlib.closing(loader.iterate(step)) as batches, contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler,
+          SaveClock(stage.save_every_s) as is_save_due):
+      feed = Feed(batches, lambda batch: put_batch(batch, mesh, rules))
       return _loop(stage, state, frozen, programs, rollouts, feed, output, stop, profiler, is_save_due)
 
 

@@ -17,7 +17,7 @@ LANGUAGE_NORMS = {
 }
 VISION = {"attn/qkv": ("attn.qkv", 1), "attn/out": ("attn.proj", 2), "mlp/in": ("mlp.linear_fc1", 1), "mlp/out": ("mlp.linear_fc2", 1)}
 MERGER = {"mlp/in": ("linear_fc1", 1), "mlp/out": ("linear_fc2", 1)}
-CLASS = "Qwen3VLForConditionalGeneration"
+CLASS, HEAD = "Qwen3VLForConditionalGeneration", "lm_head.weight"
 TEXT_FIELDS = {
     "vocab_size": "vocab_size", "width": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_width": "intermediate_size", "eps": "rms_norm_eps",
@@ -42,7 +42,7 @@ def table(cfg: qwen3_vl.Config) -> dict[str, Entry]:
       "norm": Entry("model.language_model.norm.weight", "plain"),
   }
   if not cfg.tie_embeddings:
-    entries["head"] = Entry("lm_head.weight")
+    entries["head"] = Entry(HEAD)
   layer = "model.language_model.layers.{}."
   entries |= {f"blocks/{path}": Entry(f"{layer}{name}.weight", num_inputs=n) for path, (name, n) in LANGUAGE.items()}
   entries |= {f"blocks/{path}": Entry(f"{layer}{name}.weight", "plain") for path, name in LANGUAGE_NORMS.items()}

@@ -3,6 +3,8 @@ machines divide the work: `launch.cache_latents`.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import open_cache
+from data_pipelines.identity import differences_from_cached, identify
 from data_pipelines.kept import folder_of
 from data_pipelines.loader import FIRST_ROWS, check_record, fill_pixels, load_source, read_records
 from data_pipelines.mixture import Cell, Mixture
@@ -52,6 +55,9 @@ def cache_latents(cfg: Any, stage_name: str, workdir: str | pathlib.Path, out_na
   algorithm = run.algorithm(stage)
   if "vae" not in {algorithm.roles[role].network for role in algorithm.frozen}:
     raise ValueError(f"Stage {stage_name!r} has no frozen VAE whose latents could be cached: choose a stage that trains a generator.")
+  if options.features and stage.truncates:
+    raise ValueError(f"Stage {stage_name!r} has too_long='truncate', but no states of captions that are longer than num_tokens are cached: leave out "
+                     "--features, or choose too_long='drop'.")
   names = list(dict.fromkeys(part.name for part in stage.mixture))
   if out_name and len(names) > 1:
     raise ValueError(f"--name={out_name} names one cache, but stage {stage_name!r} has the data sets {', '.join(names)}: leave it out.")
@@ -109,7 +115,7 @@ class _Job:
     path = self._data_dir / self._out_name
     if path.exists():
       facts = R.read_meta(path)["facts"]
-      _check_request(path, R.read_meta(path)["request"], self._request)
+      _check_request(path, self._data_dir, R.read_meta(path)["request"], self._request)
       return {"path": str(path), "reused": True} | facts
     self._work.mkdir(exist_ok=True)
     self._begin()
@@ -130,7 +136,7 @@ class _Job:
     """What decides every byte of the cache. Mesh and batch size are left out: they change the last bits at most."""
     run, options = self._run, self._options
     sizes = [{"base_px": one.base_px, "ratios": list(one.ratios), "multiple": one.multiple} for one in self._resolutions]
-    request = {"dataset": self._name, "dataset_sha256": R.checksum(self._data_dir / self._name / "dataset.json"), "tasks": self._tasks,
+    request = {"dataset": self._name, "data": identify(self._data_dir, self._name), "tasks": self._tasks,
                "resolutions": sizes, "max_crop": self._stage.max_crop, "shapes": self._shapes, "features": options.features, "dtype": options.dtype,
                "shard_records": options.shard_records, "tokenizer": run.tokenizer.fingerprint, "vae": self._encoder.fingerprints["vae"],
                "vae_dtype": run.cfg.vae.dtype, "decoding": DECODING} | self._alpha
@@ -159,7 +165,7 @@ class _Job:
       part = self._work / f"request.{os.getpid()}.part"
       part.write_text(json.dumps(self._request, indent=1), encoding="utf-8")
       part.replace(file)
-    _check_request(self._work, json.loads(file.read_text(encoding="utf-8")), self._request)
+    _check_request(self._work, self._data_dir, json.loads(file.read_text(encoding="utf-8")), self._request)
 
   def _open(self, split: str) -> _Split:
     """Which records of a split to cache. The validation split may have none of a task."""
@@ -283,22 +289,26 @@ class _Job:
     built, tokenizer = self._work / self._out_name, self._run.tokenizer
     shutil.rmtree(built, ignore_errors=True)
     empty = R.Columns().arrays(tokenizer) | {name: np.zeros(0, np.int32) for name in _MORE}
-    files, indices, broken = {split: [] for split in R.SPLITS}, {split: [] for split in R.SPLITS}, []
+    files, broken = {split: [] for split in R.SPLITS}, []
     for split, number in shards:
-      with np.load(self._place(split, number).with_suffix(".npz")) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-      about = json.loads(str(arrays.pop("about")))
+      about = self._stored(split, number)[1]
       broken += about.pop("broken")
       files[split].append(R.Shard(os.fspath(self._place(split, number)), **about))
-      indices[split].append(arrays)
     num_read = sum(shard.num_records for some in files.values() for shard in some) + len(broken)
     if len(broken) > self._stage.max_faulty * max(num_read, FIRST_ROWS) or len(broken) == num_read:
       raise ValueError(f"{len(broken)} of {num_read} records of data set {self._name!r} could not be cached, more than max_faulty="
                        f"{self._stage.max_faulty} of stage {self._stage.name!r} allows; the last one: {broken[-1]}")
-    index = {split: R.join_indices(indices[split] or [empty]) for split in R.SPLITS}
+    parts = lambda split: itertools.chain((self._stored(*shard)[0] for shard in shards if shard[0] == split), [empty])
+    index = {split: R.join_indices(functools.partial(parts, split)) for split in R.SPLITS}
     facts = {"cached_from": self._name, "left_out": len(broken)}
     # Linked, not moved: should this be interrupted, the shards are still where they were.
     return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=R.link, cache=self._describe(), broken=broken[:_NAMED])
+
+  def _stored(self, split: str, number: int) -> tuple[dict[str, np.ndarray], dict]:
+    """(the index of a shard, what else was written down of it)."""
+    with np.load(self._place(split, number).with_suffix(".npz")) as stored:
+      arrays = {name: stored[name] for name in stored.files}
+    return arrays, json.loads(str(arrays.pop("about")))
 
 
 def _of_dataset(mixture: Mixture, name: str, distinct: Sequence[Resolution]) -> tuple[dict[tuple, np.ndarray], list]:
@@ -323,8 +333,14 @@ def _distinct(resolutions: Sequence[Resolution]) -> tuple[Resolution, ...]:
   return tuple(chosen.values())
 
 
-def _check_request(folder: pathlib.Path, stored: dict, request: dict) -> None:
+def _check_request(folder: pathlib.Path, data_dir: pathlib.Path, stored: dict, request: dict) -> None:
+  other = differences_from_cached(data_dir, stored)
+  if other:
+    raise ValueError(f"{folder} holds latents of data set {request['dataset']!r} as it was when they were cached, and this has {other} now: remove "
+                     "that folder or choose another --name.")
   for key, value in request.items():
+    if key == "data":
+      continue
     if key == "shapes" and stored.get(key) != value:
       raise ValueError(f"{folder} holds a latent cache for other buckets, or of an older version: remove that folder or choose another --name.")
     if stored.get(key) != value:

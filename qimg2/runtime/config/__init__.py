@@ -24,6 +24,7 @@ from qimg2.training.state import check_due, check_split
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
 
+TOO_LONG = ("drop", "truncate")
 EVALS = {  # evaluation suite -> its settings, whole numbers of at least 1
     "glyphs": ("num_prompts",), "glyph_edits": ("num_prompts",),
     "emoji": ("num_prompts", "num_candidates"), "emoji_edits": ("num_prompts",),
@@ -142,6 +143,7 @@ class StageConfig:
   keep: int
   optimizers: Mapping[str, optim.Config] = dataclasses.field(default_factory=dict)
   save_every_s: float = 0.0
+  too_long: str = "drop"
 
   def __post_init__(self):
     for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
@@ -149,6 +151,8 @@ class StageConfig:
         raise ValueError(f"config.stages[{self.name}].{key} is {getattr(self, key)}: give at least 1.")
     if self.save_every_s < 0:
       raise ValueError(f"config.stages[{self.name}].save_every_s is {self.save_every_s}: give seconds, or 0 for no checkpoint by time.")
+    if self.too_long not in TOO_LONG:
+      raise ValueError(f"config.stages[{self.name}].too_long is {self.too_long!r}: choose one of {', '.join(TOO_LONG)}.")
     if self.max_programs < 0:
       raise ValueError(f"config.stages[{self.name}].max_programs is {self.max_programs}: give a number of buckets, or 0 for one per shape.")
 
@@ -156,6 +160,11 @@ class StageConfig:
   def kind(self) -> str:
     """What the stage trains, one of `qimg2.runtime.methods.KINDS`."""
     return METHODS[self.algorithm.name].kind
+
+  @property
+  def truncates(self) -> bool:
+    """Whether captions that are longer than num_tokens are cut, and their records used; a VAE reads no captions."""
+    return self.too_long == "truncate" or self.kind == "autoencoder"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,15 +27,15 @@ def read_record(path: Place) -> RunConfig:
     raise ValueError(f"{path} cannot be understood: {error}") from error
 
 
-def read_versions(path: Place) -> dict[str, str]:
-  """{package: version} that a config.json records; {} where it says nothing of them.
+def read_section(path: Place, name: str) -> dict[str, Any]:
+  """A section of a config.json beside the config, such as "versions", {package: version}; {} where there is no record, or it says nothing of it.
 
   Raises:
     ValueError: it cannot be read.
   """
-  record = _read(path)
-  versions = record.get("versions") if isinstance(record, dict) else None
-  return versions if isinstance(versions, dict) else {}
+  record = _read(path) if path.exists() else None
+  section = record.get(name) if isinstance(record, dict) else None
+  return section if isinstance(section, dict) else {}
 
 
 def _read(path: Place) -> Any:

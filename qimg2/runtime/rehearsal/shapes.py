@@ -12,8 +12,9 @@ from data_pipelines.specs import Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig
+from qimg2.runtime.kept_data import tokenizer_path
 from qimg2.runtime.rehearsal.table import EVALUATION, SAMPLES, STEP
-from qimg2.runtime.run import fold_name, tokenizer_path
+from qimg2.runtime.run import fold_name
 
 SYSTEM_TOKENS, WORDS_PER_IMAGE = 12, 6  # where there is no tokenizer
 
@@ -92,7 +93,7 @@ class Shapes:
       classes = () if config.kind == "autoencoder" else self.cfg.prompt_classes
       self._indexed[config.name] = Mixture(
           config.mixture, config.resolutions, self.cfg.num_tokens, self.tokenizer, fold_name(self.cfg.seed, config.name), classes, config.max_crop,
-          config.min_bucket_records, config.max_programs).buckets
+          config.min_bucket_records, config.max_programs, truncate=config.truncates).buckets
     return self._indexed[config.name]
 
   def num_programs(self, config: StageConfig, choice: Choice) -> tuple[int, bool]:

@@ -8,7 +8,6 @@ most of the time and changes none of what is read here. `ChildProcess` lets it w
 import dataclasses
 import math
 import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from data_pipelines.buckets import Bucket
+from data_pipelines.children import end_with_parent
 from data_pipelines.loader import Loader
 from qimg2 import networks, sharding
 from qimg2 import params as P
@@ -169,7 +169,8 @@ class Rehearsal(Shapes):
       peak = compiled.memory_analysis().peak_memory_in_bytes
     measured = {"limit_bytes": limit, "compile_s": time.monotonic() - start}
     text = topology.program_text() or compiled.as_text()
-    return {"peak_bytes": float(topology.reserved_bytes() or peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
+    peak = (topology.reserved_bytes() or peak) + _unread_bytes(part.arguments, text)
+    return {"peak_bytes": float(peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
 
   def measure_part(self, config: StageConfig, bucket: Bucket, program: str, number: int) -> dict:
     """The measured fields of one part of a program of a stage for one bucket, see `Row`.
@@ -184,6 +185,13 @@ class Rehearsal(Shapes):
 def _bytes(tree: Any) -> float:
   """Of the arrays in a tree on each device."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _unread_bytes(arguments: Any, text: str) -> float:
+  """Of arguments that are none of the compiled program, because it does not read them: they are on the devices all the same. (To have them kept is no
+  way: libtpu 0.0.52 crashes on programs of pictures, which do not read the vision tower.)"""
+  read = sum(array.num_bytes for one in hlo.parse(text)["ENTRY"] if one.opcode == "parameter" for array in one.arrays)
+  return max(0.0, _bytes(arguments) - read)
 
 
 def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, program: str, number: int) -> dict | None:
@@ -220,7 +228,7 @@ def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bu
 def _child_main(send: Any, child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, program: str, number: int) -> None:
   """What the other process does."""
   tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
-  threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # nobody is left to tell
+  end_with_parent()  # nobody is left to tell
   topology.prepare_environment(child.topology)
   rehearsal = Rehearsal(cfg, *topology.find_devices(child.topology, child.num_slices))
   try:

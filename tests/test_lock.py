@@ -1,0 +1,74 @@
+"""One job at a time in the folder of a run; what a killed one left is taken over."""
+
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from qimg2.runtime import lock
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  for name, seconds in (("BEAT_S", 0.1), ("RESTART_S", 1.0), ("STALE_S", 2.0), ("_LOOK_S", 0.05), ("_SETTLE_S", 0.2)):
+    monkeypatch.setattr(lock, name, seconds)
+
+
+def never(sentence):
+  raise AssertionError(sentence)
+
+
+def took(workdir):
+  """Seconds in which the lock of a folder is taken."""
+  begin = time.monotonic()
+  with lock.RunLock(workdir, never):
+    return time.monotonic() - begin
+
+
+def test_a_second_job_is_refused_while_the_first_lives(tmp_path, quick, monkeypatch):
+  workdir = tmp_path / "run"
+  with lock.RunLock(workdir, never):
+    monkeypatch.setattr(lock, "STALE_S", 60.0)
+    said = f"The run in {workdir} is being trained by process {os.getpid()} on .* \\(since 20.*\\): wait until it ends, stop it, or use another"
+    for _ in range(3):  # one that was refused takes nothing away
+      with pytest.raises(ValueError, match=said), lock.RunLock(workdir, never):
+        pass
+    assert os.listdir(workdir) == [lock.NAME]
+  assert os.listdir(workdir) == [] and took(workdir) < 0.2
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_and_said(tmp_path, quick, monkeypatch, caplog):
+  """At once where it is known to be gone: a number may belong to another process since."""
+  here, place = lock._here(), tmp_path / lock.NAME
+  write = lambda **changes: place.write_text(json.dumps(here | {"holder": "gone", "since": "then"} | changes))
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  write(pid=ended.pid)
+  assert took(tmp_path) < 0.9
+  assert f"is taken over: process {ended.pid} on {here['host']} (since then), which had it, gave no sign of life" in caplog.text
+  write(began="1")
+  assert took(tmp_path) < 0.9
+  write(processes="pid:[1]")  # another container of that name on this machine
+  assert 1 <= took(tmp_path) < 1.9
+  write(kernel="another", host="elsewhere")
+  assert 2 <= took(tmp_path)
+  place.write_text("{")
+  assert 2 <= took(tmp_path)
+
+
+def test_a_job_that_was_silent_for_long_ends_when_another_has_its_run(tmp_path, quick):
+  lost, place = [], tmp_path / lock.NAME
+  with lock.RunLock(tmp_path, lost.append):
+    place.unlink()  # as a user who forces it
+    limit = time.monotonic() + 20
+    while not place.exists() and time.monotonic() < limit:
+      time.sleep(0.05)
+    assert place.exists() and not lost
+    place.write_text(json.dumps({"holder": "another", "host": "elsewhere", "pid": 7, "since": "now"}))
+    while not lost and time.monotonic() < limit:
+      time.sleep(0.05)
+  assert lost == [f"The run in {tmp_path} was taken over by process 7 on elsewhere (since now) while this process gave no sign of life: it "
+                  "ends here, and that one goes on."]
+  assert json.loads(place.read_text())["holder"] == "another", "which is not taken away from it"
