@@ -179,7 +179,7 @@ def test_long_sequences(monkeypatch):
   block = jnp.zeros((2, length), jnp.int32).at[:, 100:300].set(1).at[:, 400:].set(2)
   valid = jnp.arange(length)[None] < jnp.array([310, 400])[:, None]
   mask = attention.block_causal(block, valid | (block == 2), 400, longest)
-  arguments = arrays(mask, length, dtype=jnp.bfloat16, rows=2)
+  arguments = arrays(mask, length, heads=2, groups=1, dtype=jnp.bfloat16, rows=2)
   exact = tuple(x.astype(jnp.float32) for x in arguments)
   theirs = both(xla, mask, exact)
   assert splash.block_sizes(length, length, 400, longest - 1, 12) == (256, 256)

@@ -77,11 +77,11 @@ def role_specs(nets):
 
 @functools.cache
 def weights():
-  """All roles; the generator's are random everywhere: a fresh one predicts zero, and only its last layer has a gradient."""
-  specs = role_specs(networks())
-  drawn = jax.jit(lambda: {role: P.init(specs[role], jax.random.key(number)) for number, role in enumerate(sorted(specs))})()
-  shake = lambda path, p: 0.15 * jax.random.normal(jax.random.fold_in(jax.random.key(3), len(path)), p.shape) + ("norm_" in path)
-  return {**drawn, "model": P.map_with_path(shake, specs["model"])}
+  """All roles, random everywhere: a fresh generator predicts zero, and only its last layer has a gradient. To draw networks as they start takes as
+  long to compile as a step."""
+  rng = np.random.default_rng(3)
+  draw = lambda path, p: (0.15 * rng.normal(size=p.shape) + ("norm" in path or "statistics" in path)).astype(p.dtype)
+  return {role: P.map_with_path(draw, specs) for role, specs in role_specs(networks()).items()}
 
 
 def one_step(nets, mesh, rules, kind="latents", accumulate=1, optimizer=OPTIMIZER):
