@@ -17,7 +17,7 @@ S1 and S3 of section 2.3), and the later stages mix their resolutions in equal s
 (0.9, 0.95), 1,000 steps of warm-up in every stage, a constant rate, EMA 0.9999, logit-normal times with the resolution shift. K is 1,024.
 The VAE learns from the text-to-image pictures.
 
-What it costs: if all overlapped, 475 days on the 128 chips of v5p-256, and 15 on the 4,096 of v5p-8192; if nothing did, 744 and 23. A
+What it costs: if all overlapped, 475 days on the 128 chips of v5p-256, and 15 on the 4,096 of v5p-8192; if nothing did, 750 and 23. A
 pod's name, such as `:v6e-256`, takes the plan for it; docs/pods.md says what was rehearsed of them, and how the days are computed. `python -m
 launch.describe --config=configs/pretrain.py` lists every weight; `:smoke` runs all stages here.
 
