@@ -171,6 +171,20 @@ def test_which_tags_are_left_and_in_which_order():
     Mixture((spec(True, 0.0, 0, ","),), DEFAULT, 64, TOKENIZER, 0, find=find(32))
 
 
+def test_records_without_captions_are_for_stages_that_read_none():
+  num = np.array([1, 0, 1, 0, 0, 1], np.int32)
+  index = plain_index([(64, 64)] * 6, num_captions=num, **{f"caption_{name}": np.full(3, value, dtype) for name, value, dtype in (
+      ("language", 1, np.uint16), ("kind", 0, np.uint8), ("tokens", 30, np.int32))})
+  for captions, expected in ((True, (3, 3)), (False, (6, 0))):
+    count, = world_of(index).build(captions=captions).counts
+    assert (count.kept, count.no_caption) == expected
+  bare = {"captions": [], "languages": [], "kinds": [], "sample_id": 1}
+  vae, other = (world_of(index).build(Loader, captions=captions) for captions in (False, True))
+  assert vae._pick_caption(bare, vae.mixture.datasets[0], None) is None
+  with pytest.raises(ValueError, match="no caption of the wanted languages"):
+    other._pick_caption(bare, other.mixture.datasets[0], None)
+
+
 def test_shares_follow_the_weights(data, tokenizer):
   loader = make(data, tokenizer, sets=2, resolutions=[
       Resolution(32, 8, ("1:1",), weight=1.0), Resolution(64, 4, ("1:1",), weight=4.0)], max_crop=0.6)

@@ -186,7 +186,7 @@ class Run(StageWeights):
     return Loader(datasets, stage.resolutions, self.cfg.num_tokens, self.tokenizer, seed=fold_name(self.cfg.seed, stage.name),
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
                   process_index=index, process_count=count, num_workers=self.cfg.num_workers, order_dir=folder_of(self.cfg.order_dir),
-                  alpha=any(part.alpha for part in stage.mixture),
+                  alpha=any(part.alpha for part in stage.mixture), captions=stage.kind != "autoencoder",
                   unconditional=self.algorithm(stage).unconditional, **buckets)
 
   def put(self, batch: dict) -> dict:
