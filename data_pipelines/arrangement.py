@@ -79,13 +79,14 @@ class Wanted:
   every: bool
   alpha: bool
   truncate: bool
+  captions: bool = True
 
   def key(self, identities: Sequence[str]) -> str:
     """Returns hexadecimal digits that name the arrangement of data sets with these identities, and this version of the code."""
     given = None if self.programs is None else sorted((repr(key), some.tolist()) for key, some in self.programs.items())
     specs = [dataclasses.replace(spec, data_dir="") for spec in self.datasets]  # wherever it is, its identity says what it holds
     return _digest(_code(), identities, specs, self.resolutions, self.classes, self.tokenizer.fingerprint, self.max_crop, self.min_bucket_records,
-                   self.max_programs, given, self.every, self.alpha, self.truncate)
+                   self.max_programs, given, self.every, self.alpha, self.truncate, self.captions)
 
 
 def _digest(*parts: Any) -> str:
@@ -257,7 +258,8 @@ class _Arranger:
         tokens = np.where(usable_captions(some | {"language_names": index["language_names"]}, spec), tokens, 0)
       length, reason = _longest(tokens, counts), np.zeros(len(counts), np.uint8)
       length = np.minimum(length, longest) if self._wanted.truncate else length
-      tests = {"too_long": length > longest, "no_caption": length == 0, "low_stage": np.array(index["stage"][piece]) < spec.min_stage,
+      tests = {"too_long": length > longest, "no_caption": (length == 0) & self._wanted.captions,
+               "low_stage": np.array(index["stage"][piece]) < spec.min_stage,
                "low_quality": np.array(index["quality"][piece]) < np.float32(spec.min_quality)}
       for name, holds in tests.items():  # the first reason comes last
         reason[holds] = REASONS.index(name)

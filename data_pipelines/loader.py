@@ -54,8 +54,9 @@ class Loader:
                tokenizer: PromptTokenizer, seed: int, caption_dropout: float = 0.1, max_crop: float = 0.2, prompt_classes: Sequence[int] = (),
                min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
                num_workers: int = 0, unconditional: bool = False, max_programs: int = 0,
-               programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False, truncate: bool = False):
-    """Args: those of `Mixture`, the last five at the end; share of prompts that are emptied; largest share of records that may be broken; which of
+               programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False, truncate: bool = False,
+               captions: bool = True):
+    """Args: those of `Mixture`, some of them at the end; share of prompts that are emptied; largest share of records that may be broken; which of
     how many processes this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
     whether a batch has the unconditional prompt.
 
@@ -65,13 +66,13 @@ class Loader:
     parts = (process_index,) if isinstance(process_index, int) else tuple(process_index)
     _check(resolutions, caption_dropout, max_faulty, parts, process_count)
     self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records, max_programs, programs,
-                           order_dir=order_dir, alpha=alpha, truncate=truncate)
+                           order_dir=order_dir, alpha=alpha, truncate=truncate, captions=captions)
     self.buckets, self.counts = self.mixture.buckets, self.mixture.counts
     self.faults: list[Fault] = []
     self._tokenizer, self._seed = tokenizer, seed
     self._caption_dropout, self._max_faulty = caption_dropout, max_faulty
     self._process, self._num_workers = (parts, process_count), num_workers
-    self.unconditional, self._truncate = unconditional, truncate
+    self.unconditional, self._truncate, self._captions = unconditional, truncate, captions
     self._held_out: dict[int | None, list] = {}
 
   # ---- batches -----------------------------------------------------------------------------------
@@ -249,6 +250,8 @@ class Loader:
     wanted, weights = _encoded(tuple(spec.languages)), {kind.encode(): weight for kind, weight in spec.caption_weights.items()}
     usable = [i for i, (language, kind) in enumerate(zip(record["languages"], record["kinds"]))
               if (not wanted or language in wanted) and (not weights or weights.get(kind, 0) > 0)]
+    if not usable and not self._captions:
+      return None
     if not usable:
       raise ValueError(f"Sample {record['sample_id']} of data set {spec.name!r} has no caption of the wanted languages and kinds: the index says "
                        "otherwise; prepare the data set anew.")

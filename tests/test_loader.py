@@ -22,14 +22,12 @@ from data_pipelines.embedded import glyph_edits, glyphs
 from data_pipelines.embedded.glyphs import Attributes
 from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution, source_grids
-from data_pipelines.tags import vary
 from data_pipelines.transforms import encode_png
 from qimg2.runtime import left_out
 
 RATIOS = ("1:1", "1:2", "2:1")
 DEFAULT = (Resolution(64, 8, RATIOS, multiple=16),)
 NUM_TRAIN = 90
-TAGS = ("shuffle_tags", "drop_tags", "keep_tags", "tag_separator")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def tokenizer(data):
 
 
 def make(data, tokenizer, seed=0, sets=1, weights=(1.0, 3.0), resolutions=DEFAULT, **options):
-  spec_options = {key: options.pop(key) for key in ("min_quality", "languages", "split", "task", *TAGS) if key in options}
+  spec_options = {key: options.pop(key) for key in ("min_quality", "languages", "split", "task") if key in options}
   datasets = [DatasetSpec(str(folder), "glyphs", weight=w, **spec_options) for folder, w in zip(data[:sets], weights)]
   return Loader(datasets, resolutions, 64, tokenizer, seed, **options)
 
@@ -119,41 +117,6 @@ def test_each_record_comes_exactly_once_per_epoch(data, tokenizer):
     assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1 and epochs[0] != epochs[1]
     union |= set(epochs[0])
   assert union == set(range(NUM_TRAIN))
-
-
-def test_tags_vary_with_the_sample_and_the_epoch_alone(data, tokenizer):
-  options = dict(zip(TAGS, (True, 0.2, 2, " "))) | {"caption_dropout": 0.0}
-  spec = DatasetSpec("", "", **{name: options[name] for name in TAGS})
-  loader, parts = make(data, tokenizer, **options), [make(data, tokenizer, process_index=i, process_count=2, **options) for i in range(2)]
-  prompts = lambda batch: list(map(tokenizer.decode_prompt, batch["tokens"]))
-  by_epoch = collections.defaultdict(dict)
-  for k in range(24):
-    plan, batch = loader.mixture.plan(k), loader.batch(k)[1]
-    for row, text in enumerate(prompts(batch)):
-      captions, epoch = glyphs.example(int(batch["sample_id"][row]), seed=0)["captions"], int(plan.epochs[row])
-      varied = {vary(caption, spec, (0, 5, int(batch["sample_id"][row]), epoch)): caption for caption in captions}
-      assert text in varied and text.split()[:2] == varied[text].split()[:2] and set(text.split()) <= set(varied[text].split())
-      by_epoch[int(batch["sample_id"][row]), varied[text]][epoch] = text
-    assert prompts(batch) == [text for part in parts for text in prompts(part.batch(k)[1])]
-  assert any(len(set(texts.values())) > 1 for texts in by_epoch.values())
-  varied, plain = (next(make(data, tokenizer, split="validation", **some).evaluation_batches(8)) for some in (options, {}))
-  assert_same(varied, plain)
-
-
-def test_tags_whose_order_would_be_too_long_are_as_they_are_written(data, tokenizer):
-  captions = {i: glyphs.example(i, seed=0)["captions"] for i in range(NUM_TRAIN)}
-  longest = max(int(tokenizer.count(some).max()) for some in captions.values())
-  spec = DatasetSpec(str(data[0]), "glyphs", shuffle_tags=True, tag_separator=" ")
-  loader = Loader([spec], DEFAULT, longest, tokenizer, 0, caption_dropout=0.0)
-  seen = collections.Counter()
-  for k in range(24):
-    plan, (_, batch) = loader.mixture.plan(k), loader.batch(k)
-    for i, epoch, tokens in zip(batch["sample_id"].tolist(), plan.epochs.tolist(), batch["tokens"]):
-      text, varied = tokenizer.decode_prompt(tokens), {caption: vary(caption, spec, (0, 5, i, epoch)) for caption in captions[i]}
-      was_too_long = text in varied and varied[text] != text
-      assert int(tokenizer.count([varied[text]])[0]) > longest if was_too_long else text in varied.values()
-      seen[was_too_long] += 1
-  assert seen[True] and seen[False] and not loader.faults
 
 
 def test_shares_follow_the_weights(data, tokenizer):

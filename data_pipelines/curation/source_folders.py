@@ -26,6 +26,7 @@ TABLES = {"table": (source_tables.plan_csv, source_tables.read_csv), "jsonl": (s
 TABLE_EXTENSIONS = {".csv": "table", ".tsv": "table", ".jsonl": "jsonl", ".parquet": "parquet"}
 _METADATA = "metadata"
 _SOURCE_FILE = re.compile(r"(.+)\.source([0-9]*)", re.DOTALL)
+_TARGET = re.compile(r"((?:.*/)?)target/", re.DOTALL)
 _CONTROL = re.compile(r"((?:.*/)?)control(?:_?([0-9]+))?/(.+)", re.DOTALL)
 
 
@@ -76,7 +77,7 @@ def plan_folder(place: Place, files: Iterable[str], size: int) -> Iterator[tuple
 def _groups(names: Iterable[str]) -> dict[str, _Group]:
   """The files by the stem that those of a sample share."""
   names = list(names)
-  targets = {match[1] for name in names if kind(name) == "image" and (match := re.match(r"((?:.*/)?)target/", name, re.DOTALL))}
+  targets = {match[1] for name in names if kind(name) == "image" and (match := _TARGET.match(name))}
   controlled = {match[1] for name in names if kind(name) == "image" and (match := _CONTROL.fullmatch(name))} & targets
   groups: dict[str, _Group] = collections.defaultdict(_Group)
   for name in names:
@@ -91,7 +92,8 @@ def _groups(names: Iterable[str]) -> dict[str, _Group]:
     else:
       groups[stem].images.append(name)
   for stem, group in groups.items():
-    group.is_edit = any(f"/{stem}".startswith(f"/{root}target/") for root in controlled)
+    match = _TARGET.match(stem)
+    group.is_edit = match is not None and match[1] in controlled
   return _joined(groups)
 
 
