@@ -239,7 +239,7 @@ def test_each_step_draws_samples_of_its_own(tmp_path):
       self.batch = loader.batch(0)
 
     def iterate(self, first):
-      return itertools.repeat((0, self.batch))
+      yield from itertools.repeat((0, self.batch))
   drawn = []
   def score(samples, batch):
     drawn.append(samples["path"][:, 0])
