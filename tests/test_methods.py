@@ -15,6 +15,7 @@ from many import UNHURRIED_S, ends, start, together
 from many import toy as toy_command
 
 from qimg2.training import faults, optim
+from qimg2.training.checkpoint import newest_step
 from qimg2.training.metrics import read_rows
 from tests.jobs import toy
 from tests.jobs.toy_methods import METHODS, grpo
@@ -32,14 +33,14 @@ class Killed(BaseException):
   """Ends a run where it is, as a kill does: nothing catches it."""
 
 
-def die_before(batch):
-  """Wraps a loader: the process ends when it asks for this batch."""
+def die_before(batch, reason=Killed):
+  """Wraps a loader: the process ends, or fails, when it asks for this batch."""
   def wrap(loader):
     class Dying:
       def iterate(self, first):
         for bucket_and_rows in loader.iterate(first):
           if bucket_and_rows[1]["sample_id"][0] == toy.ROWS * batch:
-            raise Killed
+            raise reason
           yield bucket_and_rows
     return Dying()
   return wrap
@@ -50,6 +51,12 @@ def let_threads_end(folder):
   limit = time.monotonic() + 60
   while list((folder / "toy" / "checkpoints").glob("*tmp*")) and time.monotonic() < limit:
     time.sleep(0.05)
+
+
+def test_a_mistake_in_a_batch_does_not_cut_off_the_save_before(tmp_path):
+  with pytest.raises(ValueError, match="a broken record"):
+    toy.run(toy.Job("supervised", save_every=1, **ONE), tmp_path, wrap=die_before(6, ValueError("a broken record")))
+  assert newest_step(tmp_path / "toy" / "checkpoints") == 6 and not list(tmp_path.rglob("*tmp*"))
 
 
 def rows(folder):
@@ -239,7 +246,7 @@ def test_each_step_draws_samples_of_its_own(tmp_path):
       self.batch = loader.batch(0)
 
     def iterate(self, first):
-      return itertools.repeat((0, self.batch))
+      yield from itertools.repeat((0, self.batch))
   drawn = []
   def score(samples, batch):
     drawn.append(samples["path"][:, 0])

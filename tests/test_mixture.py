@@ -11,64 +11,29 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from made_up import LANGUAGES, TOKENIZER, World, make_index, plain_index, world_of, worlds
+from made_up import (
+  TOKENIZER,
+  World,
+  caption_lengths,
+  crop,
+  fate,
+  make_index,
+  nearest,
+  plain_index,
+  source_sizes_of,
+  usable,
+  world_of,
+  worlds,
+)
 
 from data_pipelines import columns, kinds, pieces
 from data_pipelines.buckets import RATIOS, bucket_size
 from data_pipelines.loader import Loader
 from data_pipelines.order import permute
-from data_pipelines.records import KINDS
 from data_pipelines.specs import DatasetSpec, Resolution
 
 REASONS = ("low_quality", "low_stage", "no_caption", "too_long", "cropped", "rare")
 repeat = lambda num: settings(max_examples=num, deadline=None, derandomize=True, database=None)
-
-
-# ---- the same, told record by record ---------------------------------------------------------------
-
-
-def crop(height, width, to_height, to_width):
-  change = width * to_height / (height * to_width)
-  return 1 - min(change, 1 / change)
-
-
-def nearest(height, width, sizes):
-  return min(sizes, key=lambda size: round(abs(math.log(width / height) - math.log(size[1] / size[0])), 9))
-
-
-def caption_lengths(world, spec, i):
-  """Lengths of the usable captions of record i, by the rules."""
-  index = world.indices[spec.name]
-  first, found = int(index["num_captions"][:i].sum()), []
-  for j in range(first, first + int(index["num_captions"][i])):
-    language, kind = LANGUAGES[index["caption_language"][j]], KINDS[index["caption_kind"][j]]
-    if (not spec.languages or language in spec.languages) and (not spec.caption_weights or spec.caption_weights.get(kind, 0) > 0):
-      most, length = world.options["num_tokens"], int(index["caption_tokens"][j])
-      known = index["tokenizer"] == TOKENIZER.fingerprint
-      found.append(most if not known or length > most and world.options.get("truncate") else length)
-  return found
-
-
-def source_sizes_of(world, spec, i):
-  return [tuple(map(int, size)) for size in world.indices[spec.name]["source_sizes"][i] if size[0]]
-
-
-def fate(world, spec, resolution, i):
-  """Why record i is left out before any merging, "" if it is not, None if it is of another task."""
-  index, lengths, sources = world.indices[spec.name], caption_lengths(world, spec, i), source_sizes_of(world, spec, i)
-  if bool(sources) != (spec.task == "ti2i"):
-    return None
-  height, width = int(index["height"][i]), int(index["width"][i])
-  targets = [bucket_size(resolution.base_px, ratio, resolution.multiple) for ratio in resolution.ratios]
-  lost = crop(height, width, *nearest(height, width, targets))
-  tests = {"low_quality": float(index["quality"][i]) < float(np.float32(spec.min_quality)), "low_stage": index["stage"][i] < spec.min_stage,
-           "no_caption": not lengths, "too_long": max(lengths, default=0) > world.options["num_tokens"],
-           "cropped": lost > world.options["max_crop"]}
-  return next((name for name, test in tests.items() if test), "")
-
-
-def usable(world, spec, resolution):
-  return [i for i in range(len(world.indices[spec.name]["height"])) if fate(world, spec, resolution, i) == ""]
 
 
 def build_or_refuse(world):

@@ -11,6 +11,7 @@ count as a checkpoint. Reading is strict: another shape or a missing weight is a
 compared with its manifest: a damaged one is named in the log and the one before it is read instead; where none is intact, that is an error.
 """
 
+import contextlib
 import re
 import shutil
 import time
@@ -127,6 +128,17 @@ class Checkpoints:
     if not (self.folder / str(step) / name).is_dir():
       name = name.replace("average.", "slow.")  # as written by older versions
     return self._read(step, ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)}))[name]
+
+  @contextlib.contextmanager
+  def kept_on_failure(self) -> Iterator[None]:
+    """Where something fails inside, the save that is under way is completed; with several processes it is cut off, because others may be gone."""
+    try:
+      yield
+    except Exception:
+      if jax.process_count() == 1:
+        with contextlib.suppress(SaveError):
+          self.wait()
+      raise
 
   def wait(self) -> None:
     """Returns when the save under way is on the disk.

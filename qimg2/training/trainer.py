@@ -116,7 +116,7 @@ def _train(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rul
     rollouts = compile_rollouts(stage, nets, abstract, frozen, mesh, rules)
     compile_one = step_compiler(stage, nets, abstract, frozen, mesh, rollouts)
     order = list(stage.first_needed(step) if stage.first_needed else range(len(stage.batch_shapes)))
-  with contextlib.closing(StepPrograms(compile_one, order)) as programs, output.writer.kept_on_failure():
+  with contextlib.closing(StepPrograms(compile_one, order)) as programs, output.writer.kept_on_failure(), output.checkpoints.kept_on_failure():
     with recorder.measure("compile"):
       word = programs.wait(f"{stage.name}: compile", 1 if stage.first_needed else len(order), lambda: "stop" if stop(None) else "")
     if word or stop(step):
