@@ -89,8 +89,10 @@ class Run(StageWeights):
       self._check_sources()
       check_folder(cfg.order_dir)
     self._found: set[str] = set()
-    if not trained or not workdir:
+    if not trained or not workdir or not (self.workdir / "config.json").is_file():
       self._ensure_data(*cfg.stages)
+    elif cfg.tokenizer == "default" and cfg.stages[0].mixture[0].name in EMBEDDED and not (self.workdir / KEPT).is_file():
+      self._ensure_data(cfg.stages[0])  # an earlier version kept no tokenizer, and that of an embedded data set can be had again
     self.tokenizer = run_tokenizer(cfg, self.workdir if workdir else None, trained)
     if self.tokenizer.vocab_size > cfg.encoder.vocab_size:
       raise ValueError(f"The tokenizer of {tokenizer_path(cfg)} has {self.tokenizer.vocab_size} tokens, but config.encoder.vocab_size is "
