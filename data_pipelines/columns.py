@@ -32,7 +32,8 @@ _mapped: set[str] = set()  # folders of the files of columns
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end_in_a_sentence(_: int) -> None:
   """What the system calls in the middle of reading a page that is not to be had. Python's own handlers would wait until that has been read."""
-  sentence = ("error: A file that is mapped cannot be read (SIGBUS), because its disk or mount fails, or it became shorter while it was in use. "
+  sentence = ("error: A file that is mapped cannot be read (SIGBUS), because its disk or mount fails, it became shorter while it was in use, "
+              "or /dev/shm, through which loader workers send their batches, is full (containers have 64 MB by default: --shm-size). "
               f"Mapped are files in {', '.join(sorted(_mapped))}. Mend it; the same command goes on where it was.\n")
   os.write(2, sentence.encode())
   os._exit(1)

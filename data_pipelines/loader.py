@@ -223,7 +223,8 @@ class Loader:
     if tags is not None:
       varied = vary(prompt, tags[0], (self._seed, 5, int(record["sample_id"]), tags[1]))
       # In another order a text may have more tokens; as it is written it is known to have a place.
-      prompt = varied if len(self._tokenizer.encode(varied, grids)) <= bucket.num_tokens else prompt
+      fits = lambda text: len(self._tokenizer.encode(text, grids)) <= bucket.num_tokens
+      prompt = varied if fits(varied) or self._truncate and not fits(prompt) else prompt
     try:
       tokens, count = self._tokenizer.encode_batch([prompt], bucket.num_tokens, grids, self._truncate)
     except ValueError as error:

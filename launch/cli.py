@@ -51,8 +51,7 @@ def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None])
   try:
     app.run(guarded, flags_parser=_parse)
   finally:
-    if console.is_closed():
-      sys.exit(console.CLOSED)
+    console.is_closed()  # what is still to be printed is dropped then, and the exit code stays what it is
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

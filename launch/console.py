@@ -25,25 +25,31 @@ class Aside:
   """The log file, which is there when something is in it. `write` adds to it; `divert` sends there what is written to stderr from now on."""
 
   def __init__(self):
-    self.path = pathlib.Path(tempfile.gettempdir(), f"qimg2-{os.getpid()}.log")
+    self.path: pathlib.Path | None = None
     self._stderr: int | None = None
     self._was_named = False
 
   def write(self, text: str) -> str:
     """Adds a traceback, and returns where it is, in words."""
-    with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-      file.write(f"{text.rstrip()}\n")
+    try:
+      with open(self._made(), "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"{text.rstrip()}\n")
+    except OSError as error:  # a full disk, no folder for temporary files: no reason to lose the line that this stands behind
+      return f"its traceback could not be written: {error}"
     return f"its traceback is in {self.path}"
 
   def mention(self) -> str:
     """Where more can be read, to stand behind a sentence; "" where nothing is."""
-    return f" More is in {self.path}." if self.path.exists() else ""
+    return f" More is in {self.path}." if self._says_something() else ""
 
   def divert(self) -> None:
     """What threads and libraries write to stderr from now on goes to the file. When the process ends, one line says so if there was any."""
-    self._was_named = self.path.exists()
+    self._was_named = self._says_something()
+    try:
+      file = os.open(self._made(), os.O_WRONLY | os.O_APPEND)
+    except OSError:
+      return
     self._stderr = os.dup(2)
-    file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(file, 2)
     os.close(file)
 
@@ -52,11 +58,21 @@ class Aside:
     if self._stderr is None:
       return
     sys.stderr.flush()
-    if not self.path.stat().st_size:
-      self.path.unlink()
+    if not self._says_something():
+      self.path.unlink(missing_ok=True)
     elif not self._was_named:
       with contextlib.suppress(BrokenPipeError):
         os.write(self._stderr, f"What was cut off by that said more, in {self.path}.\n".encode())
+
+  def _made(self) -> pathlib.Path:
+    if self.path is None:
+      file, name = tempfile.mkstemp(prefix="qimg2-", suffix=".log")
+      os.close(file)
+      self.path = pathlib.Path(name)
+    return self.path
+
+  def _says_something(self) -> bool:
+    return self.path is not None and self.path.exists() and self.path.stat().st_size > 0
 
 
 class _WithoutTracebacks(logging.PythonFormatter):
@@ -118,7 +134,9 @@ def is_closed() -> bool:
   return any([_is_closed(stream) for stream in (sys.stdout, sys.stderr)]) if is_own() else False
 
 
-def _is_closed(stream: TextIO) -> bool:
+def _is_closed(stream: TextIO | None) -> bool:
+  if stream is None:  # there was none from the beginning
+    return False
   poll = select.poll()
   poll.register(stream.fileno(), 0)  # which tells of a pipe without a reader all the same
   try:

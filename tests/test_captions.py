@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.mixture import Mixture
 from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.tags import vary
+from qimg2.runtime import left_out
 
 DEFAULT = (Resolution(64, 8, ("1:1", "1:2", "2:1"), multiple=16),)
 NUM_TRAIN = 48
@@ -66,6 +68,25 @@ def test_tags_whose_order_would_be_too_long_are_as_they_are_written(data, tokeni
       assert int(tokenizer.count([varied[text]])[0]) > longest if was_too_long else text in varied.values()
       seen[was_too_long] += 1
   assert seen[True] and seen[False] and not loader.faults
+
+
+def test_a_caption_that_is_cut_varies_too(data, tokenizer):
+  """What stands behind the cut would never be seen otherwise."""
+  spec, seen = DatasetSpec(str(data), "glyphs", shuffle_tags=True, tag_separator=" "), collections.defaultdict(set)
+  loader = Loader([spec], DEFAULT, int(tokenizer.count(["large"])[0]) + 1, tokenizer, 0, caption_dropout=0.0, truncate=True)
+  for k in range(24):
+    batch = loader.batch(k)[1]
+    for i, tokens in zip(batch["sample_id"].tolist(), batch["tokens"]):
+      seen[i].add(tokenizer.decode_prompt(tokens))
+  as_written = lambda i, text: any(caption.startswith(text) for caption in glyphs.example(i, seed=0)["captions"])
+  assert sum(not as_written(i, text) for i, texts in seen.items() for text in texts) > 20 and not loader.faults
+
+
+def test_a_source_that_has_tags_or_keys_of_its_own_is_named_as_it_named_its_samples():
+  ours = {"key": "a/1.png", "tags": []}
+  for attributes in (ours, {"tags": "red", "curation": ours}, {"key": 7, "curation": {"key": 1, "tags": 2}, "curation_": ours}):
+    record = {"attributes": json.dumps(attributes), "captions": [b"x"]}
+    assert left_out._names(record) == {"key": "a/1.png", "captions": ["x"]}
 
 
 def test_which_tags_are_left_and_in_which_order():

@@ -15,6 +15,11 @@ from launch import cli
 def main(_):
   logging.info("not said")
   what = flags.FLAGS.what
+  if what in ("quiet", "stopped", "defect"):
+    time.sleep(0.5)  # the reader has gone
+    if what == "defect":
+      raise RuntimeError("a defect")
+    sys.exit(75 if what == "stopped" else 0)
   if what == "print":
     for _ in range(100_000):
       print("a line that is long enough to fill a pipe")
@@ -82,3 +87,10 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
   assert (out, lines, code, paths) == ("a line that is long enough to fill a pipe\n", [], "rc 141", [])
   assert launcher("print", tmp_path, "2>&1 | head -1")[1:3] == ([], "rc 141")
   assert launcher("print", tmp_path, "> /dev/null")[1:3] == ([], "rc 0")
+
+
+def test_how_a_launcher_ends_does_not_hang_on_who_reads_it(tmp_path):
+  assert launcher("quiet", tmp_path, "| true")[2] == "rc 0" and launcher("stopped", tmp_path, "| true")[2] == "rc 75"
+  assert launcher("stopped", tmp_path, ">&-")[2] == "rc 75"
+  _, lines, code, _, _ = launcher("defect", tmp_path, "| true")
+  assert code == "rc 1" and lines[-1] == "RuntimeError: a defect"

@@ -66,6 +66,11 @@ class Job:
     """The folder in which units leave sentences for the user."""
     return files.join(self.work, "errors")
 
+  @property
+  def questions(self) -> str:
+    """The folder in which units leave what the user has to answer."""
+    return files.join(self.work, "questions")
+
   def path(self, phase: str, unit: int, suffix: str) -> str:
     """The file that a phase leaves for a unit."""
     return files.join(self.work, phase, f"{unit:06d}{suffix}")
@@ -87,10 +92,10 @@ class Row:
 
 def survey(job: Job, unit: Unit) -> list[Row]:
   """Runs the steps before "duplicate" on a unit; returns the samples that passed. None once the user has to be asked something: the question is left
-  with the errors, and is no error, which a runner would show at length."""
+  in a folder, and is no error, which a runner would show at length."""
   path = job.path("survey", unit.number, ".json")
   if not files.exists(path):
-    if files.names(job.errors):
+    if files.names(job.questions):
       return []
     try:
       leave_errors(job, unit.number, lambda: _write_survey(job, unit, path))
@@ -318,5 +323,6 @@ def leave_errors(job: Job, number: int, work: Callable[[], None]) -> None:
   try:
     work()
   except (ValueError, OSError) as error:
-    files.write(job.path("errors", number, ".txt"), str(error).encode())
+    kind = "questions" if isinstance(error, NeedsAnswer) else "errors"
+    files.write(job.path(kind, number, ".txt"), str(error).encode())
     raise

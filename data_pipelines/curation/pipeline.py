@@ -108,8 +108,11 @@ def _difference(stored: dict, request: dict) -> str:
   if stored["fingerprint"] != request["fingerprint"]:
     return f"of {stored['source']} as it was then; files were added, removed or changed"
   now = json.loads(json.dumps(request["config"]))
-  # Before they could be chosen: the records were as they are with these.
-  old = {"shard_gb": now["shard_gb"], "reading": now["reading"]} | stored["config"] | {"encode": {"alpha": False} | stored["config"]["encode"]}
+  # Before they could be chosen the records were as they are with these.
+  before = {"captions": "lines", "uncaptioned": "drop", "picture_root": ""}
+  if now["reading"] == before | {"captions": "ask"}:
+    before["captions"] = "ask"  # nobody has chosen now either
+  old = {"shard_gb": now["shard_gb"], "reading": before} | stored["config"] | {"encode": {"alpha": False} | stored["config"]["encode"]}
   if old["reading"] | {"captions": now["reading"]["captions"]} == now["reading"] and old["reading"]["captions"] == "ask":
     old["reading"] = now["reading"]  # what was read so far did not depend on the answer
   keys = sorted(key for key in old.keys() | now.keys() if old.get(key) != now.get(key))
@@ -146,7 +149,8 @@ class _Runner:
 
   def __call__(self, build: Callable[[beam.Pipeline], None], phase: str, description: str, num: int = 0) -> None:
     """Builds and runs one pipeline; `phase` is the folder in which each unit leaves its .json, or each of `num` pieces of work that are not units."""
-    files.remove_folder(self._job.errors)
+    for folder in (self._job.errors, self._job.questions):
+      files.remove_folder(folder)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     try:
       with _Progress(files.join(self._job.work, phase), num or self._job.num_units, description):
@@ -155,15 +159,15 @@ class _Runner:
     except Exception as error:  # A runner wraps what a worker raised in a type of its own.
       if "KeyboardInterrupt" in str(error):
         raise KeyboardInterrupt from error
-      self._raise_sentence(error)
+      self._raise_sentence(self._job.errors, error)
       raise
-    self._raise_sentence(None)
+    self._raise_sentence(self._job.questions)  # errors are of tries that the runner has repeated with success
 
-  def _raise_sentence(self, error: Exception | None) -> None:
-    """Raises `ValueError` with the first of the sentences that units have left."""
-    sentences = sorted(files.names(self._job.errors))
+  def _raise_sentence(self, folder: str, error: Exception | None = None) -> None:
+    """Raises `ValueError` with the first of the sentences that units have left in a folder."""
+    sentences = sorted(files.names(folder))
     if sentences:
-      raise ValueError(files.read(files.join(self._job.errors, sentences[0])).decode()) from error
+      raise ValueError(files.read(files.join(folder, sentences[0])).decode()) from error
 
 
 class _Progress:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from absl import logging
+
 from data_pipelines.arrangement import MOST_NAMED
 from data_pipelines.loader import Loader, read_records
 from qimg2.places import Place, write_file
@@ -34,7 +36,12 @@ def say(stage: StageConfig, loader: Loader, folder: Place) -> None:
     path.unlink(missing_ok=True)  # of an earlier start
     print(f"Stage {stage.name}: all {total} records are used.", flush=True)
     return
-  write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for d, one in enumerate(usage) for row in _rows(one, loader, d)))
+  try:
+    rows = [row for d, one in enumerate(usage) for row in _rows(one, loader, d)]
+  except OSError as error:  # of a record that training may never read
+    logging.warning("What is left out of stage %s cannot be named: %s", stage.name, error)
+    rows = []
+  write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
   which = f" (the first {MOST_NAMED} of each data set)" if any(sum(one["left_out"].values()) > MOST_NAMED for one in usage) else ""
   mend = "; raise num_tokens, or set too_long='truncate'" if "too_long" in reasons else ""
   print(f"Stage {stage.name}: {used} of {total} records are used, {total - used} are left out: "
@@ -59,5 +66,13 @@ def _names(record: dict | Exception) -> dict[str, Any]:
     attributes = json.loads(record["attributes"])
   except ValueError:
     attributes = {}
-  key = attributes.get("key") if isinstance(attributes, dict) else None
-  return {"key": key, "captions": [text.decode("utf-8", "replace") for text in record["captions"]]}
+  return {"key": _source_key(attributes) if isinstance(attributes, dict) else None,
+          "captions": [text.decode("utf-8", "replace") for text in record["captions"]]}
+
+
+def _source_key(attributes: dict) -> Any:
+  """What the source called a sample. Curation keeps it as `key`, or, where the source has keys of that name or `tags` of its own, in `curation`, with
+  an underscore more than any of theirs."""
+  is_ours = lambda name, value: name.rstrip("_") == "curation" and isinstance(value, dict) and {"key", "tags"} <= value.keys()
+  ours = [name for name, value in attributes.items() if is_ours(name, value)]
+  return (attributes[max(ours, key=len)] if ours else attributes).get("key")

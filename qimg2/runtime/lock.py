@@ -59,9 +59,13 @@ class RunLock:
 
   def __exit__(self, *_):
     self._ended.set()
-    self._thread.join()
-    if self._is_mine():
-      self._place.unlink(missing_ok=True)
+    self._thread.join(STALE_S)
+    try:
+      with client_failures():
+        if self._is_mine():
+          self._place.unlink(missing_ok=True)
+    except OSError as error:  # what the job did, and how it ended, is not changed by that
+      logging.warning("The lock of the run in %s cannot be removed (%s): the next job waits for it.", self._workdir, error)
 
   def _create(self) -> bool:
     """Whether the lock was free, and is this one's now."""
@@ -71,7 +75,10 @@ class RunLock:
     else:
       part = self._place.with_name(f"{NAME}.{self._record['holder']}")
       try:
-        part.write_text(json.dumps(self._record), encoding="utf-8")
+        with open(part, "w", encoding="utf-8") as file:
+          file.write(json.dumps(self._record))
+          file.flush()
+          os.fsync(file.fileno())  # an empty file after a power failure would be a lock of nobody
         os.link(part, self._place)  # whole, or not at all
         return True
       except FileExistsError:
@@ -93,8 +100,8 @@ class RunLock:
     """Waits as long as the module docstring says for a sign of life, and takes the lock if none comes."""
     seen, begin, said = self._look(), time.monotonic(), False
     while True:
-      record = _parse(seen[0])
-      if not seen[0] or time.monotonic() - begin >= _patience(record):
+      record = _parse(seen[0]) if seen else {}
+      if not seen or time.monotonic() - begin >= _patience(record):
         break
       if not said:
         said = True
@@ -102,24 +109,25 @@ class RunLock:
                         _patience(record))
       time.sleep(_LOOK_S)
       now = self._look()
-      if now[0] and now != seen:
+      if now and now != seen:
         raise ValueError(f"The run in {self._workdir} is being trained by {_name(_parse(now[0]))}: wait until it ends, stop it, or use another "
                          "--workdir.")
       seen = now
-    if seen[0]:
+    if seen:
       logging.warning("The lock of the run in %s is taken over: %s, which had it, gave no sign of life.", self._workdir, _name(record))
-    if not (self._create() if not seen[0] else self._write()):
+    if not (self._write() if seen else self._create()):
       raise ValueError(f"Another job took the run in {self._workdir} at the same moment: wait until it ends, or use another --workdir.")
 
-  def _look(self) -> tuple[str, int]:
-    """(what the lock says, a number that changes with signs of life); ("", 0) where there is none."""
+  def _look(self) -> tuple[str, int] | None:
+    """(what the lock says, a number that changes with signs of life); None where there is none."""
     try:
       return self._place.read_text(), 0 if is_remote(self._place) else self._place.stat().st_mtime_ns
     except FileNotFoundError:
-      return "", 0
+      return None
 
   def _is_mine(self) -> bool:
-    return _parse(self._look()[0]).get("holder") == self._record["holder"]
+    found = self._look()
+    return bool(found) and _parse(found[0]).get("holder") == self._record["holder"]
 
   def _beat(self) -> None:
     """Gives signs of life until the end."""
@@ -128,14 +136,15 @@ class RunLock:
       number += 1
       try:
         with client_failures():
-          found = _parse(self._look()[0])
+          seen = self._look()
+          found = _parse(seen[0]) if seen else {}
           if found and found.get("holder") != self._record["holder"]:
             self._lost(f"The run in {self._workdir} was taken over by {_name(found)} while this process gave no sign of life: it ends here, and that "
                        "one goes on.")
             return
           self._show(number, bool(found))
         is_silent = False
-      except OSError as error:
+      except Exception as error:  # whatever a client raises: without signs of life the run would be taken over
         if not is_silent:
           logging.warning("The lock of the run in %s cannot be renewed (%s): another job may take it over.", self._workdir, error)
         is_silent = True

@@ -93,7 +93,8 @@ class Shapes:
       classes = () if config.kind == "autoencoder" else self.cfg.prompt_classes
       self._indexed[config.name] = Mixture(
           config.mixture, config.resolutions, self.cfg.num_tokens, self.tokenizer, fold_name(self.cfg.seed, config.name), classes, config.max_crop,
-          config.min_bucket_records, config.max_programs, truncate=config.truncates).buckets
+          config.min_bucket_records, config.max_programs, truncate=config.truncates,
+          captions=config.kind != "autoencoder").buckets
     return self._indexed[config.name]
 
   def num_programs(self, config: StageConfig, choice: Choice) -> tuple[int, bool]:
