@@ -94,7 +94,11 @@ def test_the_same_command_finds_it_and_another_is_refused(small):
   meta = records.read_meta(facts["path"])["request"]
   before = {key: value for key, value in meta["config"].items() if key not in ("shard_gb", "reading")}
   before["encode"] = {key: value for key, value in before["encode"].items() if key != "alpha"}
-  assert pipeline._difference(meta | {"config": before}, meta) == "", "of a version without these keys"
+  now = lambda **reading: meta | {"config": meta["config"] | {"reading": meta["config"]["reading"] | reading}}
+  for same in ({}, {"captions": "ask"}):
+    assert pipeline._difference(meta | {"config": before}, now(**same)) == "", "of a version without these keys"
+  for other in ({"captions": "whole"}, {"uncaptioned": "keep"}, {"captions": "ask", "uncaptioned": "file_name"}):
+    assert pipeline._difference(meta | {"config": before}, now(**other)) == "with another config (reading)"
   with pytest.raises(ValueError, match=r"holds a data set with another config \(validation_share\): remove that folder, or choose another --name"):
     pipeline.curate(str(root / "raw"), "mine", str(root / "out"), settings(validation_share=0.5), num_workers=1)
 
