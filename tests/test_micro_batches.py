@@ -134,7 +134,8 @@ def test_held_out_records_that_fit_no_bucket_of_training_have_their_own(monkeypa
   def loader(self, stage, *_, **buckets):
     asked.append(sorted(buckets))
     cells = () if "programs" in buckets else (1,)
-    return types.SimpleNamespace(mixture=types.SimpleNamespace(cells=cells, merging=types.SimpleNamespace(left_out=0.0)))
+    usage = ({"left_out": {"rare": 5}},)
+    return types.SimpleNamespace(mixture=types.SimpleNamespace(cells=cells, usage=usage, merging=types.SimpleNamespace(left_out=0.0)))
   monkeypatch.setattr(Run, "_loader", loader)
   run = Run(smoke_config, tmp_path, trained=True)
   run.evaluation_batches(run.stages["low_resolution"], types.SimpleNamespace(mixture=types.SimpleNamespace(programs={})))

@@ -184,7 +184,8 @@ class Rehearsal(Shapes):
 
 def _bytes(tree: Any) -> float:
   """Of the arrays in a tree on each device."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  here = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+  return sum(math.prod(here(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _unread_bytes(arguments: Any, text: str) -> float:
