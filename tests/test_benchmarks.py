@@ -111,6 +111,7 @@ def test_what_a_save_costs():
   assert start.save_costs(rows) == pytest.approx((0.5, 1.2))
 
 
+@pytest.mark.slow
 def test_a_made_up_index_is_dealt_as_the_config_asks(tmp_path):
   row = mixture.measure(parse(pretrain.get_config()), "pretrain_512", 3000, 600, 1000, str(tmp_path))
   assert 0 <= row["more_gb"] < 1 and row["bytes_per_worker"] < 10**6

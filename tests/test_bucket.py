@@ -19,6 +19,8 @@ from qimg2 import places
 from qimg2.runtime import lock
 from qimg2.training import checkpoint, faults, manifest, metrics
 
+pytestmark = pytest.mark.slow  # a minute together
+
 
 @pytest.fixture(scope="module")
 def bucket():

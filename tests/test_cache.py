@@ -321,6 +321,7 @@ def test_options_are_checked(change, message):
     launch_cache_latents._parse_part("1of2")
 
 
+@pytest.mark.slow
 def test_numbers_beyond_float16_are_refused(run):
   encoder = Encoder(run, run.frozen_weights(run.stages[STAGE]), Options())
   with pytest.raises(ValueError, match="in the states of x that float16 cannot hold, the largest 70000.0: use --dtype=float32"):

@@ -39,6 +39,7 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path, quick, monkeypa
   assert os.listdir(workdir) == [] and took(workdir) < 0.2
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_taken_over_and_said(tmp_path, quick, monkeypatch, caplog):
   """At once where it is known to be gone: a number may belong to another process since."""
   here, place = lock._here(), tmp_path / lock.NAME

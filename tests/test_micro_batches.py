@@ -129,6 +129,7 @@ def test_training_has_them(monkeypatch, tmp_path, one_device, smoke_config):
   assert nets.model.remat == "full" and accumulate == 4  # 31 + 4 tokens a row, eight rows
 
 
+@pytest.mark.slow
 def test_held_out_records_that_fit_no_bucket_of_training_have_their_own(monkeypatch, tmp_path, smoke_config):
   asked = []
   def loader(self, stage, *_, **buckets):

@@ -90,6 +90,7 @@ def test_epochs_are_whole_and_each_has_an_order_of_its_own():
   assert len({tuple(epoch) for epoch in stream}) == 4
 
 
+@pytest.mark.slow
 @repeat(80)
 @given(worlds())
 def test_counts_add_up_and_name_the_right_reason(world):
@@ -267,6 +268,7 @@ def test_no_memory_grows_with_the_number_of_records():
   assert peak < 100_000, "a plan takes as much memory as there are records"
 
 
+@pytest.mark.slow
 @repeat(40)
 @given(worlds(), st.sampled_from([0, 4]))
 def test_looking_at_records_in_pieces_changes_nothing(world, max_programs):

@@ -187,6 +187,7 @@ def test_pictures_elsewhere(tmp_path):
   check(tmp_path / "in/x.csv", dict(zip(keys, (away, "missing", away, "leads out of its folder.*--picture_root", away))))
 
 
+@pytest.mark.slow
 def test_where_nothing_is_left_the_reasons_are_said_and_reported(tmp_path):
   for i in range(5):
     (tmp_path / f"p{i}.png").write_bytes(raw_folder.encoded(raw_folder.picture(i), "PNG"))

@@ -61,6 +61,7 @@ def test_emoji_know_right_from_wrong():
     suite.tasks(21, 1)
 
 
+@pytest.mark.slow
 @needs_emoji
 def test_emoji_edits_know_right_from_wrong():
   suite = made("emoji_edits")
