@@ -1,7 +1,7 @@
 """What a data set is, apart from its name and its place, so that one that was made anew under an old name is noticed.
 
 dataset.json has the checksum of every file that was written. The identity is made of those of the records and of the tokenizer: a copy has the same
-one wherever it lies, and so has what is prepared again from the same source. No record is read.
+one wherever it lies, and so has what is prepared again from the same source with the same config. No record is read.
 """
 
 import hashlib
