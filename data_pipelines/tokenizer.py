@@ -9,12 +9,13 @@ open an image slot.
 import collections
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                   "<|image_pad|>", "<|video_pad|>")
@@ -25,6 +26,7 @@ _SYSTEM_TURN = (_START, f"system\n{SYSTEM_PROMPT}", _END, "\n")
 _REPLY = (_END, "\n", _START, "assistant\n")
 
 # Where words are cut before merging, as in Qwen's tokenizer.json.
+_PAIR = ("vocab.json", "merges.txt")  # the older form of a tokenizer.json
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
           r"|\s+")
 
@@ -72,9 +74,11 @@ class PromptTokenizer:
 
   @classmethod
   def load(cls, path: str) -> "PromptTokenizer":
-    """Returns the tokenizer of a tokenizer.json or of a folder that holds one; `ValueError` if there is none."""
+    """Returns the tokenizer of a tokenizer.json, or of a folder that holds one, or vocab.json and merges.txt; `ValueError` if there is none."""
     path = os.fspath(path)
     file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    if not os.path.isfile(file) and all(os.path.isfile(os.path.join(path, name)) for name in _PAIR):
+      return cls(_from_pair(path), path)
     if not os.path.isfile(file):
       raise ValueError(f"No tokenizer at {file}: give a tokenizer.json, or the folder of a prepared data set.")
     with open(file, "rb") as opened:
@@ -175,6 +179,45 @@ class PromptTokenizer:
     self.__init__(tokenizers.Tokenizer.from_str(state))
 
 
+def _from_pair(folder: str) -> tokenizers.Tokenizer:
+  """Qwen's tokenizer from vocab.json and merges.txt, with the added tokens that tokenizer_config.json or added_tokens.json lists."""
+  vocab, merges = (os.path.join(folder, name) for name in _PAIR)
+  try:
+    tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+  except Exception as error:  # The Rust library raises this bare type for every kind of broken file.
+    raise ValueError(f"{vocab} and {merges} are no vocabulary and merges ({error}): fetch them again.") from error
+  tokenizer.normalizer = normalizers.NFC()
+  tokenizer.pre_tokenizer, tokenizer.decoder = _splitter(), decoders.ByteLevel()
+  for token, number in sorted(_added_tokens(folder).items(), key=lambda item: item[1]):
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+    if tokenizer.token_to_id(token) != number:
+      raise ValueError(f"{folder} gives the added token {token} the id {number}, but after {_PAIR[0]} it would be {tokenizer.token_to_id(token)}: "
+                       "the files are of different tokenizers, so fetch them again.")
+  return tokenizer
+
+
+def _added_tokens(folder: str) -> dict[str, int]:
+  found: dict[str, int] = {}
+  for name in ("added_tokens.json", "tokenizer_config.json"):
+    file = os.path.join(folder, name)
+    try:
+      with open(file, encoding="utf-8") as opened:
+        content = json.load(opened)
+      if name == "tokenizer_config.json":
+        content = {token["content"]: number for number, token in content.get("added_tokens_decoder", {}).items()}
+      found |= {token: int(number) for token, number in content.items()}
+    except FileNotFoundError:
+      continue
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+      raise ValueError(f"{file} lists no added tokens ({error!r}): fetch it again.") from error
+  return found
+
+
+def _splitter() -> pre_tokenizers.PreTokenizer:
+  return pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
+                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PromptTokenizer:
   """Returns a byte-level BPE tokenizer with at most `vocab_size` ids, the same for the same captions in any order.
 
@@ -187,9 +230,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PromptTokenizer
   times = min(max(2, sum(counts.values())), _TEMPLATE_COUNT)
   template = [part for part in _SYSTEM_TURN[1::2] + _REPLY[1::2] + ("user\n",) for _ in range(times)]
   tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-      pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  tokenizer.pre_tokenizer = _splitter()
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
       vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS), show_progress=False,

@@ -2,6 +2,7 @@
 
   python -m launch.export --workdir=runs/quickstart --out=runs/quickstart_pipeline
   python -m launch.export --workdir=runs/quickstart --transformer_only --dtype=float32 --out=runs/transformer.safetensors
+  python -m launch.export --workdir=runs/quickstart --comfyui --out=runs/comfyui.safetensors
 """
 
 
@@ -17,19 +18,21 @@ from qimg2.runtime.weights import DEPLOYED
 def define_flags() -> None:
   """The flags of this launcher."""
   flags.DEFINE_string("workdir", None, "Folder of the run, as given to launch.train.", required=True)
-  flags.DEFINE_string("out", None, "Folder to write, or with --transformer_only a .safetensors file; must not exist.", required=True)
+  flags.DEFINE_string("out", None, "Folder to write, or with --transformer_only or --comfyui a .safetensors file; must not exist.", required=True)
   flags.DEFINE_string("stage", "", "Stage whose generator to write; the last trained one when empty.")
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
   flags.DEFINE_enum("dtype", "bfloat16", tuple(FILE_DTYPES), "Type of the weights in the files.")
   flags.DEFINE_float("max_shard_bytes", 5e9, "Largest size of one file's tensors in bytes; a network that needs more gets several files.",
                      lower_bound=1)
   flags.DEFINE_bool("transformer_only", False, "Write the generator alone, as one file.")
+  flags.DEFINE_bool("comfyui", False, "Write the generator alone, as one file in the form that ComfyUI loads.")
 
 
 def main(_) -> None:
   """Exports as the flags say."""
   args = flags.FLAGS
-  out = export(load_run(args.workdir), args.out, args.stage, args.average, args.dtype, args.max_shard_bytes, args.transformer_only)
+  out = export(load_run(args.workdir), args.out, args.stage, args.average, args.dtype, args.max_shard_bytes, args.transformer_only,
+               args.comfyui)
   print(f"Written: {out}")
 
 

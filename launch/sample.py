@@ -25,6 +25,7 @@ def define_flags() -> None:
   """The flags of this launcher."""
   flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
+  flags.DEFINE_string("transformer", "", "File with the generator's weights, .safetensors or .gguf, in place of those of --pretrained.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
   flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for more.", required=True)
@@ -73,10 +74,12 @@ def main(_) -> None:
   if local_folder(args.out, "--out").is_dir():
     raise ValueError(f"--out={args.out} is a folder: name a PNG file; --pictures takes a folder.")
   picture_format(args.out)
+  if args.transformer and not args.pretrained:
+    raise ValueError("--transformer names the generator alone: give --pretrained too, a folder that has the encoder and the VAE.")
   if args.pretrained:
     if args.stage or args.average != DEPLOYED:
       raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
-    source, where = Pretrained(args.pretrained, args.dtype or "float32"), args.pretrained
+    source, where = Pretrained(args.pretrained, args.dtype or "float32", transformer=args.transformer), args.transformer or args.pretrained
     load, defaults = source.load, pretrained_defaults(source)
   else:
     source = load_run(args.workdir, args.dtype)

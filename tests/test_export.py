@@ -127,7 +127,7 @@ def test_we_read_back_the_same_bits_and_configs(exported, nets, weights):
   assert (opened.model, opened.encoder, opened.schedule) == (nets.model, nets.encoder, SCHEDULE)
   statistics = {"latents_mean": opened.vae.latents_mean, "latents_std": opened.vae.latents_std}
   assert opened.vae == dataclasses.replace(nets.vae, **statistics)
-  assert PromptTokenizer.load(opened.tokenizer).num_system_tokens == nets.num_system_tokens
+  assert PromptTokenizer.load(opened.processor).num_system_tokens == nets.num_system_tokens
 
 
 def test_statistics_survive_json_to_the_bit(exported, pipeline, weights):
@@ -193,7 +193,7 @@ def test_a_published_folder_goes_through_unchanged(tmp_path):
   published.save_pretrained(tmp_path / "in")
   opened = open_folder(tmp_path / "in")
   export_pipeline(tmp_path / "out", opened.model, opened.encoder, opened.vae, read_back(tmp_path / "in"), opened.schedule,
-                  opened.tokenizer.read_text(encoding="utf-8"), "float32")
+                  (opened.processor / "tokenizer.json").read_text(encoding="utf-8"), "float32")
   again = QwenImage21Pipeline.from_pretrained(tmp_path / "out")
   for name in PARTS.values():
     assert_same(getattr(again, name), reference.tensors(getattr(published, name)))

@@ -3,13 +3,14 @@
   model_index.json                       the pipeline's class and its parts, a distilled model's sampling times
   transformer/  text_encoder/  vae/      config.json, safetensors files (one, or several with an index)
   scheduler/scheduler_config.json        the sampling times
-  processor/                             tokenizer.json, and preprocessor_config.json or processor_config.json
+  processor/                             tokenizer.json, or vocab.json and merges.txt; preprocessor_config.json or processor_config.json
 
 `open_folder` reads the configs and no weights; `load_weights` streams the weights of one role onto the mesh. Reading is strict: what this
-program would not compute exactly like the published pipeline is an error.
+program would not compute exactly like the published pipeline is an error. The generator's weights may come from a file of their own.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from qimg2 import flow
 from qimg2 import params as P
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
-from qimg2.published import tensors
+from qimg2.published import quantised, tensors
+from qimg2.published.files import TensorFiles, open_file, open_tensors, read_json
 from qimg2.published.names import mmdit as mmdit_names
 from qimg2.published.names import qwen3_vl as qwen3_vl_names
 from qimg2.published.names import vae as vae_names
@@ -31,7 +33,8 @@ SCHEDULE_FIELDS = {"base_tokens": "base_image_seq_len", "base_shift": "base_shif
 # What the published scheduler could do besides, with the one value that we know.
 SCHEDULER_FIXED = {"num_train_timesteps": 1000, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
                    "invert_sigmas": False, "stochastic_sampling": False}
-TOKENIZER = "processor/tokenizer.json"
+PROCESSOR = "processor"
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # two forms
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # the newer one counts, if it speaks of images
 IMAGE_NORM = [0.5, 0.5, 0.5]
 # Fields that say how a network is run, or that come with the weights: they may differ between a run and the folder that it starts from.
@@ -62,9 +65,10 @@ class PipelineFolder:
     model, encoder, vae: configs of the networks.
     schedule: the sampling times. The density of training times is not published and has its default.
     sample_sigmas: sampling times before the shift that a distilled model asks for, from 1 down, without the last 0; None for an even grid.
-    tokenizer: path of tokenizer.json.
+    processor: folder of the tokenizer's files.
     image_pixels: (fewest, most) px of a condition image that the published image processor feeds to the encoder as it is; it would resize
       others, which is not done here.
+    transformer: file that holds the generator's weights in place of the folder; None for those of the folder.
   """
   path: pathlib.Path
   model: mmdit.Config
@@ -72,17 +76,20 @@ class PipelineFolder:
   vae: vae.Config
   schedule: flow.Schedule
   sample_sigmas: tuple[float, ...] | None
-  tokenizer: pathlib.Path
+  processor: pathlib.Path
   image_pixels: tuple[int, int]
+  transformer: pathlib.Path | None = None
 
 
-def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "none") -> PipelineFolder:
+def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "none", transformer: str | pathlib.Path = "") -> PipelineFolder:
   """The configs of a pipeline folder.
 
   Args:
     path: the folder.
     dtype: compute type of all networks.
     remat: rematerialisation policy of the generator.
+    transformer: .safetensors or .gguf file with the generator's weights, also in ComfyUI's form; the folder's transformer/ then needs its
+      config.json only.
 
   Raises:
     ValueError: no such folder, another kind of pipeline, a missing or broken file, or something that is not supported.
@@ -91,25 +98,42 @@ def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "
   if not (path / "model_index.json").is_file():
     fetch = f" A model of the hub is fetched first: hf download {path} --local-dir=DIR" if len(path.parts) == 2 and not path.exists() else ""
     raise ValueError(f"{path} is no pipeline folder: it has no model_index.json.{fetch}")
-  index = tensors.read_json(path / "model_index.json")
+  index = read_json(path / "model_index.json")
   _check_index(index, path)
-  configs = {network: tensors.read_json(path / part.folder / "config.json") for network, part in COMPONENTS.items()}
-  if not (path / TOKENIZER).is_file():
-    raise ValueError(f"The file {path / TOKENIZER} is missing.")
+  configs = {network: read_json(path / part.folder / "config.json") for network, part in COMPONENTS.items()}
+  processor = path / PROCESSOR
+  if not any(all((processor / name).is_file() for name in names) for names in TOKENIZER_FILES):
+    raise ValueError(f"The file {processor / TOKENIZER_FILES[0][0]} is missing, and so {' or '.join(TOKENIZER_FILES[1])}.")
   sigmas = index.get("sample_sigmas")
   try:
     encoder = qwen3_vl_names.config(configs["qwen3_vl"], dtype=dtype)
-    return PipelineFolder(
+    folder = PipelineFolder(
         path=path,
         model=mmdit_names.config(configs["mmdit"], dtype=dtype, remat=remat),
         encoder=encoder,
         vae=vae_names.config(configs["vae"], dtype=dtype),
-        schedule=read_schedule(tensors.read_json(path / "scheduler" / "scheduler_config.json")),
+        schedule=read_schedule(read_json(path / "scheduler" / "scheduler_config.json")),
         sample_sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
-        tokenizer=path / TOKENIZER,
-        image_pixels=_read_image_pixels(path / "processor", encoder.vision))
+        processor=processor,
+        image_pixels=_read_image_pixels(processor, encoder.vision),
+        transformer=pathlib.Path(transformer) if transformer else None)
   except (TypeError, AttributeError) as error:
     raise ValueError(f"A config in {path} holds a value of the wrong type ({error}): fetch the folder again.") from error
+  if folder.transformer is not None:
+    _check_transformer(folder)
+  return folder
+
+
+def _check_transformer(folder: PipelineFolder) -> None:
+  """A file that says its config, as those that we write, must say the folder's; of others the shapes are compared when they are read."""
+  try:
+    published = json.loads(open_file(folder.transformer).metadata.get("config", "{}"))
+  except json.JSONDecodeError as error:
+    raise ValueError(f"The config in the metadata of {folder.transformer} is no JSON ({error}): fetch the file again.") from error
+  if isinstance(published, dict) and published.get("_class_name") == mmdit_names.CLASS:
+    for path, mine, theirs in _differences(mmdit_names.config(published), folder.model, "model"):
+      raise ValueError(f"{folder.transformer} is of a generator with {path} {mine!r}, but the folder {folder.path} is of one with {theirs!r}: name "
+                       "the folder that it belongs to.")
 
 
 def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
@@ -123,7 +147,7 @@ def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
 
 def _read_image_pixels(folder: pathlib.Path, vision: VisionConfig) -> tuple[int, int]:
   """The bounds of a processor that does to pixels what `qwen3_vl_vision` does: scale to [-1, 1], cut into the encoder's patches."""
-  files = {folder / name: tensors.read_json(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()}
+  files = {folder / name: read_json(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()}
   if not files:
     raise ValueError(f"The folder {folder} has neither {' nor '.join(PROCESSOR_FILES)}.")
   found = {path: file.get("image_processor", file) for path, file in files.items()}
@@ -192,8 +216,7 @@ def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: d
   Raises:
     ValueError: no or damaged files, or tensors that differ from `specs`; checked before the first one is read.
   """
-  part = COMPONENTS[network]
-  files = tensors.open_tensors(folder.path / part.folder, part.stem)
+  files = component_files(folder, network)
   if network == "vae":
     return _load_vae(folder, files, specs, shardings)
   table = mmdit_names.table(folder.model) if network == "mmdit" else qwen3_vl_names.table(folder.encoder)
@@ -203,7 +226,24 @@ def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: d
   return tensors.load_tensors(files, specs, table, shardings, network)
 
 
-def _load_vae(folder: PipelineFolder, files: tensors.TensorFiles, specs: dict, shardings: dict | None) -> dict:
+def component_files(folder: PipelineFolder, network: str) -> TensorFiles:
+  """The tensors of a network under the names and with the values of the published class, whatever form their files have.
+
+  Raises:
+    ValueError: no or damaged files, or files of something else.
+  """
+  part = COMPONENTS[network]
+  alone = network == "mmdit" and folder.transformer is not None
+  files = quantised.plain(open_file(folder.transformer) if alone else open_tensors(folder.path / part.folder, part.stem))
+  return {"mmdit": mmdit_names.published_tensors, "qwen3_vl": qwen3_vl_names.published_tensors}.get(network, lambda files: files)(files)
+
+
+def has_head(folder: PipelineFolder) -> bool:
+  """Whether the files of the encoder hold its head. Nothing that draws reads it, nor what trains a generator."""
+  return qwen3_vl_names.HEAD in component_files(folder, "qwen3_vl").tensors
+
+
+def _load_vae(folder: PipelineFolder, files: TensorFiles, specs: dict, shardings: dict | None) -> dict:
   network = {half: specs[half] for half in ("encoder", "decoder")}
   declared = any("time" in path.split(P.SEPARATOR) for path in P.flatten(network))
   whole, table = (vae_names.table(dataclasses.replace(folder.vae, temporal_weights=temporal)) for temporal in (True, declared))

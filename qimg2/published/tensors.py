@@ -5,27 +5,22 @@ convolution as [out, in, h, w]; we store [in..., out...] and [h, w, in, out], an
 directions are strict: a tensor that is missing, left over or of another shape is an error that names it.
 
 Both directions also stream. Reading holds one published tensor at a time in host memory and writes it into weights that are already on the
-devices; writing takes one layer at a time from them. Pickled weights (.bin, .pt) are never opened: reading one can run any code.
+devices; writing takes one layer at a time from them.
 """
 
 import dataclasses
 import functools
-import json
-import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
 from qimg2 import params as P
-
-DTYPES = ("F32", "F16", "BF16")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from qimg2.published.files import TensorFiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,113 +70,6 @@ class Entry:
 
 
 Table = Mapping[str, Entry]
-
-
-# Files.
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFiles:
-  """The tensors of one folder of safetensors files, read one at a time.
-
-  Attributes:
-    folder: where the files are.
-    files: tensor name -> file.
-    shapes: tensor name -> shape.
-  """
-  folder: pathlib.Path
-  files: Mapping[str, pathlib.Path]
-  shapes: Mapping[str, tuple[int, ...]]
-
-  def read(self, name: str) -> np.ndarray:
-    """The tensor `name` in its stored type: float32, float16 or bfloat16.
-
-    Raises:
-      ValueError: its file was changed or removed since it was opened.
-    """
-    # A file is opened anew for each tensor: pages of a mapping that stays open would count as our memory until the whole file is in it.
-    with _opened(self.files[name]) as file:
-      return file.get_tensor(name)
-
-  def without(self, names: Collection[str]) -> "TensorFiles":
-    """The same files without the tensors `names`, which then count neither as read nor as left over."""
-    keep = [name for name in self.files if name not in names]
-    return TensorFiles(self.folder, {name: self.files[name] for name in keep}, {name: self.shapes[name] for name in keep})
-
-
-def open_tensors(folder: str | pathlib.Path, stem: str) -> TensorFiles:
-  """The tensors of `<stem>.safetensors`, or of the files that `<stem>.safetensors.index.json` lists. Reads headers only.
-
-  Raises:
-    ValueError: no such files, only pickled ones, both forms, a damaged file, or an index that does not agree with its files.
-  """
-  folder = pathlib.Path(folder)
-  single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-  if single.is_file() and index.is_file():
-    raise ValueError(f"{folder} holds both {single.name} and {index.name}: remove the one that is not meant.")
-  if index.is_file():
-    return _open_sharded(folder, index)
-  if single.is_file():
-    shapes = _header(single)
-    return TensorFiles(folder, dict.fromkeys(shapes, single), shapes)
-  pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
-  if pickled:
-    raise ValueError(f"{folder} holds pickled weights only, such as {pickled[0]}: they are never read, since a pickle can run any code; convert "
-                     f"them to {single.name}.")
-  raise ValueError(f"There are no weights in {folder}: it has neither {single.name} nor {index.name}.")
-
-
-def _open_sharded(folder: pathlib.Path, index: pathlib.Path) -> TensorFiles:
-  listed = read_json(index).get("weight_map")
-  if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-    raise ValueError(f"{index} has no weight_map from tensor names to files: fetch it again.")
-  headers = {}
-  for file in sorted(set(listed.values())):
-    if not (folder / file).is_file():
-      raise ValueError(f"{index} names the file {file}, which is not in {folder}: fetch it.")
-    headers[file] = _header(folder / file)
-  for name, file in listed.items():
-    if name not in headers[file]:
-      raise ValueError(f"{index} says that the tensor {name} is in {file}, but it is not: fetch both again.")
-  for file, shapes in headers.items():
-    odd = sorted(name for name in shapes if listed.get(name) != file)
-    if odd:
-      raise ValueError(f"{folder / file} holds the tensor {odd[0]}, which {index.name} does not list there: fetch both again.")
-  shapes = {name: headers[file][name] for name, file in listed.items()}
-  return TensorFiles(folder, {name: folder / file for name, file in listed.items()}, shapes)
-
-
-def _header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-  with _opened(path) as file:
-    slices = {name: file.get_slice(name) for name in file.keys()}
-    for name, x in slices.items():
-      if x.get_dtype() not in DTYPES:
-        raise ValueError(f"{path} stores the tensor {name} as {x.get_dtype()}: only {', '.join(DTYPES)} are read.")
-    return {name: tuple(x.get_shape()) for name, x in slices.items()}
-
-
-def _opened(path: pathlib.Path) -> Any:
-  try:
-    return safetensors.safe_open(path, framework="np")
-  except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(f"{path} is cut off, damaged or unreadable ({error}): fetch it again.") from error
-
-
-def read_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file.
-
-  Raises:
-    ValueError: no such file, or it holds no JSON object.
-  """
-  if not path.is_file():
-    raise ValueError(f"The file {path} is missing.")
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:  # both broken JSON and broken UTF-8
-    raise ValueError(f"{path} is no JSON ({error}): fetch it again.") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a JSON {type(value).__name__}, but must hold an object: fetch it again.")
-  return value
 
 
 # Reading.

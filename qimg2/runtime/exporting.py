@@ -3,12 +3,13 @@
 import importlib.metadata
 import json
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines.records import local_folder
-from qimg2.published.export import DIFFUSERS_VERSION, export_pipeline, export_transformer
+from data_pipelines.tokenizer import PromptTokenizer
+from qimg2.published.export import CHAT_TEMPLATES, DIFFUSERS_VERSION, export_pipeline, export_transformer
+from qimg2.published.folder import open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import parse_source
 from qimg2.runtime.run import Run
@@ -17,39 +18,43 @@ from qimg2.runtime.suites import describe
 from qimg2.runtime.weights import DEPLOYED, NONE
 from qimg2.training.metrics import read_rows
 
+OF_PICTURES_AND_CHATS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", *CHAT_TEMPLATES)
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def export(run: Run, out: str | pathlib.Path, stage_name: str = "", average: str = DEPLOYED, dtype: str = "bfloat16", max_shard_bytes: float = 5e9,
-           transformer_only: bool = False) -> pathlib.Path:
+           transformer_only: bool = False, comfyui: bool = False) -> pathlib.Path:
   """Writes `out` and returns its path.
 
   Args:
     run: the run.
-    out: folder to write, or with `transformer_only` a .safetensors file; must not exist.
+    out: folder to write, or with `transformer_only` or `comfyui` a .safetensors file; must not exist.
     stage_name: stage whose generator is written; empty for the last trained one.
     average: name of the averaged weights to write, "none" for the weights themselves, "deployed" for what the method would draw with.
     dtype: of the files, "float32" or "bfloat16".
     max_shard_bytes: largest size of one file's tensors.
     transformer_only: leaves out encoder, VAE and tokenizer.
+    comfyui: does so too, and writes the generator in the form of ComfyUI's single files.
 
   Raises:
     ValueError: no such stage, `out` exists, or networks that the published pipeline cannot express.
   """
   name, weights = sampling_weights(run, stage_name, average)
   nets = run.nets
-  if transformer_only:
-    return export_transformer(out, nets.model, weights["mmdit"], dtype)
+  if transformer_only or comfyui:
+    return export_transformer(out, nets.model, weights["mmdit"], dtype, comfyui)
   card = model_card(run, name, average, dtype, local_folder(out, "--out").name)
-  return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, _tokenizer_json(run), dtype, max_shard_bytes, card,
-                         run.cfg.sampling.sigmas or None)
+  return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, run.tokenizer.to_bytes().decode(), dtype, max_shard_bytes,
+                         card, run.cfg.sampling.sigmas or None, _processor_files(run, name))
 
 
-def _tokenizer_json(run: Run) -> str:
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / "tokenizer.json"
-    run.tokenizer.save(path)
-    return path.read_text(encoding="utf-8")
+def _processor_files(run: Run, stage_name: str) -> dict[str, bytes]:
+  """What the published folder of the encoder says of pictures and chats, and of the tokenizer if that is the run's: name in processor/ -> content."""
+  if not run.encoder_folder(stage_name):
+    return {}
+  folder = open_folder(run.encoder_folder(stage_name)).processor
+  is_ours = PromptTokenizer.load(folder).fingerprint == run.tokenizer.fingerprint
+  return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and (is_ours or path.name in OF_PICTURES_AND_CHATS)}
 
 
 def model_card(run: Run, stage_name: str, average: str, dtype: str, title: str) -> str:

@@ -19,7 +19,7 @@ from data_pipelines.identity import differences, differences_from_cached, identi
 from data_pipelines.records import read_meta
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.places import Place
-from qimg2.published.folder import TOKENIZER, open_folder
+from qimg2.published.folder import PROCESSOR, open_folder
 from qimg2.runtime.config import RunConfig
 from qimg2.runtime.config.records import read_record
 from qimg2.runtime.config.sources import DIFFUSERS
@@ -28,9 +28,9 @@ KEPT = "tokenizer.json"
 
 
 def tokenizer_path(cfg: RunConfig) -> pathlib.Path:
-  """Where the tokenizer that a config names is, a tokenizer.json or its folder: that of the first stage's first data set where it names none."""
+  """Where the tokenizer that a config names is, a tokenizer.json or a folder: that of the first stage's first data set where it names none."""
   if cfg.tokenizer.startswith(DIFFUSERS):
-    return pathlib.Path(cfg.tokenizer.removeprefix(DIFFUSERS)) / TOKENIZER
+    return pathlib.Path(cfg.tokenizer.removeprefix(DIFFUSERS)) / PROCESSOR
   return pathlib.Path(cfg.data_dir) / cfg.stages[0].mixture[0].name if cfg.tokenizer == "default" else pathlib.Path(cfg.tokenizer)
 
 

@@ -16,20 +16,21 @@ class Pretrained:
   """Networks, schedule and tokenizer of a folder in the published layout; see `qimg2.runtime.generator.Source`."""
 
   def __init__(self, folder: str | pathlib.Path, dtype: str = "float32", rules: str = "fsdp_tensor",
-               devices: Sequence[Any] | None = None):
+               devices: Sequence[Any] | None = None, transformer: str | pathlib.Path = ""):
     """Args:
       folder: with model_index.json, transformer/, vae/, text_encoder/, processor/ and scheduler/.
       dtype: compute type, in which the weights are also kept.
       rules: sharding rules.
       devices: over which weights and rows are spread; all of them when None.
+      transformer: file with the generator's weights in place of the folder's, see `qimg2.published.folder.open_folder`.
 
     Raises:
-      ValueError: the folder is no such pipeline.
+      ValueError: the folder is no such pipeline, or the file none of such a generator.
     """
-    self.folder = open_folder(folder, dtype=dtype)
+    self.folder = open_folder(folder, dtype=dtype, transformer=transformer)
     self.mesh, self.rules = sharding.make_mesh({"fsdp": -1}, devices), sharding.RULES[rules]
     self.schedule, self.sample_sigmas = self.folder.schedule, self.folder.sample_sigmas
-    self.tokenizer = PromptTokenizer.load(self.folder.tokenizer)
+    self.tokenizer = PromptTokenizer.load(self.folder.processor)
     self.nets = networks.Networks(self.folder.model, self.folder.encoder, self.folder.vae, self.tokenizer.num_system_tokens,
                                       sharding.make_shard(self.mesh, self.rules))
     self._dtype = jnp.dtype(dtype)

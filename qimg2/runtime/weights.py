@@ -4,6 +4,7 @@ A stage knows roles, and each role names its network (`qimg2.algorithms`): all t
 are those of `qimg2.runtime.config.sources`. A role that starts as another, such as a reference that starts as the model, reads the other's.
 """
 
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from qimg2 import params as P
 from qimg2 import sharding
 from qimg2.algorithms import Algorithm
 from qimg2.places import Place, find_place, is_complete
-from qimg2.published.folder import check_configs, check_sampling, load_weights, open_folder
+from qimg2.published.folder import check_configs, check_sampling, has_head, load_weights, open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
 from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights
@@ -26,8 +27,24 @@ class StageWeights:
   """What a `qimg2.runtime.run.Run` knows of weights; see there for its attributes."""
 
   def role_specs(self, stage: StageConfig) -> dict[str, dict]:
-    """{role: declared weights} of a stage, in the types that they are stored in."""
-    return self.algorithm(stage).specs(self.nets.specs(), self.nets.compute_dtypes())
+    """{role: declared weights} of a stage, in the types that they are stored in. An encoder that is read from a published folder without a head does
+    without it, if it is frozen: nothing reads it then."""
+    algorithm = self.algorithm(stage)
+    specs = dict(algorithm.specs(self.nets.specs(), self.nets.compute_dtypes()))
+    for role in algorithm.frozen:
+      if algorithm.roles[role].network == "qwen3_vl" and "head" in specs[role] and self._is_headless(self._frozen_source(stage, role)):
+        specs[role] = {name: tree for name, tree in specs[role].items() if name != "head"}
+    return specs
+
+  def _is_headless(self, source: Source) -> bool:
+    # A finished run draws what it holds when the folder is gone; who reads the encoder is told.
+    return source.kind == "diffusers" and pathlib.Path(source.name).is_dir() and not has_head(open_folder(source.name))
+
+  def encoder_folder(self, name: str) -> str:
+    """The published folder that the encoder of a stage is read from; empty if it comes from elsewhere."""
+    stage = self.stages[name]
+    sources = [self._frozen_source(stage, role) for role in self.algorithm(stage).frozen if self.algorithm(stage).roles[role].network == "qwen3_vl"]
+    return next((source.name for source in sources if source.kind == "diffusers"), "")
 
   def start_weights(self, stage: StageConfig) -> tuple[dict[str, dict], dict[str, dict]]:
     """(weights of each trained role, averages) that a stage starts from: those of `start_from`, or random ones. Averages that the source does not
@@ -127,7 +144,7 @@ class StageWeights:
     if source.kind == "scratch":
       return self.random_weights(stage, role)
     if source.kind == "diffusers":
-      return self._published(source.name, algorithm.roles[role].network, specs)
+      return self._published(source, algorithm.roles[role].network, specs)
     name = algorithm.roles[role].start or role
     return self._item(source, f"average.{source.average}" if source.average else f"params.{name}", specs)
 
@@ -161,8 +178,8 @@ class StageWeights:
                        "stage's folder.")
     return Checkpoints(folder)
 
-  def _published(self, folder: str, network: str, specs: dict) -> dict:
-    published = open_folder(folder)
+  def _published(self, source: Source, network: str, specs: dict) -> dict:
+    published = open_folder(source.name, transformer=source.transformer)
     check_configs(published, **{name: config for name, config in self.nets.configs().items() if name == network})
     if network == "mmdit":
       check_sampling(published, self.schedule, self.cfg.sampling.sigmas)

@@ -2,11 +2,15 @@
 
 The published class always attends block-causally. Its `causal_condition` says at which time text and condition images are modulated: True at
 t = 0, False at the target's own time.
+
+ComfyUI's single files hold the same tensors under a prefix, and the two maps of the gated MLP as one, the rows of the gate first.
 """
 
+import dataclasses
 from typing import Any
 
 from qimg2.models import mmdit
+from qimg2.published.files import TensorFiles
 from qimg2.published.tensors import Entry, Table
 
 CLASS = "QwenImage21Transformer2DModel"
@@ -17,6 +21,8 @@ CONFIG_FIELDS = {
 # What the published class has no field for.
 FIXED = {"attention": "block_causal", "rope_theta": 10_000.0, "time_dim": 256}
 CONDITION_TIMES = {True: "zero", False: "shared"}
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of single files; we write the first
+FUSED, PARTS = "img_mlp.gate_up.weight", ("img_mlp.gate_layer.weight", "img_mlp.proj.weight")
 
 
 def table(cfg: mmdit.Config) -> Table:
@@ -42,6 +48,33 @@ def table(cfg: mmdit.Config) -> Table:
       "norm_out": Entry("norm_out.linear.weight"),
       "proj_out": Entry("proj_out.weight"),
   }
+
+
+def published_tensors(files: TensorFiles) -> TensorFiles:
+  """`files` under the names of the published class: without the prefix of single files, and with fused tensors as their parts.
+
+  Raises:
+    ValueError: a whole checkpoint, with tensors of other networks beside those of the prefix, or a tensor that is there in both forms.
+  """
+  prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in files.tensors)), "")
+  others = sorted(name for name in files.tensors if not name.startswith(prefix))
+  if others:
+    raise ValueError(f"{files.folder} holds {others[0]} beside the tensors {prefix}...: only files of the generator alone are taken.")
+  files = files.renamed(lambda name: name.removeprefix(prefix))
+  parts = {name.removesuffix(FUSED) + part: tensor.part(number, len(PARTS)) for name, tensor in files.tensors.items() if name.endswith(FUSED)
+           for number, part in enumerate(PARTS)}
+  twice = sorted(set(parts) & set(files.tensors))
+  if twice:
+    raise ValueError(f"{files.folder} holds the tensor {twice[0]} twice, once as part of {FUSED}: remove one of them.")
+  return dataclasses.replace(files, tensors=parts | {name: tensor for name, tensor in files.tensors.items() if not name.endswith(FUSED)})
+
+
+def comfyui_place(name: str) -> tuple[str, int, int]:
+  """(name in ComfyUI's single file, which part of its rows, number of parts) of a published tensor; the inverse of `published_tensors`."""
+  for number, part in enumerate(PARTS):
+    if name.endswith(part):
+      return PREFIXES[0] + name.removesuffix(part) + FUSED, number, len(PARTS)
+  return PREFIXES[0] + name, 0, 1
 
 
 def config(published: dict[str, Any], **overrides: Any) -> mmdit.Config:

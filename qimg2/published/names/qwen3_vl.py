@@ -5,6 +5,7 @@ from typing import Any
 
 from qimg2.models import qwen3_vl
 from qimg2.models.qwen3_vl_vision import VisionConfig
+from qimg2.published.files import TensorFiles
 from qimg2.published.tensors import Entry
 
 LANGUAGE = {
@@ -18,6 +19,13 @@ LANGUAGE_NORMS = {
 VISION = {"attn/qkv": ("attn.qkv", 1), "attn/out": ("attn.proj", 2), "mlp/in": ("mlp.linear_fc1", 1), "mlp/out": ("mlp.linear_fc2", 1)}
 MERGER = {"mlp/in": ("linear_fc1", 1), "mlp/out": ("linear_fc2", 1)}
 CLASS, HEAD = "Qwen3VLForConditionalGeneration", "lm_head.weight"
+# Beginnings of names that transformers 4 wrote, or a model saved without its head, and what transformers 5 writes. The first that fits counts.
+OLDER = {
+    "language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model.", "language_model.": "model.language_model.",
+    "model.layers.": "model.language_model.layers.", "model.embed_tokens.": "model.language_model.embed_tokens.",
+    "model.norm.": "model.language_model.norm.", "visual.": "model.visual.",
+}
+BUFFER = "inv_freq"  # computed from the config; old files hold it
 TEXT_FIELDS = {
     "vocab_size": "vocab_size", "width": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_width": "intermediate_size", "eps": "rms_norm_eps",
@@ -47,6 +55,18 @@ def table(cfg: qwen3_vl.Config) -> dict[str, Entry]:
   entries |= {f"blocks/{path}": Entry(f"{layer}{name}.weight", num_inputs=n) for path, (name, n) in LANGUAGE.items()}
   entries |= {f"blocks/{path}": Entry(f"{layer}{name}.weight", "plain") for path, name in LANGUAGE_NORMS.items()}
   return entries | (_vision_table(cfg.vision) if cfg.vision else {})
+
+
+def published_tensors(files: TensorFiles) -> TensorFiles:
+  """`files` under the names of transformers 5, without the buffers that old files hold.
+
+  Raises:
+    ValueError: a tensor that is there under an old and under its new name.
+  """
+  def rename(name: str) -> str:
+    older = next((older for older in OLDER if name.startswith(older)), "")
+    return OLDER.get(older, "") + name.removeprefix(older)
+  return files.without({name for name in files.tensors if name.split(".")[-1] == BUFFER}).renamed(rename)
 
 
 def _vision_table(cfg: VisionConfig) -> dict[str, Entry]:

@@ -3,7 +3,7 @@
   scratch             drawn from the seed
   default             for frozen roles: from the diffusers folder that the chain of stages started from, or else as "scratch"
   stage:NAME          the last checkpoint of an earlier stage; stage:NAME:ema its averaged weights
-  diffusers:DIR       a folder in the published layout
+  diffusers:DIR       a folder in the published layout; diffusers:DIR,transformer=FILE has the generator's weights from a file of their own
   FOLDER, FOLDER:ema  a stage's folder in another run; or a folder of weights alone, such as another run's frozen/<role>
 """
 
@@ -15,6 +15,7 @@ from data_pipelines.records import local_folder
 from qimg2.places import Place, find_place
 
 DIFFUSERS, STAGE = "diffusers:", "stage:"
+TRANSFORMER = ",transformer="
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Source:
     kind: "scratch", "default", "stage", "diffusers" or "folder".
     name: of the stage or the folder.
     average: name of the averaged weights to take, "" for the weights themselves.
+    transformer: file of the generator's weights, "" for those of the folder.
   """
   kind: str
   name: str = ""
   average: str = ""
+  transformer: str = ""
 
 
 def parse_source(text: str) -> Source:
@@ -36,7 +39,8 @@ def parse_source(text: str) -> Source:
   if text in ("scratch", "default"):
     return Source(text)
   if text.startswith(DIFFUSERS):
-    return Source("diffusers", text.removeprefix(DIFFUSERS))
+    name, _, transformer = text.removeprefix(DIFFUSERS).partition(TRANSFORMER)
+    return Source("diffusers", name, transformer=transformer)
   kind, rest = ("stage", text.removeprefix(STAGE)) if text.startswith(STAGE) else ("folder", text)
   name, colon, average = rest.rpartition(":")
   return Source(kind, name, average) if colon and "/" not in average else Source(kind, rest)
@@ -61,6 +65,8 @@ def check_source(text: str, where: str, earlier: Sequence[str], names: Sequence[
   if source.kind == "stage" and source.name in earlier:
     return
   # A word that is a stage's name is never taken for a folder: those can be written as ./NAME.
+  if source.transformer and not local_folder(source.transformer, where).is_file():
+    raise ValueError(f"{where} is {text!r}, but there is no file {source.transformer!r}: give the generator's weights as .safetensors or .gguf.")
   if source.kind in ("folder", "diffusers") and source.name not in ("", *names) and _find(source, where).is_dir():
     return
   near = difflib.get_close_matches(source.name, earlier, 1) if source.kind in ("stage", "folder") and "/" not in source.name else []
