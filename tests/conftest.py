@@ -185,3 +185,12 @@ def smoke_run(smoke_config, tmp_path_factory):
   yield run
   changed = [str(path) for path, content in results.items() if path.read_bytes() != content]
   assert not changed, f"A test wrote into the run that all share: {changed}."
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+  """A small random published folder, as diffusers writes it; tests copy it before they change it."""
+  import reference
+  path = tmp_path_factory.mktemp("published") / "tiny"
+  reference.tiny_pipeline(0).save_pretrained(path)
+  return path
