@@ -261,6 +261,7 @@ def test_a_misspelt_key_in_a_config_file_is_named():
 @pytest.mark.parametrize("text, source", [
     ("scratch", Source("scratch")), ("default", Source("default")), ("stage:vae", Source("stage", "vae")),
     ("stage:sft:ema", Source("stage", "sft", "ema")), ("diffusers:a/b:c", Source("diffusers", "a/b:c")),
+    ("diffusers:a/b,transformer=c,d.gguf", Source("diffusers", "a/b", transformer="c,d.gguf")),
     ("runs/a/sft", Source("folder", "runs/a/sft")), ("runs/a/sft:ema", Source("folder", "runs/a/sft", "ema")),
     ("/odd:ly/named", Source("folder", "/odd:ly/named"))])
 def test_sources_are_words(text, source):
@@ -273,6 +274,7 @@ def test_sources_are_words(text, source):
     ("vae", "did you mean 'stage:vae'?"), ("vea:ema", "did you mean 'stage:vae:ema'?"),
     ("stage:hig_resolution", "no earlier stage (vae, high_resolution) has this name: did you mean 'stage:high_resolution'?"),
     ("stage:sft", "no earlier stage (vae, high_resolution) has this name."),
+    ("diffusers:vae,transformer=no.gguf", "but there is no file 'no.gguf': give the generator's weights as .safetensors or .gguf."),
     ("diffusers:nowhere", "there is no folder 'nowhere': give one in the published layout."),
     ("default", "which is neither \"scratch\""), ("", "config.x is '', which is neither \"scratch\""), ("/no/where", "nor a folder.")])
 def test_a_source_that_is_not_there_is_one_sentence(text, message, tmp_path, monkeypatch):

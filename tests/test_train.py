@@ -7,16 +7,19 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from kill_points import arrays, assert_same_bits, last_arrays
 from marks import needs_emoji
 from ml_collections import ConfigDict
 
 from configs import base, emoji, folder, pretrain
 from data_pipelines.mixture import Mixture
+from data_pipelines.tokenizer import train_tokenizer
+from qimg2.published.folder import has_head, open_folder
 from qimg2.runtime import curriculum, lock, suites
 from qimg2.runtime.curriculum import train, train_one
 from qimg2.runtime.exporting import export
-from qimg2.runtime.run import Run
+from qimg2.runtime.run import Run, load_run
 from qimg2.training import faults, manifest, trainer
 from qimg2.training.metrics import read_rows
 from qimg2.training.optim import learning_rate, make_rate
@@ -206,13 +209,53 @@ def test_a_stage_can_start_from_a_published_folder(smoke_run, smoke_config, publ
     run.start_weights(run.cfg.stages[0])
 
 
+@pytest.fixture
+def incomplete(smoke_run, published, tmp_path):
+  """(folder, file): a published folder without its generator, which is in ComfyUI's file, without the encoder's head, and with a processor that is
+  not ours."""
+  folder = shutil.copytree(published, tmp_path / "incomplete")
+  (folder / "transformer/diffusion_pytorch_model.safetensors").unlink()
+  encoder = folder / "text_encoder/model.safetensors"
+  weights = safetensors.numpy.load_file(encoder)
+  del weights["lm_head.weight"]
+  safetensors.numpy.save_file(weights, encoder)
+  (folder / "processor/chat_template.jinja").write_text("{{ messages }}")
+  (folder / "processor/special_tokens_map.json").write_text("{}")
+  pictures = folder / "processor/processor_config.json"
+  settings = json.loads(pictures.read_text())
+  settings["image_processor"]["size"] = {"shortest_edge": 1024, "longest_edge": 4096}
+  pictures.write_text(json.dumps(settings))
+  return folder, export(smoke_run, tmp_path / "comfyui.safetensors", dtype="float32", comfyui=True)
+
+
 @pytest.mark.slow
-def test_training_goes_on_from_a_published_folder(smoke_config, published, tmp_path, one_device):
+def test_training_goes_on_from_a_published_folder(smoke_run, smoke_config, incomplete, tmp_path, one_device):
+  """Nothing that trains or draws needs the head; what it exports keeps the processor of the encoder's folder."""
+  folder, file = incomplete
   cfg = copy.deepcopy(smoke_config)
   cfg.stages, cfg.evals, cfg.random_frozen = cfg.stages[3:], ConfigDict(), False
-  base.published(cfg, f"vae:diffusers:{published}").stages[0].start_from = f"diffusers:{published}"
-  train(cfg, tmp_path)
-  assert [row["step"] for row in read_rows(tmp_path / "sft" / "metrics.jsonl") if "loss" in row] == [1, 2]
+  base.published(cfg, f"vae:diffusers:{folder}").stages[0].start_from = f"diffusers:{folder},transformer={file}"
+  started = Run(cfg, tmp_path / "none").start_weights(Run(cfg, tmp_path / "none").cfg.stages[0])[0]
+  jax.tree.map(np.testing.assert_array_equal, started["model"], smoke_run.stage_weights("sft")["ema"])
+  train(cfg, tmp_path / "run")
+  assert [row["step"] for row in read_rows(tmp_path / "run" / "sft" / "metrics.jsonl") if "loss" in row] == [1, 2]
+  out = export(load_run(tmp_path / "run"), tmp_path / "again", dtype="float32")
+  for path in (folder / "processor").iterdir():
+    assert (out / "processor" / path.name).read_bytes() == path.read_bytes()
+  assert len(list((out / "processor").iterdir())) == len(list((folder / "processor").iterdir())) == 5
+  opened = open_folder(out)
+  assert opened.image_pixels == (1024, 4096) and not has_head(opened) and not opened.encoder.tie_embeddings
+  shutil.copy(published_tokenizer(tmp_path), folder / "processor/tokenizer.json")  # of a folder with another tokenizer
+  other = export(load_run(tmp_path / "run"), tmp_path / "other", dtype="float32")
+  assert (other / "processor/tokenizer.json").read_bytes() == (out / "processor/tokenizer.json").read_bytes()
+  assert (other / "processor/chat_template.jinja").read_text() == "{{ messages }}" and open_folder(other).image_pixels == (1024, 4096)
+  assert not (other / "processor/special_tokens_map.json").exists()
+
+
+def published_tokenizer(folder):
+  """A tokenizer.json of other words than those of the smoke run."""
+  train_tokenizer(["other words", "than those"], 280).save(folder / "tokenizer.json")
+  return folder / "tokenizer.json"
 
 
 def misspell(stage):
