@@ -24,6 +24,7 @@ from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.published import tensors
 from qimg2.published.export import export_pipeline, export_transformer
+from qimg2.published.files import open_file
 from qimg2.published.folder import load_weights, open_folder
 from qimg2.published.names import mmdit as mmdit_names
 from qimg2.published.names import qwen3_vl as qwen3_vl_names
@@ -340,12 +341,13 @@ def test_command_line(smoke_run, tmp_path):
   out = tmp_path / "model.safetensors"
   first = next(stage.name for stage in smoke_run.cfg.stages if stage.algorithm.name == "flow_matching")
   result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", f"--stage={first}", "--average=none", "--dtype=float32",
-                  "--transformer_only")
+                  "--comfyui")
   assert result.returncode == 0, result.stderr
   expected = tensors_of(smoke_run.nets, {"mmdit": smoke_run.stage_weights(first)["model"]}, "mmdit")
-  found = safetensors.numpy.load_file(out)
-  assert found.keys() == expected.keys()
+  assert all(name.startswith("model.diffusion_model.") for name in safetensors.numpy.load_file(out))
+  found = mmdit_names.published_tensors(open_file(out))
+  assert found.shapes.keys() == expected.keys()
   for name, x in expected.items():
-    np.testing.assert_array_equal(found[name], x)
+    np.testing.assert_array_equal(found.read(name), x)
   result = launch("launch.export", f"--workdir={smoke_run.workdir}", f"--out={out}", "--transformer_only")
   assert result.returncode == 1 and "exists already" in result.stderr and "Traceback" not in result.stderr

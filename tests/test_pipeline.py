@@ -205,6 +205,8 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ((), "Give either --workdir"), (("--workdir=a", "--pretrained=b"), "Give either --workdir"),
+    (("--workdir=a", "--transformer=b"), "--transformer names the generator alone: give --pretrained too"),
+    (("--pretrained={folder}", "--transformer=/nowhere.gguf"), "There is no file /nowhere.gguf: name a .safetensors or .gguf file of weights"),
     (("--pretrained=/nowhere",), "/nowhere"), (("--pretrained={folder}", "--image=/nowhere.png"), "There is no image /nowhere.png"),
     (("--pretrained={folder}", "--image={folder}/half.png"), "half.png (100 bytes): "),
     (("--pretrained={folder}", "--noise=/nowhere.npy"), "/nowhere.npy cannot be read"),
