@@ -128,7 +128,7 @@ class Rehearsal(Shapes):
     else:
       read = stage.algorithm.deployed({**frozen, **state.params, **state.averages})
       size = Size(bucket.height, bucket.width, bucket.num_tokens, bucket.source_sizes, bucket.batch_size)
-      part = Part(Generator(self, size, **self.cfg.sampling.settings()), (read,))
+      return tuple(part for _, part in Generator(self, size, **self.cfg.sampling.settings()).parts(read)), held, held - _bytes(read)
     return (part,), held, held - _bytes(read)
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
