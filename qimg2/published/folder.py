@@ -177,6 +177,15 @@ def published_schedule(schedule: flow.Schedule) -> dict[str, Any]:
 # Weights.
 
 
+def stored_dtypes(folder: PipelineFolder) -> dict[str, str]:
+  """{network: type that most bytes of its files have}, such as "bfloat16". Reads headers only.
+
+  Raises:
+    ValueError: no or damaged files.
+  """
+  return {network: tensors.open_tensors(folder.path / part.folder, part.stem).main_dtype() for network, part in COMPONENTS.items()}
+
+
 def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: dict | None = None) -> dict:
   """The weights of a network, read tensor by tensor onto the devices.
 

@@ -103,6 +103,16 @@ class TensorFiles:
     with _opened(self.files[name]) as file:
       return file.get_tensor(name)
 
+  def main_dtype(self) -> str:
+    """The type that most bytes of the tensors have."""
+    sizes: dict[str, int] = {}
+    for path in sorted(set(self.files.values())):
+      with _opened(path) as file:
+        for name in file.keys():
+          kind = {"F32": "float32", "F16": "float16"}.get(file.get_slice(name).get_dtype(), "bfloat16")
+          sizes[kind] = sizes.get(kind, 0) + int(np.prod(self.shapes.get(name, (0,)))) * jnp.dtype(kind).itemsize
+    return max(sizes, key=sizes.get)
+
   def without(self, names: Collection[str]) -> "TensorFiles":
     """The same files without the tensors `names`, which then count neither as read nor as left over."""
     keep = [name for name in self.files if name not in names]

@@ -17,6 +17,7 @@ from data_pipelines.tokenizer import PromptTokenizer
 from data_pipelines.transforms import composite_on_white, decode_image
 from qimg2 import flow, networks, sampler, sharding
 from qimg2.runtime.kept_states import KeptStates, digest
+from qimg2.runtime.masks import free_latents, paste
 from qimg2.runtime.offload import Offloaded
 from qimg2.runtime.phases import Phases
 from qimg2.training.stage import Part
@@ -215,9 +216,14 @@ class _Job:
   mask: np.ndarray | None
 
 
+def pad_size(size: tuple[int, int]) -> tuple[int, int]:
+  """(height, width) in px, up to multiples of 32."""
+  return tuple(-(-px // SLOT_PX) * SLOT_PX for px in size)
+
+
 def _padded_size(size: Size) -> Size:
-  up = lambda px: -(-px // SLOT_PX) * SLOT_PX
-  return dataclasses.replace(size, height=up(size.height), width=up(size.width), source_sizes=tuple((up(h), up(w)) for h, w in size.source_sizes))
+  height, width = pad_size((size.height, size.width))
+  return dataclasses.replace(size, height=height, width=width, source_sizes=tuple(map(pad_size, size.source_sizes)))
 
 
 def _pad(images: np.ndarray, height: int, width: int, mode: str = "reflect") -> np.ndarray:
@@ -228,21 +234,6 @@ def _pad(images: np.ndarray, height: int, width: int, mode: str = "reflect") -> 
   if not all(0 <= px < SLOT_PX for px in missing):
     raise ValueError(f"An image of {images.shape[1]} x {images.shape[2]} px was given where {height} x {width} px are drawn from.")
   return np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), *((0, 0),) * (images.ndim - 3)), mode)
-
-
-def free_latents(mask: np.ndarray, factor: int) -> np.ndarray:
-  """[n, h, w, 1] bool: the latents that a mask [n, H, W] uint8 lets change in at least one of their factor x factor pixels."""
-  num, height, width = mask.shape
-  return (mask.reshape(num, height // factor, factor, width // factor, factor) > 0).any(axis=(2, 4))[..., None]
-
-
-def paste(source: np.ndarray, picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """`picture` over `source`, both [n, H, W, 3 or 4] uint8, where the mask [n, H, W] uint8 says so: 0 is the source's pixel, 255 the picture's. The
-  channels are the picture's; a source without transparency is opaque."""
-  if source.shape[-1] < picture.shape[-1]:
-    source = np.concatenate([source, np.full_like(source[..., :1], 255)], axis=-1)
-  share = mask[..., None].astype(np.uint32)
-  return ((source * (255 - share) + picture * share + 127) // 255).astype(np.uint8)
 
 
 def _noise_ids(rows: np.ndarray, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -256,8 +247,8 @@ def _noise_ids(rows: np.ndarray, images: Sequence[np.ndarray]) -> np.ndarray:
 def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_channels: int) -> np.ndarray:
   """A picture file [h, w, 3 or 4] uint8 as the published pipeline feeds it to encoder and VAE.
 
-  Resized once (Lanczos) to the area `output_resolution`² at its own aspect ratio, sides in multiples of 32 px. Transparency is kept for a VAE
-  of four channels, else composited on white.
+  Resized once (Lanczos) to the area `output_resolution`² at its own aspect ratio, sides in multiples of 32 px; 0 keeps its size. Transparency is kept
+  for a VAE of four channels, else composited on white.
 
   Raises:
     ValueError: no such file, one that is no picture, or one too long and thin.
@@ -266,6 +257,7 @@ def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_c
   if not path.is_file():
     raise ValueError(f"There is no image {path}: give the path of a PNG, JPEG or WebP file.")
   image = decode_image(path.read_bytes(), str(path), keep_alpha=True)
-  height, width = bucket_size(output_resolution, image.shape[1] / image.shape[0], SLOT_PX)
-  image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+  if output_resolution:
+    height, width = bucket_size(output_resolution, image.shape[1] / image.shape[0], SLOT_PX)
+    image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
   return image if image.shape[-1] <= num_channels else composite_on_white(image)
