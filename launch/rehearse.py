@@ -28,9 +28,10 @@ from ml_collections import config_flags
 from launch import cli
 from qimg2.runtime.config import RunConfig, parse, plain
 from qimg2.runtime.rehearsal import cost, table
+from qimg2.runtime.rehearsal.measure import ChildProcess
 from qimg2.runtime.rehearsal.search import RANKS, best, chosen_stages, print_row, rehearse, search
 from qimg2.runtime.rehearsal.shapes import Choice
-from qimg2.runtime.rehearsal.steps import ChildProcess, Rehearsal
+from qimg2.runtime.rehearsal.steps import Rehearsal
 from qimg2.runtime.rehearsal.table import Row
 from qimg2.runtime.rehearsal.topology import find_devices, num_chips, prepare_environment
 

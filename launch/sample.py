@@ -2,10 +2,12 @@
 
   python -m launch.sample --workdir=runs/quickstart --prompt="a large green K on yellow paper, centered" --out=grid.png
   python -m launch.sample --workdir=runs/quickstart --image=k.png --prompt="make it red" --out=edited.png
-  python -m launch.sample --pretrained=DIR --prompt="a poster" --output_resolution=1024 --dtype=bfloat16 --out=poster.png
+  python -m launch.sample --pretrained=DIR --prompt="a poster" --output_resolution=1024 --out=poster.png
+  python -m launch.sample --pretrained=DIR --prompt="a poster" --offload --vae_tile=256 --plan=v5e:1x1
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,9 +16,10 @@ from absl import flags
 from data_pipelines.records import local_folder
 from launch import cli
 from qimg2.runtime import processes
-from qimg2.runtime.pretrained import Pretrained
-from qimg2.runtime.run import load_run
-from qimg2.runtime.sampling import Request, pretrained_defaults, run_defaults, sample, sampling_stage
+from qimg2.runtime.rehearsal.drawing import HERE, Drawer, describe, peaks, plan
+from qimg2.runtime.rehearsal.table import GIB
+from qimg2.runtime.rehearsal.topology import prepare_environment
+from qimg2.runtime.sampling import Request, sample
 from qimg2.runtime.sheets import grid, picture_format, save_picture
 from qimg2.runtime.weights import DEPLOYED
 
@@ -45,8 +48,24 @@ def define_flags() -> None:
   flags.DEFINE_integer("output_resolution", 0, "Side of the square whose area pictures and condition images take; 0: the default.",
                        lower_bound=0)
   cli.define_process_flags()
-  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type of the networks; default: the run's, or float32.")
+  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type of the networks; default: the run's, or that of a folder's files.")
   flags.DEFINE_bool("cache", True, "Compute keys and values of the prefix once.")
+  flags.DEFINE_integer("batch_size", 0, "Pictures at a time; 0: all, at most 16.", lower_bound=0)
+  flags.DEFINE_bool("offload", False, "Keep only the network that runs on the device, and the weights of the others in host memory.")
+  flags.DEFINE_integer("vae_tile", 0, "Side in px of the tiles in which the VAE reads and writes larger pictures, such as 256; 0: whole pictures.",
+                       lower_bound=0)
+  flags.DEFINE_bool("keep_size", False, "Edit the last condition image at its own size, whatever it is.")
+  flags.DEFINE_string("mask", "", "Grey PNG of the size of the last condition image: white may change, black stays bit for bit; has the size kept.")
+  flags.DEFINE_flag(flags.Flag(_PlanParser(), flags.ArgumentSerializer(), "plan", "", "Draw nothing: print what memory it takes, on this machine or, "
+                               "with --plan=v5e:1x1, on a TPU that need not exist; needs no weights, only configs and --dtype.", boolean=True))
+
+
+class _PlanParser(flags.ArgumentParser):
+  """--plan, --plan=TOPOLOGY or --noplan."""
+
+  def parse(self, argument: str) -> str:
+    """The topology, `HERE`, or "" for none."""
+    return {"true": HERE, "false": ""}.get(argument, argument)
 
 
 def request_from_flags(args: flags.FlagValues) -> Request:
@@ -62,7 +81,8 @@ def request_from_flags(args: flags.FlagValues) -> Request:
   if any(not 0 < sigma <= 1 for sigma in sigmas) or list(sigmas) != sorted(sigmas, reverse=True):
     raise ValueError(f"--sigmas={','.join(args.sigmas)} must fall from at most 1 and stay above 0.")
   return Request(tuple(args.prompt), tuple(args.image), args.negative_prompt, args.num_images_per_prompt, args.seed, args.num_steps, args.guidance,
-                 sigmas, args.height, args.width, args.output_resolution, args.noise, args.cache)
+                 sigmas, args.height, args.width, args.output_resolution, args.noise, args.cache, args.batch_size, args.vae_tile, args.keep_size,
+                 args.mask)
 
 
 def main(_) -> None:
@@ -76,20 +96,30 @@ def main(_) -> None:
   picture_format(args.out)
   if args.transformer and not args.pretrained:
     raise ValueError("--transformer names the generator alone: give --pretrained too, a folder that has the encoder and the VAE.")
-  if args.pretrained:
-    if args.stage or args.average != DEPLOYED:
-      raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
-    source, where = Pretrained(args.pretrained, args.dtype or "float32", transformer=args.transformer), args.transformer or args.pretrained
-    load, defaults = source.load, pretrained_defaults(source)
-  else:
-    source = load_run(args.workdir, args.dtype)
-    name = sampling_stage(source, args.stage)
-    where, defaults, load = f"stage {name}", run_defaults(source, name), lambda: source.deployed_weights(name, args.average)
-  latents, pictures, captions = sample(source, load, request, defaults)
+  if args.pretrained and (args.stage or args.average != DEPLOYED):
+    raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
+  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer)
+  if args.plan:
+    print_plan(drawer, request, args)
+    return
+  opened = drawer.open()
+  latents, pictures, captions = sample(opened.source, opened.offloaded if args.offload else opened.load, request, opened.defaults)
   if not processes.is_first():
     return
   write(args, latents, pictures, captions)
-  print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} of {where} {'are' if len(pictures) > 1 else 'is'} in {args.out}")
+  print(f"{len(pictures)} picture{'s' * (len(pictures) > 1)} of {opened.where} {'are' if len(pictures) > 1 else 'is'} in {args.out}")
+
+
+def print_plan(drawer: Drawer, request: Request, args: flags.FlagValues) -> None:
+  """Prints the memory of each phase; exits with 1 if the request does not fit as the flags are."""
+  if args.plan != HERE:
+    prepare_environment(args.plan)
+  phases, limit = plan(drawer, request, args.plan)
+  print(describe(phases, limit, request.vae_tile))
+  peak = peaks(phases)[args.offload, bool(request.vae_tile)].total(args.offload)
+  if limit is not None and peak > limit:
+    print(f"Does not fit as the flags are: {peak / GIB:.2f} GiB of {limit / GIB:.2f}.", file=sys.stderr)
+    sys.exit(1)
 
 
 def write(args: flags.FlagValues, latents: np.ndarray, pictures: np.ndarray, captions: Sequence[str]) -> None:

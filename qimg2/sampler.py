@@ -4,7 +4,12 @@
   v = v_uncond + w (v_cond - v_uncond) under classifier-free guidance with scale w (arXiv 2207.12598)                         (2)
 
 At w <= 1 the unconditional pass is not run, as in the published pipeline. Both passes of a guided step are one batch of twice the rows.
-"Unconditional" may be the empty prompt or a negative one. A step is a function of its own, so that a method which samples inside its loss or its
+"Unconditional" may be the empty prompt or a negative one. Where only a part of a picture may change, the rest is put back onto the path of the
+original after every step (RePaint, arXiv 2201.09865, without its jumps back):
+
+  x <- m x + (1 - m) ((1 - sigma_next) x_0 + sigma_next noise)                                                                (3)
+
+A step is a function of its own, so that a method which samples inside its loss or its
 rollout takes the same ones.
 """
 
@@ -15,10 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qimg2.flow import interpolate
+
 Net = Callable[[dict, jax.Array, jax.Array, Any], jax.Array]
 
 
-def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarray, guidance: float = 1.0) -> jax.Array:
+def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarray, guidance: float = 1.0,
+           original: jax.Array | None = None, free: jax.Array | None = None) -> jax.Array:
   """Latents at t = 0, of the shape of `noise`, float32.
 
   Args:
@@ -28,13 +36,18 @@ def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarr
     cond: condition tree of the B rows; with guidance, of 2B rows, the unconditional ones after the conditional ones.
     sigmas: [T + 1] times from 1 down to 0, see `flow.Schedule.sigmas`.
     guidance: scale w; at most 1 is none.
+    original: [B, h, w, C] latents x_0 of what stays where `free` says so, equation 3; None lets everything change.
+    free: [B, h, w, 1] bool, True where the latents may change.
   """
+  noise = noise.astype(jnp.float32)
+
   def step(x, pair):
     sigma, sigma_next = pair
-    return euler_step(x, guided_velocity(net, params, x, sigma, cond, guidance), sigma, sigma_next), None
+    x = euler_step(x, guided_velocity(net, params, x, sigma, cond, guidance), sigma, sigma_next)
+    return x if original is None else jnp.where(free, x, interpolate(original, noise, jnp.full(x.shape[:1], sigma_next))), None
 
   times = jnp.asarray(sigmas, jnp.float32)
-  x, _ = jax.lax.scan(step, noise.astype(jnp.float32), (times[:-1], times[1:]))
+  x, _ = jax.lax.scan(step, noise, (times[:-1], times[1:]))
   return x
 
 

@@ -40,7 +40,7 @@ def main():
   prompts += [(text, glyphs.render(source, SIDE_PX, SIDE_PX)) for text, source, *_ in edits]
   with tempfile.TemporaryDirectory() as folder:
     folder = export(load_run(args.workdir), pathlib.Path(folder) / "pipeline", dtype="float32")
-    pipe, source = QwenImage21Pipeline.from_pretrained(folder), Pretrained(folder)
+    pipe, source = QwenImage21Pipeline.from_pretrained(folder), Pretrained(folder, "float32")
     weights = source.load()
     drawn = [draw_both(pipe, source, weights, text, image, seed) for seed, (text, image) in enumerate(prompts)]
   latents, pixels = (max(one[key] for one in drawn) for key in ("latents", "pixels"))

@@ -86,6 +86,16 @@ def test_a_picture_depends_on_its_own_prompt_alone(smoke_run):
     generator(weights, prompts, noise=np.zeros((1, 4, 4, 8), np.float32))
 
 
+def test_offloaded_weights_of_a_run_are_those_that_draw(smoke_run):
+  name, weights = sampling_weights(smoke_run)
+  offloaded, shapes = smoke_run.offloaded_weights(name), smoke_run.abstract_weights(name)
+  assert set(offloaded) == set(shapes) == set(weights)
+  for network in weights:
+    jax.tree.map(np.testing.assert_array_equal, offloaded[network], weights[network])
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y, z: (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding) == (
+        z.shape, z.dtype, z.sharding), offloaded[network], weights[network], shapes[network])))
+
+
 def test_an_edit_sees_its_own_image(smoke_run):
   _, weights = sampling_weights(smoke_run)
   # A fresh modulation of zero hides everything: use weights at which blocks act.

@@ -1,6 +1,8 @@
 """Drawing and editing against the published pipeline: same weights, prompts, images and noise, same latents and pixels."""
 
+import dataclasses
 import functools
+import shutil
 import tempfile
 
 import jax
@@ -11,8 +13,11 @@ import torch
 from commands import launch, process
 from PIL import Image
 
+from qimg2.runtime import masks
 from qimg2.runtime.generator import Generator, Size, load_condition_image
+from qimg2.runtime.phases import NETWORK, Phases
 from qimg2.runtime.pretrained import Pretrained
+from qimg2.runtime.rehearsal import drawing
 from qimg2.runtime.sampling import Request, pretrained_defaults, sample
 
 NUM_STEPS, RESOLUTION, NUM_TOKENS = 8, 64, 96
@@ -173,6 +178,122 @@ def test_the_size_of_an_edit_is_the_pipelines(folders, tmp_path):
   assert pictures[0].shape == theirs.shape
 
 
+# Memory.
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+  """A folder of the real one's types: generator and encoder in bfloat16, VAE in float32."""
+  pipe = reference.tiny_pipeline(4)
+  pipe.transformer.to(torch.bfloat16)
+  pipe.text_encoder.to(torch.bfloat16)
+  folder = tmp_path_factory.mktemp("mixed")
+  pipe.save_pretrained(folder)
+  return folder
+
+
+def bytes_on_devices():
+  return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
+
+
+def test_weights_stay_in_the_type_of_their_files_which_also_computes(mixed):
+  source = Pretrained(mixed, devices=jax.devices()[:1])
+  assert source.nets.compute_dtypes() == {"mmdit": "bfloat16", "qwen3_vl": "bfloat16", "vae": "float32"}
+  weights, expected = source.load(), source.abstract()
+  assert {name: {str(x.dtype) for x in jax.tree.leaves(tree)} for name, tree in weights.items()} == {
+      "mmdit": {"bfloat16"}, "qwen3_vl": {"bfloat16"}, "vae": {"float32"}}
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), weights) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+  assert set(Pretrained(mixed, "float32").nets.compute_dtypes().values()) == {"float32"}
+
+
+@pytest.mark.slow
+def test_offloaded_networks_are_on_the_device_one_at_a_time_and_draw_the_same_bits(mixed, monkeypatch):
+  """And a prompt with its images is encoded once, however many pictures are drawn of it."""
+  source = Pretrained(mixed, devices=jax.devices()[:1])
+  weights, image = source.load(), np.asarray(pictures(2)[1])
+  size = Size(64, 64, NUM_TOKENS, (image.shape[:2],), 2)
+  job = dict(prompts=[PROMPTS[0], PROMPTS[0], PROMPTS[1]], images=[np.stack([image] * 3)], negative_prompt="blue")
+  whole = Generator(source, size, 2, 2.0).draw(weights, **job)
+  sizes = {name: sum(x.nbytes for x in jax.tree.leaves(tree)) for name, tree in weights.items()}
+  draw, before, seen = Generator(source, size, 2, 2.0), bytes_on_devices(), []
+  for phase, network in NETWORK.items():
+    def watched(self, params, *arguments, phase=phase, network=network, run=getattr(Phases, phase)):
+      seen.append(phase)
+      # Other networks, states and latents are not there; on a CPU the noise is, which the host shares.
+      assert sizes[network] <= bytes_on_devices() - before <= sizes[network] + 2 * 4 * 4 * 8 * 4
+      return run(self, params, *arguments)
+    monkeypatch.setattr(Phases, phase, watched)
+  offloaded = source.offloaded()
+  parts = draw.draw(offloaded, **job)
+  for ours, theirs in zip(parts, whole):
+    np.testing.assert_array_equal(ours, theirs)
+  assert bytes_on_devices() - before < 1000
+  # Three texts in batches of two, one image, and two batches of pictures.
+  assert seen == ["encode_text"] * 2 + ["encode_image"] + ["denoise"] * 2 + ["decode_image"] * 2
+  again = draw.draw(offloaded, **job)
+  assert seen[7:] == ["denoise"] * 2 + ["decode_image"] * 2
+  np.testing.assert_array_equal(again[0], whole[0])
+  monkeypatch.setattr(source, "_load", lambda network, load=source._load: jax.tree.map(lambda x: 2 * x, load(network)))  # other weights
+  assert (draw.draw(source.offloaded(), **job)[0] != whole[0]).any() and seen[11:14] == ["encode_text"] * 2 + ["encode_image"]
+
+
+def test_a_plan_counts_bytes_without_a_weight(mixed, tmp_path, monkeypatch):
+  shutil.copytree(mixed, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors*"))
+  pictures(2)[1].save(tmp_path / "image.png")
+  arguments = ("--prompt=x", f"--image={tmp_path}/image.png", "--height=64", "--width=64", f"--output_resolution={RESOLUTION}", "--num_steps=2",
+               "--vae_tile=64", "--plan")
+  result = launch("launch.sample", f"--pretrained={tmp_path}/configs", *arguments)
+  assert result.returncode == 1 and "There are no weights in" in result.stderr  # whose type says what computes
+  found, plan = [], drawing.plan
+  monkeypatch.setattr(drawing, "plan", lambda *given: found.append(plan(*given)) or found[0])
+  result = launch("launch.sample", f"--pretrained={tmp_path}/configs", "--dtype=float32", *arguments)
+  assert result.returncode == 0 and "peak with --offload --vae_tile=64: " in result.stdout, result.stderr
+  phases, limit = found[0]
+  sizes = {name: sum(x.size * 4 for x in jax.tree.leaves(tree)) for name, tree in Pretrained(mixed, "float32").abstract().items()}
+  assert limit is None and [phase.name for phase in phases] == list(NETWORK)  # none is larger than a tile
+  assert all(phase.beside * jax.device_count() >= sum(sizes.values()) - sizes[NETWORK[phase.name]] for phase in phases)
+  assert all(phase.arguments > 0 and phase.temporaries >= 0 for phase in phases)
+  phases = [drawing.Phase("encode_text", 5, 1, 9), drawing.Phase("denoise", 4, 3, 8), drawing.Phase("decode_image", 1, 7, 11),
+            drawing.Phase("decode_image", 1, 2, 11, True)]
+  totals = {key: phase.total(key[0]) for key, phase in drawing.peaks(phases).items()}
+  assert totals == {(False, False): 19, (False, True): 15, (True, False): 8, (True, True): 7}  # (offload, tiles)
+  text = drawing.describe([dataclasses.replace(phase, arguments=phase.arguments * 2**30) for phase in phases], 4.5 * 2**30, 64)
+  assert "peak with --offload --vae_tile=64: 5.00 GiB in encode_text, does not fit in 4.50" in text
+
+
+# Masks and sizes.
+
+
+@pytest.mark.slow
+def test_a_mask_keeps_pixels_bit_for_bit_at_the_image_s_own_size(folders, tmp_path):
+  image = np.random.default_rng(11).integers(0, 256, (53, 70, 3), dtype=np.uint8)
+  mask = np.zeros((53, 70), np.uint8)
+  mask[20:40, 30:52] = 255
+  Image.fromarray(image).save(tmp_path / "image.png")
+  Image.fromarray(mask).save(tmp_path / "mask.png")
+  result = launch("launch.sample", f"--pretrained={folders(0)}", "--prompt=a", f"--image={tmp_path}/image.png", f"--output_resolution={RESOLUTION}",
+                  "--num_steps=2", f"--mask={tmp_path}/mask.png", f"--save_latents={tmp_path}/latents.npy", f"--out={tmp_path}/out.png")
+  assert result.returncode == 0, result.stderr
+  drawn, opaque = np.asarray(Image.open(tmp_path / "out.png")), np.concatenate([image, np.full_like(image[..., :1], 255)], -1)
+  assert drawn.shape == (53, 70, 4)
+  np.testing.assert_array_equal(drawn[mask == 0], opaque[mask == 0])
+  assert (drawn[mask == 255][..., :3] != image[mask == 255]).mean() > 0.9
+  # Latents that no pixel of the mask touches are those of the padded image.
+  padded = np.pad(image, ((0, 11), (0, 26), (0, 0)), "reflect")[None]
+  source = Pretrained(folders(0), devices=jax.devices()[:1])
+  kept = np.asarray(jax.jit(source.nets.encode)(weights_of(folders(0))["vae"], padded))[0]
+  latents, free = np.load(tmp_path / "latents.npy"), np.zeros((4, 6), bool)
+  free[1:3, 1:4] = True
+  assert latents.shape == (4, 6, 8) and reference.relative_error(latents[~free], kept[~free]) < 1e-5
+  assert np.abs(latents - kept)[free].max(axis=-1).min() > 1e-3
+
+
+def test_grey_of_a_mask_mixes_and_an_rgb_source_is_opaque():
+  source, picture = np.full((1, 1, 3, 3), 10, np.uint8), np.array([0, 210, 210, 55], np.uint8) * np.ones((1, 1, 3, 1), np.uint8)
+  mixed = masks.paste(source, picture, np.array([[[0, 51, 255]]], np.uint8))
+  np.testing.assert_array_equal(mixed[0, 0], [[10, 10, 10, 255], [8, 50, 50, 215], [0, 210, 210, 55]])  # a fifth of the way
+
+
 # The command.
 
 
@@ -220,12 +341,21 @@ def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
     (("--pretrained={folder}", "--sigmas=0.5,0.9"), "must fall from at most 1"),
     (("--pretrained={folder}", "--height=20", "--width=64"), "--height=20 is too small: it must be at least 32"),
     (("--pretrained={folder}", "--out={folder}/x.tiff"), "x.tiff does not say what kind of picture it is: let it end in .png, .jpg, .jpeg, .webp."),
+    (("--pretrained={folder}", "--keep_size"), "--keep_size is for edits: give the picture to edit with --image."),
+    (("--pretrained={folder}", "--keep_size", "--image={folder}/image.png", "--height=64"), "leave --height and --width out"),
+    (("--pretrained={folder}", "--mask={folder}/black.png", "--image={folder}/image.png"), "black.png is all black, so nothing may change"),
+    (("--pretrained={folder}", "--mask={folder}/small.png", "--image={folder}/image.png"), "has 3 x 4 px, but the image that is edited has 64 x 64"),
+    (("--pretrained={folder}", "--mask={folder}/image.png", "--image={folder}/image.png"), "image.png has colours: save it as grey"),
+    (("--pretrained={folder}", "--vae_tile=100"), "Tiles of 100 px do not fit the autoencoder"),
+    (("--pretrained={folder}", "--plan=v9:1x1"), "Topology 'v9:1x1' is not understood"),
     (("--pretrained={folder}", "--image={folder}/image.png", "--output_resolution=4096"), "16777216 px at output_resolution 4096"),
 ])
 def test_mistakes_end_in_one_sentence(folders, arguments, message, monkeypatch):
   """And before the weights are read, which takes minutes."""
   monkeypatch.setattr(Pretrained, "load", None)
   pictures(2)[1].save(folders(0) / "image.png")
+  for name, shape in {"black": (64, 64), "small": (3, 4)}.items():
+    Image.fromarray(np.zeros(shape, np.uint8)).save(folders(0) / f"{name}.png")
   np.save(folders(0) / "noise.npy", np.zeros((2, 2, 8), np.float32))
   (folders(0) / "half.png").write_bytes((folders(0) / "image.png").read_bytes()[:100])
   (folders(0) / "empty.npy").touch()

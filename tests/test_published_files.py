@@ -83,7 +83,7 @@ def test_a_comfyui_file_is_written_and_draws_the_same(folder, arrays, whole, tmp
   request = Request(("a red poster",), height=64, width=64, num_steps=2)
   draw = lambda source: sample(source, source.load, request, pretrained_defaults(source))[:2]
   rest = without_generator(folder, tmp_path)
-  assert_trees_equal(draw(Pretrained(rest, transformer=tmp_path / "float32.safetensors")), draw(Pretrained(folder)))
+  assert_trees_equal(draw(Pretrained(rest, "float32", transformer=tmp_path / "float32.safetensors")), draw(Pretrained(folder, "float32")))
   change_json(shutil.copytree(folder, tmp_path / "other") / "transformer/config.json", causal_condition=False)
   with pytest.raises(ValueError, match="is of a generator with model.condition_time 'zero', but the folder .* is of one with 'shared'"):
     open_folder(tmp_path / "other", transformer=tmp_path / "float32.safetensors")

@@ -39,7 +39,7 @@ def folder(tiny_folder):
 @pytest.fixture(scope="module")
 def whole(folder):
   """The weights of `folder`."""
-  return Pretrained(folder).load()
+  return Pretrained(folder, "float32").load()
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def as_released(path):
 def test_the_released_folder_is_taken_as_it_is(copied, folder, whole):
   as_released(copied)
   assert {len(list((copied / name).glob("*.safetensors"))) for name in ("transformer", "text_encoder", "vae")} == {2, 4, 1}
-  opened, expected = Pretrained(copied), open_folder(folder)
+  opened, expected = Pretrained(copied, "float32"), open_folder(folder)
   assert (opened.folder.model, opened.folder.encoder, opened.folder.vae) == (expected.model, expected.encoder, expected.vae)
   assert (opened.folder.image_pixels, opened.sample_sigmas, opened.schedule) == ((65_536, 16_777_216), None, flow.Schedule())
   rounded = jax.tree.map(lambda x: np.asarray(x).astype(jax.numpy.bfloat16).astype(np.float32), {name: whole[name] for name in ("mmdit", "qwen3_vl")})
@@ -126,7 +126,7 @@ def test_the_turbo_folder_is_taken_as_it_is(copied, whole):
   change_json(copied / "model_index.json", sample_sigmas=list(TURBO_SIGMAS))
   change_json(copied / "scheduler/scheduler_config.json", use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
   round_file(copied / "vae/diffusion_pytorch_model.safetensors")
-  opened = Pretrained(copied)
+  opened = Pretrained(copied, "float32")
   assert pretrained_defaults(opened)["sigmas"] == TURBO_SIGMAS
   np.testing.assert_allclose(opened.schedule.sigmas(8, 4096, TURBO_SIGMAS), (*TURBO_SIGMAS, 0.0), rtol=1e-6)
   assert_trees_equal(opened.load()["vae"]["decoder"],
@@ -140,7 +140,7 @@ def test_the_head_is_read_where_it_is_asked_for(copied, whole):
   """An encoder without one draws; one that is tied to the embedding may have one left over, as transformers allows."""
   assert "head" in read_network(copied) and "head" not in whole["qwen3_vl"] and "embed" in whole["qwen3_vl"]
   change_tensors(copied / ENCODER, lambda x: x.pop(HEAD))
-  assert_trees_equal(Pretrained(copied).load()["qwen3_vl"], whole["qwen3_vl"])
+  assert_trees_equal(Pretrained(copied, "float32").load()["qwen3_vl"], whole["qwen3_vl"])
   with pytest.raises(ValueError, match=HEAD):
     read_network(copied)
   change_json(copied / "text_encoder/config.json", tie_word_embeddings=True)
@@ -164,7 +164,7 @@ def test_encoders_with_older_names(copied, folder, new, old):
     x["visual.rotary_pos_emb.inv_freq"] = torch.ones(4)  # a buffer that old versions wrote
   change_tensors(copied / ENCODER, rename)
   assert "model.language_model.norm.weight" not in safetensors.numpy.load_file(copied / ENCODER)
-  assert_trees_equal(Pretrained(copied).load()["qwen3_vl"], {name: x for name, x in read_network(folder).items() if name != "head"})
+  assert_trees_equal(Pretrained(copied, "float32").load()["qwen3_vl"], {name: x for name, x in read_network(folder).items() if name != "head"})
   change_tensors(copied / ENCODER, lambda x: x.update({"model.visual.pos_embed.weight": torch.ones(64, 48)}))
   with pytest.raises(ValueError, match="holds the tensor model.visual.pos_embed.weight twice"):
     read_network(copied)
@@ -175,19 +175,19 @@ def test_variants_are_read_where_nothing_else_is(copied, whole, variant):
   for file in (TRANSFORMER, "vae/diffusion_pytorch_model.safetensors"):
     (copied / file).rename(copied / file.replace(".safetensors", f".{variant}.safetensors"))
   split(copied / ENCODER, 2, f"{{stem}}.{variant}-{{number:05d}}-of-{{num:05d}}.safetensors", f"{{stem}}.safetensors.index.{variant}.json")
-  assert_trees_equal(Pretrained(copied).load(), whole)
+  assert_trees_equal(Pretrained(copied, "float32").load(), whole)
   other = copied / TRANSFORMER.replace(".safetensors", ".other.safetensors")
   other.write_bytes(b"no tensors")
   with pytest.raises(ValueError, match=rf"in the variants {variant}, other only: keep one of them"):
-    Pretrained(copied).load()
+    Pretrained(copied, "float32").load()
   shutil.copy(copied / TRANSFORMER.replace(".safetensors", f".{variant}.safetensors"), copied / TRANSFORMER)
-  assert_trees_equal(Pretrained(copied).load()["mmdit"], whole["mmdit"])  # the plain name counts
+  assert_trees_equal(Pretrained(copied, "float32").load()["mmdit"], whole["mmdit"])  # the plain name counts
 
 
 def test_an_index_may_list_the_one_file_beside_it(copied, whole):
   names = safetensors.numpy.load_file(copied / ENCODER)
   (copied / f"{ENCODER}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
-  assert_trees_equal(Pretrained(copied).load()["qwen3_vl"], whole["qwen3_vl"])
+  assert_trees_equal(Pretrained(copied, "float32").load()["qwen3_vl"], whole["qwen3_vl"])
 
 
 def shard_without_index(path):
@@ -198,7 +198,7 @@ def shard_without_index(path):
 def test_shards_without_their_index_are_named(copied):
   shard_without_index(copied)
   with pytest.raises(ValueError, match="has diffusion_pytorch_model-00001-of-00002.safetensors, but neither .* fetch the file that is missing"):
-    Pretrained(copied).load()
+    Pretrained(copied, "float32").load()
 
 
 # Tokenizers.

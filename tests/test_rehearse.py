@@ -25,7 +25,7 @@ from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import parse
-from qimg2.runtime.rehearsal import search, steps, table, topology
+from qimg2.runtime.rehearsal import measure, search, steps, table, topology
 from qimg2.runtime.rehearsal.shapes import Choice, find_tokenizer
 from qimg2.runtime.rehearsal.steps import Rehearsal
 from qimg2.runtime.run import Run
@@ -305,14 +305,15 @@ def test_what_the_compiler_wrote_down(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_compiler_that_ends_is_named():
   with pytest.raises(ChildProcessError, match="compiles stage 'none' ended with code 1: "):
-    steps._measure_in_child(steps.ChildProcess("cpu:1"), quickstart.get_config("smoke"), "none", None, "step", 0)
+    measure._measure_in_child(measure.Child(measure.ChildProcess("cpu:1"), "stage 'none'", steps._answer, (quickstart.get_config("smoke"), "none",
+                                                                                                       None, "step", 0)))
 
 
 def test_what_a_program_does_not_read_takes_memory_all_the_same():
   shape = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   arguments = {"read": shape(3, 5), "not": [shape(7, 11), shape(2)]}, shape(4)
   text = jax.jit(lambda one, other: one["read"] + one["not"][1].sum() + other.sum()).lower(*arguments).compile().as_text()
-  assert steps._unread_bytes(arguments, text) == 4 * 7 * 11
+  assert measure.unread_bytes(arguments, text) == 4 * 7 * 11
 
 
 def launch(*arguments):

@@ -38,6 +38,21 @@ def test_guidance_extrapolates_and_at_most_one_runs_no_second_pass():
   assert set(shapes) == {(4, 1, 1, 1), (2, 1, 1, 1)}
 
 
+def test_what_stays_is_on_its_own_path_at_every_step_and_the_original_at_the_end():
+  original, data, noise = (np.asarray(jax.random.normal(jax.random.key(i), (2, 2, 3, 4))) for i in range(3))
+  free, seen = np.arange(12).reshape(2, 2, 3, 1) % 3 == 0, []
+  def net(params, x, t, cond):
+    seen.append((np.asarray(x), float(t[0])))
+    return (x - cond) / t[:, None, None, None]
+  with jax.disable_jit():
+    x = np.asarray(sampler.sample(net, {}, noise, data, SIGMAS, original=jnp.asarray(original), free=jnp.asarray(free)))
+  kept = np.broadcast_to(~free, x.shape)
+  for x_t, t in seen:
+    np.testing.assert_allclose(x_t[kept], ((1 - t) * original + t * noise)[kept], atol=1e-6)
+  np.testing.assert_array_equal(x[kept], original[kept])
+  np.testing.assert_allclose(x[~kept], data[~kept], atol=1e-5)
+
+
 def test_noise_belongs_to_its_sample():
   key = jax.random.key(0)
   some = sampler.sample_noise(key, jnp.array([5, 9, 2]), (4, 4, 8))

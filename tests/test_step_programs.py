@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from qimg2.runtime.rehearsal import steps
+from qimg2.runtime.rehearsal import measure
 from qimg2.training.faults import Settings
 from qimg2.training.programs import StepPrograms, num_threads
 from qimg2.training.stage import step_parts
@@ -101,6 +101,6 @@ def test_what_adds_a_micro_batch_keeps_no_argument_that_it_does_not_read():
   stage, mesh, rules = toy.stage_of(job)
   state = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
   _, add, _ = step_parts(stage, toy_methods.Nets(), state, {}, mesh)(0)
-  moments = sum(steps._bytes(own) for own in state.opt.values())
-  assert moments >= 2 * steps._bytes(state.params)
-  assert steps._unread_bytes(add.arguments, add.compile({}).as_text()) >= moments
+  moments = sum(measure.bytes_of(own) for own in state.opt.values())
+  assert moments >= 2 * measure.bytes_of(state.params)
+  assert measure.unread_bytes(add.arguments, add.compile({}).as_text()) >= moments

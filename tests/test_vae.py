@@ -12,7 +12,7 @@ import torch
 
 from qimg2 import params as P
 from qimg2 import sharding
-from qimg2.models import vae
+from qimg2.models import vae, vae_tiling
 from qimg2.published import tensors
 from qimg2.published.names import vae as names
 
@@ -83,6 +83,31 @@ def test_matches_the_published_class(case, seed):
   ours = decode(cfg, params, latents)
   assert np.mean(np.abs(decoded) < 1.0) > 0.5  # the clamp must not hide the comparison
   assert reference.relative_error(ours, decoded) < TOLERANCE
+
+
+def test_tiles_match_the_published_class():
+  """Sides that end within a tile, within the overlap and with the picture; each shape of a tile is one program."""
+  cfg, tile, shapes = small(image_channels=3, dim_mult=(1, 2, 2), temporal_downsample=(False, True), base_dim=6), 16, set()
+  module = make_reference(cfg, 3)
+  module.enable_tiling(tile, tile, vae_tiling.tile_stride(tile, 4), vae_tiling.tile_stride(tile, 4))
+  params, image = load(cfg, module), random_image(cfg, 28, 40, 1, seed=3)
+  latents = np.random.default_rng(3).normal(size=(1, 7, 10, 6)).astype(np.float32)
+  encoded = lambda: module._encode(torch.from_numpy(image).permute(0, 3, 1, 2)[:, :, None])[:, :6, 0].permute(0, 2, 3, 1).numpy()
+  with torch.no_grad():
+    moments = encoded()
+    decoded = module.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)[:, :, None]).sample[:, :, 0].permute(0, 2, 3, 1).numpy()
+    module.use_tiling = False
+    assert reference.relative_error(encoded(), moments) > 1e-3  # that of tiles is another one
+  def run(function, x):
+    shapes.add(x.shape)
+    return function(cfg, params, x)
+  ours = vae_tiling.over_tiles(lambda x: run(encode, x).mean, image, 16, 12, lambda n: n // 4)
+  assert reference.relative_error(ours, moments) < TOLERANCE
+  ours = vae_tiling.over_tiles(lambda x: run(functools.partial(decode, clamp=False), x), latents, 4, 3, lambda n: n * 4)
+  assert reference.relative_error(np.clip(ours, -1, 1), decoded) < TOLERANCE
+  assert {shape[1:3] for shape in shapes if shape[3] == 3} == {(height, width) for height in (16, 4) for width in (16, 4)}
+  with pytest.raises(ValueError, match="Tiles of 100 px do not fit the autoencoder: their side must be a positive multiple of 64 px, such as 256"):
+    vae_tiling.tile_stride(100, 16)
 
 
 def test_export_gives_back_the_published_tensors():

@@ -10,7 +10,7 @@ channels and averages consecutive channels, going up it repeats channels and mov
 was made for video, and a level of temporal factor 2 still takes its shortcut over two frames; for an image the first frame is zero going
 down, and is dropped going up. The encoder ends, and the decoder starts, with block, single-head attention, block.
 
-Left out: video, tiling (memory for 2048 px and above comes from sharding the batch), and the convolutions over time. The latter's weights
+Left out: video, and the convolutions over time. Tiles, for devices that cannot hold a large picture: `qimg2.models.vae_tiling`. The weights over time
 are declared (`Config.temporal_weights`), so that published files can be read and written back, but no image ever uses them.
 
 Sources: Qwen-Image-2.0 report (arXiv 2605.10730) section 3.1; sizes, statistics, single-frame form: diffusers `AutoencoderKLQwenImage21`.

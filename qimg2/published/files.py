@@ -76,6 +76,15 @@ class TensorFiles:
     """
     return self.tensors[name].read(ALL)
 
+  def main_dtype(self) -> str:
+    """The type in which a weight of these files is kept where nobody says otherwise: that of most of their numbers; bfloat16 where that is float8 or
+    a type of few bits."""
+    sizes: dict[str, int] = {}
+    for tensor in self.tensors.values():
+      dtype = jnp.dtype(FLOATS.get(tensor.kind, jnp.bfloat16)).name
+      sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensor.shape)
+    return max(sizes, key=sizes.get)
+
   def without(self, names: Collection[str]) -> "TensorFiles":
     """The same files without the tensors `names`, which then count neither as read nor as left over."""
     return dataclasses.replace(self, tensors={name: tensor for name, tensor in self.tensors.items() if name not in names})

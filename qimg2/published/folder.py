@@ -201,6 +201,15 @@ def published_schedule(schedule: flow.Schedule) -> dict[str, Any]:
 # Weights.
 
 
+def stored_dtypes(folder: PipelineFolder) -> dict[str, str]:
+  """{network: type that most numbers of its files have, see `TensorFiles.main_dtype`}, such as "bfloat16". Reads headers only.
+
+  Raises:
+    ValueError: no or damaged files.
+  """
+  return {network: component_files(folder, network).main_dtype() for network in COMPONENTS}
+
+
 def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: dict | None = None) -> dict:
   """The weights of a network, read tensor by tensor onto the devices.
 

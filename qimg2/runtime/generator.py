@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +16,11 @@ from data_pipelines.specs import SLOT_PX, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from data_pipelines.transforms import composite_on_white, decode_image
 from qimg2 import flow, networks, sampler, sharding
+from qimg2.runtime.kept_states import KeptStates, digest
+from qimg2.runtime.masks import free_latents, paste
+from qimg2.runtime.offload import Offloaded
+from qimg2.runtime.phases import Phases
+from qimg2.training.stage import Part
 
 
 class Source(Protocol):
@@ -45,10 +50,14 @@ class Size:
 
 
 class Generator:
-  """Turns prompts into pictures of one size; compiled at the first call, for a fixed number of rows."""
+  """Turns prompts into pictures of one size; compiled at the first call, for a fixed number of rows.
+
+  Text encoder, VAE and generator run one after another, and what one gives the next goes through the host. With `offload.Offloaded` weights each
+  network is on the devices only meanwhile. Prompts and condition images that are the same are encoded once, also from one call to the next.
+  """
 
   def __init__(self, source: Source, size: Size, num_steps: int = 40, guidance: float = 1.0, base_times: Sequence[float] | None = None,
-               cache: bool = True):
+               cache: bool = True, vae_tile: int = 0, keep_size: bool = False):
     """Args:
       source: networks and tokenizer.
       size: shapes.
@@ -56,34 +65,32 @@ class Generator:
       guidance: scale of classifier-free guidance; at most 1 runs no second pass.
       base_times: sampling times before the shift in place of an even grid, see `flow.Schedule.sigmas`.
       cache: whether keys and values of the prefix are computed once, where the network allows it.
+      vae_tile: side in px of the VAE's tiles, see `qimg2.models.vae_tiling`; 0 for none.
+      keep_size: whether sizes of pictures and condition images may be any: these are then padded to multiples of 32 px by reflection, and pictures
+        are cut back.
 
     Raises:
-      ValueError: a size that is no multiple of the VAE's factor, or times that do not fit the steps.
+      ValueError: a size or tile that is no multiple of the VAE's factor, or times that do not fit the steps.
     """
     nets, factor = source.nets, source.nets.vae.spatial_factor
-    if size.height % factor or size.width % factor or min(size.height, size.width) < factor:
-      raise ValueError(f"A picture of {size.height} x {size.width} px cannot be drawn: height and width must be positive multiples of {factor}.")
     rows = source.mesh.shape["data"] * source.mesh.shape["fsdp"]
-    self._source, self._guided = source, guidance > 1.0
-    self._size = dataclasses.replace(size, batch_size=-(-size.batch_size // rows) * rows)
-    self._shape = (size.height // factor, size.width // factor, nets.vae.latent_channels)
+    self._source, self._guided, self._cut = source, guidance > 1.0, (size.height, size.width)
+    self._size = dataclasses.replace(_padded_size(size) if keep_size else size, batch_size=-(-size.batch_size // rows) * rows)
+    height, width = self._size.height, self._size.width
+    if height % factor or width % factor or min(height, width) < factor:
+      raise ValueError(f"A picture of {height} x {width} px cannot be drawn: height and width must be positive multiples of {factor}.")
+    self._shape = (height // factor, width // factor, nets.vae.latent_channels)
     sigmas = source.schedule.sigmas(num_steps, self._shape[0] * self._shape[1], base_times)
-
-    def generate(weights, batch, noise):
-      cond = nets.condition(weights, batch)
-      if cache and nets.model.prefix_is_fixed:
-        cond = nets.cache(weights["mmdit"], cond)
-      latents = sampler.sample(nets.velocity, weights["mmdit"], noise, cond, sigmas, guidance)
-      return latents, nets.decode(weights["vae"], latents)
-    self._generate = jax.jit(generate)
+    self._phases = Phases(nets, source.mesh, source.rules, sigmas, guidance, cache, vae_tile)
+    self._texts, self._latents = KeptStates("qwen3_vl"), KeptStates("vae")
     self._noise = jax.jit(lambda seed, ids: sampler.sample_noise(jax.random.key(seed), ids, self._shape))
 
-  def __call__(self, weights: dict, prompts: Sequence[str], seed: int = 0, **conditions: Any) -> np.ndarray:
+  def __call__(self, weights: Mapping, prompts: Sequence[str], seed: int = 0, **conditions: Any) -> np.ndarray:
     """[n, H, W, C] uint8, one picture per prompt; arguments as in `draw`."""
     return self.draw(weights, prompts, seed, **conditions)[1]
 
-  def draw(self, weights: dict, prompts: Sequence[str], seed: int = 0, images: Sequence[np.ndarray] = (), negative_prompt: str = "",
-           noise: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def draw(self, weights: Mapping, prompts: Sequence[str], seed: int = 0, images: Sequence[np.ndarray] = (), negative_prompt: str = "",
+           noise: np.ndarray | None = None, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8), one per prompt.
 
     Picture i depends on the seed, i, its prompt and its images, never on the other prompts. Of several processes all ask for the same pictures
@@ -96,25 +103,32 @@ class Generator:
       images: one array [n, h, w, 3 or 4] uint8 per condition image, of the sizes in `size.source_sizes`.
       negative_prompt: what guidance leads away from.
       noise: [n, h, w, C] float32 in place of noise from the seed.
+      mask: [n, H, W] uint8, where the last condition image, of the picture's size, may change: 0 keeps its pixels as they are, 255 takes those that
+        are drawn, and what lies between mixes both. A latent may change if any of its pixels may.
 
     Raises:
-      ValueError: noise of another shape, or a prompt that does not fit `size.num_tokens`.
+      ValueError: noise or mask of another shape, or a prompt that does not fit `size.num_tokens`.
     """
     self.check_noise(noise, len(prompts))
-    pieces = [self._piece(weights, prompts, start, seed, images, negative_prompt, noise)
-              for start in range(0, len(prompts), self._size.batch_size)]
-    latents, pixels = (np.concatenate(parts)[:len(prompts)] for parts in zip(*pieces))
-    return latents, pixels
+    self._check_mask(mask, len(prompts))
+    images = [_pad(image, *size) for image, size in zip(images, self._size.source_sizes, strict=True)]
+    job = _Job(prompts, seed, images, negative_prompt, noise, None if mask is None else _pad(mask, *self._padded, mode="constant"))
+    rows = np.arange(-(-len(prompts) // self._size.batch_size) * self._size.batch_size)
+    # Offloaded weights are brought once for all pictures; else there is no need to have the states of all at once.
+    groups = [rows] if isinstance(weights, Offloaded) else self._batches(rows)
+    latents, pixels = (np.concatenate(parts)[:len(prompts)] for parts in zip(*(self._draw(weights, job, group) for group in groups)))
+    height, width = self._cut
+    pixels = pixels[:, :height, :width]
+    return latents, pixels if mask is None else paste(images[-1][:, :height, :width], pixels, mask)
 
-  def lower(self, weights: dict) -> jax.stages.Lowered:
-    """The program that draws, for abstract weights {network: tree of ShapeDtypeStruct}. Nothing is run."""
-    rows, sharded = self._size.batch_size, sharding.batch_sharding(self._source.mesh, self._source.rules)
+  def parts(self, weights: Mapping, masked: bool = False, resident: bool = True) -> list[tuple[str, Part]]:
+    """(phase, program that draws) in order, for abstract weights {network: tree of ShapeDtypeStruct}; see `Phases.parts`. Nothing is run."""
+    rows = self._size.batch_size
     texts = 2 * rows if self._guided else rows
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharded)
-    batch = {"target": of(np.uint8, texts, self._size.height, self._size.width, 3),
-             "sources": tuple(of(np.uint8, texts, *size, 3) for size in self._size.source_sizes),
-             "tokens": of(np.int32, texts, self._size.num_tokens), "token_count": of(np.int32, texts)}
-    return self._generate.lower(weights, batch, of(np.float32, rows, *self._shape))
+    channels = self._source.nets.vae.image_channels
+    sources = tuple((rows, *size, channels) for size in self._size.source_sizes)
+    shapes = {"sources": sources, "tokens": (texts, self._size.num_tokens), "noise": (rows, *self._shape)}
+    return self._phases.parts(weights, shapes, masked, resident)
 
   def check_noise(self, noise: np.ndarray | None, num: int) -> None:
     """Raises a `ValueError` if `noise` is not that of `num` pictures."""
@@ -122,20 +136,104 @@ class Generator:
       raise ValueError(f"The noise has shape {noise.shape}, but {num} picture(s) of {self._size.height} x {self._size.width} px need "
                        f"{(num, *self._shape)}.")
 
-  def _piece(self, weights, prompts, start, seed, images, negative_prompt, noise) -> tuple[np.ndarray, np.ndarray]:
-    rows = np.arange(start, start + self._size.batch_size)
-    real = np.minimum(rows, len(prompts) - 1)  # the last picture fills what is left
-    texts, sources = [prompts[row] for row in real], [image[real] for image in images]
-    noise = self._noise(seed, _noise_ids(rows, sources)) if noise is None else noise[real]
-    if self._guided:
-      texts, sources = texts + [negative_prompt] * len(rows), [np.concatenate([image, image]) for image in sources]
-    tokens, token_count = self._source.tokenizer.encode_batch(texts, self._size.num_tokens, source_grids(self._size.source_sizes))
-    target = np.zeros((len(texts), self._size.height, self._size.width, 3), np.uint8)  # only its shape is read
-    batch = self._put({"target": target, "sources": tuple(sources), "tokens": tokens, "token_count": token_count})
-    return sharding.to_host(self._generate(weights, batch, self._put({"noise": np.asarray(noise)})["noise"]))
+  def _check_mask(self, mask: np.ndarray | None, num: int) -> None:
+    if mask is None:
+      return
+    if self._size.source_sizes[-1:] != (self._padded,):
+      raise ValueError("A mask says what of the last condition image may change: that image must have the size of the picture.")
+    if mask.shape != (num, *self._cut) or mask.dtype != np.uint8:
+      raise ValueError(f"The mask is {mask.dtype} of shape {mask.shape}, but {num} picture(s) need uint8 of {(num, *self._cut)}.")
 
-  def _put(self, batch: dict) -> dict:
-    return sharding.put_global_batch(batch, self._source.mesh, self._source.rules)
+  @property
+  def _padded(self) -> tuple[int, int]:
+    return self._size.height, self._size.width
+
+  def _batches(self, rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[start:start + self._size.batch_size] for start in range(0, len(rows), self._size.batch_size)]
+
+  def _draw(self, weights: Mapping, job: "_Job", rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(latents, pixels) of some rows, a multiple of the batch size; the last picture fills what is left. One network after the other."""
+    real = np.minimum(rows, len(job.prompts) - 1)
+    seen = [tuple(image[row] for image in job.images) for row in real]
+    names = [tuple(map(digest, pictures)) for pictures in seen]
+    texts = [(job.prompts[row], name) for row, name in zip(real, names)]
+    negatives = [(job.negative_prompt, name) for name in names] if self._guided else []
+    states = self._texts.find(weights, {key: (key[0], pictures) for key, pictures in zip(texts + negatives, seen + seen)}, self._encode_texts)
+    pictures = {name: picture for some, own in zip(names, seen) for name, picture in zip(some, own)}
+    latents = self._latents.find(weights, pictures, self._encode_images)
+    batches = self._batches(np.arange(len(rows)))
+    params, drawn = weights["mmdit"], []
+    for batch in batches:
+      keys = [some[row] for some in (texts, negatives) if some for row in batch]
+      sources = tuple(np.stack([latents[name[slot]] for _, name in keys]) for slot in range(len(job.images)))
+      tokens, token_count = self._encode_prompts([text for text, _ in keys])
+      inputs = {"tokens": tokens, "token_count": token_count, "features": np.stack([states[key] for key in keys]), "source_latents": sources}
+      drawn.append(self._phases.denoise(params, inputs, self._noise_of(job, rows[batch], real[batch]), *self._kept(job, real[batch], sources)))
+    del params  # what is offloaded leaves the devices
+    params = weights["vae"]
+    return np.concatenate(drawn), np.concatenate([self._phases.decode_image(params, x) for x in drawn])
+
+  def _noise_of(self, job: "_Job", rows: np.ndarray, real: np.ndarray) -> np.ndarray:
+    if job.noise is not None:
+      return job.noise[real]
+    return np.asarray(self._noise(job.seed, _noise_ids(rows, [image[real] for image in job.images])))
+
+  def _kept(self, job: "_Job", real: np.ndarray, sources: Sequence[np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(latents of what stays, which latents may change) under a mask."""
+    return (None, None) if job.mask is None else (sources[-1][:len(real)], free_latents(job.mask[real], self._source.nets.vae.spatial_factor))
+
+  def _encode_texts(self, weights: Any, inputs: Sequence[tuple[str, tuple[np.ndarray, ...]]]) -> list[np.ndarray]:
+    def one(some):
+      tokens, token_count = self._encode_prompts([text for text, _ in some])
+      sources = tuple(np.stack(pictures) for pictures in zip(*(pictures for _, pictures in some)))
+      return self._phases.encode_text(weights, {"tokens": tokens, "token_count": token_count, "sources": sources})
+    return self._in_batches(one, inputs)
+
+  def _encode_images(self, weights: Any, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    found = {}
+    for shape in dict.fromkeys(image.shape for image in images):
+      numbers = [i for i, image in enumerate(images) if image.shape == shape]
+      found |= zip(numbers, self._in_batches(lambda some: self._phases.encode_image(weights, np.stack(some)), [images[i] for i in numbers]))
+    return [found[i] for i in range(len(images))]
+
+  def _in_batches(self, run: Callable[[list], np.ndarray], inputs: Sequence[Any]) -> list[np.ndarray]:
+    """A result for each input, by a function of as many as a batch has; the last input fills what is left."""
+    batches = self._batches(np.arange(-(-len(inputs) // self._size.batch_size) * self._size.batch_size))
+    return [x for batch in batches for x in run([inputs[min(i, len(inputs) - 1)] for i in batch])][:len(inputs)]
+
+  def _encode_prompts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    return self._source.tokenizer.encode_batch(texts, self._size.num_tokens, source_grids(self._size.source_sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """What one call draws: images and mask padded."""
+  prompts: Sequence[str]
+  seed: int
+  images: Sequence[np.ndarray]
+  negative_prompt: str
+  noise: np.ndarray | None
+  mask: np.ndarray | None
+
+
+def pad_size(size: tuple[int, int]) -> tuple[int, int]:
+  """(height, width) in px, up to multiples of 32."""
+  return tuple(-(-px // SLOT_PX) * SLOT_PX for px in size)
+
+
+def _padded_size(size: Size) -> Size:
+  height, width = pad_size((size.height, size.width))
+  return dataclasses.replace(size, height=height, width=width, source_sizes=tuple(map(pad_size, size.source_sizes)))
+
+
+def _pad(images: np.ndarray, height: int, width: int, mode: str = "reflect") -> np.ndarray:
+  """Images [n, h, w, ...] at the top left of height x width px."""
+  missing = height - images.shape[1], width - images.shape[2]
+  if missing == (0, 0):
+    return images
+  if not all(0 <= px < SLOT_PX for px in missing):
+    raise ValueError(f"An image of {images.shape[1]} x {images.shape[2]} px was given where {height} x {width} px are drawn from.")
+  return np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), *((0, 0),) * (images.ndim - 3)), mode)
 
 
 def _noise_ids(rows: np.ndarray, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -149,8 +247,8 @@ def _noise_ids(rows: np.ndarray, images: Sequence[np.ndarray]) -> np.ndarray:
 def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_channels: int) -> np.ndarray:
   """A picture file [h, w, 3 or 4] uint8 as the published pipeline feeds it to encoder and VAE.
 
-  Resized once (Lanczos) to the area `output_resolution`² at its own aspect ratio, sides in multiples of 32 px. Transparency is kept for a VAE
-  of four channels, else composited on white.
+  Resized once (Lanczos) to the area `output_resolution`² at its own aspect ratio, sides in multiples of 32 px; 0 keeps its size. Transparency is kept
+  for a VAE of four channels, else composited on white.
 
   Raises:
     ValueError: no such file, one that is no picture, or one too long and thin.
@@ -159,6 +257,7 @@ def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_c
   if not path.is_file():
     raise ValueError(f"There is no image {path}: give the path of a PNG, JPEG or WebP file.")
   image = decode_image(path.read_bytes(), str(path), keep_alpha=True)
-  height, width = bucket_size(output_resolution, image.shape[1] / image.shape[0], SLOT_PX)
-  image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+  if output_resolution:
+    height, width = bucket_size(output_resolution, image.shape[1] / image.shape[0], SLOT_PX)
+    image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
   return image if image.shape[-1] <= num_channels else composite_on_white(image)

@@ -72,16 +72,16 @@ class HeldOut:
 class Run(StageWeights):
   """A config and a folder, and what both together give."""
 
-  def __init__(self, cfg: Any, workdir: str | Place, trained: bool = False):
+  def __init__(self, cfg: Any, workdir: str | Place, trained: bool = False, devices: Sequence[Any] | None = None):
     """Args: a `RunConfig`, or what a config file returns; folder; trained, whether the run is only read, so that what its stages started from may
-    be gone.
+    be gone; devices of the mesh, all of them when None.
 
     Raises:
       ValueError: a config that does not fit together.
     """
     self.cfg, self.workdir = parse(cfg), find_place(workdir, "--workdir")
     cfg = self.cfg
-    self.mesh = sharding.make_mesh(plain(cfg.mesh), strict=not trained)
+    self.mesh = sharding.make_mesh(plain(cfg.mesh), devices, strict=not trained)
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
     self.schedule = cfg.schedule
     self.stages = {stage.name: stage for stage in cfg.stages}
@@ -305,8 +305,8 @@ def _as_json(cfg: RunConfig) -> dict:
   return json.loads(json.dumps(plain(cfg)))
 
 
-def load_run(workdir: str | Place, dtype: str | None = None) -> Run:
-  """The run that was trained in a folder, with another compute type where `dtype` names one.
+def load_run(workdir: str | Place, dtype: str | None = None, devices: Sequence[Any] | None = None) -> Run:
+  """The run that was trained in a folder, with another compute type where `dtype` names one, and on these devices alone where some are given.
 
   Raises:
     ValueError: the folder holds no run, or its config cannot be understood.
@@ -317,4 +317,4 @@ def load_run(workdir: str | Place, dtype: str | None = None) -> Run:
   cfg = read_record(path)
   if dtype:
     cfg = dataclasses.replace(cfg, **{role: dataclasses.replace(getattr(cfg, role), dtype=dtype) for role in ("model", "encoder", "vae")})
-  return Run(cfg, workdir, trained=True)
+  return Run(cfg, workdir, trained=True, devices=devices)

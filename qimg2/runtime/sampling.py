@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -11,7 +11,8 @@ from data_pipelines.buckets import bucket_size
 from data_pipelines.specs import SLOT_PX, source_grids
 from data_pipelines.transforms import composite_on_white
 from qimg2.runtime.config import StageConfig
-from qimg2.runtime.generator import Generator, Size, Source, load_condition_image
+from qimg2.runtime.generator import Generator, Size, Source, load_condition_image, pad_size
+from qimg2.runtime.masks import load_mask
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.run import Run
 from qimg2.runtime.weights import DEPLOYED
@@ -36,14 +37,53 @@ class Request:
   output_resolution: int = 0
   noise: str = ""
   cache: bool = True
+  batch_size: int = 0
+  vae_tile: int = 0
+  keep_size: bool = False
+  mask: str = ""
+
+  @property
+  def keeps_size(self) -> bool:
+    """Whether the last condition image is edited at its own size; a mask stands for pixels of it."""
+    return self.keep_size or bool(self.mask)
 
 
-def sample(source: Source, load: Callable[[], dict], request: Request, defaults: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A request that was checked: what draws it, and what of. `images` are [h, w, 3 or 4] uint8, `mask` is [H, W] uint8 or None, `noise` [n, h, w, C]
+  float32 or None; `alpha` says whether pictures keep their transparency."""
+  generator: Generator
+  prompts: list[str]
+  images: list[np.ndarray]
+  noise: np.ndarray | None
+  mask: np.ndarray | None
+  alpha: bool
+
+
+def sample(source: Source, load: Callable[[], Mapping], request: Request, defaults: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
   """(latents [n, h, w, C] float32, pictures [n, H, W, 3 or 4] uint8, captions), `num_images_per_prompt` for each prompt in turn.
 
   Args:
     source: networks and tokenizer.
-    load: gives the weights of all roles; called when all that is asked for has been checked, since it may take minutes.
+    load: gives the weights of all networks; called when all that is asked for has been checked, since it may take minutes.
+    request: what to draw.
+    defaults: see `prepare`.
+
+  Raises:
+    ValueError: an image, a mask, a noise file or a size that does not fit.
+  """
+  job = prepare(source, request, defaults)
+  of_all = lambda x: None if x is None else np.stack([x] * len(job.prompts))
+  latents, pictures = job.generator.draw(load(), job.prompts, request.seed, [of_all(image) for image in job.images], request.negative_prompt,
+                                         job.noise, of_all(job.mask))
+  return latents, pictures if job.alpha or pictures.shape[-1] == 3 else np.stack([composite_on_white(x) for x in pictures]), job.prompts
+
+
+def prepare(source: Source, request: Request, defaults: dict) -> Prepared:
+  """A checked request, and what draws it; no weights are read, and nothing is compiled.
+
+  Args:
+    source: networks and tokenizer.
     request: what to draw.
     defaults: "height", "width", "output_resolution", "num_steps", "guidance" and "sigmas" for what the request leaves open; "multiple", px, to
       multiples of which sizes are rounded down, as the published pipeline does, and said; "only_sigmas", whether another number of steps may not
@@ -51,34 +91,53 @@ def sample(source: Source, load: Callable[[], dict], request: Request, defaults:
       laid on white paper, those that are drawn and condition images.
 
   Raises:
-    ValueError: an image, a noise file or a size that does not fit.
+    ValueError: an image, a mask, a noise file or a size that does not fit.
   """
+  _check_kept_size(request)
   resolution = _whole("output_resolution", request.output_resolution, SLOT_PX) or defaults["output_resolution"]
   alpha = defaults["alpha"] and source.nets.vae.image_channels == 4
-  images = [load_condition_image(path, resolution, 4 if alpha else 3) for path in request.images]
+  areas = [resolution] * len(request.images)
+  if request.keeps_size:
+    areas[-1] = 0
+  images = [load_condition_image(path, area, 4 if alpha else 3) for path, area in zip(request.images, areas)]
+  _check_images(request, images, resolution, *defaults["image_pixels"])
   sizes = tuple(image.shape[:2] for image in images)
-  _check_images(request.images, images, resolution, *defaults["image_pixels"])
   height, width = _picture_size(request, images, resolution, defaults)
+  mask = load_mask(request.mask, height, width) if request.mask else None
   prompts = [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)]
-  longest = max(len(source.tokenizer.encode(text, source_grids(sizes))) for text in (*request.prompts, request.negative_prompt))
+  grids = source_grids(tuple(map(pad_size, sizes)))
+  longest = max(len(source.tokenizer.encode(text, grids)) for text in (*request.prompts, request.negative_prompt))
   base_times, num_steps = _times(request, defaults)
   guidance = defaults["guidance"] if request.guidance is None else request.guidance
   if request.negative_prompt and guidance <= 1.0:
     raise ValueError("A negative prompt is only read with guidance: give --guidance above 1, such as 4.")
-  size = Size(height, width, -(-longest // TOKEN_STEP) * TOKEN_STEP, sizes, min(MAX_BATCH, len(prompts)))
-  generator, noise = Generator(source, size, num_steps, guidance, base_times or None, request.cache), _load_noise(request.noise, len(prompts))
+  size = Size(height, width, -(-longest // TOKEN_STEP) * TOKEN_STEP, sizes, min(request.batch_size or MAX_BATCH, len(prompts)))
+  generator = Generator(source, size, num_steps, guidance, base_times or None, request.cache, request.vae_tile, request.keeps_size)
+  noise = _load_noise(request.noise, len(prompts))
   generator.check_noise(noise, len(prompts))
-  latents, pictures = generator.draw(load(), prompts, request.seed, [np.stack([image] * len(prompts)) for image in images],
-                                     request.negative_prompt, noise)
-  return latents, pictures if alpha or pictures.shape[-1] == 3 else np.stack([composite_on_white(picture) for picture in pictures]), prompts
+  return Prepared(generator, prompts, images, noise, mask, alpha)
 
 
-def _check_images(paths: Sequence[str], images: Sequence[np.ndarray], resolution: int, fewest: int, most: int) -> None:
-  for path, image in zip(paths, images):
-    num = image.shape[0] * image.shape[1]
-    if not fewest <= num <= most:
-      raise ValueError(f"The image {path} has {num} px at output_resolution {resolution}, but the folder's processor takes {fewest} to {most} px "
-                       "unchanged: choose another --output_resolution.")
+def _check_kept_size(request: Request) -> None:
+  if not request.keeps_size:
+    return
+  flag = "--mask" if request.mask else "--keep_size"
+  if not request.images:
+    raise ValueError(f"{flag} is for edits: give the picture to edit with --image.")
+  if request.height or request.width:
+    raise ValueError(f"With {flag} a picture has the size of the one that is edited: leave --height and --width out.")
+
+
+def _check_images(request: Request, images: Sequence[np.ndarray], resolution: int, fewest: int, most: int) -> None:
+  for number, (path, image) in enumerate(zip(request.images, images)):
+    num = math.prod(pad_size(image.shape[:2]))
+    if fewest <= num <= most:
+      continue
+    if request.keeps_size and number == len(images) - 1:
+      raise ValueError(f"The image {path} has {num} px, padded to multiples of {SLOT_PX}, but the folder's processor takes {fewest} to {most} px "
+                       "unchanged: resize it, or leave --keep_size and --mask out.")
+    raise ValueError(f"The image {path} has {num} px at output_resolution {resolution}, but the folder's processor takes {fewest} to {most} px "
+                     "unchanged: choose another --output_resolution.")
 
 
 def _times(request: Request, defaults: dict) -> tuple[tuple[float, ...], int]:

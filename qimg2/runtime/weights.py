@@ -18,6 +18,7 @@ from qimg2.places import Place, find_place, is_complete
 from qimg2.published.folder import check_configs, check_sampling, has_head, load_weights, open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
+from qimg2.runtime.offload import Offloaded, from_host
 from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights
 
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
@@ -132,6 +133,18 @@ class StageWeights:
     algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name)
     return algorithm.deployed(choose_average(algorithm, weights, name, average))
 
+  def offloaded_weights(self, name: str, average: str = DEPLOYED) -> Offloaded:
+    """`deployed_weights` in host memory: read role by role, and put onto the devices network by network, whenever one is needed."""
+    algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name).then(sharding.to_host)
+    arrays, specs = algorithm.deployed(choose_average(algorithm, weights, name, average)), self.nets.specs()
+    return from_host(arrays, {network: self._shardings(specs[network]) for network in arrays})
+
+  def abstract_weights(self, name: str) -> dict[str, dict]:
+    """{network: tree of ShapeDtypeStruct} of `deployed_weights`. Nothing is read."""
+    algorithm, specs = self.algorithm(self.stages[name]), self.role_specs(self.stages[name])
+    averages = {average: specs[kept.role] for average, kept in algorithm.averages.items()}
+    return algorithm.deployed({role: self._abstract(tree) for role, tree in (specs | averages).items()})
+
   def random_weights(self, stage: StageConfig, role: str) -> dict:
     """A role's weights drawn from the run's seed and its name, or the name of the role that it starts as."""
     specs = self.role_specs(stage)[role]
@@ -218,6 +231,10 @@ class LazyWeights(Mapping):
   def __init__(self, loaders: Mapping[str, Callable[[], Any]]):
     """Args: name -> what reads its weights."""
     self._loaders, self._read = dict(loaders), {}
+
+  def then(self, function: Callable[[Any], Any]) -> "LazyWeights":
+    """The same weights, each as `function` gives it; what this mapping read already is read again."""
+    return LazyWeights({name: lambda load=load: function(load()) for name, load in self._loaders.items()})
 
   def __getitem__(self, name: str) -> Any:
     if name not in self._read:

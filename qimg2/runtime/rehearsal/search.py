@@ -13,8 +13,9 @@ from qimg2.analysis import roofline
 from qimg2.runtime.config import MeshConfig, RunConfig, StageConfig, parse, plain
 from qimg2.runtime.micro_batches import num_tokens
 from qimg2.runtime.rehearsal import table
+from qimg2.runtime.rehearsal.measure import ChildProcess
 from qimg2.runtime.rehearsal.shapes import Choice
-from qimg2.runtime.rehearsal.steps import ChildProcess, Rehearsal
+from qimg2.runtime.rehearsal.steps import Rehearsal
 from qimg2.runtime.rehearsal.table import STEP, Row
 
 RANKS = {"serial": "serial_mfu", "overlapped": "mfu"}  # by which bound a search ranks: nothing overlaps, or everything

@@ -1,24 +1,15 @@
 """A program of a stage (its train step, its evaluation, what draws its samples) compiled for one bucket and a mesh of devices that need not exist,
 and what is read from it. See `launch.rehearse`.
-
-The compiler for TPUs first optimises the program, schedules it and gives every array its place in memory, and then writes machine code, which takes
-most of the time and changes none of what is read here. `ChildProcess` lets it work in a process of its own, which is ended between the two.
 """
 
 import dataclasses
-import math
-import multiprocessing
-import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from data_pipelines.buckets import Bucket
-from data_pipelines.children import end_with_parent
 from data_pipelines.loader import Loader
 from qimg2 import networks, sharding
 from qimg2 import params as P
@@ -27,19 +18,13 @@ from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.methods import make_algorithm
-from qimg2.runtime.rehearsal import table, topology
+from qimg2.runtime.rehearsal import table
+from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.shapes import SYSTEM_TOKENS, Choice, Shapes, find_tokenizer
 from qimg2.runtime.rehearsal.table import EVALUATION, STEP, Row
 from qimg2.training.stage import Part, Stage, step_parts
 from qimg2.training.state import TrainState, abstract_state, make_optimizers
 from qimg2.training.validation import bin_sums
-
-
-@dataclasses.dataclass(frozen=True)
-class ChildProcess:
-  """Name of a TPU topology and number of slices: steps for it are compiled in a process of their own, up to their machine code."""
-  topology: str
-  num_slices: int = 1
 
 
 class Rehearsal(Shapes):
@@ -79,7 +64,7 @@ class Rehearsal(Shapes):
     networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
     counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch) if program == STEP else {}
     measured = dict(self._measured[key])
-    beside = measured.pop("idle_bytes") + self.beside_bytes(config, choice, program)
+    beside = measured.pop("idle_bytes") + self.besidebytes_of(config, choice, program)
     row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=accumulate, num_devices=self.mesh.size,
               mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=nets.model.remat,
@@ -118,7 +103,7 @@ class Rehearsal(Shapes):
     """(what is compiled: of a step one program or those that it is cut into; bytes of a device that all weights and optimizer state take; those of
     them that no program reads)."""
     state, frozen = self._arrays(stage)
-    held = _bytes((state, frozen))
+    held = bytes_of((state, frozen))
     if program == STEP:
       return step_parts(stage, self.nets, state, frozen, self.mesh)(0), held, 0.0
     if program == EVALUATION:
@@ -128,8 +113,8 @@ class Rehearsal(Shapes):
     else:
       read = stage.algorithm.deployed({**frozen, **state.params, **state.averages})
       size = Size(bucket.height, bucket.width, bucket.num_tokens, bucket.source_sizes, bucket.batch_size)
-      part = Part(Generator(self, size, **self.cfg.sampling.settings()), (read,))
-    return (part,), held, held - _bytes(read)
+      return tuple(part for _, part in Generator(self, size, **self.cfg.sampling.settings()).parts(read)), held, held - bytes_of(read)
+    return (part,), held, held - bytes_of(read)
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit. "idle_bytes" are weights and state that it does not read."""
@@ -141,7 +126,7 @@ class Rehearsal(Shapes):
       if not part.arguments:
         continue  # it makes zeros
       measured = self._measure_part(part, config, bucket, program, number)
-      peak, limit = max(peak, measured["peak_bytes"] + _bytes(part.beside)), measured["limit_bytes"]
+      peak, limit = max(peak, measured["peak_bytes"] + bytes_of(part.beside)), measured["limit_bytes"]
       compile_s += measured["compile_s"]
       if measured.get("traffic") is None:
         return {"peak_bytes": peak, "limit_bytes": limit, "compile_s": compile_s, "idle_bytes": idle}
@@ -150,27 +135,13 @@ class Rehearsal(Shapes):
 
   def _measure_part(self, part: Part, config: StageConfig, bucket: Bucket, program: str, number: int) -> dict:
     """The measured fields of the part with a number: no traffic if it does not fit."""
-    for file in topology.dumped():
-      file.unlink()  # of an earlier program
-    start, peak, limit = time.monotonic(), None, self.chip.hbm_bytes if self.chip else None
+    child = None
     if self.child:
       stages = tuple(config if one.name == config.name else one for one in self.cfg.stages)
-      answer = _measure_in_child(self.child, dataclasses.replace(self.cfg, stages=stages), config.name, bucket, program, number)
-      if answer is not None:
-        return answer
-    else:
-      try:
-        compiled = part.compile(sharding.compile_options(self.mesh) if program == STEP else {})
-      except jax.errors.JaxRuntimeError as error:
-        sizes = hlo.out_of_memory(str(error))
-        if sizes is None:
-          raise
-        return {"peak_bytes": sizes[0], "limit_bytes": sizes[1], "compile_s": time.monotonic() - start}
-      peak = compiled.memory_analysis().peak_memory_in_bytes
-    measured = {"limit_bytes": limit, "compile_s": time.monotonic() - start}
-    text = topology.program_text() or compiled.as_text()
-    peak = (topology.reserved_bytes() or peak) + _unread_bytes(part.arguments, text)
-    return {"peak_bytes": float(peak), **measured, "traffic": hlo.analyze(text, self.mesh.size)}
+      arguments = dataclasses.replace(self.cfg, stages=stages), config.name, bucket, program, number
+      child = Child(self.child, f"stage {config.name!r}", _answer, arguments)
+    options = sharding.compile_options(self.mesh) if program == STEP else {}
+    return measure(part, self.mesh.size, self.chip.hbm_bytes if self.chip else None, options, child)
 
   def measure_part(self, config: StageConfig, bucket: Bucket, program: str, number: int) -> dict:
     """The measured fields of one part of a program of a stage for one bucket, see `Row`.
@@ -182,57 +153,8 @@ class Rehearsal(Shapes):
     return self._measure_part(self._parts_of(stage, bucket, program)[0][number], config, bucket, program, number)
 
 
-def _bytes(tree: Any) -> float:
-  """Of the arrays in a tree on each device."""
-  here = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-  return sum(math.prod(here(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _unread_bytes(arguments: Any, text: str) -> float:
-  """Of arguments that are none of the compiled program, because it does not read them: they are on the devices all the same. (To have them kept is no
-  way: libtpu 0.0.52 crashes on programs of pictures, which do not read the vision tower.)"""
-  read = sum(array.num_bytes for one in hlo.parse(text)["ENTRY"] if one.opcode == "parameter" for array in one.arrays)
-  return max(0.0, _bytes(arguments) - read)
-
-
-def _measure_in_child(child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, program: str, number: int) -> dict | None:
-  """Lets another process compile a part of a program of a stage and bucket. None when the compiler has assigned the memory; what the other process
-  measured if it came to its end before that, which it does when the program does not fit.
-
-  Raises:
-    ValueError: as the other process did.
-    ChildProcessError: the other process ended otherwise.
-  """
-  context = multiprocessing.get_context("spawn")
-  receive, send = context.Pipe(duplex=False)
-  process = context.Process(target=_child_main, args=(send, child, cfg, name, bucket, program, number), daemon=True)
-  process.start()
-  send.close()
-  try:
-    while not topology.is_assigned():
-      if receive.poll(0.2):
-        try:
-          answer = receive.recv()
-        except EOFError as error:
-          process.join()
-          raise ChildProcessError(f"The process that compiles stage {name!r} ended with code {process.exitcode}: what it said stands above; "
-                                  "-9 is a machine without memory left.") from error
-        if isinstance(answer, Exception):
-          raise answer
-        return answer
-    return None
-  finally:
-    process.kill()
-    process.join()
-
-
-def _child_main(send: Any, child: ChildProcess, cfg: RunConfig, name: str, bucket: Bucket, program: str, number: int) -> None:
-  """What the other process does."""
-  tqdm.set_lock(threading.RLock())  # one between processes would outlive a process that is killed
-  end_with_parent()  # nobody is left to tell
-  topology.prepare_environment(child.topology)
-  rehearsal = Rehearsal(cfg, *topology.find_devices(child.topology, child.num_slices))
-  try:
-    send.send(rehearsal.measure_part(next(stage for stage in rehearsal.cfg.stages if stage.name == name), bucket, program, number))
-  except ValueError as error:
-    send.send(error)
+def _answer(devices: Sequence[Any], chip: roofline.Chip | None, cfg: RunConfig, name: str, bucket: Bucket, program: str, number: int) -> dict:
+  """What a process of its own measures."""
+  del chip  # there, a program that does not fit says so itself
+  rehearsal = Rehearsal(cfg, devices)
+  return rehearsal.measure_part(next(stage for stage in rehearsal.cfg.stages if stage.name == name), bucket, program, number)

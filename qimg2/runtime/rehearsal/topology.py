@@ -14,12 +14,13 @@ import jax
 from jax.experimental import topologies
 
 from qimg2.analysis import roofline
+from qimg2.runtime import phases
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled",
                "TPU_WORKER_HOSTNAMES": "localhost"}
 ACCELERATORS = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}  # only so that libtpu does not ask the network
 ASSIGNED = "after_optimizations_after_buffer_assignment.txt"  # the program, scheduled, with a place in memory for every array
-MODULES = ("step", "sums", "generate")  # names of the functions that are rehearsed: the step, the evaluation, what draws
+MODULES = ("step", "sums", *phases.NETWORK)  # names of the functions that are rehearsed: the step, the evaluation, what draws
 NEXT = "debug_options"  # what the compiler writes after each such text
 
 

@@ -1,0 +1,143 @@
+"""What drawing a request would take of a device's memory, phase by phase, by compiling the programs that draw: see `launch.sample --plan`.
+
+A phase's total is its program's peak, the weights that it reads included, and what else is on the device: the weights of the other networks, unless
+they are offloaded. The VAE's phases are compiled whole and in tiles.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from qimg2.analysis import roofline
+from qimg2.runtime.generator import Source
+from qimg2.runtime.phases import NETWORK
+from qimg2.runtime.pretrained import Pretrained
+from qimg2.runtime.rehearsal import table, topology
+from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
+from qimg2.runtime.run import load_run
+from qimg2.runtime.sampling import Request, prepare, pretrained_defaults, run_defaults, sampling_stage
+from qimg2.runtime.weights import DEPLOYED
+from qimg2.training.stage import Part
+
+HERE = "here"  # in place of a topology: the devices of this machine
+TILE_PX = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawer:
+  """Where networks come from: a published folder, with a file of the generator's weights or its own, or a run's, a stage and average of the run; and
+  the compute type or None for the default."""
+  pretrained: str = ""
+  workdir: str = ""
+  stage: str = ""
+  average: str = DEPLOYED
+  dtype: str | None = None
+  transformer: str = ""
+
+  def open(self, devices: Sequence[Any] | None = None) -> "Opened":
+    """What draws, on these devices or on all. No weights are read.
+
+    Raises:
+      ValueError: there is no such folder, run or stage.
+    """
+    if self.pretrained:
+      source = Pretrained(self.pretrained, self.dtype, devices=devices, transformer=self.transformer)
+      return Opened(source, self.transformer or self.pretrained, pretrained_defaults(source), source.load, source.offloaded, source.abstract)
+    run = load_run(self.workdir, self.dtype, devices)
+    name = sampling_stage(run, self.stage)
+    return Opened(run, f"stage {name}", run_defaults(run, name), lambda: run.deployed_weights(name, self.average),
+                  lambda: run.offloaded_weights(name, self.average), lambda: run.abstract_weights(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """What draws: `source`, what messages call it, the `defaults` of `sampling.prepare`, and three ways to its weights by network: on the devices,
+  brought there when they are needed, and as shapes alone."""
+  source: Source
+  where: str
+  defaults: dict
+  load: Callable[[], Mapping]
+  offloaded: Callable[[], Mapping]
+  abstract: Callable[[], Mapping]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A phase's bytes on each device: `arguments`, its network's weights among them, what its program reserves beside these (`temporaries`, results
+  included), and `beside`, the weights of the other networks. `tiled` says whether it is the program of a VAE's tile."""
+  name: str
+  arguments: float
+  temporaries: float
+  beside: float
+  tiled: bool = False
+
+  def total(self, offload: bool) -> float:
+    """Bytes, with the weights of the other networks on the device or not."""
+    return self.arguments + self.temporaries + (0.0 if offload else self.beside)
+
+
+def plan(drawer: Drawer, request: Request, where: str) -> tuple[list[Phase], float | None]:
+  """(the phases in order, bytes of a device's memory or None where there is no limit). Nothing is read or run.
+
+  Args: what draws; what to draw; a topology such as "v5e:1x1", or `HERE`.
+
+  Raises:
+    ValueError: as `Drawer.open`, `sampling.prepare` and `topology.find_devices`.
+  """
+  devices, chip, child = None, None, None
+  if where != HERE:
+    devices, chip = topology.find_devices(where)
+    child = ChildProcess(where) if chip else None
+  limit = chip.hbm_bytes if chip else _memory(jax.devices()[0] if devices is None else devices[0])
+  phases, parts = [], _parts(drawer, request, devices)
+  for number, (name, tiled, part) in enumerate(parts):
+    own = child and Child(child, f"the phase {name}", _answer, (drawer, request, number))
+    peak = measure(part, len(devices or jax.devices()), limit, child=own)["peak_bytes"]
+    arguments = bytes_of(part.arguments)
+    phases.append(Phase(name, arguments, max(0.0, peak - arguments), bytes_of(part.beside), tiled))
+  return phases, limit
+
+
+def _parts(drawer: Drawer, request: Request, devices: Sequence[Any] | None) -> list[tuple[str, bool, Part]]:
+  """(phase, whether it is a tile's, program): all phases whole, and those of the VAE that are larger than a tile in tiles, too."""
+  opened = drawer.open(devices)
+  parts = lambda tile: prepare(opened.source, dataclasses.replace(request, vae_tile=tile), opened.defaults).generator.parts(
+      opened.abstract(), bool(request.mask))
+  whole, tiled = parts(0), parts(request.vae_tile or TILE_PX)
+  both = [[(name, False, part), (name, True, tile)] for (name, part), (_, tile) in zip(whole, tiled)]
+  differ = lambda pair: [x.shape for x in jax.tree.leaves(pair[0][2].arguments)] != [x.shape for x in jax.tree.leaves(pair[1][2].arguments)]
+  return [one for pair in both for one in (pair if NETWORK[pair[0][0]] == "vae" and differ(pair) else pair[:1])]
+
+
+def _answer(devices: Sequence[Any], chip: roofline.Chip | None, drawer: Drawer, request: Request, number: int) -> dict:
+  """What a process of its own measures."""
+  return measure(_parts(drawer, request, devices)[number][2], len(devices), chip.hbm_bytes if chip else None)
+
+
+def _memory(device: Any) -> float | None:
+  return (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+
+
+def peaks(phases: Sequence[Phase]) -> dict[tuple[bool, bool], Phase]:
+  """{(offload, tiles): the phase with the highest total}."""
+  tiled = {phase.name for phase in phases if phase.tiled}
+  of = lambda tiles: [phase for phase in phases if phase.tiled == (tiles and phase.name in tiled)]
+  return {(offload, tiles): max(of(tiles), key=lambda phase: phase.total(offload)) for offload in (False, True) for tiles in (False, True)}
+
+
+def describe(phases: Sequence[Phase], limit: float | None, tile_px: int) -> str:
+  """The phases as a table in GiB = 2^30 bytes, and the peak with and without --offload and --vae_tile."""
+  gib = lambda num: f"{num / table.GIB:,.2f}"
+  lines = [["phase", "arguments", "temporaries", "total", "other weights", "total with them"]]
+  for phase in phases:
+    name = f"{phase.name}, a tile" if phase.tiled else phase.name
+    lines.append([name, gib(phase.arguments), gib(phase.temporaries), gib(phase.total(True)), gib(phase.beside), gib(phase.total(False))])
+  text = "GiB on each device:\n" + table.columns(lines, 1) + "\n"
+  for (offload, tiles), phase in peaks(phases).items():
+    flags = " ".join(["--offload"] * offload + [f"--vae_tile={tile_px or TILE_PX}"] * tiles) or "neither"
+    total = phase.total(offload)
+    fits = "" if limit is None else f", {'fits' if total <= limit else 'does not fit'} in {gib(limit)}"
+    text += f"\npeak with {flags}: {gib(total)} GiB in {phase.name}{fits}"
+  return text
