@@ -112,8 +112,18 @@ def as_released(path):
   (path / "processor/preprocessor_config.json").write_text(json.dumps(nulls | known))
 
 
+def as_links(path):
+  """Makes a folder what a snapshot in the hub's cache is: links to files with other names."""
+  blobs = path.with_name("blobs")
+  blobs.mkdir()
+  for number, file in enumerate(file for file in sorted(path.rglob("*")) if file.is_file()):
+    file.rename(blobs / str(number))
+    file.symlink_to(blobs / str(number))
+
+
 def test_the_released_folder_is_taken_as_it_is(copied, folder, whole):
   as_released(copied)
+  as_links(copied)
   assert {len(list((copied / name).glob("*.safetensors"))) for name in ("transformer", "text_encoder", "vae")} == {2, 4, 1}
   opened, expected = Pretrained(copied, "float32"), open_folder(folder)
   assert (opened.folder.model, opened.folder.encoder, opened.folder.vae) == (expected.model, expected.encoder, expected.vae)
