@@ -50,8 +50,8 @@ class Phases:
       return vae.decode(nets.vae, weights, _denormalize(weights, latents), shard=nets.shard, clamp=False)
 
     self._encode_text, self._denoise = jax.jit(encode_text), jax.jit(denoise)
-    # Which layout of a weight suits its products is the compiler's to say. Where it may not, the program copies the weights that lie otherwise: of the
-    # 7B generator on a TPU 3 GiB, next to the weights themselves.
+    # Which layout of a weight suits its products is the compiler's to say. Where it may not, the program copies the weights that lie otherwise:
+    # of the 7B generator on a TPU 3 GiB, next to the weights themselves.
     self._chooses_layouts = mesh.devices.flat[0].platform in LAYOUT_PLATFORMS
     self._denoise_laid_out = jax.jit(denoise, in_shardings=(Format(Layout.AUTO), None, None, None, None))
     self._compiled: dict[str, jax.stages.Compiled] = {}
