@@ -162,13 +162,15 @@ class Generator:
     pictures = {name: picture for some, own in zip(names, seen) for name, picture in zip(some, own)}
     latents = self._latents.find(weights, pictures, self._encode_images)
     batches = self._batches(np.arange(len(rows)))
-    params, drawn = weights["mmdit"], []
+    params, drawn, is_laid_out = weights["mmdit"], [], not isinstance(weights, Offloaded)
     for batch in batches:
       keys = [some[row] for some in (texts, negatives) if some for row in batch]
       sources = tuple(np.stack([latents[name[slot]] for _, name in keys]) for slot in range(len(job.images)))
       tokens, token_count = self._encode_prompts([text for text, _ in keys])
       inputs = {"tokens": tokens, "token_count": token_count, "features": np.stack([states[key] for key in keys]), "source_latents": sources}
-      drawn.append(self._phases.denoise(params, inputs, self._noise_of(job, rows[batch], real[batch]), *self._kept(job, real[batch], sources)))
+      inputs = inputs, self._noise_of(job, rows[batch], real[batch]), *self._kept(job, real[batch], sources)
+      params, is_laid_out = params if is_laid_out else self._phases.lay_out(params, *inputs), True
+      drawn.append(self._phases.denoise(params, *inputs))
     del params  # what is offloaded leaves the devices
     params = weights["vae"]
     return np.concatenate(drawn), np.concatenate([self._phases.decode_image(params, x) for x in drawn])

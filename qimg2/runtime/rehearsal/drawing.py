@@ -12,7 +12,7 @@ import jax
 
 from qimg2.analysis import roofline
 from qimg2.runtime.generator import Source
-from qimg2.runtime.phases import NETWORK
+from qimg2.runtime.phases import DENOISE, LAYOUT_PLATFORMS, NETWORK
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.rehearsal import table, topology
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
@@ -66,12 +66,14 @@ class Opened:
 @dataclasses.dataclass(frozen=True)
 class Phase:
   """A phase's bytes on each device: `arguments`, its network's weights among them, what its program reserves beside these (`temporaries`, results
-  included), and `beside`, the weights of the other networks. `tiled` says whether it is the program of a VAE's tile."""
+  included), and `beside`, the weights of the other networks. `tiled` says whether it is the program of a VAE's tile, `only` which of "resident" and
+  "offload" it runs with, "" for both."""
   name: str
   arguments: float
   temporaries: float
   beside: float
   tiled: bool = False
+  only: str = ""
 
   def total(self, offload: bool) -> float:
     """Bytes, with the weights of the other networks on the device or not."""
@@ -92,28 +94,39 @@ def plan(drawer: Drawer, request: Request, where: str) -> tuple[list[Phase], flo
     child = ChildProcess(where) if chip else None
   limit = chip.hbm_bytes if chip else _memory(jax.devices()[0] if devices is None else devices[0])
   phases, parts = [], _parts(drawer, request, devices)
-  for number, (name, tiled, part) in enumerate(parts):
+  for number, (name, tiled, only, part) in enumerate(parts):
     own = child and Child(child, f"the phase {name}", _answer, (drawer, request, number))
     peak = measure(part, len(devices or jax.devices()), limit, child=own)["peak_bytes"]
     arguments = bytes_of(part.arguments)
-    phases.append(Phase(name, arguments, max(0.0, peak - arguments), bytes_of(part.beside), tiled))
+    phases.append(Phase(name, arguments, max(0.0, peak - arguments), bytes_of(part.beside), tiled, only))
   return phases, limit
 
 
-def _parts(drawer: Drawer, request: Request, devices: Sequence[Any] | None) -> list[tuple[str, bool, Part]]:
-  """(phase, whether it is a tile's, program): all phases whole, and those of the VAE that are larger than a tile in tiles, too."""
+def _parts(drawer: Drawer, request: Request, devices: Sequence[Any] | None) -> list[tuple[str, bool, str, Part]]:
+  """(phase, whether it is a tile's, `Phase.only`, program): all phases whole, those of the VAE that are larger than a tile in tiles, too, and the
+  generator's with offloaded weights where these have layouts of their own."""
   opened = drawer.open(devices)
-  parts = lambda tile: prepare(opened.source, dataclasses.replace(request, vae_tile=tile), opened.defaults).generator.parts(
-      opened.abstract(), bool(request.mask))
-  whole, tiled = parts(0), parts(request.vae_tile or TILE_PX)
-  both = [[(name, False, part), (name, True, tile)] for (name, part), (_, tile) in zip(whole, tiled)]
-  differ = lambda pair: [x.shape for x in jax.tree.leaves(pair[0][2].arguments)] != [x.shape for x in jax.tree.leaves(pair[1][2].arguments)]
-  return [one for pair in both for one in (pair if NETWORK[pair[0][0]] == "vae" and differ(pair) else pair[:1])]
+  parts = lambda tile, resident: prepare(opened.source, dataclasses.replace(request, vae_tile=tile), opened.defaults).generator.parts(
+      opened.abstract(), bool(request.mask), resident)
+  tile = request.vae_tile or TILE_PX
+  found = []
+  for (name, whole), (_, tiled), (_, alone) in zip(parts(0, True), parts(tile, True), parts(0, False)):
+    other = name == DENOISE and opened.source.mesh.devices.flat[0].platform in LAYOUT_PLATFORMS
+    found.append((name, False, "resident" if other else "", whole))
+    if other:
+      found.append((name, False, "offload", alone))
+    if NETWORK[name] == "vae" and _shapes(whole) != _shapes(tiled):
+      found.append((name, True, "", tiled))
+  return found
+
+
+def _shapes(part: Part) -> list[tuple[int, ...]]:
+  return [x.shape for x in jax.tree.leaves(part.arguments)]
 
 
 def _answer(devices: Sequence[Any], chip: roofline.Chip | None, drawer: Drawer, request: Request, number: int) -> dict:
   """What a process of its own measures."""
-  return measure(_parts(drawer, request, devices)[number][2], len(devices), chip.hbm_bytes if chip else None)
+  return measure(_parts(drawer, request, devices)[number][-1], len(devices), chip.hbm_bytes if chip else None)
 
 
 def _memory(device: Any) -> float | None:
@@ -123,8 +136,9 @@ def _memory(device: Any) -> float | None:
 def peaks(phases: Sequence[Phase]) -> dict[tuple[bool, bool], Phase]:
   """{(offload, tiles): the phase with the highest total}."""
   tiled = {phase.name for phase in phases if phase.tiled}
-  of = lambda tiles: [phase for phase in phases if phase.tiled == (tiles and phase.name in tiled)]
-  return {(offload, tiles): max(of(tiles), key=lambda phase: phase.total(offload)) for offload in (False, True) for tiles in (False, True)}
+  of = lambda offload, tiles: [phase for phase in phases if phase.tiled == (tiles and phase.name in tiled)
+                               and phase.only in ("", "offload" if offload else "resident")]
+  return {(offload, tiles): max(of(offload, tiles), key=lambda phase: phase.total(offload)) for offload in (False, True) for tiles in (False, True)}
 
 
 def describe(phases: Sequence[Phase], limit: float | None, tile_px: int) -> str:
@@ -132,8 +146,9 @@ def describe(phases: Sequence[Phase], limit: float | None, tile_px: int) -> str:
   gib = lambda num: f"{num / table.GIB:,.2f}"
   lines = [["phase", "arguments", "temporaries", "total", "other weights", "total with them"]]
   for phase in phases:
-    name = f"{phase.name}, a tile" if phase.tiled else phase.name
-    lines.append([name, gib(phase.arguments), gib(phase.temporaries), gib(phase.total(True)), gib(phase.beside), gib(phase.total(False))])
+    name = phase.name + ", a tile" * phase.tiled + f", {phase.only}" * bool(phase.only)
+    alone, together = ("-" if phase.only == other else gib(phase.total(offload)) for other, offload in (("resident", True), ("offload", False)))
+    lines.append([name, gib(phase.arguments), gib(phase.temporaries), alone, gib(phase.beside), together])
   text = "GiB on each device:\n" + table.columns(lines, 1) + "\n"
   for (offload, tiles), phase in peaks(phases).items():
     flags = " ".join(["--offload"] * offload + [f"--vae_tile={tile_px or TILE_PX}"] * tiles) or "neither"
