@@ -26,11 +26,12 @@ from qimg2.runtime.sheets import grid, save_picture
 from qimg2.runtime.suites import describe, evaluation, last_generator, recorded_evaluation
 from qimg2.sharding import to_host
 from qimg2.training import faults
+from qimg2.training.changes import ORDER
 from qimg2.training.checkpoint import is_done
 from qimg2.training.metrics import MetricsWriter
 from qimg2.training.stage import Stage
 from qimg2.training.state import make_optimizers
-from qimg2.training.trainer import ORDER, train_stage
+from qimg2.training.trainer import train_stage
 from qimg2.training.validation import Evaluator
 
 LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha",  # keys of resolutions and data sets that the first checkpoints did not have

@@ -40,7 +40,7 @@ from qimg2.runtime.kept_data import KEPT, data_changes, identify_data, run_token
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.processes import barrier, from_first, in_turn, is_first
 from qimg2.runtime.weights import StageWeights
-from qimg2.training.trainer import differences
+from qimg2.training.changes import differences
 
 EMBEDDED = ("glyphs", "emoji")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
