@@ -26,6 +26,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
+  cli.define_step_flag()
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
   flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for more.", required=True)
   flags.DEFINE_multi_string("image", [], "A condition image (PNG, JPEG, WebP) that every prompt sees; repeat the flag for more, in prompt order.")
@@ -74,14 +75,14 @@ def main(_) -> None:
     raise ValueError(f"--out={args.out} is a folder: name a PNG file; --pictures takes a folder.")
   picture_format(args.out)
   if args.pretrained:
-    if args.stage or args.average != DEPLOYED:
-      raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
+    if args.stage or args.average != DEPLOYED or args.step is not None:
+      raise ValueError("--stage, --step and --average choose among a run's weights: leave them out with --pretrained.")
     source, where = Pretrained(args.pretrained, args.dtype or "float32"), args.pretrained
     load, defaults = source.load, pretrained_defaults(source)
   else:
     source = load_run(args.workdir, args.dtype)
     name = sampling_stage(source, args.stage)
-    where, defaults, load = f"stage {name}", run_defaults(source, name), lambda: source.deployed_weights(name, args.average)
+    where, defaults, load = f"stage {name}", run_defaults(source, name), lambda: source.deployed_weights(name, args.average, args.step)
   latents, pictures, captions = sample(source, load, request, defaults)
   if not processes.is_first():
     return

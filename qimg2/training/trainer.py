@@ -80,7 +80,7 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   """
   folder, recorder = workdir / stage.name, GoodputRecorder(began)
   with recorder.measure("start"):
-    checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.save_every_steps)
+    checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.save_every_steps, stage.keep_every_steps)
     if (checkpoints.latest_step() or 0) >= stage.num_steps:
       checkpoints.close()
       LocalCopies(*stage.local_copies, folder).clear()

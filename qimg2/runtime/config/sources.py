@@ -25,10 +25,12 @@ class Source:
     kind: "scratch", "default", "stage", "diffusers" or "folder".
     name: of the stage or the folder.
     average: name of the averaged weights to take, "" for the weights themselves.
+    step: of a stage's checkpoint, None for the newest.
   """
   kind: str
   name: str = ""
   average: str = ""
+  step: int | None = None
 
 
 def parse_source(text: str) -> Source:
