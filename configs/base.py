@@ -86,6 +86,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200,
       save_every_s=0.0,  # seconds after a save when another is due, where a step is long; 0: by steps alone
       keep=2,  # newest checkpoints, and as many of the newest at multiples of save_every_steps
+      keep_every_steps=0,  # checkpoints at multiples of this stay for good; a multiple of save_every_steps, 0: none
   ))
   for key, value in changes.items():
     if key not in cfg:

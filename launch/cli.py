@@ -80,6 +80,12 @@ def _fail_flags(error: Exception) -> None:
   console.fail(f"The flags cannot be used: {' '.join(text.split())}", 2)
 
 
+def define_step_flag() -> None:
+  """The flag of every launcher that reads one checkpoint of a stage."""
+  flags.DEFINE_integer("step", None, "Step of the checkpoint to take; default: the newest. config.stages[i].keep_every_steps keeps older ones.",
+                       lower_bound=0)
+
+
 # Launchers that can run as several processes.
 
 

@@ -15,12 +15,13 @@ def define_flags() -> None:
   """The flags of this launcher."""
   flags.DEFINE_string("workdir", None, "Folder of the run, as given to launch.train.", required=True)
   flags.DEFINE_string("stage", "", "Stage to evaluate; the last trained one when empty.")
+  cli.define_step_flag()
   cli.define_process_flags()
 
 
 def main(_) -> None:
   """Evaluates as the flags say and prints the result."""
-  result = evaluate(load_run(flags.FLAGS.workdir), flags.FLAGS.stage)
+  result = evaluate(load_run(flags.FLAGS.workdir), flags.FLAGS.stage, step=flags.FLAGS.step)
   if processes.is_first():
     print(describe(result))
 

@@ -20,6 +20,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run, as given to launch.train.", required=True)
   flags.DEFINE_string("out", None, "Folder to write, or with --transformer_only or --comfyui a .safetensors file; must not exist.", required=True)
   flags.DEFINE_string("stage", "", "Stage whose generator to write; the last trained one when empty.")
+  cli.define_step_flag()
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
   flags.DEFINE_enum("dtype", "bfloat16", tuple(FILE_DTYPES), "Type of the weights in the files.")
   flags.DEFINE_float("max_shard_bytes", 5e9, "Largest size of one file's tensors in bytes; a network that needs more gets several files.",
@@ -32,7 +33,7 @@ def main(_) -> None:
   """Exports as the flags say."""
   args = flags.FLAGS
   out = export(load_run(args.workdir), args.out, args.stage, args.average, args.dtype, args.max_shard_bytes, args.transformer_only,
-               args.comfyui)
+               args.comfyui, args.step)
   print(f"Written: {out}")
 
 

@@ -30,6 +30,7 @@ def define_flags() -> None:
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("transformer", "", "File with the generator's weights, .safetensors or .gguf, in place of those of --pretrained.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
+  cli.define_step_flag()
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
   flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for more.", required=True)
   flags.DEFINE_multi_string("image", [], "A condition image (PNG, JPEG, WebP) that every prompt sees; repeat the flag for more, in prompt order.")
@@ -96,9 +97,9 @@ def main(_) -> None:
   picture_format(args.out)
   if args.transformer and not args.pretrained:
     raise ValueError("--transformer names the generator alone: give --pretrained too, a folder that has the encoder and the VAE.")
-  if args.pretrained and (args.stage or args.average != DEPLOYED):
-    raise ValueError("--stage and --average choose among a run's weights: leave them out with --pretrained.")
-  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer)
+  if args.pretrained and (args.stage or args.average != DEPLOYED or args.step is not None):
+    raise ValueError("--stage, --step and --average choose among a run's weights: leave them out with --pretrained.")
+  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer, args.step)
   if args.plan:
     print_plan(drawer, request, args)
     return

@@ -67,9 +67,9 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_checkpoints_by_time_push_out_none_that_are_due_by_number(tmp_path):
   _, saved = make({"fsdp": 8}, specs())
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, every=10)
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, every=10, keep_every=15)  # one at step 30 stays for good
   for step, kept in ((5, "5"), (7, "5 7"), (9, "7 9"), (10, "9 10"), (13, "10 13"), (16, "10 13 16"), (20, "10 16 20"), (21, "10 20 21"),
-                     (22, "10 20 21 22"), (30, "20 22 30")):
+                     (22, "10 20 21 22"), (30, "20 22 30"), (40, "30 40"), (50, "30 40 50"), (60, "30 50 60")):
     checkpoints.save(saved.replace(step=jnp.int32(step)), {})
     checkpoints.wait()
     assert sorted(map(int, (path.name for path in tmp_path.iterdir()))) == sorted(map(int, kept.split()))

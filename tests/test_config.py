@@ -152,6 +152,7 @@ SFT = ("stages", 3)
     (put(["evals", "glyphs", "num_candidates"], 8), "config.evals.glyphs has no key 'num_candidates'"),
     (put(["tokenizer"], ""), "config.tokenizer is empty: say \"default\""),
     (put([*SFT, "keep"], 0), "config.stages[sft].keep is 0: give at least 1."),
+    (put([*SFT, "keep_every_steps"], -1), "config.stages[sft].keep_every_steps is -1, but checkpoints are at multiples of save_every_steps, 1:"),
     (put([*SFT, "save_every_s"], -1.0), "config.stages[sft].save_every_s is -1.0: give seconds, or 0 for no checkpoint by time."),
     (put(["mesh", "tensor"], 0), "config.mesh.tensor is 0: give at least 1, or -1 for the devices that are left."),
     (put(["mesh", "tensor"], -1), "only one axis may be -1."),

@@ -22,7 +22,7 @@ from qimg2.runtime.config import parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record
 from qimg2.runtime.kept_data import data_changes, run_tokenizer
 from qimg2.runtime.run import FREE, load_run, save_config
-from qimg2.training.trainer import ORDER_KEYS
+from qimg2.training.changes import ORDER_KEYS
 
 
 def old_stage(name, start_from, frozen, algorithm):

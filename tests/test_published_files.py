@@ -99,8 +99,9 @@ EIGHT = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 def test_every_value_of_float8_is_read(dtype, tmp_path):
   values = torch.arange(256, dtype=torch.uint8).view(dtype).reshape(16, 16)
   safetensors.torch.save_file({"x.weight": values}, tmp_path / "x.safetensors")
-  found = plain(open_file(tmp_path / "x.safetensors")).read("x.weight")
-  assert found.dtype == np.float32
+  files = plain(open_file(tmp_path / "x.safetensors"))
+  found = files.read("x.weight")
+  assert found.dtype == np.float32 and files.main_dtype() == "bfloat16"
   np.testing.assert_array_equal(found, values.float().numpy())
 
 

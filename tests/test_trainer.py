@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qimg2.algorithms import Algorithm, Role, Update
-from qimg2.training import checkpoint, faults, feed, metrics, trainer
+from qimg2.training import changes, checkpoint, faults, feed, metrics, progress, trainer
 from qimg2.training.profiler import Profiler
 from qimg2.training.programs import StepPrograms
 
@@ -62,8 +62,9 @@ class Loop:
     save = lambda state, meta: self.saved.append(meta)
     checkpoints = types.SimpleNamespace(folder=pathlib.Path(), save=save, wait=lambda: None, close=lambda: None)
     watch = faults.StepMonitor("s", stage.faults, lambda step, row: self.faults.append((step, row)))
-    self.output = trainer.StageOutput(writer, checkpoints, watch, metrics.GoodputRecorder(),
-                                      types.SimpleNamespace(is_due=lambda by_number: False))
+    recorder = metrics.GoodputRecorder()
+    self.output = trainer.StageOutput(writer, checkpoints, watch, recorder, types.SimpleNamespace(is_due=lambda by_number: False),
+                                      progress.Progress("s", num_steps, recorder))
     self.programs = StepPrograms(lambda bucket: self.step, range(2))
     self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, self.programs, None,
                                      trainer.Feed(self.iterate(start), self.put), self.output, stop, Profiler(pathlib.Path(), None), is_save_due)
@@ -104,6 +105,7 @@ def test_looking_ahead_changes_no_step_and_holds_few_batches():
   accounts = set(loop.output.recorder.row())
   assert set(loop.logged[7]) == {"loss", "grad_norm", "skipped", "samples_per_second", "data_wait_share", "loader_batches_per_second"} | accounts
   assert 0 <= loop.logged[7]["data_wait_share"] <= 1
+  assert loop.output.progress.line().startswith("s: step 7 of 7 (100%), loss 0.5000, ") and loop.output.progress._num_samples == 4 * 4
 
 
 def test_skipped_updates_are_counted_and_name_the_samples_of_their_own_step(caplog):
@@ -237,21 +239,21 @@ def test_frozen_weights_of_a_run_that_trained_on_are_refused():
   stage = lambda step: dataclasses.replace(STAGE, description={"frozen_steps": {"vae": ("runs/a/vae", step)}})
   saved = json.loads(json.dumps(stage(100).description))
   for unchanged in ((stage(100), saved), (stage(200), {}), (stage(200), {"frozen_steps": {"vae": ["runs/b/vae", 100]}}), (STAGE, saved)):
-    trainer._check_frozen(*unchanged)
+    changes.check_frozen(*unchanged)
   with pytest.raises(ValueError, match="Stage s was trained with vae of step 100 of runs/a/vae, which has step 200 now: put that checkpoint back"):
-    trainer._check_frozen(stage(200), saved)
+    changes.check_frozen(stage(200), saved)
 
 
 def test_going_on_with_another_mixture_is_said_once(caplog):
   section = {"mixture": ({"name": "a", "weight": 0.65},), "resolutions": ({"base_px": 64},), "num_steps": 5, "seed": 0}
   stage = dataclasses.replace(STAGE, description=section)
   saved = json.loads(json.dumps(section))
-  trainer._warn_of_another_order(stage, 40, saved | {"num_steps": 3})
-  trainer._warn_of_another_order(stage, 40, {})  # a checkpoint that says nothing
+  changes.warn_of_another_order(stage, 40, saved | {"num_steps": 3})
+  changes.warn_of_another_order(stage, 40, {})  # a checkpoint that says nothing
   assert not caplog.records
   saved["mixture"][0]["weight"], saved["seed"] = 0.8, 1
   saved["mixture"].append({"name": "b", "weight": 1.0})
-  trainer._warn_of_another_order(stage, 40, saved)
+  changes.warn_of_another_order(stage, 40, saved)
   (record,) = caplog.records
   assert record.levelname == "WARNING" and record.getMessage() == (
       "Stage s goes on at batch 40 with another mixture: seed was 1 and is 0; mixture[0].weight was 0.8 and is 0.65; mixture[1] was "

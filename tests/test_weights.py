@@ -92,7 +92,8 @@ class Run(StageWeights):
 
   def __init__(self, workdir, method):
     self.workdir, self.mesh = workdir, sharding.make_mesh({"fsdp": -1}, jax.devices()[:1])
-    stage = lambda name, method, start_from: types.SimpleNamespace(name=name, method=method, start_from=start_from, frozen={})
+    stage = lambda name, method, start_from: types.SimpleNamespace(name=name, method=method, start_from=start_from, frozen={},
+                                                                   save_every_steps=4, keep=2, keep_every_steps=0)
     self.stages = {"toy": stage("toy", "supervised", "scratch"), "next": stage("next", method, "stage:toy")}
 
   def algorithm(self, stage):
@@ -146,3 +147,20 @@ def test_what_draws_is_what_the_method_deploys(trained):
   with pytest.raises(ValueError, match="There is no stage 'nowhere': choose one of toy, next"):
     run.stage_weights("nowhere")
   np.testing.assert_array_equal(run.stage_weights("toy")["model"]["hidden"], state.params["model"]["hidden"])
+
+
+def test_weights_of_an_earlier_step(trained):
+  """Of the steps 4, 8 and 12 the two newest are kept."""
+  folder, state = trained
+  run = Run(folder, "supervised")
+  assert equal(run.deployed_weights("toy", step=12)["mlp"], state.averages["ema"])
+  earlier = run.stage_weights("toy", 8)
+  abstract = run._abstract(run.role_specs(run.stages["toy"])["model"])
+  saved = checkpoint.Checkpoints(folder / "toy" / "checkpoints").restore_item("params.model", abstract, 8)
+  assert equal(earlier["model"], saved) and not equal(earlier["model"], state.params["model"])
+  assert run.frozen_weights(run.stages["toy"]) == {}
+  there = "There are those of the steps 8, 12: choose one of them, or leave --step out for the newest."
+  with pytest.raises(ValueError, match=f"no checkpoint of step 4: it was removed when newer ones came, because keep=2 and .*=0. {there}"):
+    run.stage_weights("toy", 4)
+  with pytest.raises(ValueError, match=f"no checkpoint of step 9: none was saved there, but every 4 steps and at the last one. {there}"):
+    run.deployed_weights("toy", step=9)

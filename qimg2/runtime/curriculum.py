@@ -26,11 +26,12 @@ from qimg2.runtime.sheets import grid, save_picture
 from qimg2.runtime.suites import describe, evaluation, last_generator, recorded_evaluation
 from qimg2.sharding import to_host
 from qimg2.training import faults
+from qimg2.training.changes import ORDER
 from qimg2.training.checkpoint import is_done
 from qimg2.training.metrics import MetricsWriter
 from qimg2.training.stage import Stage
 from qimg2.training.state import make_optimizers
-from qimg2.training.trainer import ORDER, train_stage
+from qimg2.training.trainer import train_stage
 from qimg2.training.validation import Evaluator
 
 LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha",  # keys of resolutions and data sets that the first checkpoints did not have
@@ -123,7 +124,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
       (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None,
-      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s))
+      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps)
   if processes.is_first():
     report.save_counts(run, config, loader)
     left_out.say(config, loader, run.workdir / config.name)

@@ -23,7 +23,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def export(run: Run, out: str | pathlib.Path, stage_name: str = "", average: str = DEPLOYED, dtype: str = "bfloat16", max_shard_bytes: float = 5e9,
-           transformer_only: bool = False, comfyui: bool = False) -> pathlib.Path:
+           transformer_only: bool = False, comfyui: bool = False, step: int | None = None) -> pathlib.Path:
   """Writes `out` and returns its path.
 
   Args:
@@ -35,15 +35,16 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", average: str
     max_shard_bytes: largest size of one file's tensors.
     transformer_only: leaves out encoder, VAE and tokenizer.
     comfyui: does so too, and writes the generator in the form of ComfyUI's single files.
+    step: of the checkpoint to take, None for the newest.
 
   Raises:
-    ValueError: no such stage, `out` exists, or networks that the published pipeline cannot express.
+    ValueError: no such stage or step, `out` exists, or networks that the published pipeline cannot express.
   """
-  name, weights = sampling_weights(run, stage_name, average)
+  name, weights = sampling_weights(run, stage_name, average, step)
   nets = run.nets
   if transformer_only or comfyui:
     return export_transformer(out, nets.model, weights["mmdit"], dtype, comfyui)
-  card = model_card(run, name, average, dtype, local_folder(out, "--out").name)
+  card = model_card(run, name, average, dtype, local_folder(out, "--out").name, step)
   return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, run.tokenizer.to_bytes().decode(), dtype, max_shard_bytes,
                          card, run.cfg.sampling.sigmas or None, _processor_files(run, name))
 
@@ -57,16 +58,18 @@ def _processor_files(run: Run, stage_name: str) -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and (is_ours or path.name in OF_PICTURES_AND_CHATS)}
 
 
-def model_card(run: Run, stage_name: str, average: str, dtype: str, title: str) -> str:
-  """The README.md of an exported folder, in Markdown: what it is, how it was trained and measured, how to load it."""
+def model_card(run: Run, stage_name: str, average: str, dtype: str, title: str, step: int | None = None) -> str:
+  """The README.md of an exported folder, in Markdown: what it is, how it was trained and measured, how to load it; `step` is that of its checkpoint,
+  None for the newest."""
   which = {DEPLOYED: "what its method deploys", NONE: "the weights"}.get(average, f"the averaged weights `{average}`")
   start = "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n"
   return "\n".join([
       start, f"# {title}\n",
       f"An image model of the Qwen-Image-2.0 kind, trained with qimg2: {which} of stage `{stage_name}`, as {dtype}.\n",
       "## Training\n",
-      _table(("stage", "algorithm", "starts from", "step", "resolutions", "data"), [_stage_row(run, stage) for stage in _lineage(run, stage_name)]),
-      "## Figures\n", _figures(run, stage_name),
+      _table(("stage", "algorithm", "starts from", "step", "resolutions", "data"),
+             [_stage_row(run, stage, step if stage.name == stage_name else None) for stage in _lineage(run, stage_name)]),
+      "## Figures\n", _figures(run, stage_name, step),
       "## Loading\n", _loading(run, stage_name, dtype, title),
       "## Versions\n", ", ".join(f"{name} {version}" for name, version in _versions(run).items())
       + f"; laid out as by diffusers {DIFFUSERS_VERSION}.\n"])
@@ -85,23 +88,28 @@ def _lineage(run: Run, stage_name: str) -> list[StageConfig]:
   return [stage for stage in run.cfg.stages if stage.name in found]
 
 
-def _stage_row(run: Run, stage: StageConfig) -> Sequence[Any]:
-  rows = read_rows(run.workdir / stage.name / "metrics.jsonl")
+def _rows(run: Run, stage_name: str, step: int | None) -> list[dict]:
+  """The metrics of a stage, up to a step where one is given."""
+  return [row for row in read_rows(run.workdir / stage_name / "metrics.jsonl") if step is None or row["step"] <= step]
+
+
+def _stage_row(run: Run, stage: StageConfig, step: int | None) -> Sequence[Any]:
+  rows = _rows(run, stage.name, step)
   resolutions = ", ".join(f"{r.base_px} px ({', '.join(map(str, r.ratios))}) x {r.batch_size}" for r in stage.resolutions)
   mixture = ", ".join(f"{part.name}/{part.split} {part.task} x {part.weight:g}" for part in stage.mixture)
-  return stage.name, stage.algorithm.name, stage.start_from, rows[-1]["step"] if rows else 0, resolutions, mixture
+  return stage.name, stage.algorithm.name, stage.start_from, step or (rows[-1]["step"] if rows else 0), resolutions, mixture
 
 
-def _figures(run: Run, stage_name: str) -> str:
+def _figures(run: Run, stage_name: str, at: int | None) -> str:
   last: dict[str, float] = {}
-  for row in read_rows(run.workdir / stage_name / "metrics.jsonl"):
+  for row in _rows(run, stage_name, at):
     last |= row
   step = last.pop("step", 0)
   table = _table(("metric", "value"), [(name, f"{value:.5g}") for name, value in sorted(last.items()) if "_bin" not in name])
   text = f"Last values of stage `{stage_name}`, step {step:g}:\n\n{table}"
   path = run.workdir / "evaluation.json"
   result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-  return text + (f"\n{describe(result)}\n" if result.get("stage") == stage_name else "")
+  return text + (f"\n{describe(result)}\n" if result.get("stage") == stage_name and at in (None, result.get("step")) else "")
 
 
 def _loading(run: Run, stage_name: str, dtype: str, title: str) -> str:

@@ -40,7 +40,7 @@ from qimg2.runtime.kept_data import KEPT, data_changes, identify_data, run_token
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.processes import barrier, from_first, in_turn, is_first
 from qimg2.runtime.weights import StageWeights
-from qimg2.training.trainer import differences
+from qimg2.training.changes import differences
 
 EMBEDDED = ("glyphs", "emoji")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -50,7 +50,7 @@ FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
 # order of batches may be another one, and the log says so.
 FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|order_dir|sampling|evals|"
-                  r"stages\[\d+\]\.((log|eval|sample|save)_every_steps|save_every_s|keep|num_steps|faults|max_programs|"
+                  r"stages\[\d+\]\.((log|eval|sample|save)_every_steps|save_every_s|keep|keep_every_steps|num_steps|faults|max_programs|"
                   r"mixture\[\d+\]\.data_dir))").fullmatch
 
 

@@ -200,16 +200,17 @@ def sampling_stage(run: Run, stage_name: str = "") -> str:
   return name
 
 
-def sampling_weights(run: Run, stage_name: str = "", average: str = DEPLOYED) -> tuple[str, dict]:
+def sampling_weights(run: Run, stage_name: str = "", average: str = DEPLOYED, step: int | None = None) -> tuple[str, dict]:
   """(stage name, {network: weights}) to sample from.
 
-  Args: run; stage, as for `sampling_stage`; averaged weights to take, "none" for the weights themselves, "deployed" for the method's choice.
+  Args: run; stage, as for `sampling_stage`; averaged weights to take, "none" for the weights themselves, "deployed" for the method's choice; step of
+  the checkpoint, None for the newest.
 
   Raises:
-    ValueError: no such stage, or no such average.
+    ValueError: no such stage, average or step.
   """
   name = sampling_stage(run, stage_name)
-  return name, run.deployed_weights(name, average)
+  return name, run.deployed_weights(name, average, step)
 
 
 def run_defaults(run: Run, stage_name: str) -> dict:

@@ -36,7 +36,8 @@ SEED = 7
 NUM_SHOWN = 48
 
 
-def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, int]] | None = None) -> dict[str, Any]:
+def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, int]] | None = None,
+             step: int | None = None) -> dict[str, Any]:
   """{"stage", "step", "config", "suites": {name: {"num_prompts", "shares": {metric: mean}}}}: results, and of what they are.
 
   "config" is a digest of the run's, None for suites that are not the config's. All of it is also in evaluation.json, and the pictures are in
@@ -45,7 +46,8 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   Suites whose number of condition images the stage did not learn are left out, with a line in the log. Each is drawn for itself, so its figures
   do not depend on the others.
 
-  Args: run; stage, the last trained one when empty; {name: (suite, number of prompts)} in place of those of the config.
+  Args: run; stage, the last trained one when empty; {name: (suite, number of prompts)} in place of those of the config; step of the checkpoint, whose
+  result is in `<stage>/evaluation_<step>.json` and `.png`, None for the newest.
 
   Raises:
     ValueError: no suite, none that the stage learned, or no such stage.
@@ -53,8 +55,9 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   digest, suites = (_digest(run), configured(run)) if suites is None else (None, suites)
   if not suites:
     raise ValueError(f"config.evals is empty, so there is nothing to evaluate: add a suite, one of {', '.join(SUITES)}.")
-  name, weights = sampling_weights(run, stage_name)
-  step = Checkpoints(run.workdir / name / "checkpoints").latest_step()
+  name, weights = sampling_weights(run, stage_name, step=step)
+  place = run.workdir / ("evaluation" if step is None else f"{name}/evaluation_{step}")
+  step = Checkpoints(run.workdir / name / "checkpoints").latest_step() if step is None else step
   buckets, results, shown = run.loader(run.stages[name]).buckets, {}, []
   for suite_name, (suite, num) in suites.items():
     tasks = suite.tasks(num, SEED)
@@ -70,8 +73,8 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   result = {"stage": name, "step": step, "config": digest, "suites": results}
   if processes.is_first():
     images, captions = zip(*[cell for cells in shown for cell in cells[:NUM_SHOWN // len(shown)]])
-    save_picture(grid(images, 8, captions), run.workdir / "evaluation.png")
-    write_file(run.workdir / "evaluation.json", json.dumps(result, indent=1))
+    save_picture(grid(images, 8, captions), place.with_name(f"{place.name}.png"))
+    write_file(place.with_name(f"{place.name}.json"), json.dumps(result, indent=1))
   return result
 
 

@@ -19,7 +19,7 @@ from qimg2.published.folder import check_configs, check_sampling, has_head, load
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
 from qimg2.runtime.offload import Offloaded, from_host
-from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights
+from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights, saved_steps
 
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
 
@@ -103,16 +103,19 @@ class StageWeights:
       return self._saved_random_weights(stage, role)
     return self._read(stage, role, self._frozen_source(stage, role))
 
-  def stage_weights(self, name: str) -> "LazyWeights":
-    """All roles and averages of a stage of this run by name, each read when it is asked for: from the newest checkpoint, or where frozen ones are.
+  def stage_weights(self, name: str, step: int | None = None) -> "LazyWeights":
+    """All roles and averages of a stage of this run by name, each read when it is asked for: from the newest checkpoint, or that of a step, or where
+    frozen ones are.
 
     Raises:
-      ValueError: there is no checkpoint of it.
+      ValueError: there is no checkpoint of it, or none of this step.
     """
     if name not in self.stages:
       raise ValueError(f"There is no stage {name!r}: choose one of {', '.join(self.stages)}.")
-    stage, source = self.stages[name], Source("stage", name)
+    stage, source = self.stages[name], Source("stage", name, step=step)
     algorithm, specs = self.algorithm(stage), self.role_specs(stage)
+    if step is not None:
+      self._check_step(stage, step)
     self._items(source)
     loaders = {role: lambda role=role: self._item(source, f"params.{role}", specs[role]) for role in algorithm.trained}
     loaders |= {role: lambda role=role: self._frozen_role(stage, role) for role in algorithm.frozen}
@@ -120,22 +123,23 @@ class StageWeights:
                 for average in algorithm.averages}
     return LazyWeights(loaders)
 
-  def deployed_weights(self, name: str, average: str = DEPLOYED) -> dict[str, dict]:
+  def deployed_weights(self, name: str, average: str = DEPLOYED, step: int | None = None) -> dict[str, dict]:
     """{network: weights} of a stage that draw, are judged and are exported.
 
     Args:
       name: of the stage.
       average: name of the averaged weights to take, `NONE` for the weights themselves, `DEPLOYED` for the method's choice.
+      step: of the checkpoint, None for the newest.
 
     Raises:
       ValueError: no such average, or no checkpoint.
     """
-    algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name)
+    algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name, step)
     return algorithm.deployed(choose_average(algorithm, weights, name, average))
 
-  def offloaded_weights(self, name: str, average: str = DEPLOYED) -> Offloaded:
+  def offloaded_weights(self, name: str, average: str = DEPLOYED, step: int | None = None) -> Offloaded:
     """`deployed_weights` in host memory: read role by role, and put onto the devices network by network, whenever one is needed."""
-    algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name).then(sharding.to_host)
+    algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name, step).then(sharding.to_host)
     arrays, specs = algorithm.deployed(choose_average(algorithm, weights, name, average)), self.nets.specs()
     return from_host(arrays, {network: self._shardings(specs[network]) for network in arrays})
 
@@ -170,7 +174,7 @@ class StageWeights:
     if (folder / "_METADATA").is_file() and item.startswith("params."):
       return restore_weights(folder, self._abstract(specs))
     checkpoints = self._open(source)
-    weights = checkpoints.restore_item(item, self._abstract(specs))
+    weights = checkpoints.restore_item(item, self._abstract(specs), source.step)
     checkpoints.close()
     return weights
 
@@ -179,9 +183,20 @@ class StageWeights:
     if (self._folder(source) / "_METADATA").is_file():
       return []
     checkpoints = self._open(source)
-    items = checkpoints.items(checkpoints.latest_step())
+    items = checkpoints.items(checkpoints.latest_step() if source.step is None else source.step)
     checkpoints.close()
     return items
+
+  def _check_step(self, stage: StageConfig, step: int) -> None:
+    """Raises a `ValueError` that names the steps that there are, where there is no checkpoint of `step`."""
+    steps = saved_steps(self.workdir / stage.name / "checkpoints")
+    if not steps or step in steps:
+      return
+    was_removed = step < steps[-1] and step % stage.save_every_steps == 0
+    why = (f"it was removed when newer ones came, because keep={stage.keep} and keep_every_steps={stage.keep_every_steps}" if was_removed else
+           f"none was saved there, but every {stage.save_every_steps} steps and at the last one")
+    raise ValueError(f"Stage {stage.name} has no checkpoint of step {step}: {why}. There are those of the steps {', '.join(map(str, steps))}: choose "
+                     "one of them, or leave --step out for the newest.")
 
   def _open(self, source: Source) -> Checkpoints:
     folder = self._folder(source) / "checkpoints"

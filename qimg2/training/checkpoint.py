@@ -46,9 +46,9 @@ class SaveError(OSError):
 class Checkpoints:
   """The checkpoints of one stage."""
 
-  def __init__(self, folder: Place, keep: int | None = None, every: int = 1):
+  def __init__(self, folder: Place, keep: int | None = None, every: int = 1, keep_every: int = 0):
     """Args: folder; keep, how many of the newest to keep, and as many of the newest whose step is a multiple of `every`, which makes the folder if it
-    is missing; None only to read.
+    is missing, None only to read; all whose step is a multiple of `keep_every` stay, 0 for none.
 
     With `keep`, damaged steps that are newer than the newest intact one are renamed to <step>.damaged, so that they can be saved again.
 
@@ -56,7 +56,7 @@ class Checkpoints:
       ValueError: with `keep`, there are checkpoints but none is intact.
     """
     self.folder, self._keep = as_absolute(folder), keep
-    self._every = every
+    self._every, self._keep_every = every, keep_every
     self._saving, self._is_broken = 0, False  # the step of the save that was started last; whether one failed
     if keep is not None:
       _finish_or_remove(self.folder)
@@ -162,7 +162,8 @@ class Checkpoints:
     if self._keep is None:
       return ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(create=False))
     asynchronous = _with_manifest(lambda: self.folder / str(self._saving))
-    options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._keep, self._every), create=True, cleanup_tmp_directories=True,
+    kept = _Kept(self._keep, self._every, self._keep_every)
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, create=True, cleanup_tmp_directories=True,
                                            async_options=asynchronous, step_name_format=_Agreed(_agreed_steps(self.folder)))
     return ocp.CheckpointManager(self.folder, options=options)
 
@@ -200,17 +201,17 @@ class Checkpoints:
 
 class _Kept:
   """Orbax's preservation policy of the newest `num` checkpoints, and the newest `num` at multiples of `every`: those by time, which are close to each
-  other, would soon have pushed out all that are far apart."""
+  other, would soon have pushed out all that are far apart. All at multiples of `for_good` stay, 0 for none."""
 
-  def __init__(self, num: int, every: int):
-    self._num, self._every = num, every
+  def __init__(self, num: int, every: int, for_good: int):
+    self._num, self._every, self._for_good = num, every, for_good
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
     """Of each checkpoint, oldest first, whether it is kept."""
     del context
     steps = [one.step for one in checkpoints]
     kept = {*steps[-self._num:], *[step for step in steps if step % self._every == 0][-self._num:]}
-    return [step in kept for step in steps]
+    return [step in kept or bool(self._for_good) and step % self._for_good == 0 for step in steps]
 
 
 class _Agreed(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
@@ -236,6 +237,11 @@ class _Agreed(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
 def newest_step(folder: Place) -> int | None:
   """The step of the newest checkpoint in a folder, None when there is none. Nothing but names is looked at, so it may be damaged."""
   return next(iter(_agreed_steps(as_absolute(folder))), None)
+
+
+def saved_steps(folder: Place) -> list[int]:
+  """The steps whose checkpoints are in a folder, ascending. Nothing but names is looked at, so they may be damaged."""
+  return _agreed_steps(as_absolute(folder))[::-1]
 
 
 def is_done(folder: Place, num_steps: int, intact: bool = True) -> bool:

@@ -155,26 +155,36 @@ def _truncate(source: Place, path: pathlib.Path, step: int, hooks_due: bool) -> 
 
 
 class GoodputRecorder:
-  """Where the wall time of a stage goes. What is spent on nothing else is spent on steps."""
+  """Where the wall time of a stage goes. What is spent on nothing else is spent on steps.
+
+  Attributes:
+    doing: (one of NEXT_TO_STEPS that is measured now, or "step", `time.monotonic()` of when that began).
+    compiled_s: seconds that went to compiling until now.
+  """
 
   def __init__(self, began: float | None = None):
     """Args: `time.monotonic()` of when the stage began, which until now went to its start; None for now."""
     self._mark = time.monotonic() if began is None else began
     self._spent = dict.fromkeys(NEXT_TO_STEPS, 0.0)
     self._spent["start"] = time.monotonic() - self._mark
+    self.doing, self.compiled_s = ("step", self._mark), 0.0
 
   @contextlib.contextmanager
   def measure(self, kind: str) -> Iterator[None]:
     """Counts the time inside as spent on `kind`, one of NEXT_TO_STEPS."""
-    start = time.monotonic()
+    start, before = time.monotonic(), self.doing
+    self.doing = kind, start
     try:
       yield
     finally:
+      self.doing = before
       self.add(kind, time.monotonic() - start)
 
   def add(self, kind: str, seconds: float) -> None:
     """Counts seconds that were spent on `kind`."""
     self._spent[kind] += seconds
+    if kind == "compile":
+      self.compiled_s += seconds
 
   def row(self) -> dict[str, float]:
     """Seconds since the last row, to be logged: `wall_s` of all, `step_s` and one for each of NEXT_TO_STEPS of its parts; `goodput`, the share of

@@ -43,7 +43,7 @@ class Stage:
     batch_shapes: the abstract global batch of each bucket.
     hooks: (every n steps, function of (weights of all roles, step, writer) -> scalars to log); also run after the last step.
     accumulate: micro-batches per step.
-    log_every_steps, save_every_steps, keep: how often to log and to save, and how many checkpoints to keep, see `Checkpoints`.
+    log_every_steps, save_every_steps, keep, keep_every_steps: how often to log and to save, and which checkpoints to keep, see `Checkpoints`.
     faults: fault-tolerance settings.
     profile: (first, last) step, counted from 1, to trace for XProf and Perfetto, into the folder `profile`; None for none.
     description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and "frozen_steps", {role:
@@ -72,6 +72,7 @@ class Stage:
   save_every_s: float = 0.0
   first_needed: Callable[[int], Iterable[int]] | None = None
   local_copies: tuple[str, float] = ("", 0.0)
+  keep_every_steps: int = 0
 
 
 def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,

@@ -16,20 +16,17 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
 import pathlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from absl import logging
-from tqdm import tqdm
 
 from qimg2.algorithms import Algorithm
 from qimg2.sharding import Rules, gather_ids, put_batch
+from qimg2.training.changes import check_frozen, warn_of_another_order
 from qimg2.training.checkpoint import Checkpoints
 from qimg2.training.faults import Preempted, SaveClock, StepMonitor
 from qimg2.training.feed import Feed
@@ -37,15 +34,12 @@ from qimg2.training.local_copy import LocalCopies
 from qimg2.training.metrics import GoodputRecorder, MetricsWriter
 from qimg2.training.profiler import Profiler
 from qimg2.training.programs import StepPrograms
+from qimg2.training.progress import Progress
 from qimg2.training.rollout import Programs
 from qimg2.training.stage import Loader, Stage, compile_rollouts, step_compiler
 from qimg2.training.state import TrainState, abstract_state, as_configured, due_metrics, init_state
 
 MAX_DISPATCHED = 2  # steps whose results are still to come
-ORDER = 2  # how batches follow from a stage's description; checkpoints that do not say it have 1
-# Of a stage's description:
-ORDER_KEYS = ("order", "seed", "mixture", "resolutions", "max_crop", "min_bucket_records", "max_programs", "num_tokens", "prompt_classes",
-              "batches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +50,7 @@ class StageOutput:
   monitor: StepMonitor
   recorder: GoodputRecorder
   copies: LocalCopies
+  progress: Progress
 
 
 def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
@@ -85,19 +80,20 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
   """
   folder, recorder = workdir / stage.name, GoodputRecorder(began)
   with recorder.measure("start"):
-    checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.save_every_steps)
+    checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.save_every_steps, stage.keep_every_steps)
     if (checkpoints.latest_step() or 0) >= stage.num_steps:
       checkpoints.close()
       LocalCopies(*stage.local_copies, folder).clear()
       return None
-  with LocalCopies(*stage.local_copies, folder) as copies:
+  first = jax.process_index() == 0
+  with LocalCopies(*stage.local_copies, folder) as copies, Progress(stage.name, stage.num_steps, recorder, first) as progress:
     with recorder.measure("start"):
       abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
       state, meta = _first_state(stage, checkpoints, copies, abstract, start, key)
     step = int(state.step)
-    writer = MetricsWriter(folder, step, jax.process_index() == 0, meta.get("hooks_due", False))
+    writer = MetricsWriter(folder, step, first, meta.get("hooks_due", False))
     monitor = StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids)
-    output = StageOutput(writer, checkpoints, monitor, recorder, copies)
+    output = StageOutput(writer, checkpoints, monitor, recorder, copies, progress)
     if step > (checkpoints.latest_step() or 0):  # it is from a copy, which may be lost with a machine
       _save(stage, state, step, output, meta["hooks_due"], can_continue=True)
     if meta:
@@ -142,8 +138,8 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, copies: LocalCopies, ab
     begin = lambda params, averages: init_state(stage.algorithm, stage.optimizers, params, averages, key)  # jitted, for arrays that span processes
     return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start()), {}
   state, meta = restored or checkpoints.restore(abstract, latest)
-  _check_frozen(stage, meta.get("stage", {}))
-  _warn_of_another_order(stage, int(state.step), meta.get("stage", {}))
+  check_frozen(stage, meta.get("stage", {}))
+  warn_of_another_order(stage, int(state.step), meta.get("stage", {}))
   return state, meta
 
 
@@ -175,13 +171,14 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
           stop: Callable[[int | None], bool], profiler: Profiler, is_save_due: Callable[[bool | None], bool]) -> TrainState:
   """Runs the steps that are left; saves, but not after the last one, which `finalize` still follows."""
   first = int(state.step)
-  progress = tqdm(total=stage.num_steps, initial=first, desc=stage.name, unit="step", disable=True if jax.process_index() else None, file=sys.stderr)
+  output.progress.begin(first)
   clock, num_samples, dispatched = time.monotonic(), 0, collections.deque()
   clocks = {"save": is_save_due, "copy": output.copies.is_due}
   feed.prefetch()
   for step in range(first + 1, stage.num_steps + 1):
     bucket, rows, batch = feed.get()
-    num_samples += stage.batch_shapes[bucket]["sample_id"].shape[0]
+    num_rows = stage.batch_shapes[bucket]["sample_id"].shape[0]
+    num_samples += num_rows
     if not programs.is_there(bucket):
       pause = time.monotonic()
       _wait(stage, state, step, first, programs, bucket, dispatched, output, stop, is_save_due)
@@ -190,29 +187,27 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
     extra, due = {}, set()
     if rollouts is not None:
       if not rollouts[bucket].on_device:
-        _observe(dispatched, len(dispatched), output.monitor)  # the time of the step before is not the rollout's
+        _observe(dispatched, len(dispatched), output)  # the time of the step before is not the rollout's
       with output.recorder.measure("rollout"):
         batch, extra = rollouts[bucket](state, frozen, batch, rows)
     done = programs[bucket](state, frozen, batch, functools.partial(_is_dropped, step, clocks, due, stop))
     if done is None:
-      progress.close()
       _drop(stage, state, step, first, dispatched, output)
     state, metrics = done
     del batch, done  # so that the device is free of it as soon as the step is done
-    dispatched.append((step, rows["sample_id"], extra | due_metrics(stage.algorithm, step, metrics)))
+    dispatched.append((step, num_rows, rows["sample_id"], extra | due_metrics(stage.algorithm, step, metrics)))
     if len(dispatched) > MAX_DISPATCHED:
-      _observe(dispatched, 1, output.monitor)
+      _observe(dispatched, 1, output)
     profiler.after(step, metrics)
     last = step == stage.num_steps
     if not last:
       feed.prefetch(next(iter(metrics.values())))
     if step % stage.log_every_steps == 0 or last:
-      metrics = dispatched[-1][2]
-      _observe(dispatched, len(dispatched), output.monitor)
+      metrics = dispatched[-1][-1]
+      _observe(dispatched, len(dispatched), output)
       now = time.monotonic()
-      progress.set_postfix(**_log(stage, step, metrics, num_samples, now - clock, feed, output), refresh=False)
+      output.progress.show(**_log(stage, step, metrics, num_samples, now - clock, feed, output))
       clock, num_samples = now, 0
-    progress.update(1)
     if last:
       break
     if stop(step):
@@ -220,9 +215,9 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
     due |= {name for name, is_due in clocks.items() if is_due(name == "save" and step % stage.save_every_steps == 0)}
     if due or _is_due(stage, step):
       pause = time.monotonic()
-      _between(stage, state, frozen, step, dispatched, output, progress, due)
+      _between(stage, state, frozen, step, dispatched, output, due)
       clock += time.monotonic() - pause
-  progress.close()
+  output.progress.close_bar()
   return state
 
 
@@ -232,12 +227,11 @@ def _is_dropped(step: int, clocks: Mapping[str, Callable[[bool], bool]], due: se
   return stop(step)
 
 
-def _between(stage: Stage, state: TrainState, frozen: dict, step: int, dispatched: collections.deque, output: StageOutput, progress: tqdm,
-             due: set[str]) -> None:
+def _between(stage: Stage, state: TrainState, frozen: dict, step: int, dispatched: collections.deque, output: StageOutput, due: set[str]) -> None:
   """What is due after `step`: the "stop"; or the hooks, the "save" and the "copy" on local disks."""
-  _observe(dispatched, len(dispatched), output.monitor)  # the device is done with the steps: what follows is no time of theirs
+  _observe(dispatched, len(dispatched), output)  # the device is done with the steps: what follows is no time of theirs
   if "stop" in due:
-    progress.close()
+    output.progress.close_bar()
     _leave(stage, state, step, output, hooks_due=_is_due(stage, step))
   _run_hooks(stage, state, frozen, step, output)
   with output.recorder.measure("save"):
@@ -258,7 +252,7 @@ def _wait(stage: Stage, state: TrainState, step: int, first: int, programs: Step
       _drop(stage, state, step, first, dispatched, output)
     if word == "save":
       is_save_due(True)  # the time is counted anew, on all processes
-      _observe(dispatched, len(dispatched), output.monitor)
+      _observe(dispatched, len(dispatched), output)
       if step - 1 > first:
         with output.recorder.measure("save"):
           _save(stage, state, step - 1, output, can_continue=True)
@@ -271,18 +265,20 @@ def _drop(stage: Stage, state: TrainState, step: int, first: int, dispatched: co
     Preempted: always.
     SaveError: it could not be saved.
   """
-  _observe(dispatched, len(dispatched), output.monitor)
+  _observe(dispatched, len(dispatched), output)
+  output.progress.close_bar()
   if step - 1 == first:
     _leave_before_start(stage, first, output)
   _leave(stage, state, step - 1, output, hooks_due=False)  # they ran
 
 
-def _observe(dispatched: collections.deque, num: int, monitor: StepMonitor) -> None:
-  """Waits for the `num` oldest of the dispatched steps and hands what they computed to the monitor."""
+def _observe(dispatched: collections.deque, num: int, output: StageOutput) -> None:
+  """Waits for the `num` oldest of the dispatched steps and hands what they computed to the monitor, and to who shows the progress."""
   for _ in range(num):
-    step, sample_ids, metrics = dispatched.popleft()
+    step, num_rows, sample_ids, metrics = dispatched.popleft()
     jax.block_until_ready(metrics)
-    monitor.observe(step, sample_ids, metrics)
+    output.monitor.observe(step, sample_ids, metrics)
+    output.progress.done(step, num_rows, _loss(metrics))
 
 
 def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: Feed, output: StageOutput) -> dict[str, str]:
@@ -293,13 +289,14 @@ def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, 
   output.writer.write_timing(step, timing)
   output.recorder.add("data", timing["data_wait_share"] * elapsed_s)
   output.writer.write_timing(step, output.recorder.row())
-  return {"loss": _loss(values), "samples_per_s": f"{timing['samples_per_second']:.0f}", "data_wait": f"{timing['data_wait_share']:.0%}"}
+  loss = _loss(values)
+  return {"loss": "-" if loss is None else f"{loss:.4f}", "samples_per_s": f"{timing['samples_per_second']:.0f}",
+          "data_wait": f"{timing['data_wait_share']:.0%}"}
 
 
-def _loss(values: Mapping[str, float]) -> str:
+def _loss(values: Mapping[str, Any]) -> float | None:
   """The loss of the first update that has one in this row."""
-  losses = [value for name, value in values.items() if name.split("/")[-1] == "loss"]
-  return f"{losses[0]:.4f}" if losses else "-"
+  return next((float(value) for name, value in values.items() if name.split("/")[-1] == "loss"), None)
 
 
 # Saving and stopping.
@@ -361,40 +358,3 @@ def _finalize(algorithm: Algorithm, state: TrainState, frozen: dict, nets: Any, 
   for name, average in algorithm.averages.items():
     averages[name] = algorithm.finalize({**frozen, **state.params, average.role: state.averages[name]}, nets, batches)[average.role]
   return state.replace(params={role: params[role] for role in state.params}, averages=averages)
-
-
-# A stage that goes on with other weights or other data.
-
-
-def _check_frozen(stage: Stage, saved: Mapping[str, Any]) -> None:
-  """Raises a `ValueError` where a frozen role is read from a run that has trained on since this stage began."""
-  now = stage.description.get("frozen_steps", {})
-  for role, (folder, step) in saved.get("frozen_steps", {}).items():
-    if role in now and now[role][0] == folder and now[role][1] != step:
-      raise ValueError(f"Stage {stage.name} was trained with {role} of step {step} of {folder}, which has step {now[role][1]} now: put that "
-                       "checkpoint back and move newer ones away, begin the stage anew with a copy of the folder that stays as it is, or take what "
-                       "is there with --allow_config_change.")
-
-
-def _warn_of_another_order(stage: Stage, step: int, saved: Mapping[str, Any]) -> None:
-  """Says in the log, which is absl's where a launcher started the run, that batches from here on are not those that the stage began with."""
-  now, saved = json.loads(json.dumps(dict(stage.description))), {"order": 1, **saved}
-  both = [key for key in ORDER_KEYS if key in saved and key in now]
-  changes = [text for key in both for text in differences(saved[key], now[key], key)]
-  if changes:
-    logging.warning("Stage %s goes on at batch %d with another mixture: %s: from here on the order is that of the new mixture.", stage.name, step,
-                    "; ".join(changes))
-
-
-def differences(old: Any, new: Any, path: str, free: Callable[[str], Any] = lambda path: False) -> Iterator[str]:
-  """The places where two JSON values differ, as readable strings that begin with `path`; where `free` is true of a place, it may."""
-  if free(path):
-    return
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(set(old) | set(new)):
-      yield from differences(old.get(key), new.get(key), f"{path}.{key}", free)
-  elif isinstance(old, list) and isinstance(new, list) and (len(old) == len(new) or all(isinstance(item, dict) for item in old + new)):
-    for number, pair in enumerate(itertools.zip_longest(old, new)):
-      yield from differences(*pair, f"{path}[{number}]", free)
-  elif old != new:
-    yield f"{path} was {old!r} and is {new!r}"

@@ -144,11 +144,15 @@ class StageConfig:
   optimizers: Mapping[str, optim.Config] = dataclasses.field(default_factory=dict)
   save_every_s: float = 0.0
   too_long: str = "drop"
+  keep_every_steps: int = 0
 
   def __post_init__(self):
     for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
       if getattr(self, key) < 1:
         raise ValueError(f"config.stages[{self.name}].{key} is {getattr(self, key)}: give at least 1.")
+    if self.keep_every_steps < 0 or self.keep_every_steps % self.save_every_steps:
+      raise ValueError(f"config.stages[{self.name}].keep_every_steps is {self.keep_every_steps}, but checkpoints are at multiples of "
+                       f"save_every_steps, {self.save_every_steps}: give a multiple of it, or 0 for none that stays for good.")
     if self.save_every_s < 0:
       raise ValueError(f"config.stages[{self.name}].save_every_s is {self.save_every_s}: give seconds, or 0 for no checkpoint by time.")
     if self.too_long not in TOO_LONG:

@@ -27,11 +27,13 @@ class Source:
     name: of the stage or the folder.
     average: name of the averaged weights to take, "" for the weights themselves.
     transformer: file of the generator's weights, "" for those of the folder.
+    step: of a stage's checkpoint, None for the newest.
   """
   kind: str
   name: str = ""
   average: str = ""
   transformer: str = ""
+  step: int | None = None
 
 
 def parse_source(text: str) -> Source:

@@ -27,14 +27,15 @@ TILE_PX = 256
 
 @dataclasses.dataclass(frozen=True)
 class Drawer:
-  """Where networks come from: a published folder, with a file of the generator's weights or its own, or a run's, a stage and average of the run; and
-  the compute type or None for the default."""
+  """Where networks come from: a published folder, with a file of the generator's weights or its own, or a run's, a stage, average and step of the
+  run; and the compute type or None for the default."""
   pretrained: str = ""
   workdir: str = ""
   stage: str = ""
   average: str = DEPLOYED
   dtype: str | None = None
   transformer: str = ""
+  step: int | None = None
 
   def open(self, devices: Sequence[Any] | None = None) -> "Opened":
     """What draws, on these devices or on all. No weights are read.
@@ -47,8 +48,8 @@ class Drawer:
       return Opened(source, self.transformer or self.pretrained, pretrained_defaults(source), source.load, source.offloaded, source.abstract)
     run = load_run(self.workdir, self.dtype, devices)
     name = sampling_stage(run, self.stage)
-    return Opened(run, f"stage {name}", run_defaults(run, name), lambda: run.deployed_weights(name, self.average),
-                  lambda: run.offloaded_weights(name, self.average), lambda: run.abstract_weights(name))
+    return Opened(run, f"stage {name}", run_defaults(run, name), lambda: run.deployed_weights(name, self.average, self.step),
+                  lambda: run.offloaded_weights(name, self.average, self.step), lambda: run.abstract_weights(name))
 
 
 @dataclasses.dataclass(frozen=True)
