@@ -35,4 +35,4 @@ def get_config(arg: str = "") -> ConfigDict:
                  optimizer=dict(learning_rate=2e-3, schedule="cosine", final_ratio=0.05, warmup_steps=50),
                  eval_every_steps=1000, sample_every_steps=1000, save_every_steps=500, **common),
   )
-  return base.chosen(cfg, arg)
+  return base.smoke(cfg) if arg == "smoke" else cfg

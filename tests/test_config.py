@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import base, emoji, folder, pretrain, pretrain_1b, quickstart, sizes
+from configs import base, colab, emoji, folder, pretrain, pretrain_1b, quickstart, sizes
 from data_pipelines.buckets import bucket_size
 from data_pipelines.specs import DatasetSpec
 from qimg2 import flow
@@ -32,13 +32,18 @@ def smoke():
 # Parsing.
 
 
-@pytest.mark.parametrize("module", [quickstart, pretrain, pretrain_1b, folder, emoji])
+@pytest.mark.parametrize("module", [quickstart, pretrain, pretrain_1b, folder, emoji, colab])
 @pytest.mark.parametrize("argument", ["", "smoke"])
 def test_a_config_is_parsed_whole_and_can_be_written(module, argument):
   cfg = parse(module.get_config(argument))
   assert isinstance(cfg, RunConfig) and all(isinstance(stage, StageConfig) for stage in cfg.stages) and parse(cfg) is cfg
   assert parse(json.loads(json.dumps(plain(cfg)))) == cfg
   assert all(part.data_dir == cfg.data_dir for stage in cfg.stages for part in stage.mixture) and "data_dir" not in plain(cfg.stages[0].mixture[0])
+
+
+def test_the_folder_config_takes_the_name_of_a_data_set():
+  cfg = folder.get_config("cats")
+  assert {part.name for stage in cfg.stages for part in stage.mixture} == {"cats"} and cfg.stages[0].num_steps == 1000
 
 
 def test_values_have_the_types_of_their_fields():

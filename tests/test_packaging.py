@@ -73,7 +73,7 @@ def test_the_lock_fits_what_its_packages_ask_for():
   assert not faults
 
 
-@pytest.mark.parametrize("name", ["Makefile", "deploy/Dockerfile", "launch/tpu_pod.sh"])
+@pytest.mark.parametrize("name", ["Makefile", "deploy/Dockerfile", "launch/tpu_pod.sh", "notebooks/install.sh"])
 def test_what_installs_keeps_to_the_lock(name):
   lines = [line for line in (ROOT / name).read_text().splitlines() if re.search(r"-r \S*requirements", line)]
   assert lines and all(re.search(r"-c \S*requirements\.lock", line) for line in lines)

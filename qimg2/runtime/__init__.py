@@ -11,6 +11,8 @@ _PUBLIC = {
     "Run": ("run", "Run"), "load_run": ("run", "load_run"),
     "Generator": ("generator", "Generator"), "Size": ("generator", "Size"), "sampling_weights": ("sampling", "sampling_weights"),
     "Pretrained": ("pretrained", "Pretrained"),
+    "device_at_hand": ("notebook", "device_at_hand"), "curves": ("notebook", "curves"), "watching": ("notebook", "watching"),
+    "grid": ("sheets", "grid"),
     "train": ("curriculum", "train"), "evaluate": ("suites", "evaluate"), "export": ("exporting", "export"),
 }
 __all__ = sorted(_PUBLIC)

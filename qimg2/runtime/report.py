@@ -18,6 +18,7 @@ from qimg2.runtime.run import Run
 from qimg2.runtime.suites import counts_of, shares_of
 from qimg2.training.metrics import NEXT_TO_STEPS, goodput, read_rows
 
+Curves = dict[str, tuple[tuple[int, ...], tuple[float, ...]]]  # name -> (steps, values)
 MAX_SHEETS = 4
 SHEETS = {  # kind of a stage -> task -> what its sheets show
     "autoencoder": {"": "Reconstructions, each left of its original", "ti2i": "Edits, each between its source and the held-out picture"},
@@ -92,8 +93,7 @@ def _stage(run: Run, stage: StageConfig) -> Iterable[str]:
   folder = run.workdir / stage.name
   rows = read_rows(folder / "metrics.jsonl")
   yield f"<h2>Stage {html.escape(stage.name)}</h2>"
-  curves = {name: _series(rows, name) for name in ("loss", "val_loss", "ema/val_loss", "ti2i/val_loss", "ti2i/ema/val_loss")}
-  yield _plot({name: curve for name, curve in curves.items() if curve[0]}, "loss", log=True)
+  yield _plot(loss_curves(rows), "loss", log=True)
   bins = {key for row in rows for key in row if re.fullmatch(r"val_loss_bin\d+", key)}
   if bins:
     yield "<h3>Validation loss per time bin</h3><p>Bin 0 is nearest to the data, the last one to noise.</p>"
@@ -160,12 +160,23 @@ def _spread(items: Sequence, most: int) -> list:
   return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _plot(curves: dict[str, tuple[tuple[int, ...], tuple[float, ...]]], label: str, log: bool) -> str:
+def loss_curves(rows: Sequence[dict]) -> Curves:
+  """The losses among the rows of a metrics.jsonl: of training, and of validation where there was one."""
+  curves = {name: _series(rows, name) for name in ("loss", "val_loss", "ema/val_loss", "ti2i/val_loss", "ti2i/ema/val_loss")}
+  return {name: curve for name, curve in curves.items() if curve[0]}
+
+
+def _plot(curves: Curves, label: str, log: bool) -> str:
+  return _image(figure_png(curves, label, log))
+
+
+def figure_png(curves: Curves, label: str, log: bool) -> bytes:
+  """A figure of curves over the steps as a PNG, all of one size; `label` is that of the other axis, `log` whether it is logarithmic."""
   return _figure(tuple(curves.items()), label, log)
 
 
 @functools.lru_cache(maxsize=256)  # the report is written after every stage, and the curves of those before it are the same
-def _figure(curves: tuple, label: str, log: bool) -> str:
+def _figure(curves: tuple, label: str, log: bool) -> bytes:
   from matplotlib.figure import Figure  # it takes a while, and only this needs it
 
   figure = Figure(figsize=(9, 3.2), dpi=90)
@@ -180,7 +191,7 @@ def _figure(curves: tuple, label: str, log: bool) -> str:
   axes.legend(fontsize=8, ncols=2)
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png")
-  return _image(buffer.getvalue())
+  return buffer.getvalue()
 
 
 def _image(png: bytes) -> str:
