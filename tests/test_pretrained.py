@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import reference
 import safetensors.numpy
+import safetensors.torch
 import torch
 
 from qimg2 import flow, networks, sharding
@@ -150,7 +151,7 @@ import json, pathlib, sys
 import jax, jax.numpy as jnp
 from qimg2 import params
 from qimg2.models import mmdit
-from qimg2.published import export, files, tensors
+from qimg2.published import export, files, quantised, tensors
 from qimg2.published.names import mmdit as names
 
 def status(key):
@@ -165,7 +166,8 @@ folder = pathlib.Path(sys.argv[1])
 cfg = names.config(json.loads((folder / "config.json").read_text()))
 specs, table = mmdit.specs(cfg), names.table(cfg)
 jax.block_until_ready(jax.jit(lambda x: x + 1)(jnp.ones(8)))  # the compiler is loaded before anything is measured
-load = lambda: tensors.load_tensors(files.open_tensors(folder, "diffusion_pytorch_model"), specs, table)
+stored = lambda: quantised.plain(files.open_tensors(folder, "diffusion_pytorch_model"))
+load = lambda: tensors.load_tensors(names.published_tensors(stored()), specs, table)
 weights, loading = peak(load)
 _, writing = peak(lambda: export.export_transformer(folder / "out.safetensors", cfg, weights))
 print(json.dumps({"weights": 4 * params.count(specs), "loading": loading, "writing": writing}))
@@ -174,13 +176,20 @@ print(json.dumps({"weights": 4 * params.count(specs), "loading": loading, "writi
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_host_memory_stays_near_the_weights(tmp_path, dtype):
+@pytest.mark.parametrize("form", ["float32", "scaled float8, fused"])
+def test_host_memory_stays_near_the_weights(tmp_path, form):
   cfg = mmdit.Config(width=1024, num_layers=6, num_heads=8, context_width=1024)
   shapes = tensors.published_shapes(mmdit.specs(cfg), mmdit_names.table(cfg))
   draw = np.random.default_rng(0).standard_normal
-  safetensors.numpy.save_file({name: draw(shape, np.float32).astype(dtype) for name, shape in shapes.items()},
-                              tmp_path / "diffusion_pytorch_model.safetensors")
+  parts = {}
+  for name, shape in shapes.items():
+    stored, number, num_parts = mmdit_names.comfyui_place(name) if "fused" in form else (name, 0, 1)
+    parts.setdefault(stored, [None] * num_parts)[number] = torch.from_numpy(draw(shape, np.float32))
+  arrays = {name: torch.cat(part) for name, part in parts.items()}
+  if "float8" in form:
+    scales = {f"{name}_scale": torch.full((len(x), 1), 0.5) for name, x in arrays.items()}
+    arrays = {name: x.to(torch.float8_e4m3fn) for name, x in arrays.items()} | scales
+  safetensors.torch.save_file(arrays, tmp_path / "diffusion_pytorch_model.safetensors")
   (tmp_path / "config.json").write_text(json.dumps(mmdit_names.published_config(cfg)))
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   result = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], env=env, capture_output=True, text=True)

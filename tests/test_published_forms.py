@@ -22,6 +22,7 @@ from qimg2.published.folder import check_sampling, open_folder
 from qimg2.published.names import mmdit as mmdit_names
 from qimg2.published.names import qwen3_vl as qwen3_vl_names
 from qimg2.published.names import vae as vae_names
+from qimg2.published.quantised import FOREIGN
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.sampling import pretrained_defaults
 
@@ -64,6 +65,7 @@ def test_names_are_those_of_the_released_files():
   """Their number, and to the byte the size of the released index files."""
   model, encoder = shapes_of(mmdit, mmdit_names, mmdit.Config()), shapes_of(qwen3_vl, qwen3_vl_names, qwen3_vl.Config(vision=VisionConfig()))
   assert (len(model), len(encoder), len(shapes_of(vae, vae_names, vae.Config()))) == (297, 750, 238)
+  assert not [name for name in (*model, *encoder) for part in FOREIGN if part in name]
   numbers = [sum(int(np.prod(shape)) for shape in shapes.values()) for shapes in (model, encoder)]
   assert numbers[0] == 7_115_124_736 and HEAD in encoder
   assert index_bytes(model, "diffusion_pytorch_model", 2, {"total_size": 2 * numbers[0]}) == 30_283
@@ -173,6 +175,8 @@ def test_encoders_with_older_names(copied, folder, new, old):
       x[older + name.removeprefix(newer)] = x.pop(name)
     x["visual.rotary_pos_emb.inv_freq"] = torch.ones(4)  # a buffer that old versions wrote
   change_tensors(copied / ENCODER, rename)
+  if "without" in old:
+    change_json(copied / "model_index.json", text_encoder=["transformers", "Qwen3VLModel"])
   assert "model.language_model.norm.weight" not in safetensors.numpy.load_file(copied / ENCODER)
   assert_trees_equal(Pretrained(copied, "float32").load()["qwen3_vl"], {name: x for name, x in read_network(folder).items() if name != "head"})
   change_tensors(copied / ENCODER, lambda x: x.update({"model.visual.pos_embed.weight": torch.ones(64, 48)}))

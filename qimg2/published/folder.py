@@ -139,8 +139,9 @@ def _check_transformer(folder: PipelineFolder) -> None:
 def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
   if index.get("_class_name") != PIPELINE_CLASS:
     raise ValueError(f"{path} is a pipeline of class {index.get('_class_name')!r}: it must be {PIPELINE_CLASS!r}.")
-  for part in COMPONENTS.values():
-    if index.get(part.folder) != [part.library, part.name]:
+  for network, part in COMPONENTS.items():
+    headless = [[part.library, qwen3_vl_names.HEADLESS_CLASS]] if network == "qwen3_vl" else []
+    if index.get(part.folder) not in [[part.library, part.name], *headless]:
       raise ValueError(f"{path / 'model_index.json'} says that the {part.folder} is {index.get(part.folder)!r}: it must be {part.name} of "
                        f"{part.library}.")
 

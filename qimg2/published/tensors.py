@@ -78,7 +78,7 @@ Table = Mapping[str, Entry]
 def load_tensors(files: TensorFiles, specs: dict, table: Table, shardings: dict | None = None, label: str = "") -> dict:
   """The weights of `specs` from files; names and shapes are all checked before the first tensor is read. See `import_tensors`."""
   shapes = published_shapes(specs, table)
-  _check_names(set(shapes), set(files.shapes), f"The files in {files.folder}")
+  _check_names(set(shapes), set(files.shapes), f"The weights in {files.folder}")
   for name, shape in shapes.items():
     _check_shape(name, files.shapes[name], shape)
   return import_tensors(specs, table, files.shapes, files.read, shardings, label)

@@ -18,7 +18,7 @@ LANGUAGE_NORMS = {
 }
 VISION = {"attn/qkv": ("attn.qkv", 1), "attn/out": ("attn.proj", 2), "mlp/in": ("mlp.linear_fc1", 1), "mlp/out": ("mlp.linear_fc2", 1)}
 MERGER = {"mlp/in": ("linear_fc1", 1), "mlp/out": ("linear_fc2", 1)}
-CLASS, HEAD = "Qwen3VLForConditionalGeneration", "lm_head.weight"
+CLASS, HEADLESS_CLASS, HEAD = "Qwen3VLForConditionalGeneration", "Qwen3VLModel", "lm_head.weight"
 # Beginnings of names that transformers 4 wrote, or a model saved without its head, and what transformers 5 writes. The first that fits counts.
 OLDER = {
     "language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model.", "language_model.": "model.language_model.",
