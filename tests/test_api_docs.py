@@ -27,13 +27,14 @@ def test_the_page_runs(smoke_run, smoke_config, tmp_path, monkeypatch, one_devic
   shutil.copytree(smoke_run.workdir, "runs/api")
   os.symlink(smoke_config.data_dir, "runs/data_smoke")
   blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-  assert len(blocks) == 7
+  assert len(blocks) == 8
   # The run was trained with the config as it is.
   blocks[0] = blocks[0].replace("config.stages[1].optimizer.learning_rate = 1e-3", "config.stages[1].optimizer.learning_rate *= 1")
   found = {"__name__": "page"}
   for block in blocks:
     exec(block, found)
   assert found["pictures"].shape == found["edited"].shape == (2, 64, 64, 4) and pathlib.Path("k.png").is_file()
+  assert found["sheet"].shape[1] >= 128 and pathlib.Path("curves.png").read_bytes() == pathlib.Path("live.png").read_bytes()
   assert found["scores"]["stage"] == found["stage"] == list(smoke_run.stages)[-1]
   # With and without a mesh float32 sums may have another order: a level of 255 at most.
   assert np.abs(found["again"].astype(int) - found["pictures"]).max() <= 1

@@ -107,11 +107,13 @@ class Generator:
         are drawn, and what lies between mixes both. A latent may change if any of its pixels may.
 
     Raises:
-      ValueError: noise or mask of another shape, or a prompt that does not fit `size.num_tokens`.
+      ValueError: images, noise or mask of another number or shape, or a prompt that does not fit `size.num_tokens`.
     """
     self.check_noise(noise, len(prompts))
     self._check_mask(mask, len(prompts))
-    images = [_pad(image, *size) for image, size in zip(images, self._size.source_sizes, strict=True)]
+    if len(images) != len(self._size.source_sizes):
+      raise ValueError(f"{len(images)} condition image(s) were given where size.source_sizes has {len(self._size.source_sizes)}: give one for each.")
+    images = [_pad(image, *size) for image, size in zip(images, self._size.source_sizes)]
     job = _Job(prompts, seed, images, negative_prompt, noise, None if mask is None else _pad(mask, *self._padded, mode="constant"))
     rows = np.arange(-(-len(prompts) // self._size.batch_size) * self._size.batch_size)
     # Offloaded weights are brought once for all pictures; else there is no need to have the states of all at once.
