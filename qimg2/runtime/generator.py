@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from data_pipelines.buckets import bucket_size
@@ -65,6 +66,8 @@ class Generator:
       raise ValueError(f"A picture of {size.height} x {size.width} px cannot be drawn: height and width must be positive multiples of {factor}.")
     rows = source.mesh.shape["data"] * source.mesh.shape["fsdp"]
     self._source, self._guided = source, guidance > 1.0
+    if 0 < guidance < 1:
+      logging.log_first_n(logging.WARNING, "Guidance %g is none: scales of at most 1 are drawn without a second pass.", 1, guidance)
     self._size = dataclasses.replace(size, batch_size=-(-size.batch_size // rows) * rows)
     self._shape = (size.height // factor, size.width // factor, nets.vae.latent_channels)
     sigmas = source.schedule.sigmas(num_steps, self._shape[0] * self._shape[1], base_times)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from qimg2.places import Growing, Place
+from qimg2.training.tracker import Tracker
 
 NEXT_TO_STEPS = ("start", "compile", "data", "rollout", "save", "evaluation")  # what time goes to beside steps
 
@@ -26,9 +27,9 @@ class MetricsWriter:
   """Appends rows of scalars under a stage's folder; rows after `step` (of a run that was cut off) are dropped, to be written again. In a bucket the
   files are as new as the last checkpoint, fault or minute."""
 
-  def __init__(self, folder: Place, step: int, active: bool = True, hooks_due: bool = False):
+  def __init__(self, folder: Place, step: int, active: bool = True, hooks_due: bool = False, tracker: Tracker | None = None):
     """Args: folder of the stage; step it starts from; active is False on all processes but the first; hooks_due, whether the evaluation of that step
-    is still to come, so that rows of one that was cut off later are dropped, too.
+    is still to come, so that rows of one that was cut off later are dropped, too; tracker, which gets what TensorBoard gets.
 
     Raises:
       ValueError: a line in the middle of metrics.jsonl that is no JSON.
@@ -36,7 +37,7 @@ class MetricsWriter:
     self._active = active
     if not active:
       return
-    self._growing = Growing(folder)
+    self._growing, self._tracker, self._stage = Growing(folder), tracker, folder.name
     self._folder = self._growing.local
     for name in ("metrics.jsonl", "timing.jsonl", "faults.jsonl"):
       _truncate(folder / name, self._folder / name, step, hooks_due)
@@ -65,6 +66,8 @@ class MetricsWriter:
     """Adds an [H, W, 3] uint8 picture to TensorBoard."""
     if self._active:
       self._events.add_image(name, image, step, dataformats="HWC")
+      if self._tracker:
+        self._tracker.log_image(self._stage, step, name, image)
 
   def sync(self) -> None:
     """Returns when all rows so far are on the disk, or in the bucket, so that no checkpoint is newer than its metrics.
@@ -107,6 +110,8 @@ class MetricsWriter:
     self._growing.push_soon()
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
+    if self._tracker:
+      self._tracker.log(self._stage, step, values)
 
 
 def _event_writer(folder: pathlib.Path, purge_step: int | None):
