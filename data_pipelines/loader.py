@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import re
+import signal
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 import grain.python as grain
@@ -28,6 +29,10 @@ _ENDLESS = 2**62
 _MOST_TRIES = 64  # records of a cell in a row that may be broken
 _PROMPT = ("tokens", "token_count", "features")  # what stands for a prompt in a batch
 FIRST_ROWS = 1000  # the share of broken records is judged as if at least so many had been read
+
+
+class WorkerLost(OSError):
+  """A worker process was killed from outside, by a machine without memory left for instance: the same command may go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,15 +271,17 @@ class Loader:
 
 
 def named_ends(batches: Iterable[tuple]) -> Iterator[tuple]:
-  """Yields batches of worker processes; `OSError` where one of these ends, which its own last words, if it had any, explain."""
+  """Yields batches of worker processes; `OSError` where one of these ends, which its own last words, if it had any, explain; `WorkerLost` where it
+  was killed."""
   try:
     yield from batches
   except RuntimeError as error:  # Grain's word for it
     if "terminated unexpectedly" not in str(error):
       raise
     code = re.search(r"exit code (-?\d+)", str(error))
-    raise OSError(f"A worker process that loads data ended with {code[1] if code else 'an unknown code'}: what it said stands above; -9 is a machine "
-                  "without memory left, for which num_workers may be lower. The same command goes on where it was.") from error
+    kind = WorkerLost if code and int(code[1]) in (-signal.SIGKILL, -signal.SIGTERM) else OSError
+    raise kind(f"A worker process that loads data ended with {code[1] if code else 'an unknown code'}: what it said stands above; -9 is a "
+               "machine without memory left, for which num_workers may be lower. The same command goes on.") from error
 
 
 def read_records(source: Sequence[dict], positions: list[int]) -> list[dict | Exception]:

@@ -103,6 +103,7 @@ def define_process_flags() -> None:
 def together(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
   """`main` as one of the processes that the flags speak of; without such flags `main` as it is. See `qimg2.runtime.processes.together`."""
   def wrapped(argv: Sequence[str]) -> None:
+    from data_pipelines.loader import WorkerLost
     from qimg2.places import BucketError, client_failures  # jax is not needed to say --help
     from qimg2.runtime import processes
 
@@ -110,9 +111,8 @@ def together(main: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]],
       try:
         with client_failures():
           main(argv)
-      except BucketError as error:
-        print(f"error: {' '.join(str(error).split())} The same command goes on.", file=sys.stderr)
-        sys.exit(processes.EXIT_CODE)
+      except (BucketError, WorkerLost) as error:
+        processes.fail_for_now(" ".join(str(error).split()))
 
     args = flags.FLAGS
     rendezvous = processes.Rendezvous(args.coordinator, args.num_processes, args.process_id, args.distributed, args.heartbeat_timeout,

@@ -16,7 +16,7 @@ from qimg2.places import find_place
 from qimg2.runtime import processes
 from qimg2.runtime.config import parse
 from qimg2.runtime.curriculum import train
-from qimg2.training import faults
+from qimg2.training import faults, tracker
 
 
 def define_flags() -> None:
@@ -29,6 +29,7 @@ def define_flags() -> None:
   flags.DEFINE_bool("allow_data_change", False, "Go on although a data set, or what a latent cache was made of, is not what the run began with.")
   flags.DEFINE_string("compilation_cache", "~/.cache/qimg2", "Folder of compiled programs, kept between runs; empty for none.")
   flags.DEFINE_string("profile", "", "START:STOP: trace these steps of every stage for XProf and Perfetto, into <stage>/profile; counted from 1.")
+  flags.DEFINE_enum("tracker", "none", tracker.TRACKERS, "Where metrics, pictures and the config go beside TensorBoard.")
   cli.define_process_flags()
 
 
@@ -47,7 +48,7 @@ def main(_) -> None:
     jax.config.update("jax_compilation_cache_dir", str(find_place(args.compilation_cache, "--compilation_cache").expanduser()))
   try:
     run = train(parse(args.config), args.workdir, args.allow_config_change, window, args.allow_version_change,
-                args.allow_data_change)
+                args.allow_data_change, args.tracker)
   except faults.Preempted as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(faults.EXIT_CODE)

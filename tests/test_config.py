@@ -22,8 +22,8 @@ from qimg2.runtime.config.sources import Source, check_source, parse_source
 from qimg2.training import faults, optim
 
 ROOT = pathlib.Path(__file__).parent.parent
-LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies", "order_dir", "too_long",
-         "keep_every_steps"}  # keys that records of earlier programs do not have
+# Keys that records of earlier programs do not have.
+LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies", "order_dir", "too_long", "keep_every_steps"}
 
 
 def smoke():

@@ -112,6 +112,9 @@ def test_validation_has_as_many_rows_at_once_as_training(monkeypatch, tmp_path, 
   made.clear()
   run.evaluation_batches(dataclasses.replace(stage, resolutions=(dataclasses.replace(resolution, base_px=32),)), training)
   assert made == [[16], [8]]  # 31 + 4 tokens, and 31 + 2 * 4 and a few words
+  loader.mixture.cells, loader.mixture.usage = (), ({"records": 3, "left_out": {"too_long": 3}},)
+  with pytest.raises(ValueError, match=r"high_resolution: of the 3 held-out records of the task t2i none can be used \(too_long\): hold out more"):
+    run.evaluation_batches(stage, training)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines import shards
-from data_pipelines.loader import named_ends
+from data_pipelines.loader import WorkerLost, named_ends
 from tests import test_fuzz_records as fuzz
 
 NUM_FILES, PER_FILE = 9, 5
@@ -144,7 +144,10 @@ def test_a_worker_process_that_ends_is_a_sentence():
     yield 0, {}, []
     raise RuntimeError(words)
 
-  with pytest.raises(OSError, match="A worker process that loads data ended with -9: what it said stands above"):
-    list(named_ends(batches("Worker process was terminated unexpectedly with exit code -9. Search the logs above for the source of the crash.")))
+  words = "Worker process was terminated unexpectedly with exit code {}. Search the logs above for the source of the crash."
+  for code, kind in ((-9, WorkerLost), (-15, WorkerLost), (1, OSError), (-11, OSError)):  # a defect comes again
+    with pytest.raises(OSError, match=f"A worker process that loads data ended with {code}: what it said stands above") as raised:
+      list(named_ends(batches(words.format(code))))
+    assert raised.type is kind
   with pytest.raises(RuntimeError, match="a defect"):
     list(named_ends(batches("a defect")))

@@ -15,7 +15,7 @@ ALLOWED = {
     "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr_onnxruntime",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
     "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl", "etils", "fsspec", "gcsfs",
-              "google", "google_crc32c"},
+              "google", "google_crc32c", "wandb"},
     "qimg2/evaluation": {"qimg2", "numpy"},
     "qimg2/published": {"qimg2", "numpy", "jax", "tqdm", "safetensors", "gguf"},  # gguf where it is installed
     # Joins config, data and networks.

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import io
 import itertools
 import json
 import math
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from qimg2.algorithms import Algorithm, Role, Update
-from qimg2.training import changes, checkpoint, faults, feed, metrics, progress, trainer
+from qimg2.training import changes, checkpoint, faults, feed, metrics, progress, space, trainer
 from qimg2.training.profiler import Profiler
 from qimg2.training.programs import StepPrograms
 
@@ -191,6 +193,41 @@ def test_a_save_that_fails_stops_the_run_or_is_said(caplog):
       loop.run()
     assert len(loop.seen) == (3 if on_save_error == "stop" else 7)
   assert caplog.text.count("goes on without a save: no space") == 1
+
+
+def test_a_full_disk_is_waited_for(caplog, monkeypatch, tmp_path):
+  """The save of step 3 finds no room when it ends, and that of step 6 in its place once more; rows go on where they were cut."""
+  monkeypatch.setattr(space, "RETRY_S", 0.01)
+  for wait_s in (60.0, 0.03):
+    loop = Loop(settings=faults.Settings(wait_for_space_s=wait_s))
+    failures = iter([1, 1] if wait_s > 1 else itertools.repeat(1))
+
+    def wait(failures=failures, loop=loop):
+      if loop.saved and next(failures, None):
+        raise checkpoint.SaveError("not written") from ValueError("RESOURCE_EXHAUSTED: No space left on device")
+    loop.output.checkpoints.wait = wait
+    with contextlib.nullcontext() if wait_s > 1 else pytest.raises(checkpoint.SaveError, match="not written"):
+      loop.run()
+    assert [meta["loader_step"] for meta in loop.saved][-1] == 6 and len(loop.seen) == (7 if wait_s > 1 else 6)
+  assert caplog.text.count("The disk is full: the checkpoint of step 6 of stage s cannot be written (not written). Free some space") == 2
+  assert caplog.text.count("There is room again: the checkpoint of step 6 of stage s is written.") == 1
+  left = iter([5, 0, 100])
+
+  class Disk(io.RawIOBase):
+    name, content = "metrics.jsonl", b""
+    def writable(self):
+      return True
+    def write(self, data):
+      room = next(left)
+      if not room:
+        raise OSError(errno.ENOSPC, "No space left on device")
+      self.content += bytes(data[:room])
+      return min(room, len(data))
+  disk, writer = Disk(), metrics.MetricsWriter(tmp_path, 0, wait_s=60.0)
+  writer._append(io.TextIOWrapper(io.BufferedWriter(disk)), {"step": 1, "loss": 0.5})
+  assert disk.content == b'{"step": 1, "loss": 0.5}\n'
+  with pytest.raises(OSError, match="elsewhere"):
+    space.when_there_is_room(lambda: exec('raise OSError(5, "elsewhere")'), 60.0, "x")
 
 
 def test_saves_are_due_by_number_and_by_the_time_since_the_last_one(monkeypatch):

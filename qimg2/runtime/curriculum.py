@@ -31,6 +31,7 @@ from qimg2.training.checkpoint import is_done
 from qimg2.training.metrics import MetricsWriter
 from qimg2.training.stage import Stage
 from qimg2.training.state import make_optimizers
+from qimg2.training.tracker import Tracker, check_package, tracking
 from qimg2.training.trainer import train_stage
 from qimg2.training.validation import Evaluator
 
@@ -40,18 +41,22 @@ PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
 def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
-          profile: tuple[int, int] | None = None, allow_version_change: bool = False, allow_data_change: bool = False) -> Run:
+          profile: tuple[int, int] | None = None, allow_version_change: bool = False, allow_data_change: bool = False,
+          tracker: str = "none") -> Run:
   """Trains every stage that is not finished, writes the report, evaluates the last stage on the config's suites unless that was done before, and
   returns the run.
 
   Args: a `RunConfig`, or what a config file returns; folder of the run; whether a changed config is taken; first and last step of each
-  stage to trace; whether packages of other versions than the run's are taken; whether data sets are that are not what the run began with.
+  stage to trace; whether packages of other versions than the run's are taken; whether data sets are that are not what the run began with; what tracks
+  the run beside TensorBoard, one of `qimg2.training.tracker.TRACKERS`.
 
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
   """
   cfg, workdir, began = parse(cfg), find_place(workdir, "--workdir"), time.monotonic()
   check_versions()
+  if tracker != "none":
+    check_package()
   processes.agree("config", json.dumps(plain(cfg), sort_keys=True))
   with contextlib.ExitStack() as locked:
     with faults.PreemptionNotice() as stop:
@@ -59,11 +64,12 @@ def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
       locked.enter_context(hold(workdir))
       processes.agree("data", json.dumps(identify_data(cfg)))
       save_config(cfg, workdir, allow_config_change, allow_version_change, run.tokenizer, allow_data_change)
+      tracked = locked.enter_context(tracking(tracker if processes.is_first() else "none", workdir, plain(cfg)))
       left = unfinished(run)
       for stage in cfg.stages:
         if stage.name not in left:
           continue  # its data and weights, which may take minutes to read, are not needed any more
-        train_one(run, stage, stop, began, profile, allow_config_change)
+        train_one(run, stage, stop, began, profile, allow_config_change, tracked)
         gc.collect()  # or what only its own cycles hold of this stage would share the devices with the next one
         if processes.is_first():
           report.write_report(run)
@@ -99,10 +105,11 @@ def unfinished(run: Run) -> set[str]:
 
 
 def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] = lambda step: False, began: float | None = None,
-              profile: tuple[int, int] | None = None, allow_config_change: bool = False) -> None:
+              profile: tuple[int, int] | None = None, allow_config_change: bool = False,
+              tracker: Tracker | None = None) -> None:
   """Trains one stage; one that is done is read and left as it is, see `unfinished`.
 
-  `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` and `allow_config_change` as for `train`.
+  `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` and `allow_config_change` as for `train`, `tracker` as for `Stage`.
   """
   if processes.is_first():
     (run.workdir / "evaluation.json").unlink(missing_ok=True)  # it is of weights that are about to change
@@ -124,7 +131,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
       (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None,
-      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps)
+      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker)
   if processes.is_first():
     report.save_counts(run, config, loader)
     left_out.say(config, loader, run.workdir / config.name)

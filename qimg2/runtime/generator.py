@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from data_pipelines.buckets import bucket_size
@@ -75,6 +76,8 @@ class Generator:
     nets, factor = source.nets, source.nets.vae.spatial_factor
     rows = source.mesh.shape["data"] * source.mesh.shape["fsdp"]
     self._source, self._guided, self._cut = source, guidance > 1.0, (size.height, size.width)
+    if 0 < guidance < 1:
+      logging.log_first_n(logging.WARNING, "Guidance %g is none: scales of at most 1 are drawn without a second pass.", 1, guidance)
     self._size = dataclasses.replace(_padded_size(size) if keep_size else size, batch_size=-(-size.batch_size // rows) * rows)
     height, width = self._size.height, self._size.width
     if height % factor or width % factor or min(height, width) < factor:

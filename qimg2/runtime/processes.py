@@ -41,6 +41,7 @@ _FAILURE, _BEATS = "qimg2/failure", "qimg2/beat/"
 _BROKEN = re.compile(r"gloo|(closed|reset) by peer|coordination service|barrier|heartbeat|task:\d|^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)|halted",
                      re.IGNORECASE)
 _AGAIN = "start all processes again, and training goes on from the last checkpoint."
+_GOES_ON = "The same command goes on."
 _numbers = itertools.count()
 _end_once = threading.Lock()
 _met, _ended = threading.Event(), threading.Event()
@@ -209,7 +210,7 @@ def _leave(stopped: SystemExit) -> None:
   os._exit(stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None))
 
 
-def _fail_all(sentence: str) -> None:
+def _fail_all(sentence: str, code: int = 1) -> None:
   """Ends all processes for the same reason."""
   _ended.set()
   try:
@@ -218,7 +219,7 @@ def _fail_all(sentence: str) -> None:
     pass  # another one was faster, or the coordinator is gone: the others know
   if is_first():
     time.sleep(3 * _POLL_S)  # it holds what the others have to read
-  _end(sentence, 1)
+  _end(sentence, code)
 
 
 def fail(sentence: str) -> None:
@@ -226,6 +227,18 @@ def fail(sentence: str) -> None:
   if jax.process_count() > 1:
     _fail_all(sentence)
   _end(sentence, 1)
+
+
+def fail_for_now(sentence: str) -> None:
+  """Ends this process and all others with 75 and a line that says why: the same command goes on.
+
+  Raises:
+    SystemExit: where there are no others.
+  """
+  if jax.process_count() > 1:
+    _fail_all(f"{sentence} {_AGAIN[0].upper()}{_AGAIN[1:]}", EXIT_CODE)
+  print(f"error: {sentence} {'' if sentence.endswith(_GOES_ON) else _GOES_ON}".rstrip(), file=sys.stderr)
+  sys.exit(EXIT_CODE)
 
 
 def _watch(heartbeat_timeout: int) -> None:
@@ -242,7 +255,7 @@ def _watch(heartbeat_timeout: int) -> None:
       continue  # nobody failed
     if me == 0:
       time.sleep(3 * _POLL_S)
-    _end(sentence, EXIT_CODE if sentence.endswith(_AGAIN) else 1)
+    _end(sentence, EXIT_CODE if sentence.endswith(_AGAIN[1:]) else 1)
 
 
 class _Heartbeats:

@@ -163,11 +163,13 @@ class Run(StageWeights):
       smaller = tuple(dataclasses.replace(one, batch_size=rows(one)) for one in stage.resolutions)
       loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, programs=training.mixture.programs)
       if not loader.mixture.cells and not any("rare" in one["left_out"] for one in loader.mixture.usage):
-        logging.warning("Stage %s: no held-out record of the task %s can be used, so it is validated on the pictures that it trains on, which says "
-                        "nothing of others.", stage.name, task)
-        trained = [dataclasses.replace(part, split="train") for part in parts.values()]
-        loader = self._loader(dataclasses.replace(stage, resolutions=smaller), trained, 0.0, programs=training.mixture.programs)
-      elif not loader.mixture.cells:
+        usage = loader.mixture.usage
+        reasons = sorted({reason for one in usage for reason in one["left_out"]}) or ["there is none of this task"]
+        raise ValueError(f"Stage {stage.name}: of the {sum(one['records'] for one in usage)} held-out records of the task {task} none can be used ("
+                         f"{', '.join(reasons)}): hold out more of them (validation_share of launch.prepare_data), let the stage take them, "
+                         f"or validate on the pictures that it trains on with --config.stages[{list(self.stages).index(stage.name)}]"
+                         ".evaluation.split=train.")
+      if not loader.mixture.cells:
         logging.warning("Stage %s: no held-out record of the task %s fits a bucket of its training data, so these have buckets of their own.",
                         stage.name, task)
         loader = self._loader(dataclasses.replace(stage, resolutions=smaller), list(parts.values()), 0.0, max_programs=stage.max_programs)

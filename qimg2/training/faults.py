@@ -42,6 +42,8 @@ class Settings:
     spike_factor: a loss above this many times the median of the last 100 is logged with its samples; 0 for never.
     on_save_error: "stop" when a checkpoint cannot be written, or "continue" with a warning. The last one of a stage must be written, and with
       several processes every failure stops.
+    wait_for_space_s: seconds in which a checkpoint, or a row of metrics, that a full disk does not take is tried again before it counts as one that
+      cannot be written; 0 for none. Not for checkpoints of several processes.
     stop_after: what a stop waits for: the end of a "step", or of a "micro_batch". Then a step of several micro-batches runs as a program for each of
       them and one for the update; a stop between them drops the step and saves the state before it. Only for methods with one update, due at every
       step, and without a rollout.
@@ -53,10 +55,11 @@ class Settings:
   spike_factor: float = 10.0
   on_save_error: str = "stop"
   stop_after: str = "step"
+  wait_for_space_s: float = 600.0
 
   def __post_init__(self):
-    if self.max_skipped < 0 or self.spike_factor < 0:
-      raise ValueError("faults.max_skipped and faults.spike_factor must be 0 or more.")
+    if min(self.max_skipped, self.spike_factor, self.wait_for_space_s) < 0:
+      raise ValueError("faults.max_skipped, faults.spike_factor and faults.wait_for_space_s must be 0 or more.")
     if self.on_save_error not in ON_SAVE_ERROR:
       raise ValueError(f"faults.on_save_error is {self.on_save_error!r}: choose one of {', '.join(ON_SAVE_ERROR)}.")
     if self.stop_after not in STOP_AFTER:

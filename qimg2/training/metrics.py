@@ -14,10 +14,13 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
 
 import numpy as np
 
 from qimg2.places import Growing, Place
+from qimg2.training.space import when_there_is_room
+from qimg2.training.tracker import Tracker
 
 NEXT_TO_STEPS = ("start", "compile", "data", "rollout", "save", "evaluation")  # what time goes to beside steps
 
@@ -26,9 +29,11 @@ class MetricsWriter:
   """Appends rows of scalars under a stage's folder; rows after `step` (of a run that was cut off) are dropped, to be written again. In a bucket the
   files are as new as the last checkpoint, fault or minute."""
 
-  def __init__(self, folder: Place, step: int, active: bool = True, hooks_due: bool = False):
+  def __init__(self, folder: Place, step: int, active: bool = True, hooks_due: bool = False, tracker: Tracker | None = None,
+               wait_s: float = 0.0):
     """Args: folder of the stage; step it starts from; active is False on all processes but the first; hooks_due, whether the evaluation of that step
-    is still to come, so that rows of one that was cut off later are dropped, too.
+    is still to come, so that rows of one that was cut off later are dropped, too; tracker, which gets what TensorBoard gets; seconds to
+    wait for room on a full disk.
 
     Raises:
       ValueError: a line in the middle of metrics.jsonl that is no JSON.
@@ -36,7 +41,8 @@ class MetricsWriter:
     self._active = active
     if not active:
       return
-    self._growing = Growing(folder)
+    self._growing, self._tracker, self._stage = Growing(folder), tracker, folder.name
+    self._wait_s = wait_s
     self._folder = self._growing.local
     for name in ("metrics.jsonl", "timing.jsonl", "faults.jsonl"):
       _truncate(folder / name, self._folder / name, step, hooks_due)
@@ -56,8 +62,7 @@ class MetricsWriter:
     """Adds a JSON-serialisable row to faults.jsonl."""
     if self._active:
       with open(self._folder / "faults.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **row}) + "\n")
-        file.flush()
+        self._append(file, {"step": step, **row})
         os.fsync(file.fileno())
       self._growing.push_soon(now=True)
 
@@ -65,6 +70,8 @@ class MetricsWriter:
     """Adds an [H, W, 3] uint8 picture to TensorBoard."""
     if self._active:
       self._events.add_image(name, image, step, dataformats="HWC")
+      if self._tracker:
+        self._tracker.log_image(self._stage, step, name, image)
 
   def sync(self) -> None:
     """Returns when all rows so far are on the disk, or in the bucket, so that no checkpoint is newer than its metrics.
@@ -102,11 +109,18 @@ class MetricsWriter:
     values = {name: float(value) for name, value in scalars.items()}
     # JSON knows no NaN and no infinity.
     row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    getattr(self, file).write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-    getattr(self, file).flush()
+    self._append(getattr(self, file), {"step": step, **row})
     self._growing.push_soon()
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
+    if self._tracker:
+      self._tracker.log(self._stage, step, values)
+
+
+  def _append(self, file: TextIO, row: Mapping) -> None:
+    """Adds a row to an open file. What a full disk did not take stays in the file's buffer and follows, so that no row is cut or comes twice."""
+    file.write(json.dumps(row, allow_nan=False) + "\n")
+    when_there_is_room(file.flush, self._wait_s, f"a row of {file.name}")
 
 
 def _event_writer(folder: pathlib.Path, purge_step: int | None):

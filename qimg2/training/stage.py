@@ -21,6 +21,7 @@ from qimg2.training.metrics import MetricsWriter
 from qimg2.training.programs import SplitStep, WholeStep
 from qimg2.training.rollout import Programs, compile_rollout
 from qimg2.training.state import Optimizers, TrainState, make_split_step, make_step
+from qimg2.training.tracker import Tracker
 
 RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 
@@ -53,6 +54,7 @@ class Stage:
     local_copies: folder on a disk of each machine, "" for none, and seconds from a copy there to the next, see `qimg2.training.local_copy`.
     first_needed: the numbers of all buckets in the order in which the steps from the given one on need them: their programs are compiled in this
       order while training runs. None compiles all before the first step.
+    tracker: gets the metrics and pictures, beside TensorBoard; on the first process alone.
   """
   name: str
   algorithm: Algorithm
@@ -73,6 +75,7 @@ class Stage:
   first_needed: Callable[[int], Iterable[int]] | None = None
   local_copies: tuple[str, float] = ("", 0.0)
   keep_every_steps: int = 0
+  tracker: Tracker | None = None
 
 
 def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,

@@ -36,6 +36,7 @@ from qimg2.training.profiler import Profiler
 from qimg2.training.programs import StepPrograms
 from qimg2.training.progress import Progress
 from qimg2.training.rollout import Programs
+from qimg2.training.space import when_there_is_room
 from qimg2.training.stage import Loader, Stage, compile_rollouts, step_compiler
 from qimg2.training.state import TrainState, abstract_state, as_configured, due_metrics, init_state
 
@@ -91,7 +92,7 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
       abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
       state, meta = _first_state(stage, checkpoints, copies, abstract, start, key)
     step = int(state.step)
-    writer = MetricsWriter(folder, step, first, meta.get("hooks_due", False))
+    writer = MetricsWriter(folder, step, first, meta.get("hooks_due", False), stage.tracker, stage.faults.wait_for_space_s)
     monitor = StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids)
     output = StageOutput(writer, checkpoints, monitor, recorder, copies, progress)
     if step > (checkpoints.latest_step() or 0):  # it is from a copy, which may be lost with a machine
@@ -157,7 +158,7 @@ def _end(stage: Stage, state: TrainState, frozen: dict, nets: Any, finish_batche
       state = _finalize(stage.algorithm, state, frozen, nets, finish_batches())
   _run_hooks(stage, state, frozen, stage.num_steps, output)
   with output.recorder.measure("save"):
-    _save(stage, state, stage.num_steps, output)
+    _save(stage, state, stage.num_steps, output, whole=True)
     output.checkpoints.close()
   output.copies.clear()
   output.writer.write_timing(stage.num_steps, output.recorder.row())
@@ -302,13 +303,24 @@ def _loss(values: Mapping[str, Any]) -> float | None:
 # Saving and stopping.
 
 
-def _save(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool = False, can_continue: bool = False) -> None:
-  """Starts to save the state. Where the settings say so, a failure of the save before it is only logged, and with `can_continue` its own, too."""
-  meta = _meta(stage, step, output, hooks_due)
-  save_after_rows = lambda: (output.writer.sync(), output.checkpoints.save(state, meta))  # where the rows are not safe, nothing is saved
-  for part, may_fail in ((output.checkpoints.wait, True), (save_after_rows, can_continue)):
+def _save(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool = False, can_continue: bool = False,
+          whole: bool = False) -> None:
+  """Starts to save the state, and with `whole` waits until it is saved. A full disk is waited for. Where the settings say so, a failure of the save
+  before it is only logged, and with `can_continue` its own, too."""
+  meta, checkpoints = _meta(stage, step, output, hooks_due), output.checkpoints
+  wait_s = stage.faults.wait_for_space_s if jax.process_count() == 1 else 0.0  # several would have to fail together
+
+  def start() -> None:
+    output.writer.sync()  # where the rows are not safe, nothing is saved
+    checkpoints.save(state, meta)
+
+  def save_whole() -> None:
+    start()
+    checkpoints.wait()
+
+  for part, may_fail in ((checkpoints.wait, True), (save_whole if whole else start, can_continue)):
     try:
-      part()
+      when_there_is_room(part, wait_s, f"the checkpoint of step {step} of stage {stage.name}", save_whole)
     except OSError as error:
       if not may_fail or stage.faults.on_save_error == "stop" or jax.process_count() > 1:
         raise
@@ -327,7 +339,7 @@ def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput, hook
     SaveError: it could not be saved.
   """
   with output.recorder.measure("save"):
-    _save(stage, state, step, output, hooks_due)
+    _save(stage, state, step, output, hooks_due, whole=True)
     output.checkpoints.close()
   output.writer.write_timing(step, output.recorder.row())
   output.writer.close()

@@ -27,6 +27,7 @@ from data_pipelines.kept import folder_of
 from data_pipelines.loader import FIRST_ROWS, check_record, fill_pixels, load_source, read_records
 from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.specs import Resolution
+from data_pipelines.tags import varies
 from data_pipelines.transforms import DECODING, encode_png, load_picture
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.caching.networks import Encoder, Options
@@ -58,6 +59,10 @@ def cache_latents(cfg: Any, stage_name: str, workdir: str | pathlib.Path, out_na
   if options.features and stage.truncates:
     raise ValueError(f"Stage {stage_name!r} has too_long='truncate', but no states of captions that are longer than num_tokens are cached: leave out "
                      "--features, or choose too_long='drop'.")
+  tagged = [part.name for part in stage.mixture if varies(part)]
+  if options.features and tagged:
+    raise ValueError(f"Stage {stage_name!r} has shuffle_tags or drop_tags for data set {tagged[0]!r}, whose captions are others in each epoch, but "
+                     "the encoder's states are cached of captions as they are written: leave out --features, or leave the tags as they are.")
   names = list(dict.fromkeys(part.name for part in stage.mixture))
   if out_name and len(names) > 1:
     raise ValueError(f"--name={out_name} names one cache, but stage {stage_name!r} has the data sets {', '.join(names)}: leave it out.")
