@@ -31,7 +31,7 @@ def test_a_device_gets_the_largest_plan_that_it_can_run(device, plan):
 def test_the_argument_chooses_sizes_and_data():
   cfg = parse(colab.get_config("large"))
   assert (cfg.model.width, cfg.model.dtype) == (512, "bfloat16") and [stage.resolutions[0].batch_size for stage in cfg.stages] == [32, 64]
-  assert [stage.num_steps for stage in cfg.stages] == [1500, 3500] and {part.task for part in cfg.stages[1].mixture} == {"t2i", "ti2i"}
+  assert [stage.num_steps for stage in cfg.stages] == [1500, 3000] and {part.task for part in cfg.stages[1].mixture} == {"t2i", "ti2i"}
   own = parse(colab.get_config("small:mine"))
   assert own.model == parse(colab.get_config("small")).model and {part.name for stage in own.stages for part in stage.mixture} == {"mine"}
   tiny = parse(colab.get_config("smoke:mine"))
