@@ -3,6 +3,7 @@
 SIGTERM or Ctrl-C saves after the running step and exits with 75; the same command goes on. A second Ctrl-C ends at once.
 
   python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.stages[1].num_steps=10]
+  python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart --dry_run
 """
 
 import sys
@@ -16,6 +17,7 @@ from qimg2.places import find_place
 from qimg2.runtime import processes
 from qimg2.runtime.config import parse
 from qimg2.runtime.curriculum import train
+from qimg2.runtime.dry_run import dry_run
 from qimg2.training import faults, tracker
 
 
@@ -30,6 +32,7 @@ def define_flags() -> None:
   flags.DEFINE_string("compilation_cache", "~/.cache/qimg2", "Folder of compiled programs, kept between runs; empty for none.")
   flags.DEFINE_string("profile", "", "START:STOP: trace these steps of every stage for XProf and Perfetto, into <stage>/profile; counted from 1.")
   flags.DEFINE_enum("tracker", "none", tracker.TRACKERS, "Where metrics, pictures and the config go beside TensorBoard.")
+  flags.DEFINE_bool("dry_run", False, "Check everything that costs seconds, say all that is wrong and what would be trained, and train nothing.")
   cli.define_process_flags()
 
 
@@ -46,6 +49,14 @@ def main(_) -> None:
   window = _parse_window(args.profile)
   if args.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", str(find_place(args.compilation_cache, "--compilation_cache").expanduser()))
+  if args.dry_run:
+    lines, wrong = dry_run(parse(args.config), args.workdir, args.allow_config_change, args.allow_version_change, args.allow_data_change,
+                           args.tracker)
+    print("\n".join([*lines, *(f"WRONG: {sentence}" for sentence in wrong)]))
+    if wrong:
+      raise ValueError(f"{len(wrong)} thing{'s are' if len(wrong) > 1 else ' is'} wrong, named above; nothing was trained.")
+    print("Nothing is wrong; nothing was trained.")
+    return
   try:
     run = train(parse(args.config), args.workdir, args.allow_config_change, window, args.allow_version_change,
                 args.allow_data_change, args.tracker)

@@ -6,7 +6,8 @@ import re
 import pytest
 from raw_sources import SOURCES, folder, png, write
 
-from data_pipelines.curation.sources import fingerprint, plan_units
+from data_pipelines.curation import pipeline, sources
+from data_pipelines.curation.sources import fingerprint, fingerprint_of_pictures, plan_units
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -36,3 +37,26 @@ def test_fingerprint_of_a_folder_that_gains_or_renames_a_file(tmp_path):
     change()
     digests.append(fingerprint(source, units))
   assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("table, text", [("t.csv", "image,caption\na.png,x\nb.png,y\n"),
+                                         ("t.jsonl", '{"image": "a.png", "text": "x"}\n{"image": "b.png"}\n')])
+def test_pictures_of_a_table_that_did_not_change(table, text, tmp_path, monkeypatch):
+  """One is missing at first, and is mended; then another is replaced by one of its size."""
+  path = tmp_path / table
+  path.write_text(text)
+  write(tmp_path, {"a.png": png(1)})
+  look = lambda: fingerprint_of_pictures(plan_units(str(path), 1))
+  before = fingerprint(str(path), plan_units(str(path)))
+  seen = [look(), look()]
+  write(tmp_path, {"b.png": png(2)})
+  seen.append(look())
+  os.utime(tmp_path / "a.png", (7, 7))
+  seen.append(look())
+  assert seen[0] == seen[1] and len(set(seen)) == 3 and fingerprint(str(path), plan_units(str(path))) == before
+  stored, now = ({"source": "t", "fingerprint": before, "pictures": one, "config": {}} for one in seen[1:3])
+  assert pipeline._difference(stored, now) == "of t with the pictures that it named then; some were added, removed or changed"
+  monkeypatch.setattr(sources, "MOST_LOOKED_AT", 1)  # every second unit
+  first = look()
+  os.utime(tmp_path / "b.png", (9, 9))
+  assert look() == first != seen[3]

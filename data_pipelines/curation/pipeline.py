@@ -27,7 +27,7 @@ from data_pipelines.curation import duplicates, encode, files, funnel, packing, 
 from data_pipelines.curation.funnel import Job
 from data_pipelines.curation.operators import missing_report_operators
 from data_pipelines.curation.reading import Reading
-from data_pipelines.curation.sources import Found, Unit, fingerprint, look_up, plan_units
+from data_pipelines.curation.sources import Found, Unit, fingerprint, fingerprint_of_pictures, look_up, plan_units
 from data_pipelines.curation.workers import worker_options
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 
@@ -52,7 +52,7 @@ def curate(source: str, name: str, out: str, config: dict, runner: str = DIRECT,
   _check(config, name)
   found = look_up(source, Reading(**config["reading"]))
   units = plan_units(found, config["samples_per_unit"])
-  request = {"source": source, "fingerprint": fingerprint(found, units), "config": config}
+  request = {"source": source, "fingerprint": fingerprint(found, units), "pictures": fingerprint_of_pictures(units), "config": config}
   path, work = files.join(out, name), files.join(out, f".{name}.work")
   if files.exists(files.join(path, "dataset.json") if files.is_remote(path) else path):
     return {"path": path, "reused": True} | _facts_of(path, request)
@@ -107,6 +107,9 @@ def _difference(stored: dict, request: dict) -> str:
     return "of another kind"
   if stored["fingerprint"] != request["fingerprint"]:
     return f"of {stored['source']} as it was then; files were added, removed or changed"
+  pictures = request.get("pictures")
+  if stored.get("pictures", pictures) != pictures:  # earlier versions did not look at them
+    return f"of {stored['source']} with the pictures that it named then; some were added, removed or changed"
   now = json.loads(json.dumps(request["config"]))
   # Before they could be chosen the records were as they are with these.
   before = {"captions": "lines", "uncaptioned": "drop", "picture_root": ""}

@@ -40,6 +40,11 @@ class Place:
     fs, base, path = self._located(name, folder)
     return _read(fs, base, path, name)
 
+  def facts(self, name: str) -> dict:
+    """Returns what the file system tells of the file that a record names; `ValueError` and `OSError` as `near`."""
+    fs, _, path = self._located(name, "")
+    return fs.info(path)
+
   def locate(self, name: str, folder: str = "") -> str:
     """Returns the path of a file that a record names, relative to `folder`, by default that of this file, or to the root that the user gave;
     `ValueError` if it leads out of there."""

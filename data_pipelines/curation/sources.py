@@ -19,7 +19,7 @@ import itertools
 import posixpath
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -29,8 +29,10 @@ from data_pipelines.curation.reading import Reading
 from data_pipelines.curation.sample import Sample
 from data_pipelines.curation.source_folders import TABLE_EXTENSIONS, TABLES, kind, plan_folder, read_folder, row_samples
 from data_pipelines.curation.source_places import LeftOut, Place, full_location, list_files, open_location
+from data_pipelines.curation.source_records import picture_paths
 from data_pipelines.curation.source_tables import Piece
 
+MOST_LOOKED_AT = 1_000_000  # rows of tables whose pictures are compared
 _READERS_OF_EXTENSIONS = TABLE_EXTENSIONS | {".tar": "tar"}
 
 
@@ -107,7 +109,7 @@ def fingerprint(source: str | Found, units: Sequence[Unit]) -> str:
   """Returns the SHA-256, in hex, of the names, sizes in bytes and times of change of the source's files as they are now, and of the number of
   samples.
 
-  Pictures that a table names are not looked at, and names are relative, so that a source may move as a whole.
+  Pictures that a table names are in `fingerprint_of_pictures`; names are relative, so that a source may move as a whole.
   """
   found = _looked_up(source)
   digest = hashlib.sha256(f"{found.reader} {found.split} {sum(unit.stop - unit.start for unit in units)}".encode())
@@ -116,12 +118,43 @@ def fingerprint(source: str | Found, units: Sequence[Unit]) -> str:
   return digest.hexdigest()
 
 
+def fingerprint_of_pictures(units: Sequence[Unit]) -> str:
+  """Returns the SHA-256, in hex, of the names, sizes in bytes and times of change of the pictures that text tables (CSV, TSV, JSON lines) name, as
+  they are now; "" for other sources. Of more than `MOST_LOOKED_AT` rows those of every n-th unit are looked at, so that a source of 1e8 rows costs
+  what one of 1e6 does."""
+  tables = [unit for unit in units if unit.reader in ("table", "jsonl")]
+  rows = sum(unit.stop - unit.start for unit in tables)
+  digest = hashlib.sha256()
+  for unit in tables[::max(1, -(-rows // MOST_LOOKED_AT))]:
+    place = Place(*open_location(unit.location), unit.options.get("name", ""), Reading(**unit.options["reading"]))
+    for _, make in TABLES[unit.reader][1](place, unit.start, unit.stop, unit.options):
+      try:
+        names = [name for some in picture_paths(make()) for name in some]
+      except ValueError:  # a row that curation will name
+        continue
+      for name in names:
+        digest.update(f"\0{_printable(name)}\0{_picture(place, name)}".encode())
+  return digest.hexdigest() if tables else ""
+
+
+def _picture(place: Place, name: str) -> str:
+  """The size of a picture that a table names and when it was changed; "" where it is not there or may not be read."""
+  try:
+    facts = place.facts(name)
+  except (ValueError, OSError):
+    return ""
+  return f"{facts['size']} {_changed(facts)}"
+
+
 def _stamp(found: Found, name: str) -> str:
   """When a file was changed, or a checksum that its file system keeps; "" where neither is known."""
   try:
-    facts = found.fs.info(posixpath.join(found.root, name))
+    return _changed(found.fs.info(posixpath.join(found.root, name)))
   except FileNotFoundError:  # a link to nothing
     return ""
+
+
+def _changed(facts: Mapping[str, Any]) -> str:
   return next((str(facts[key]) for key in ("mtime", "md5Hash", "etag", "ETag", "updated") if facts.get(key)), "")
 
 

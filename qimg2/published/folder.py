@@ -211,7 +211,7 @@ def stored_dtypes(folder: PipelineFolder) -> dict[str, str]:
   return {network: component_files(folder, network).main_dtype() for network in COMPONENTS}
 
 
-def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: dict | None = None) -> dict:
+def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: dict | None = None, read: bool = True) -> dict:
   """The weights of a network, read tensor by tensor onto the devices.
 
   The autoencoder's tree also has "statistics", filled from its config. Its published weights over time, which no image uses, are left unread
@@ -222,18 +222,19 @@ def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: d
     network: "mmdit", "qwen3_vl" or "vae".
     specs: its declared weights, as `networks.Networks.specs`.
     shardings: a tree of shardings for `specs`; None puts everything on the first device.
+    read: False only checks, and gives nothing.
 
   Raises:
     ValueError: no or damaged files, or tensors that differ from `specs`; checked before the first one is read.
   """
   files = component_files(folder, network)
   if network == "vae":
-    return _load_vae(folder, files, specs, shardings)
+    return _load_vae(folder, files, specs, shardings, read)
   table = mmdit_names.table(folder.model) if network == "mmdit" else qwen3_vl_names.table(folder.encoder)
   if network == "qwen3_vl" and "head" not in specs:  # tied to the embedding, or not asked for: then it is no matter whether the files have it
     files, table = files.without({qwen3_vl_names.HEAD}), {path: entry for path, entry in table.items() if path != "head"}
   _check_paths(specs, table, files.folder)
-  return tensors.load_tensors(files, specs, table, shardings, network)
+  return tensors.load_tensors(files, specs, table, shardings, network, read)
 
 
 def component_files(folder: PipelineFolder, network: str) -> TensorFiles:
@@ -253,13 +254,13 @@ def has_head(folder: PipelineFolder) -> bool:
   return qwen3_vl_names.HEAD in component_files(folder, "qwen3_vl").tensors
 
 
-def _load_vae(folder: PipelineFolder, files: TensorFiles, specs: dict, shardings: dict | None) -> dict:
+def _load_vae(folder: PipelineFolder, files: TensorFiles, specs: dict, shardings: dict | None, read: bool) -> dict:
   network = {half: specs[half] for half in ("encoder", "decoder")}
   declared = any("time" in path.split(P.SEPARATOR) for path in P.flatten(network))
   whole, table = (vae_names.table(dataclasses.replace(folder.vae, temporal_weights=temporal)) for temporal in (True, declared))
   _check_paths(network, table, files.folder)
   files = files.without({whole[path].name for path in set(whole) - set(table)})
-  weights = tensors.load_tensors(files, network, table, None if shardings is None else {half: shardings[half] for half in network}, "vae")
+  weights = tensors.load_tensors(files, network, table, None if shardings is None else {half: shardings[half] for half in network}, "vae", read)
   return {**weights, "statistics": _statistics(folder.vae, specs["statistics"], shardings)}
 
 

@@ -75,13 +75,14 @@ Table = Mapping[str, Entry]
 # Reading.
 
 
-def load_tensors(files: TensorFiles, specs: dict, table: Table, shardings: dict | None = None, label: str = "") -> dict:
-  """The weights of `specs` from files; names and shapes are all checked before the first tensor is read. See `import_tensors`."""
+def load_tensors(files: TensorFiles, specs: dict, table: Table, shardings: dict | None = None, label: str = "", read: bool = True) -> dict:
+  """The weights of `specs` from files; names and shapes are all checked before the first tensor is read, and without `read` none is: {}. See
+  `import_tensors`."""
   shapes = published_shapes(specs, table)
   _check_names(set(shapes), set(files.shapes), f"The weights in {files.folder}")
   for name, shape in shapes.items():
     _check_shape(name, files.shapes[name], shape)
-  return import_tensors(specs, table, files.shapes, files.read, shardings, label)
+  return import_tensors(specs, table, files.shapes, files.read, shardings, label) if read else {}
 
 
 def import_tensors(specs: dict, table: Table, names: Collection[str], read: Callable[[str], np.ndarray], shardings: dict | None = None,

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -101,21 +102,30 @@ class Run(StageWeights):
     self.nets = networks.Networks(cfg.model, encoder, cfg.vae, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
     self._trained = trained
     for stage in () if trained else cfg.stages:
-      self._check_data(stage)
+      self.check_data(stage)
 
   def _check_sources(self) -> None:
     """Finds weights that are not there, of all stages, before the first one trains."""
+    for check in self.source_checks():
+      check()
+
+  def source_checks(self) -> Iterator[Callable[[], None]]:
+    """For each source of weights, of all stages, what raises a `ValueError` where it is not there or must not be."""
     names = list(self.stages)
     for number, stage in enumerate(self.cfg.stages):
       where = f"config.stages[{stage.name}]"
-      check_source(stage.start_from, f"{where}.start_from", names[:number], names, may_be_default=False)
+      yield functools.partial(check_source, stage.start_from, f"{where}.start_from", names[:number], names, may_be_default=False)
       for role, text in stage.frozen.items():
-        check_source(text, f"{where}.frozen.{role}", names[:number], names, may_be_default=True)
-      drawn = [] if self.cfg.random_frozen else [role for role in self.algorithm(stage).frozen if self.is_drawn(stage, role)]
-      for role in drawn:
-        raise ValueError(f"{where}.frozen.{role} is {stage.frozen.get(role, 'default')!r}, which would draw its weights from the seed: name a folder "
-                         f"in the published layout, --config.stages[{number}].frozen.{role}=diffusers:DIR (configs/pretrain.py:PLAN:diffusers:DIR "
-                         "names it in all stages and for the tokenizer), or set --config.random_frozen=True to train on a random network.")
+        yield functools.partial(check_source, text, f"{where}.frozen.{role}", names[:number], names, may_be_default=True)
+      for role in () if self.cfg.random_frozen else self.algorithm(stage).frozen:
+        yield functools.partial(self._check_drawn, number, stage, role)
+
+  def _check_drawn(self, number: int, stage: StageConfig, role: str) -> None:
+    if self.is_drawn(stage, role):
+      raise ValueError(f"config.stages[{stage.name}].frozen.{role} is {stage.frozen.get(role, 'default')!r}, which would draw its weights from the "
+                       f"seed: name a folder in the published layout, --config.stages[{number}].frozen.{role}=diffusers:DIR "
+                       "(configs/pretrain.py:PLAN:diffusers:DIR names it in all stages and for the tokenizer), or set --config.random_frozen=True to "
+                       "train on a random network.")
 
   def _ensure_data(self, *stages: StageConfig) -> None:
     """Makes the embedded data sets of some stages where they are missing, and looks for the others."""
@@ -126,7 +136,7 @@ class Run(StageWeights):
       elif not (pathlib.Path(self.cfg.data_dir) / name).is_dir():
         raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
 
-  def _check_data(self, stage: StageConfig, weights: dict | None = None) -> None:
+  def check_data(self, stage: StageConfig, weights: dict | None = None) -> None:
     """Finds data sets whose alpha the VAE cannot take, and the latent caches of a stage that it cannot train on; with its frozen weights, those
     that were made by others."""
     nets, sizes = self.nets, [(one.base_px, one.ratios, one.multiple) for one in stage.resolutions]
@@ -241,6 +251,28 @@ def save_config(cfg: RunConfig, workdir: Place, allow_change: bool = False, allo
     ValueError: the config changed in a way that matters, a package of `FIXED` has another version than the run began with, or a data set is not what
       it was, and the argument that lets it pass is False.
   """
+  path, changes = workdir / "config.json", compare_config(cfg, workdir, allow_change, allow_version_change, tokenizer, allow_data_change)
+  kept, datasets = read_section(path, "datasets"), identify_data(cfg) if tokenizer else {}
+  barrier("config")  # all have compared it with the old record
+  if not is_first():
+    return
+  for change in changes:
+    print(change, file=sys.stderr)
+  if path.exists() and tokenizer and not kept:
+    logging.warning("The run in %s is of an earlier version, which did not record its data: from now on those that are there count.", workdir)
+  versions = {**read_section(path, "versions"), **_installed_versions()}
+  record = {"format": FORMAT, "config": _as_json(cfg), "versions": versions, "datasets": {**kept, **datasets},
+            "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
+  with named_failures(path):
+    if tokenizer:
+      write_file(workdir / KEPT, tokenizer.to_bytes())
+    write_file(path, json.dumps(record, indent=1))
+
+
+def compare_config(cfg: RunConfig, workdir: Place, allow_change: bool = False, allow_version_change: bool = False,
+                   tokenizer: PromptTokenizer | None = None, allow_data_change: bool = False) -> list[str]:
+  """What differs from the run that began in a folder, a line each, where the arguments let it pass; as `save_config`, which writes nothing if this
+  raises."""
   path, config = workdir / "config.json", _as_json(cfg)
   before = _as_json(read_record(path)) if path.exists() else config
   changes = [*differences(before, config, "config", FREE), *_other_lengths(before["stages"], config["stages"], workdir)]
@@ -253,24 +285,11 @@ def save_config(cfg: RunConfig, workdir: Place, allow_change: bool = False, allo
   if others and not allow_version_change:
     raise ValueError(f"The run in {workdir} was trained with other packages: {'; '.join(others)}. Install those that it had, or "
                      "--allow_version_change to go on with these, which may compute other numbers.")
-  kept, datasets = read_section(path, "datasets"), identify_data(cfg) if tokenizer else {}
-  moved = list(data_changes(cfg, tokenizer, kept, datasets)) if tokenizer else []
+  moved = list(data_changes(cfg, tokenizer, read_section(path, "datasets"), identify_data(cfg))) if tokenizer else []
   if moved and not allow_data_change:
     raise ValueError(f"The data of the run in {workdir} are not what they were: {'; '.join(moved[:5])}. Put them back, write caches anew with "
                      "launch.cache_latents, use another --workdir, or --allow_data_change to go on with what is there and the run's own tokenizer.")
-  barrier("config")  # all have compared it with the old record
-  if not is_first():
-    return
-  for change in (*changes, *others, *moved):
-    print(change, file=sys.stderr)
-  if path.exists() and tokenizer and not kept:
-    logging.warning("The run in %s is of an earlier version, which did not record its data: from now on those that are there count.", workdir)
-  record = {"format": FORMAT, "config": config, "versions": {**recorded, **versions}, "datasets": {**kept, **datasets},
-            "device_kind": jax.devices()[0].device_kind, "num_devices": jax.device_count()}
-  with named_failures(path):
-    if tokenizer:
-      write_file(workdir / KEPT, tokenizer.to_bytes())
-    write_file(path, json.dumps(record, indent=1))
+  return [*changes, *others, *moved]
 
 
 def check_versions() -> None:

@@ -70,7 +70,7 @@ class StageWeights:
     """
     weights = {role: self._frozen_role(stage, role) for role in self.algorithm(stage).frozen}
     if not self._trained:
-      self._check_data(stage, weights)
+      self.check_data(stage, weights)
     return weights
 
   def frozen_steps(self, stage: StageConfig) -> dict[str, tuple[str, int]]:
@@ -206,12 +206,23 @@ class StageWeights:
                        "stage's folder.")
     return Checkpoints(folder)
 
-  def _published(self, source: Source, network: str, specs: dict) -> dict:
+  def check_published(self, stage: StageConfig, role: str) -> None:
+    """Compares the names and shapes of a role's weights with those of the published folder that it comes from, if it comes from one. None is read.
+
+    Raises:
+      ValueError: the folder is not what the config says.
+    """
+    algorithm = self.algorithm(stage)
+    source = parse_source(stage.start_from) if role in algorithm.trained else self._frozen_source(stage, role)
+    if source.kind == "diffusers":
+      self._published(source, algorithm.roles[role].network, self.role_specs(stage)[role], read=False)
+
+  def _published(self, source: Source, network: str, specs: dict, read: bool = True) -> dict:
     published = open_folder(source.name, transformer=source.transformer)
     check_configs(published, **{name: config for name, config in self.nets.configs().items() if name == network})
     if network == "mmdit":
       check_sampling(published, self.schedule, self.cfg.sampling.sigmas)
-    return load_weights(published, network, specs, self._shardings(specs))
+    return load_weights(published, network, specs, self._shardings(specs), read)
 
   def _published_root(self, stage: StageConfig, role: str) -> Source:
     """The diffusers folder at which the chain of `start_from` ends, or "scratch".
