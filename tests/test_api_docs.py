@@ -27,7 +27,7 @@ def test_the_page_runs(smoke_run, smoke_config, tmp_path, monkeypatch, one_devic
   shutil.copytree(smoke_run.workdir, "runs/api")
   os.symlink(smoke_config.data_dir, "runs/data_smoke")
   blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-  assert len(blocks) == 8
+  assert len(blocks) == 9
   # The run was trained with the config as it is.
   blocks[0] = blocks[0].replace("config.stages[1].optimizer.learning_rate = 1e-3", "config.stages[1].optimizer.learning_rate *= 1")
   found = {"__name__": "page"}
