@@ -1,6 +1,7 @@
 """Metrics survive a crash as if it had not happened."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -67,3 +68,25 @@ def test_values_keep_all_their_bits(tmp_path):
   writer.write(1, {"loss": value})
   writer.close()
   assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == value
+
+
+def test_tensorboard_that_cannot_write_holds_nothing_up(tmp_path, monkeypatch, caplog):
+  """Its thread goes on after a full disk, so that its queue of ten never stands still; what comes later is written."""
+  writer = metrics.MetricsWriter(tmp_path, 0)
+  events = writer._events.file_writer.event_writer
+  record, worker = events._ev_writer._py_recordio_writer, events._worker
+  write, failed = record.write, []
+
+  def refuse(data):
+    failed.append(data)
+    raise OSError(28, "No space left on device")
+  monkeypatch.setattr(record, "write", refuse)
+  for step in range(30):
+    writer.write(step + 1, {"loss": 0.5})
+  while len(failed) < 30:  # all were tried: none waits in the queue
+    time.sleep(0.01)
+  monkeypatch.setattr(record, "write", write)
+  writer.write(31, {"loss": 0.25})
+  writer.close()
+  assert caplog.text.count("cannot be written") == 1 and not worker.is_alive()
+  assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 31

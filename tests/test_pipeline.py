@@ -217,11 +217,11 @@ def test_offloaded_networks_are_on_the_device_one_at_a_time_and_draw_the_same_bi
   sizes = {name: sum(x.nbytes for x in jax.tree.leaves(tree)) for name, tree in weights.items()}
   draw, before, seen = Generator(source, size, 2, 2.0), bytes_on_devices(), []
   for phase, network in NETWORK.items():
-    def watched(self, params, *arguments, phase=phase, network=network, run=getattr(Phases, phase)):
+    def watched(self, params, *arguments, phase=phase, network=network, run=getattr(Phases, phase), **settings):
       seen.append(phase)
       # Other networks, states and latents are not there; on a CPU the noise is, which the host shares.
       assert sizes[network] <= bytes_on_devices() - before <= sizes[network] + 2 * 4 * 4 * 8 * 4
-      return run(self, params, *arguments)
+      return run(self, params, *arguments, **settings)
     monkeypatch.setattr(Phases, phase, watched)
   offloaded = source.offloaded()
   parts = draw.draw(offloaded, **job)

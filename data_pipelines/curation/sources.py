@@ -12,7 +12,9 @@ on this machine or on one of fsspec's file systems, such as gs://bucket/folder. 
 reason. Any other thing that cannot be used becomes a sample with an `error`, so that every count is exact.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -20,6 +22,7 @@ import posixpath
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import fsspec
@@ -32,7 +35,8 @@ from data_pipelines.curation.source_places import LeftOut, Place, full_location,
 from data_pipelines.curation.source_records import picture_paths
 from data_pipelines.curation.source_tables import Piece
 
-MOST_LOOKED_AT = 1_000_000  # rows of tables whose pictures are compared
+MOST_LOOKED_AT, MOST_ASKED_FOR = 1_000_000, 20_000  # rows of tables whose pictures are compared, on this machine and in a bucket
+LOOKERS = 32  # threads that ask for pictures
 _READERS_OF_EXTENSIONS = TABLE_EXTENSIONS | {".tar": "tar"}
 
 
@@ -120,28 +124,40 @@ def fingerprint(source: str | Found, units: Sequence[Unit]) -> str:
 
 def fingerprint_of_pictures(units: Sequence[Unit]) -> str:
   """Returns the SHA-256, in hex, of the names, sizes in bytes and times of change of the pictures that text tables (CSV, TSV, JSON lines) name, as
-  they are now; "" for other sources. Of more than `MOST_LOOKED_AT` rows those of every n-th unit are looked at, so that a source of 1e8 rows costs
-  what one of 1e6 does."""
+  they are now; "" for other sources. Of more rows than `MOST_LOOKED_AT` those of every n-th unit are looked at, so that a source of 1e8 rows costs
+  what one of 1e6 does.
+
+  Raises:
+    OSError: a file system does not answer.
+  """
   tables = [unit for unit in units if unit.reader in ("table", "jsonl")]
   rows = sum(unit.stop - unit.start for unit in tables)
   digest = hashlib.sha256()
-  for unit in tables[::max(1, -(-rows // MOST_LOOKED_AT))]:
-    place = Place(*open_location(unit.location), unit.options.get("name", ""), Reading(**unit.options["reading"]))
-    for _, make in TABLES[unit.reader][1](place, unit.start, unit.stop, unit.options):
-      try:
-        names = [name for some in picture_paths(make()) for name in some]
-      except ValueError:  # a row that curation will name
-        continue
-      for name in names:
-        digest.update(f"\0{_printable(name)}\0{_picture(place, name)}".encode())
+  with futures.ThreadPoolExecutor(LOOKERS) as pool:
+    for unit in tables[::max(1, -(-rows // (MOST_LOOKED_AT if _is_local(tables) else MOST_ASKED_FOR)))]:
+      place = Place(*open_location(unit.location), unit.options.get("name", ""), Reading(**unit.options["reading"]))
+      names = []
+      for _, make in TABLES[unit.reader][1](place, unit.start, unit.stop, unit.options):
+        with contextlib.suppress(ValueError, RecursionError):  # a row that curation will name
+          names += [name for some in picture_paths(make()) for name in some]
+      for name, facts in zip(names, pool.map(lambda name, place=place: _picture(place, name), names)):
+        digest.update(f"\0{_printable(name)}\0{facts}".encode())
   return digest.hexdigest() if tables else ""
+
+
+def _is_local(units: Sequence[Unit]) -> bool:
+  return not any("://" in unit.location or "://" in unit.options["reading"].get("picture_root", "") for unit in units)
 
 
 def _picture(place: Place, name: str) -> str:
   """The size of a picture that a table names and when it was changed; "" where it is not there or may not be read."""
   try:
     facts = place.facts(name)
-  except (ValueError, OSError):
+  except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+    return ""
+  except OSError as error:  # a lost connection says nothing of the picture
+    if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+      raise
     return ""
   return f"{facts['size']} {_changed(facts)}"
 

@@ -1,15 +1,17 @@
 """What a training would need and meet, found out before it begins: `launch.train --dry_run`.
 
 Everything is looked at that costs seconds: sources of weights, data sets, which of their records the stages would use, latent caches, names and
-shapes of published weights, how batches divide over the devices, what a run that has begun would refuse, rights of a bucket, and the disk space that
-checkpoints take. All that is wrong is found, not the first alone; only a config that cannot be understood, and data without a tokenizer, hide the
-rest. No weight is read, nothing is compiled, and no folder is made. What is not looked at: pictures, the bytes of checkpoints, and whether a step
-fits the devices' memory, which `launch.rehearse` says.
+shapes of published weights, how batches divide over the devices, whether a run that has begun has another config, data or versions, rights of a
+folder or bucket, and the disk space that checkpoints take. All that is wrong is found, not the first alone; only a config that cannot be understood,
+and data without a tokenizer, hide the rest. No weight is read, nothing is compiled, and no folder is made. What is not looked at: pictures, the bytes
+of checkpoints, whether another job holds the folder, `order_dir`, frozen weights of another run that trains on, and whether a step fits the devices'
+memory, which `launch.rehearse` says.
 """
 
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from qimg2.places import Place, check_rights, client_failures, find_place, is_re
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.micro_batches import variants
 from qimg2.runtime.run import EMBEDDED, Run, check_versions, compare_config
+from qimg2.training.checkpoint import is_done
 from qimg2.training.state import abstract_state, make_optimizers
 from qimg2.training.tracker import check_package
 
@@ -107,6 +110,9 @@ def _missing_data(cfg: RunConfig, found: _Found) -> set[str]:
 
 def _stage(run: Run, stage: StageConfig, missing: set[str], found: _Found) -> None:
   """Looks at a stage: its published weights, and its data where they are there."""
+  if is_done(run.workdir / stage.name / "checkpoints", stage.num_steps, intact=False):
+    found.lines.append(f"Stage {stage.name} is done.")
+    return
   algorithm = run.algorithm(stage)
   for role in (*algorithm.trained, *algorithm.frozen):
     with found.part():
@@ -126,6 +132,9 @@ def _stage(run: Run, stage: StageConfig, missing: set[str], found: _Found) -> No
       if size % parts:
         raise ValueError(f"Stage {stage.name}: {size} rows of a batch do not divide over the {parts} parts of the mesh that take rows: choose a "
                          "batch_size that is a multiple, or another mesh.")
+      if not run.cfg.micro_batches and size % stage.optimizer.accumulate:
+        raise ValueError(f"Stage {stage.name}: {size} rows of a batch cannot be divided into {stage.optimizer.accumulate} micro-batches: change "
+                         "batch_size or optimizer.accumulate.")
     if algorithm.rollout is None:
       variants(run.cfg, stage, loader.buckets, run.nets)
     run.evaluation_batches(stage, loader)
@@ -150,6 +159,8 @@ def _disk(run: Run, workdir: Place, found: _Found) -> None:
   if is_remote(workdir):
     return
   place = next(path for path in (pathlib.Path(workdir).absolute(), *pathlib.Path(workdir).absolute().parents) if path.exists())
+  if not os.access(place, os.W_OK):
+    raise ValueError(f"--workdir={workdir} cannot be written, because {place} may not be: name another folder, or change its rights.")
   free = shutil.disk_usage(place).free
   found.lines.append(f"The disk of {workdir} has {_size(free)} free.")
   if free < wanted:

@@ -107,7 +107,8 @@ def _figures(run: Run, stage_name: str, at: int | None) -> str:
   step = last.pop("step", 0)
   table = _table(("metric", "value"), [(name, f"{value:.5g}") for name, value in sorted(last.items()) if "_bin" not in name])
   text = f"Last values of stage `{stage_name}`, step {step:g}:\n\n{table}"
-  path = run.workdir / "evaluation.json"
+  path = run.workdir / f"{stage_name}/evaluation_{at}.json"
+  path = path if path.is_file() else run.workdir / "evaluation.json"
   result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
   return text + (f"\n{describe(result)}\n" if result.get("stage") == stage_name and at in (None, result.get("step")) else "")
 

@@ -75,7 +75,7 @@ class Generator:
     """
     nets, factor = source.nets, source.nets.vae.spatial_factor
     rows = source.mesh.shape["data"] * source.mesh.shape["fsdp"]
-    self._source, self._guided, self._cut = source, guidance > 1.0, (size.height, size.width)
+    self._source, self._guided, self._cut, self._given = source, guidance > 1.0, (size.height, size.width), size.source_sizes
     if 0 < guidance < 1:
       logging.log_first_n(logging.WARNING, "Guidance %g is none: scales of at most 1 are drawn without a second pass.", 1, guidance)
     self._size = dataclasses.replace(_padded_size(size) if keep_size else size, batch_size=-(-size.batch_size // rows) * rows)
@@ -116,6 +116,9 @@ class Generator:
     self._check_mask(mask, len(prompts))
     if len(images) != len(self._size.source_sizes):
       raise ValueError(f"{len(images)} condition image(s) were given where size.source_sizes has {len(self._size.source_sizes)}: give one for each.")
+    for image, given in zip(images, self._given):
+      if image.shape[1:3] != tuple(given):
+        raise ValueError(f"An image of {image.shape[1]} x {image.shape[2]} px was given where size.source_sizes has {given[0]} x {given[1]}.")
     images = [_pad(image, *size) for image, size in zip(images, self._size.source_sizes)]
     job = _Job(prompts, seed, images, negative_prompt, noise, None if mask is None else _pad(mask, *self._padded, mode="constant"))
     rows = np.arange(-(-len(prompts) // self._size.batch_size) * self._size.batch_size)
@@ -175,7 +178,7 @@ class Generator:
       inputs = {"tokens": tokens, "token_count": token_count, "features": np.stack([states[key] for key in keys]), "source_latents": sources}
       inputs = inputs, self._noise_of(job, rows[batch], real[batch]), *self._kept(job, real[batch], sources)
       params, is_laid_out = params if is_laid_out else self._phases.lay_out(params, *inputs), True
-      drawn.append(self._phases.denoise(params, *inputs))
+      drawn.append(self._phases.denoise(params, *inputs, laid_out=isinstance(weights, Offloaded)))
     del params  # what is offloaded leaves the devices
     params = weights["vae"]
     return np.concatenate(drawn), np.concatenate([self._phases.decode_image(params, x) for x in drawn])
@@ -238,8 +241,6 @@ def _pad(images: np.ndarray, height: int, width: int, mode: str = "reflect") -> 
   missing = height - images.shape[1], width - images.shape[2]
   if missing == (0, 0):
     return images
-  if not all(0 <= px < SLOT_PX for px in missing):
-    raise ValueError(f"An image of {images.shape[1]} x {images.shape[2]} px was given where {height} x {width} px are drawn from.")
   return np.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), *((0, 0),) * (images.ndim - 3)), mode)
 
 

@@ -98,4 +98,5 @@ def watching(workdir: str | Place, show: Callable[[Image.Image], None], every_s:
   finally:
     ended.set()
     thread.join()
-    show_curves()
+    with contextlib.suppress(Exception):  # what cannot be shown takes nothing from what was trained
+      show_curves()

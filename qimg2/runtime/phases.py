@@ -71,11 +71,12 @@ class Phases:
     mean = vae_tiling.over_tiles(self._run_tile(ENCODE_IMAGE, weights), pixels, self._tile_px, self._stride_px, lambda n: n // self._factor)
     return sharding.to_host(jax.jit(_normalize)(weights, self._put(mean)))
 
-  def denoise(self, weights: Any, batch: dict, noise: np.ndarray, original: np.ndarray | None = None, free: np.ndarray | None = None) -> np.ndarray:
+  def denoise(self, weights: Any, batch: dict, noise: np.ndarray, original: np.ndarray | None = None, free: np.ndarray | None = None,
+              laid_out: bool = False) -> np.ndarray:
     """[B, h, w, C] float32 latents of `features`, `source_latents`, `tokens` and `token_count`; see `sampler.sample` for the rest. Weights that
-    `lay_out` gave go with inputs of the same shapes."""
+    `lay_out` gave (`laid_out`) go with inputs of the same shapes."""
     inputs = self._put((batch, noise, original, free))
-    program = self._compiled.get(_shapes_of(inputs), self._denoise)
+    program = self._compiled.get(_shapes_of(inputs), self._denoise) if laid_out else self._denoise
     return sharding.to_host(program(weights, *inputs))
 
   def lay_out(self, weights: Any, batch: dict, noise: np.ndarray, original: np.ndarray | None = None, free: np.ndarray | None = None) -> Any:

@@ -74,5 +74,5 @@ class Pretrained:
 
 
 def _narrower(stored: str | None, compute: str) -> str:
-  """The type that weights are kept in: that of the files loses nothing, and that of the computation is what they would be rounded to."""
+  """The type that weights are kept in: that of most numbers in the files, or that of the computation, to which they would be rounded."""
   return stored if stored and jnp.dtype(stored).itemsize < jnp.dtype(compute).itemsize else compute

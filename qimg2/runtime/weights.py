@@ -140,8 +140,8 @@ class StageWeights:
   def offloaded_weights(self, name: str, average: str = DEPLOYED, step: int | None = None) -> Offloaded:
     """`deployed_weights` in host memory: read role by role, and put onto the devices network by network, whenever one is needed."""
     algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name, step).then(sharding.to_host)
-    arrays, specs = algorithm.deployed(choose_average(algorithm, weights, name, average)), self.nets.specs()
-    return from_host(arrays, {network: self._shardings(specs[network]) for network in arrays})
+    arrays = algorithm.deployed(choose_average(algorithm, weights, name, average))
+    return from_host(arrays, jax.tree.map(lambda x: x.sharding, self.abstract_weights(name)))
 
   def abstract_weights(self, name: str) -> dict[str, dict]:
     """{network: tree of ShapeDtypeStruct} of `deployed_weights`. Nothing is read."""

@@ -13,10 +13,11 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 import numpy as np
+from absl import logging
 
 from qimg2.places import Growing, Place
 from qimg2.training.space import when_there_is_room
@@ -46,8 +47,7 @@ class MetricsWriter:
     self._folder = self._growing.local
     for name in ("metrics.jsonl", "timing.jsonl", "faults.jsonl"):
       _truncate(folder / name, self._folder / name, step, hooks_due)
-    self._metrics = open(self._folder / "metrics.jsonl", "a", encoding="utf-8")
-    self._timing = open(self._folder / "timing.jsonl", "a", encoding="utf-8")
+    self._metrics, self._timing = (_open_rows(self._folder / name) for name in ("metrics.jsonl", "timing.jsonl"))
     self._events = _event_writer(self._folder, step + 1 if step else None)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -61,7 +61,7 @@ class MetricsWriter:
   def write_fault(self, step: int, row: Mapping) -> None:
     """Adds a JSON-serialisable row to faults.jsonl."""
     if self._active:
-      with open(self._folder / "faults.jsonl", "a", encoding="utf-8") as file:
+      with _open_rows(self._folder / "faults.jsonl") as file:
         self._append(file, {"step": step, **row})
         os.fsync(file.fileno())
       self._growing.push_soon(now=True)
@@ -116,15 +116,20 @@ class MetricsWriter:
     if self._tracker:
       self._tracker.log(self._stage, step, values)
 
-
   def _append(self, file: TextIO, row: Mapping) -> None:
     """Adds a row to an open file. What a full disk did not take stays in the file's buffer and follows, so that no row is cut or comes twice."""
     file.write(json.dumps(row, allow_nan=False) + "\n")
     when_there_is_room(file.flush, self._wait_s, f"a row of {file.name}")
 
 
+def _open_rows(path: pathlib.Path) -> TextIO:
+  """A file that grows by rows; its buffer holds any row, so that only a flush meets the disk."""
+  return open(path, "a", buffering=2**22, encoding="utf-8")
+
+
 def _event_writer(folder: pathlib.Path, purge_step: int | None):
-  """TensorBoard's writer. Its package imports others where they are installed, torch for three seconds, that it needs for what nothing here does."""
+  """TensorBoard's writer. Its package imports others where they are installed, torch for three seconds, that it needs for what nothing here does.
+  What it cannot write is lost, and said once: an error would end its thread, and training would then wait for ever for room in its queue."""
   others = [name for name in ("torch", "boto3", "google.cloud.storage") if name not in sys.modules]
   sys.modules.update(dict.fromkeys(others))  # None: not to be found
   try:
@@ -132,7 +137,22 @@ def _event_writer(folder: pathlib.Path, purge_step: int | None):
   finally:
     for name in others:
       del sys.modules[name]
-  return tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
+  writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
+  events = writer.file_writer.event_writer._ev_writer
+  for name in ("write_event", "flush", "close"):
+    setattr(events, name, _losing(getattr(events, name), folder))
+  return writer
+
+
+def _losing(write: Callable, folder: pathlib.Path) -> Callable:
+  """`write`, whose failures are said once."""
+  def attempt(*args):
+    try:
+      write(*args)
+    except OSError as error:
+      logging.log_first_n(logging.WARNING, "TensorBoard's events in %s cannot be written (%s): they have a gap; metrics.jsonl has all rows.", 1,
+                          folder, error)
+  return attempt
 
 
 def read_rows(path: Place) -> list[dict]:

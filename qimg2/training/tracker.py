@@ -19,6 +19,7 @@ from qimg2.places import Place, is_remote, write_file
 
 TRACKERS = ("none", "wandb")
 ID = "wandb_id"
+FINISH_S = 30.0  # what is not sent by then stays on this machine: who was asked to stop has little time
 
 
 class Tracker:
@@ -39,7 +40,7 @@ class Tracker:
     try:
       self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "qimg2"), id=path.read_text(encoding="utf-8").strip(), resume="allow",
                              name=os.environ.get("WANDB_NAME", workdir.name), dir=folder, config=dict(config),
-                             settings=wandb.Settings(console="off", silent=True))
+                             settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_S))
     except Exception as error:  # it has many of its own
       raise ValueError(f"wandb does not begin ({' '.join(str(error).split())[:200]}): log in with `wandb login`, set WANDB_MODE=offline, or leave "
                        "--tracker out.") from error
@@ -53,9 +54,9 @@ class Tracker:
     """Logs an [H, W, 3] uint8 picture of a step of a stage."""
     self._try(lambda run: run.log({f"{stage}/{name}": self._picture(image)} | self._axis(run, stage, step)))
 
-  def close(self) -> None:
-    """Ends it, when all is sent."""
-    self._try(lambda run: run.finish())
+  def close(self, failed: bool = False) -> None:
+    """Ends it when all is sent, or after `FINISH_S` seconds; `failed` where training did not come to its end."""
+    self._try(lambda run: run.finish(exit_code=int(failed)))
     self._run = None
 
   def _axis(self, run: Any, stage: str, step: int) -> dict[str, int]:
@@ -86,12 +87,23 @@ def check_package() -> None:
 
 @contextlib.contextmanager
 def tracking(name: str, workdir: Place, config: Mapping[str, Any]) -> Iterator[Tracker | None]:
-  """The tracker of a name, one of `TRACKERS`, until the end; None for "none"."""
-  if name == "none":
-    yield None
-    return
-  tracker = Tracker(workdir, config)
+  """The tracker of a name, one of `TRACKERS`, until the end; None for "none", and where a run goes on whose tracker does not begin again.
+
+  Raises:
+    ValueError: as `Tracker`, where a run begins.
+  """
+  tracker, goes_on = None, (workdir / ID).exists()
+  try:
+    tracker = Tracker(workdir, config) if name != "none" else None
+  except ValueError as error:
+    if not goes_on:
+      raise
+    logging.warning("%s Training goes on without it.", error)
   try:
     yield tracker
-  finally:
+  except BaseException:
+    if tracker is not None:
+      tracker.close(failed=True)
+    raise
+  if tracker is not None:
     tracker.close()

@@ -92,7 +92,8 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
       abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
       state, meta = _first_state(stage, checkpoints, copies, abstract, start, key)
     step = int(state.step)
-    writer = MetricsWriter(folder, step, first, meta.get("hooks_due", False), stage.tracker, stage.faults.wait_for_space_s)
+    writer = MetricsWriter(folder, step, first, meta.get("hooks_due", False), stage.tracker,
+                           stage.faults.wait_for_space_s if jax.process_count() == 1 else 0.0)  # the others would wait in a collective
     monitor = StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids)
     output = StageOutput(writer, checkpoints, monitor, recorder, copies, progress)
     if step > (checkpoints.latest_step() or 0):  # it is from a copy, which may be lost with a machine
