@@ -13,7 +13,7 @@ import torch
 from commands import launch, process
 from PIL import Image
 
-from qimg2.runtime import masks
+from qimg2.runtime import masks, phases
 from qimg2.runtime.generator import Generator, Size, load_condition_image
 from qimg2.runtime.phases import NETWORK, Phases
 from qimg2.runtime.pretrained import Pretrained
@@ -215,19 +215,20 @@ def test_offloaded_networks_are_on_the_device_one_at_a_time_and_draw_the_same_bi
   job = dict(prompts=[PROMPTS[0], PROMPTS[0], PROMPTS[1]], images=[np.stack([image] * 3)], negative_prompt="blue")
   whole = Generator(source, size, 2, 2.0).draw(weights, **job)
   sizes = {name: sum(x.nbytes for x in jax.tree.leaves(tree)) for name, tree in weights.items()}
+  monkeypatch.setattr(phases, "LAYOUT_PLATFORMS", ("cpu",))  # as on a TPU
   draw, before, seen = Generator(source, size, 2, 2.0), bytes_on_devices(), []
   for phase, network in NETWORK.items():
     def watched(self, params, *arguments, phase=phase, network=network, run=getattr(Phases, phase), **settings):
       seen.append(phase)
-      # Other networks, states and latents are not there; on a CPU the noise is, which the host shares.
-      assert sizes[network] <= bytes_on_devices() - before <= sizes[network] + 2 * 4 * 4 * 8 * 4
+      # Other networks, states and latents are not there; on a CPU noise is, of 1 KiB, which the host shares until its arrays are collected.
+      assert abs(bytes_on_devices() - before - sizes[network]) <= 4096 < min(sizes.values()) / 10
       return run(self, params, *arguments, **settings)
     monkeypatch.setattr(Phases, phase, watched)
   offloaded = source.offloaded()
   parts = draw.draw(offloaded, **job)
   for ours, theirs in zip(parts, whole):
     np.testing.assert_array_equal(ours, theirs)
-  assert bytes_on_devices() - before < 1000
+  assert abs(bytes_on_devices() - before) <= 4096
   # Three texts in batches of two, one image, and two batches of pictures.
   assert seen == ["encode_text"] * 2 + ["encode_image"] + ["denoise"] * 2 + ["decode_image"] * 2
   again = draw.draw(offloaded, **job)
