@@ -64,7 +64,7 @@ class Rehearsal(Shapes):
     networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
     counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch) if program == STEP else {}
     measured = dict(self._measured[key])
-    beside = measured.pop("idle_bytes") + self.besidebytes_of(config, choice, program)
+    beside = measured.pop("idle_bytes") + self.beside_bytes(config, choice, program)
     row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=accumulate, num_devices=self.mesh.size,
               mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=nets.model.remat,
