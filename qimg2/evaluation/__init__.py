@@ -1,15 +1,18 @@
 """Evaluation suites: prompts whose right answer is known, and how a picture is scored against it.
 
-A suite is two functions. `tasks(num, seed)` gives the same tasks for the same arguments, and the first of many are those of few.
-`score(task, picture)` looks at one picture alone, so that figures of a suite are means over its tasks. Nothing here draws, reads a config or needs
-jax: `qimg2.runtime.suites` has the suites of the embedded data sets and runs them.
+A suite is a value. `tasks(num, seed)` gives the same tasks for the same arguments, and the first of many are those of few. `score(task, picture)`
+looks at one picture alone, so that figures of a suite are means over its pictures; `figures` says which, where they are not plain means. What only a
+set of pictures has, such as a distance between distributions, is a function of `features` of each of them. Nothing here draws, reads a config or needs
+jax: `qimg2.runtime.suites` runs suites.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+ERROR = "error"  # the key of a score that says why a picture has no metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,33 +24,69 @@ class Task:
     size: (height, width) of the canvas in px; a picture is drawn at the size of the nearest bucket of the stage.
     sources: condition images [h, w, 3] uint8 in the order of the prompt; none for text to image.
     truth: what the score compares with; only the suite reads it.
+    name: what the task is called in files, unique in its suite, of letters, digits, - and _; "" for its number.
+    category: figures are given for each category too, where a suite has more than one.
   """
   prompt: str
   size: tuple[int, int]
   sources: tuple[np.ndarray, ...] = ()
   truth: Any = None
+  name: str = ""
+  category: str = ""
 
 
-def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A figure of a suite: the sum of one metric over pictures, divided by the sum of another or by their number.
+
+  Attributes:
+    numerator: a metric that `Suite.score` gives.
+    denominator: another, such as the number of words that were asked for; "" for the number of pictures.
+    is_share: whether it lies in 0..1 and is printed in per cent.
+    lower_is_better: whether less of it is better.
+  """
+  numerator: str
+  denominator: str = ""
+  is_share: bool = True
+  lower_is_better: bool = False
+
+
+def show(task: Task, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
   """(picture, caption) of what stands on a sheet for a task: its condition images, then what was drawn, with the metrics that are 0."""
-  wrong = [name for name, value in scores.items() if value == 0]
+  wrong = [name for name, value in metrics_of(scores).items() if value == 0]
   caption = task.prompt + (f" [wrong: {', '.join(wrong)}]" if wrong else "")
   return [(source, "(source)") for source in task.sources] + [(picture, caption)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-  """Held-out prompts and their scores.
+  """Prompts and the scores of pictures.
 
   Attributes:
     tasks: (number, seed) -> the tasks, all with as many condition images. `ValueError` if there are fewer.
-    score: (task, picture [H, W, 3] uint8) -> {metric: share in 0..1}, the same metrics for each task; 1 is right. The name of a metric that
-      states what chance would give ends in "chance".
+    score: (task, picture [H, W, 3] uint8) -> {metric: number}, the same metrics for each task. What is no number, a text or a list, is kept beside
+      the metrics and is in no figure. A picture that cannot be scored gives {"error": why} alone: it is left out and counted, never a 0. The name of a
+      metric that states what chance would give ends in "chance".
     show: (task, picture, its scores) -> [(picture, caption)] for a sheet.
+    figures: {name: figure}; none for the mean of each metric, as shares.
+    score_batch: in place of `score`, for what looks at many pictures at a time, such as a judge on the device: (tasks, pictures) -> scores.
+    is_slow: whether `score` takes long on the host and runs in a pool of processes; it is a function of a module then, or a partial of one.
+    features: (tasks, pictures) -> [n, D] float32, kept for `of_set`.
+    of_set: blocks of (names of tasks, features), all pictures once and in the order of the tasks -> figures of the whole set.
   """
   tasks: Callable[[int, int], Sequence[Task]]
-  score: Callable[[Task, np.ndarray], Mapping[str, float]]
-  show: Callable[[Task, np.ndarray, Mapping[str, float]], list[tuple[np.ndarray, str]]] = show
+  score: Callable[[Task, np.ndarray], Mapping[str, Any]] | None = None
+  show: Callable[[Task, np.ndarray, Mapping[str, Any]], list[tuple[np.ndarray, str]]] = show
+  figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+  score_batch: Callable[[Sequence[Task], Sequence[np.ndarray]], Sequence[Mapping[str, Any]]] | None = None
+  is_slow: bool = False
+  features: Callable[[Sequence[Task], Sequence[np.ndarray]], np.ndarray] | None = None
+  of_set: Callable[[Iterable[tuple[Sequence[str], np.ndarray]]], Mapping[str, float]] | None = None
+
+
+def metrics_of(scores: Mapping[str, Any]) -> dict[str, float]:
+  """Of what `Suite.score` gave, what is a number."""
+  return {name: float(value) for name, value in scores.items() if isinstance(value, (bool, int, float, np.number))}
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
