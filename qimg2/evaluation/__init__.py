@@ -2,8 +2,8 @@
 
 A suite is a value. `tasks(num, seed)` gives the same tasks for the same arguments, and the first of many are those of few. `score(task, picture)`
 looks at one picture alone, so that figures of a suite are means over its pictures; `figures` says which, where they are not plain means. What only a
-set of pictures has, such as a distance between distributions, is a function of `features` of each of them. Nothing here draws, reads a config or needs
-jax: `qimg2.runtime.suites` runs suites.
+set of pictures has, such as a distance between distributions, is a function of `features` of each of them. Nothing here draws, reads a config or
+needs jax: `qimg2.runtime.suites` runs suites.
 """
 
 import dataclasses
@@ -65,8 +65,8 @@ class Suite:
   Attributes:
     tasks: (number, seed) -> the tasks, all with as many condition images. `ValueError` if there are fewer.
     score: (task, picture [H, W, 3] uint8) -> {metric: number}, the same metrics for each task. What is no number, a text or a list, is kept beside
-      the metrics and is in no figure. A picture that cannot be scored gives {"error": why} alone: it is left out and counted, never a 0. The name of a
-      metric that states what chance would give ends in "chance".
+      the metrics and is in no figure. A picture that cannot be scored gives {"error": why} alone: it is left out and counted, never a 0. The name
+      of a metric that states what chance would give ends in "chance".
     show: (task, picture, its scores) -> [(picture, caption)] for a sheet.
     figures: {name: figure}; none for the mean of each metric, as shares.
     score_batch: in place of `score`, for what looks at many pictures at a time, such as a judge on the device: (tasks, pictures) -> scores.
