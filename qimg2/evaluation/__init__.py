@@ -3,7 +3,7 @@
 A suite is a value. `tasks(num, seed)` gives the same tasks for the same arguments, and the first of many are those of few. `score(task, picture)`
 looks at one picture alone, so that figures of a suite are means over its pictures; `figures` says which, where they are not plain means. What only a
 set of pictures has, such as a distance between distributions, is a function of `features` of each of them. Nothing here draws, reads a config or
-needs jax: `qimg2.runtime.suites` runs suites.
+needs jax: `qimg2.runtime.evaluating` runs suites.
 """
 
 import dataclasses
