@@ -148,7 +148,7 @@ def _parsed(path: Place, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
     except ValueError as error:
       raise ValueError(f"Line {number} of {path} is no JSON ({error}): mend it or make the file anew.") from error
     if not isinstance(row, dict):
-      raise ValueError(f"Line {number} of {path} is {text[:60]!r}: each line must be an object, such as {{\"file\": \"a.png\", \"prompt\": \"...\"}}.")
+      raise ValueError(f"Line {number} of {path} is {text[:60]!r}: each line must be an object, such as {{\"file\": \"a.png\", \"prompt\": \"a\"}}.")
     yield row
 
 
