@@ -1,6 +1,7 @@
 """The notebooks' config: a plan for each device; what tells the device; the curves of a run; what installs."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -9,11 +10,13 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import colab
 from qimg2.runtime import curves, device_at_hand, watching
 from qimg2.runtime.config import parse
 from qimg2.runtime.notebook import Device
+from qimg2.runtime.report import figure_png
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIB = 2**30
@@ -82,6 +85,13 @@ def test_curves_grow_with_the_run(begun):
   assert third.size == (first.width, 2 * first.height) and np.array_equal(np.asarray(third)[:first.height], np.asarray(second))
   with pytest.raises(ValueError, match="There are no losses in .* yet"):
     curves(begun / "vae")
+
+
+def test_labels_of_a_narrow_range_are_whole_and_figures_of_one_size():
+  figures = [Image.open(io.BytesIO(figure_png({"loss": ((1, 2), values)}, "loss of generator", log=True))) for values in ((2.05, 1.95), (1, 1e-3))]
+  assert figures[0].size == figures[1].size
+  for figure in figures:
+    assert np.asarray(figure.convert("L"))[:, :2].min() == 255, "something is cut off at the left"
 
 
 def test_watching_shows_curves_while_the_body_runs_and_at_its_end(begun):

@@ -173,8 +173,8 @@ def figure_png(curves: Curves, label: str, log: bool) -> bytes:
 def _figure(curves: tuple, label: str, log: bool) -> bytes:
   from matplotlib.figure import Figure  # it takes a while, and only this needs it
 
-  figure = Figure(figsize=(9, 3.2), dpi=90)
-  axes = figure.add_axes((0.09, 0.16, 0.9, 0.8))
+  figure = Figure(figsize=(9, 3.2), dpi=90, layout="constrained")  # there is room for the labels, however wide, and the size stays
+  axes = figure.add_subplot()
   for name, (steps, values) in curves:
     axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None, linewidth=1.2)
   axes.set_xlabel("step")
