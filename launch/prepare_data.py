@@ -30,8 +30,7 @@ from data_pipelines import embedded
 from data_pipelines.verify import verify
 from launch import cli
 
-NEEDED = {"apache_beam": "apache-beam", "imagehash": "imagehash", "pyarrow": "pyarrow", "fsspec": "fsspec",
-          "rapidocr_onnxruntime": "rapidocr_onnxruntime"}
+NEEDED = {"apache_beam": "apache-beam", "imagehash": "imagehash", "pyarrow": "pyarrow", "fsspec": "fsspec", "rapidocr": "rapidocr"}
 TABLES = (".csv", ".tsv", ".jsonl")
 
 READING = ("captions", "uncaptioned", "picture_root")  # flags that are also keys of config.reading
