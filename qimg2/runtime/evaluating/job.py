@@ -132,40 +132,31 @@ def _do(out: Folder, work: Work, share: Share, num_workers: int) -> None:
     return
   left = sorted(set(range(share.index, len(work.chunks), share.num)) - out.done_parts(work.name))
   left = json.loads(processes.from_first("chunks", json.dumps(left)))
-  pending: list[tuple[int, Pending]] = []
+  num, ahead, pending = jax.process_count(), AHEAD if work.suite.is_slow else 0, []
   with Scorer(work.suite, num_workers) as scorer:
-    for number in tqdm(left, desc=work.name, unit="chunk", disable=None if processes.is_first() else True):
-      pictures = _pictures(work, number)
-      if _is_mine(work.suite, number) or _is_joint(work.suite):
-        tasks = [work.tasks[task] for task, _ in work.chunks[number]]
-        pending.append((number, scorer.begin(tasks, pictures)))
-      if len(pending) > (AHEAD if work.suite.is_slow else 0):
-        _keep(out, work, *pending.pop(0))
+    for place, number in enumerate(tqdm(left, desc=work.name, unit="chunk", disable=None if processes.is_first() else True)):
+      is_mine = place % num == jax.process_index()
+      pictures = _pictures(work, number, is_mine)
+      if is_mine:
+        pending.append((number, scorer.begin([work.tasks[task] for task, _ in work.chunks[number]], pictures)))
+      if place % num == num - 1:  # each process has drawn one that is its own: all score at the same time
+        while len(pending) > ahead:
+          _keep(out, work, *pending.pop(0))
     for number, begun in pending:
       _keep(out, work, number, begun)
 
 
-def _is_joint(suite: Suite) -> bool:
-  """Whether all processes score together, since the device does it."""
-  return suite.score_batch is not None or suite.features is not None
-
-
-def _is_mine(suite: Suite, number: int) -> bool:
-  """Whether this process writes a chunk's files."""
-  return processes.is_first() if _is_joint(suite) else number % jax.process_count() == jax.process_index()
-
-
-def _pictures(work: Work, number: int) -> list[np.ndarray | str]:
-  """The pictures of a chunk, drawn unless all are there; in place of one that cannot be read stands why."""
+def _pictures(work: Work, number: int, is_mine: bool) -> list[np.ndarray | str]:
+  """The pictures of a chunk, drawn unless all are there; in place of one that cannot be read stands why. Other processes' are none of this one's."""
   paths = [work.path(task, seed) for task, seed in work.chunks[number]]
   if work.draw is None:
-    return [_read(path) for path in paths]
+    return [_read(path) for path in paths] if is_mine else []
   found: list[np.ndarray | str] = []
   if jax.process_count() == 1 and all(path.exists() for path in paths):  # of several processes none draws alone
     found = [_read(path) for path in paths]
   if not found or any(isinstance(picture, str) for picture in found):
     found = list(work.draw(number))
-    if _is_mine(work.suite, number):
+    if is_mine:
       for path, picture in zip(paths, found):
         save_picture(picture, path)
   return found
@@ -181,8 +172,6 @@ def _read(path: Place) -> np.ndarray | str:
 def _keep(out: Folder, work: Work, number: int, begun: Pending) -> None:
   """Waits for the scores of a chunk and writes them."""
   scores, features = begun.finish()
-  if not _is_mine(work.suite, number):
-    return
   names = files.task_names(work.name, work.tasks)
   out.write_part(work.name, number, [
       row_of(work.name, names[task], work.tasks[task], seed, _file(out, work.path(task, seed)), found)

@@ -94,6 +94,7 @@ def _extremes(out: files.Folder, suite: Suite, tasks: Sequence[Task], rows: Sequ
     values = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
     order = np.argsort(values if figure.lower_is_better else -values, kind="stable")
     shown = [("best", order[:NUM_SHOWN])] + [("worst", order[-NUM_SHOWN:][::-1])] * (len(order) > NUM_SHOWN)
+    shown = [("all are alike, some", order[:NUM_SHOWN])] if values.min() == values.max() else shown
     parts = [(f"{name}: {kind}", [_tile(out, suite, by_name, some[i], values[i]) for i in places]) for kind, places in shown]
     found.append(html_parts.image(encode_png(strips(parts, SIDE_PX))))
   return ["<h3>Best and worst</h3>", *found] if found else []
