@@ -5,12 +5,12 @@ quantiles alpha_1, alpha_2 of these. BCa (Efron 1987) moves them by the bias z_0
 
   alpha_i = Phi(z_0 + (z_0 + z_i) / (1 - a (z_0 + z_i))),   a = sum s^3 / (6 (sum s^2)^1.5)                                (1)
 
-with Phi(z_0) the share of resamples below the value, those equal to it by half, and s_i = mean of the leave-one-out values - value without i. Both are
-too narrow at small n, by sqrt((n - 1) / n) and by the normal's quantile in place of Student's. `expand` takes z = sqrt(n / (n - 1)) t_{n-1} in place of
-the normal's quantile, the expanded percentile interval of Hesterberg (arXiv 1411.5279, section 5.3).
+with Phi(z_0) the share of resamples below the value, those equal to it by half, and s_i = mean of the leave-one-out values - value without i. Both
+are too narrow at small n, by sqrt((n - 1) / n) and by the normal's quantile in place of Student's. `expand` takes z = sqrt(n / (n - 1)) t_{n-1} in
+place of the normal's quantile, the expanded percentile interval of Hesterberg (arXiv 1411.5279, section 5.3).
 
-Resample r is words r ceil(n / 2) to (r + 1) ceil(n / 2) - 1 of the stream of Philox4x64 (Salmon et al. 2011), whose key is the seed; each word gives two
-indices, (half word x n) >> 32. So they are the same for any version of numpy, any machine and however many are drawn at once.
+Resample r is words r ceil(n / 2) to (r + 1) ceil(n / 2) - 1 of the stream of Philox4x64 (Salmon et al. 2011), whose key is the seed; each word gives
+two indices, (half word x n) >> 32. So they are the same for any version of numpy, any machine and however many are drawn at once.
 """
 
 import numpy as np
@@ -43,13 +43,19 @@ def resampled(sums: Sums, num_resamples: int, seed: int) -> np.ndarray:
   return np.concatenate(found)
 
 
-def levels(method: str, sums: Sums, values: np.ndarray, confidence: float, expand: bool) -> np.ndarray:
+def ends(sums: Sums, values: np.ndarray, method: str, confidence: float = 0.95, expand: bool = True) -> tuple[float, float]:
+  """(low, high) of the percentile or the BCa interval from the values of resamples [k], none of them nan; prompts are not all equal."""
+  low, high = np.quantile(values, _levels(sums, values, method, confidence, expand))
+  return float(low), float(high)
+
+
+def _levels(sums: Sums, values: np.ndarray, method: str, confidence: float, expand: bool) -> np.ndarray:
   """[2] which quantiles of the resamples are the ends of the interval, equation 1."""
   n = len(sums.prompt)
-  end = np.sqrt(n / (n - 1)) * student(confidence, n) if expand else special.ndtri((1 + confidence) / 2)
-  ends = np.array([-end, end])
+  z = np.sqrt(n / (n - 1)) * student(confidence, n) if expand else special.ndtri((1 + confidence) / 2)
+  z = np.array([-z, z])
   if method == "percentile":
-    return special.ndtr(ends)
+    return special.ndtr(z)
   close = 1e-12 * max(1.0, abs(sums.value))
   below = (values < sums.value - close).sum() + (np.abs(values - sums.value) <= close).sum() / 2
   # A half keeps the bias finite where all resamples are on one side.
@@ -57,15 +63,15 @@ def levels(method: str, sums: Sums, values: np.ndarray, confidence: float, expan
   shifts = sums.shifts()
   s = shifts.mean() - shifts
   acceleration = (s**3).sum() / (6 * np.square(s).sum() ** 1.5)
-  return special.ndtr(bias + (bias + ends) / np.maximum(1 - acceleration * (bias + ends), 1e-6))
+  return special.ndtr(bias + (bias + z) / np.maximum(1 - acceleration * (bias + z), 1e-6))
 
 
 def bootstrap(scores: Scores, method: str = "bca", confidence: float = 0.95, num_resamples: int = NUM_RESAMPLES, seed: int = 0,
               expand: bool = True) -> Estimate:
   """The ratio of sums, and its bootstrap interval over prompts.
 
-  Args: scores; "bca" or "percentile"; confidence in 0..1; number of resamples, at least 100; seed, a whole number of at least 0; whether quantiles are
-  moved outwards for few prompts.
+  Args: scores; "bca" or "percentile"; confidence in 0..1; number of resamples, at least 100; seed, a whole number of at least 0; whether quantiles
+  are moved outwards for few prompts.
 
   Raises:
     ValueError: scores that `by_prompt` refuses, an unknown method, too few resamples, confidence not in 0..1.
@@ -85,6 +91,6 @@ def bootstrap(scores: Scores, method: str = "bca", confidence: float = 0.95, num
   values = resampled(sums, num_resamples, seed)
   defined = values[~np.isnan(values)]
   lost = len(values) - len(defined)
-  low, high = np.quantile(defined, levels(method, sums, defined, confidence, expand))
+  low, high = ends(sums, defined, method, confidence, expand)
   note = f"{lost} of {len(values)} resamples had a denominator of 0 and are left out" if lost else ""
-  return Estimate(sums.value, float(low), float(high), confidence, name, n, note)
+  return Estimate(sums.value, low, high, confidence, name, n, note)

@@ -2,17 +2,17 @@
 
 Both runs drew the same prompts, so what a prompt makes hard for both cancels in the difference. Tests of the hypothesis that the runs are alike:
 
-  McNemar, sign   of b + c prompts that only one run got right (or won), as many as b are the first's with chance 1/2; prompts where both are alike say
-                  nothing. Two-sided exact p = 2 P(X <= min(b, c)), X binomial of b + c and 1/2, at most 1; mid-p takes P(X = min(b, c)) off it, half
-                  of it at each end (Fagerland et al. 2013, doi 10.1186/1471-2288-13-91).
+  McNemar, sign   of b + c prompts that only one run got right (or won), as many as b are the first's with chance 1/2; prompts where both are alike
+                  say nothing. Two-sided exact p = 2 P(X <= min(b, c)), X binomial of b + c and 1/2, at most 1; mid-p takes P(X = min(b, c)) off it,
+                  half of it at each end (Fagerland et al. 2013, doi 10.1186/1471-2288-13-91).
   sign flip       if runs are alike, which of the two gave which result is chance, prompt by prompt: the difference of the figures is computed again
                   with the runs exchanged on some prompts (Fisher 1935), all 2^n ways where at most 14 prompts differ, else random ones. Then
                   p = (1 + those at least as far from 0) / (1 + number of random ones), never 0 (Phipson and Smyth, arXiv 1603.05766).
   Holm            of several tests: p-values in ascending order, times the number of those that are not smaller, never falling.
 
-For one 0-or-1 picture a prompt the sign flip is McNemar's exact test. The interval of a difference is value -+ t_{n-1} SE, SE the jackknife over prompts
-of both figures at once, but for 0-or-1 single pictures the adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915), which is
-defined where no prompt differs:
+For one 0-or-1 picture a prompt the sign flip is McNemar's exact test. The interval of a difference is value -+ t_{n-1} SE, SE the jackknife over
+prompts of both figures at once, but for 0-or-1 single pictures the adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915),
+which is defined where no prompt differs:
 
   d = (b - c) / (n + 2),  d -+ q sqrt((b + c + 2) / (n + 2) - d^2) / sqrt(n + 2)                                            (1)
 
@@ -150,21 +150,23 @@ def sign_flip(a: Scores, b: Scores, num_permutations: int = NUM_PERMUTATIONS, se
 
 
 def _sign_flip(first: Sums, second: Sums, num_permutations: int, seed: int) -> Test:
-  numerators, denominators = first.numerator - second.numerator, first.denominator - second.denominator
-  differs = (numerators != 0) | (denominators != 0)
-  num = int(differs.sum())
+  mine, theirs = (np.stack([one.numerator, one.denominator], 1) for one in (first, second))
+  moved = mine - theirs
+  moved = moved[moved.any(1)]
+  num, start, both = len(moved), theirs.sum(0), mine.sum(0) + theirs.sum(0)
   if num == 0:
     return Test(1.0, "sign flip, exact", 0, "no prompt differs")
-  totals = first.numerator.sum() + second.numerator.sum(), first.denominator.sum() + second.denominator.sum()
+  columns = [np.ascontiguousarray(column) for column in moved.T]
   far = abs(first.value - second.value) - 1e-12 * max(1.0, abs(first.value), abs(second.value))
   exact, count = num <= MAX_EXACT, 0
   for bits in [(np.arange(2**num)[:, None] >> np.arange(num)) & 1] if exact else random_bits(num, num_permutations, seed):
-    bits = bits.astype(np.float64)
     # Of one that took the first's result where the bit is 1, else the second's.
-    numerator, denominator = (two.sum() + (bits @ moved[differs] if moved.any() else 0.0)
-                              for two, moved in ((second.numerator, numerators), (second.denominator, denominators)))
+    bits = bits.astype(np.float64)
+    # By einsum and not by BLAS, whose threads wait for each other longer than such a product takes, and change its last digits.
+    sums = start + np.stack([np.einsum("rn,n->r", bits, column) if column.any() else np.zeros(len(bits)) for column in columns], 1)
+    rest = both - sums
     with np.errstate(divide="ignore", invalid="ignore"):
-      difference = numerator / denominator - (totals[0] - numerator) / (totals[1] - denominator)
+      difference = sums[:, 0] / sums[:, 1] - rest[:, 0] / rest[:, 1]
     # An exchange whose denominator is 0 counts against the claim.
     count += int((~(np.abs(difference) < far)).sum())
   if exact:
