@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import subprocess
+import threading
+import time
 
 import jax
 import numpy as np
@@ -13,13 +15,13 @@ import pytest
 from PIL import Image
 
 from configs import colab
+from qimg2.analysis.roofline import GIB
 from qimg2.runtime import curves, device_at_hand, watching
 from qimg2.runtime.config import parse
 from qimg2.runtime.notebook import Device
 from qimg2.runtime.report import figure_png
 
 ROOT = pathlib.Path(__file__).parent.parent
-GIB = 2**30
 
 
 @pytest.mark.parametrize("device, plan", [
@@ -106,6 +108,19 @@ def test_watching_shows_curves_while_the_body_runs_and_at_its_end(begun):
   with watching(begun / "vae", shown.append, every_s=0.01):
     seen = len(shown)
   assert len(shown) == seen  # nothing to show
+
+
+def test_a_display_that_fails_takes_nothing_from_the_body(begun, caplog):
+  shown = []
+  def show(sheet):
+    shown.append(sheet)
+    raise RuntimeError("the browser\nis gone")
+  with watching(begun, show, every_s=0.01):
+    while "watching" in [thread.name for thread in threading.enumerate()]:
+      time.sleep(0.01)
+    done = True
+  assert done and len(shown) == 1, "nothing more is shown"
+  assert caplog.text.count("The curves cannot be shown any more (RuntimeError: the browser is gone): training goes on.") == 1
 
 
 @pytest.mark.parametrize("file, extra", [("accel0", "tpu"), ("vfio/0", "tpu"), ("nvidiactl", "cuda12"), ("null", "cpu")])

@@ -1,5 +1,7 @@
 """A source that changed since its units were planned is noticed; one that moved is the same."""
 
+import contextlib
+import errno
 import os
 import re
 import shutil
@@ -52,6 +54,19 @@ def test_a_picture_whose_name_is_written_in_another_normalisation_is_seen(tmp_pa
     after = look()
     shutil.rmtree(there.parent)
     assert len({before, after, look()}) == 3
+
+
+@pytest.mark.parametrize("number, is_told", [(errno.ECONNRESET, True), (errno.EIO, True), (errno.ENAMETOOLONG, False), (errno.ELOOP, False)])
+def test_a_lost_connection_says_nothing_of_a_picture(number, is_told, tmp_path, monkeypatch):
+  """But a path that cannot be followed is as one where nothing is."""
+  (tmp_path / "t.csv").write_text("image,caption\na.png,x\n")
+  units = plan_units(str(tmp_path / "t.csv"))
+  missing = fingerprint_of_pictures(units)
+  def facts(self, name):
+    raise OSError(number, os.strerror(number))
+  monkeypatch.setattr(sources.Place, "facts", facts)
+  with pytest.raises(OSError, match=os.strerror(number)) if is_told else contextlib.nullcontext():
+    assert fingerprint_of_pictures(units) == missing
 
 
 @pytest.mark.parametrize("table, text", [("t.csv", "image,caption\na.png,x\nb.png,y\n"),

@@ -7,9 +7,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qimg2.analysis import hlo, roofline
+from qimg2.analysis.roofline import GIB
 from qimg2.runtime.config import StageConfig
 
-GIB = 2**30
 PROGRAMS = STEP, EVALUATION, SAMPLES = "step", "evaluation", "samples"  # what a stage compiles
 HEADROOM = 0.9  # of the memory, which a plan should not exceed: the next compiler may need a little more
 
