@@ -86,9 +86,10 @@ def test_every_package_is_found():
   assert {name.removesuffix("*") for name in include} == set(workers.PACKAGES)
 
 
-def test_the_wheel_holds_every_module(wheel):
+def test_the_wheel_holds_every_module_and_prompt(wheel):
+  prompts = {str(path.relative_to(ROOT)) for path in (ROOT / "qimg2" / "evaluation" / "prompts").glob("*.json")}
   with zipfile.ZipFile(wheel) as file:
-    assert {name for name in file.namelist() if ".dist-info/" not in name} == modules() | {"launch/tpu_pod.sh"}
+    assert {name for name in file.namelist() if ".dist-info/" not in name} == modules() | prompts | {"launch/tpu_pod.sh"}
   assert os.listdir(wheel.parent) == [wheel.name]
 
 
