@@ -25,7 +25,7 @@ def random_texts(alphabet, num=40):
     ("e\u0301te\u0301", "été"), ("ＡＢＣ１２３！", "abc123!"), ("Straße", "STRASSE"), ("it’s", "it's"), ("“a” – b", '"a" - b'), ("ﬁne", "fine"),
     ("a\u00adb\u200dc", "abc"),
     ("a \n\t b", "a b"), ("\ufee3\ufeae\ufea3\ufe92\ufe8e", "مرحبا"), ("مـرحبا", "مرحبا"),
-    ("你好。", "你好."), ("\u0928\u0940", "नी"), ("『山』", '"山"'), ("x²", "x2")])
+    ("你好。", "你好."), ("\u0928\u0940", "नी"), ("『山』", '"山"'), ("x²", "x2"), ("你 好， 世界 a b", "你好,世界a b")])
 def test_forms_that_look_alike_are_one(one, other):
   assert T.normalise(one) == T.normalise(other)
   assert T.two_sided([one], [other]) == 1 and T.character_error_rate(one, other) == 0

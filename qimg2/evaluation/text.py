@@ -15,8 +15,8 @@ which a reward needs, but two unrelated English texts share some 45 % of their l
 
 Normalisation: NFKC, so that composed and combining marks, full-width and half-width forms, ligatures and Arabic presentation forms are one;
 case is folded (ß becomes ss), because a recogniser cannot tell a large from a small C, O, S or Z; typographic quotes and dashes become plain ones;
-characters that draw nothing (joiners, directional marks, soft hyphens) and the Arabic tatweel go; white space becomes one space. So ² is 2, and … is
-three dots.
+characters that draw nothing (joiners, directional marks, soft hyphens) and the Arabic tatweel go; white space becomes one space, and none beside
+Chinese and Japanese characters, whose lines are broken without one. So ² is 2, and … is three dots.
 
 Order: a picture has no one reading order, and recognisers give right-to-left text in the order of reading or of place. `arrange` takes the recognised
 lines in the given order or in that of their best matches in the expected text, and right-to-left lines as they are or turned, whichever is nearest.
@@ -35,6 +35,7 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 _PLAIN = str.maketrans({**dict.fromkeys("‘’‚‛′`´", "'"), **dict.fromkeys("“”„‟«»″「」『』《》〈〉‹›", '"'), **dict.fromkeys("‐‑‒–—―−", "-"),
                         "。": ".", "、": ",", "ـ": None})
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_BESIDE = re.compile(f" (?=[{_IDEOGRAPH}])|(?<=[{_IDEOGRAPH}]) ")
 _WORD = re.compile(f"[{_IDEOGRAPH}]|[^\\s{_IDEOGRAPH}]+")
 _SIGNS = "%&@#*"  # punctuation to Unicode, but part of a word
 
@@ -54,7 +55,7 @@ class Match(NamedTuple):
 def normalise(text: str) -> str:
   """The text as all scores of this module compare it; see above."""
   text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_PLAIN)
-  return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
+  return _BESIDE.sub("", " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split()))
 
 
 def words(text: str) -> list[str]:
