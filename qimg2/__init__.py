@@ -4,7 +4,7 @@ Reading order:
   params, sharding, layers    a weight is declared once; the mesh; what all networks share
   batch                       the contract of a batch: keys, shapes, types
   attention/                  who sees whom, and a file for each back end
-  models/                     mmdit (the generator), qwen3_vl (the condition encoder), vae (pixels <-> latents)
+  models/                     mmdit (the generator), qwen3_vl (the condition encoder), vae (pixels <-> latents), lpips (how far pictures are)
   layout, networks            the joint sequence of prompt, images and target; from a batch to latents, text states and a velocity
   flow, sampler               the path between data and noise; the ODE from noise to data
   algorithms/                 what a stage minimises: flow_matching, reconstruction
