@@ -1,6 +1,5 @@
 """The judge: rubrics and figures by hand; the template, the scores and the programs against the published classes with the same small weights."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -9,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 import reference
+import safetensors.numpy
 import torch
 
-from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
+from data_pipelines.tokenizer import train_tokenizer
+from data_pipelines.transforms import encode_png
 from qimg2.evaluation import judge as pure
 from qimg2.evaluation import judge_prompts, judge_scores, rubrics
 from qimg2.evaluation.judge_scores import Preference
@@ -139,8 +140,8 @@ def test_rubrics_say_what_they_need_and_show_pictures_in_order():
 
 @pytest.mark.parametrize("text,message", [
     ("user = 'x'", r"lacks the mark \{picture\}"), ("user = '{picture}{picture}'", "twice"), ("user = '{picture} {pict}'", r"unknown mark \{pict\}"),
-    ("user = '{picture}{first}'", r"has the mark \{first\}"), ("system = 'x'", "no field 'user'"), ("user = 3", "the field 'user'"), ("user =", "no TOML"),
-    ("user = '{picture}'\nscale = 3", "the field 'scale'"), ("user = '{picture}'\nanswers = ['1']", "two or more"),
+    ("user = '{picture}{first}'", r"has the mark \{first\}"), ("system = 'x'", "no field 'user'"), ("user = 3", "the field 'user'"),
+    ("user =", "no TOML"), ("user = '{picture}'\nscale = 3", "the field 'scale'"), ("user = '{picture}'\nanswers = ['1']", "two or more"),
     ("user = '{picture}'\nanswers = ['good', 'bad']", "two or more"), ("user = '{picture}'\nanswers = [1, 2]", "two or more")])
 def test_a_wrong_rubric_is_one_sentence(tmp_path, text, message):
   (tmp_path / "mine.toml").write_text(text)
@@ -151,10 +152,13 @@ def test_a_wrong_rubric_is_one_sentence(tmp_path, text, message):
 
 
 def test_prompts_of_both_forms(tmp_path):
-  line = {"prompt": "four cows", "atom_count": 3, "vqa_list": [["How many cows are there?", "four"], ["Are there cows?", "Yes"]], "skills": ["count", "object"]}
-  (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n\n" + json.dumps({"prompt": "x", "name": "x-1", "sources": ["s.png"], "height": 64}) + "\n")
+  line = {"prompt": "four cows", "atom_count": 3, "vqa_list": [["How many cows are there?", "four"], ["Are there cows?", "Yes"]],
+          "skills": ["count", "object"]}
+  edit = {"prompt": "x", "name": "x-1", "sources": ["s.png"], "height": 64}
+  (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n\n" + json.dumps(edit) + "\n")
   first, second = judge_prompts.read_prompts(tmp_path / "a.jsonl")
-  assert (first.name, first.category, first.size) == ("0", "3 atoms", (1024, 1024)) and second.sources == (tmp_path / "s.png",) and second.size == (64, 1024)
+  assert (first.name, first.category, first.size) == ("0", "3 atoms", (1024, 1024))
+  assert second.sources == (tmp_path / "s.png",) and second.size == (64, 1024)
   assert [(one.expected, one.skill, len(one.choices)) for one in first.questions] == [(4, "count", 11), (0, "object", 2)]
   assert first.questions[1].choices[0] == ("yes", "Yes", " yes", " Yes") and first.questions[0].choices[4][-1] == "4"
   (tmp_path / "b.json").write_text(json.dumps([line]))
@@ -165,7 +169,8 @@ def test_prompts_of_both_forms(tmp_path):
     ([{"text": "x"}], "Entry 1 of .*no object with a text in the field 'prompt'"), ([], "holds no prompts"), ("{", "neither a JSON list"),
     ([{"prompt": "x", "questions": [["Is it?", "maybe"]]}], "'maybe' is neither yes nor no"),
     ([{"prompt": "x", "questions": [["How many?", "11"]]}], "'11' is neither"), ([{"prompt": "x", "questions": ["Is it?"]}], "no list of"),
-    ([{"prompt": "x", "name": "a"}, {"prompt": "y", "name": "a"}], "Entry 2 .* 'a' is there twice"), ([{"prompt": "x", "name": "a/b"}], "signs other than"),
+    ([{"prompt": "x", "name": "a"}, {"prompt": "y", "name": "a"}], "Entry 2 .* 'a' is there twice"),
+    ([{"prompt": "x", "name": "a/b"}], "signs other than"),
     ([{"prompt": "x", "height": "64"}], "whole numbers of px"), ([{"prompt": "x", "sources": "a.png"}], "no list of paths"),
     ([{"prompt": "x", "questions": [], "skills": ["count"]}], "a skill for each of the 0 questions")])
 def test_a_wrong_file_of_prompts_is_one_sentence(tmp_path, content, message):
@@ -226,3 +231,127 @@ def test_a_reward_inside_jit_equals_the_published_score(judged):
   theirs = published_probabilities(judge, published_logits(model, processor, question), question) @ values
   np.testing.assert_allclose(ours, [theirs], atol=1e-5)
   assert 1 < theirs < 5
+
+
+def test_two_devices_judge_as_one(judged):
+  path, _, _, judge = judged
+  two = Judge(path, batch_size=2, devices=jax.devices()[:2])
+  rows = [judge.prepare(question) for question in QUESTIONS[:2]]
+  assert "fsdp" in str(two.weights["head"].sharding.spec)
+  for ours, theirs in zip(two.ask(rows), judge.ask(rows)):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+# Suites.
+
+
+def write_prompts(folder, *entries):
+  (folder / "prompts.json").write_text(json.dumps(entries))
+  return str(folder / "prompts.json")
+
+
+@pytest.fixture
+def fake(judged, monkeypatch):
+  """(folder, where to put the function of a row that answers, rows that were asked): suites without a network."""
+  monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+  answer, seen = [None], []
+  monkeypatch.setattr(Judge, "ask", lambda self, rows: [seen.append(row) or np.float32(answer[0](row)) for row in rows])
+  monkeypatch.setattr(Judge, "name", "fake")
+  return str(judged[0]), answer, seen
+
+
+def test_a_suite_with_a_rubric_of_ones_own(judged, tmp_path, monkeypatch):
+  path, model, processor, judge = judged
+  monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+  (tmp_path / "mine.toml").write_text("user = '{picture}{prompt}: reply'")
+  prompts = write_prompts(tmp_path, {"prompt": "the picture", "category": "c"}, {"prompt": "a"})
+  suite = judging.judge_suite(str(path), prompts, str(tmp_path / "mine.toml"), batch_size=2)
+  tasks = suite.tasks(2, 7)
+  assert sorted(task.name for task in tasks) == ["0", "1"] and suite.tasks(1, 7) == tasks[:1]
+  broken = np.zeros((64, 96, 4), np.uint8)
+  first, second = suite.score_batch(tasks, [picture(0), broken])
+  logits = published_logits(model, processor, asked(f"{tasks[0].prompt}: reply", picture(0)))
+  p = published_probabilities(judge, logits, asked(""))
+  assert first["mine"] == pytest.approx(float(p @ np.arange(1, 6)), abs=1e-4) and first["mine probabilities"] == pytest.approx(p.tolist(), abs=1e-5)
+  assert first["judge"].startswith("tiny, weights ") and set(second) == {"error"} and "composite it on white" in second["error"]
+  with pytest.raises(ValueError, match="3 prompts are asked for"):
+    suite.tasks(3, 0)
+
+
+def test_edits_are_seen_source_first_and_quality_without_it(fake, tmp_path):
+  folder, answer, seen = fake
+  (tmp_path / "s.png").write_bytes(encode_png(picture(1, 64, 64)))
+  suite = judging.judge_suite(folder, write_prompts(tmp_path, {"prompt": "red", "sources": ["s.png"]}), "edit")
+  scores = iter([4, 2, 5, 3])
+  answer[0] = lambda row: np.eye(5)[next(scores) - 1]
+  task, = suite.tasks(1, 0)
+  found, = suite.score_batch([task], [picture(2, 160, 96)])
+  assert {name: found[name] for name in suite.figures} == pytest.approx(
+      {"instruction": 4, "over_editing": 2, "naturalness": 5, "artefacts": 3, "SC": 2, "PQ": 3, "O": 6**0.5})
+  assert [[x.shape[:2] for x in row.pictures] for row in seen] == [[(64, 64)] * 2] * 2 + [[(64, 64)]] * 2  # at the size of the source
+  np.testing.assert_array_equal(seen[0].pictures[0], picture(1, 64, 64))
+  np.testing.assert_array_equal(seen[0].pictures[1], seen[2].pictures[0])
+
+
+def test_soft_tifa_of_a_suite(fake, tmp_path):
+  folder, answer, seen = fake
+  questions = [["Is it red?", "yes"], ["Is it blue?", "No"], ["Is it large?", "Yes"]]
+  prompts = write_prompts(tmp_path, {"prompt": "x", "vqa_list": questions, "skills": ["colour", "colour", "size"]})
+  suite = judging.tifa_suite(folder, prompts)
+  answer[0] = lambda row: [0.9, 0.1]
+  found, = suite.score_batch(suite.tasks(1, 0), [picture(0)])
+  assert found["probabilities"] == pytest.approx([0.9, 0.1, 0.9]) and len(seen) == 3
+  assert found["soft_tifa_am"] == pytest.approx(1.9 / 3) and found["soft_tifa_gm"] == pytest.approx(0.081 ** (1 / 3))
+  ratio = {name: found[figure.numerator] / found[figure.denominator] for name, figure in suite.figures.items() if figure.denominator}
+  assert ratio == pytest.approx({"colour": 0.5, "size": 0.9})
+  answer[0] = lambda row: [np.nan, np.nan]
+  assert suite.score_batch(suite.tasks(1, 0), [picture(0)]) == [{"error": "the judge's logits are not finite"}]
+
+
+def test_a_pair_is_asked_in_both_orders(fake, tmp_path):
+  folder, answer, seen = fake
+  task = judging.judge_suite(folder, write_prompts(tmp_path, {"prompt": "x"})).tasks(1, 0)[0]
+  dark, bright = picture(0) // 4, picture(1)
+  compare = lambda: judging.compare_pictures(judging.open_judge(folder), [task, task], [bright, dark], [dark, bright])
+  answer[0] = lambda row: [0.8, 0.2] if row.pictures[0].mean() > row.pictures[1].mean() else [0.2, 0.8]
+  found = compare()
+  assert [one["win"] for one in found] == pytest.approx([0.8, 0.2]) and [one["contradiction"] for one in found] == [0, 0]
+  np.testing.assert_array_equal(seen[0].pictures[0], seen[1].pictures[1])
+  answer[0] = lambda row: [0.7, 0.3]  # it looks at the place alone
+  assert [(one["win"], one["contradiction"]) for one in compare()] == [(0.5, 1), (0.5, 1)]
+
+
+def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
+  folder, tiny = fake[0], judged[3]
+  prompts = write_prompts(tmp_path, {"prompt": "x"})
+  with pytest.raises(ValueError, match="looks at what was edited"):
+    judging.judge_suite(folder, prompts, "edit")
+  with pytest.raises(ValueError, match="each once"):
+    judging.judge_suite(folder, prompts, "text,text")
+  with pytest.raises(ValueError, match="has no questions"):
+    judging.tifa_suite(folder, prompts)
+  with pytest.raises(ValueError, match="cuts the answer 'ten' into several tokens"):
+    judging.tifa_suite(folder, write_prompts(tmp_path, {"prompt": "x", "questions": [["How many?", "two"]]}))
+  with pytest.raises(ValueError, match="no config.json"):
+    judging.judge_suite(str(tmp_path), prompts)
+  with pytest.raises(ValueError, match="begin with the same token"):
+    tiny.find_answers((("1",), ("2", "1")))
+  with pytest.raises(ValueError, match="more than max_tokens 40"):
+    Judge(folder, max_tokens=40).prepare(asked("long " * 40, picture(0)))
+
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda path: (path / "chat_template.jinja").write_text("{{ '<|im_start|>assistant\\n<think>\\n' }}"), "take an Instruct model"),
+    (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    (lambda path: rename_head(path / "model.safetensors"), "lack lm_head.weight")], ids=["thinking", "tokenizer", "head"])
+def test_a_folder_that_cannot_judge_is_one_sentence(judged, tmp_path, spoil, message):
+  shutil.copytree(judged[0], tmp_path / "spoilt")
+  spoil(tmp_path / "spoilt")
+  with pytest.raises(ValueError, match=message):
+    Judge(tmp_path / "spoilt", devices=jax.devices()[:1]).weights  # noqa: B018
+
+
+def rename_head(path):
+  weights = safetensors.numpy.load_file(path)
+  weights.pop("lm_head.weight")
+  safetensors.numpy.save_file(weights, path)

@@ -78,7 +78,7 @@ def tifa_suite(pretrained: str, prompts: str, rubric: str = "question", side_px:
   if missing := [prompt.name for prompt in read if not prompt.questions]:
     raise ValueError(f"The prompt {missing[0]!r} of {prompts} has no questions: write some, or leave it out.")
   judge = open_judge(pretrained, side_px, batch_size, max_tokens)
-  for choices in {question.choices for prompt in read for question in prompt.questions}:
+  for choices in dict.fromkeys(question.choices for prompt in read for question in prompt.questions):
     judge.find_answers(choices)
   skills = sorted({question.skill for prompt in read for question in prompt.questions} - {""})
 
