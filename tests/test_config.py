@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import pathlib
@@ -331,6 +332,7 @@ def test_each_stage_of_the_published_curriculum_takes_what_passed_its_data_stage
 def test_every_suite_can_be_named_with_its_settings():
   assert list(SETTINGS) == list(registry.SUITES)
   for name, make in registry.SUITES.items():
+    make = getattr(importlib.import_module(make.module), make.name) if hasattr(make, "module") else make
     assert {*SETTINGS[name]} == {"num_prompts", *inspect.signature(make).parameters} - {"prepare", "source"}
 
 

@@ -63,7 +63,8 @@ class Suite:
   """Prompts and the scores of pictures.
 
   Attributes:
-    tasks: (number, seed) -> the tasks, all with as many condition images. `ValueError` if there are fewer.
+    tasks: (number, seed) -> the tasks, all with as many condition images; all there are for 0, where a suite has an end. `ValueError` if there are
+      fewer.
     score: (task, picture [H, W, 3] uint8) -> {metric: number}, the same metrics for each task. What is no number, a text or a list, is kept beside
       the metrics and is in no figure. A picture that cannot be scored gives {"error": why} alone: it is left out and counted, never a 0. The name
       of a metric that states what chance would give ends in "chance".

@@ -79,10 +79,10 @@ def _suite(chosen: Sequence[TextPrompt], sizes: Sequence[tuple[int, int]], score
 
 
 def _some(tasks: Sequence[Task], num: int, seed: int) -> list[Task]:
-  """The first of all in an order that the seed gives."""
+  """The first of all in an order that the seed gives; all of them for 0."""
   if num > len(tasks):
     raise ValueError(f"{num} prompts are asked for, but the suite has {len(tasks)}: ask for fewer, or for more languages and kinds.")
-  return [tasks[i] for i in np.random.default_rng(seed).permutation(len(tasks))[:num]]
+  return [tasks[i] for i in np.random.default_rng(seed).permutation(len(tasks))[:num or None]]
 
 
 def read_and_score(task: Task, picture: np.ndarray, score: Score, model: str = "") -> dict[str, Any]:

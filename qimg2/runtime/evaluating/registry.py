@@ -1,6 +1,7 @@
 """The evaluation suites by name, and their settings: what `config.evals` and `launch.evaluate --suite` may name."""
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,10 +21,21 @@ def _of_data(make: Callable[..., Suite]) -> Callable[..., Suite]:
   return made
 
 
+def _imported(module: str, name: str) -> Callable[..., Suite]:
+  """A suite whose module is read when it is asked for: what it needs is not everywhere."""
+  def made(source: Any, **settings: Any) -> Suite:
+    del source
+    return getattr(importlib.import_module(module), name)(**settings)
+  made.module, made.name = module, name
+  return made
+
+
 # Name -> (the run or folder that draws, or None; settings) -> the suite.
 SUITES: dict[str, Callable[..., Suite]] = {
     "glyphs": _of_data(embedded.glyph_suite), "glyph_edits": _of_data(embedded.glyph_edit_suite), "emoji": _of_data(embedded.emoji_suite),
-    "emoji_edits": _of_data(embedded.emoji_edit_suite)}
+    "emoji_edits": _of_data(embedded.emoji_edit_suite),
+    **{name: _imported("qimg2.evaluation.text_suites", f"{name}_suite") for name in ("text", "longtext_bench", "cvtg")},
+    **{name: _imported("qimg2.runtime.judging", f"{name}_suite") for name in ("judge", "tifa")}}
 
 
 def make_suite(name: str, settings: Mapping[str, Any], source: Any = None) -> tuple[Suite, int]:
