@@ -19,12 +19,10 @@ NUM_SHOWN = 6  # pictures of each end of a metric
 SIDE_PX = 160
 
 
-def write_page(out: files.Folder, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suites: Mapping[str, tuple[Suite, Sequence[Task]]],
-               comparison: Mapping[str, Any] | None = None) -> None:
-  """Writes report.html. Args: the folder; summary and rows as its files hold them; the suites with their tasks; what `compare` gave."""
+def write_page(out: files.Folder, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
+               suites: Mapping[str, tuple[Suite, Sequence[Task]]]) -> None:
+  """Writes report.html. Args: the folder; summary and rows as its files hold them; the suites with their tasks."""
   body = [f"<h1>Evaluation</h1><pre>{html.escape(json.dumps(summary['request'], indent=1, ensure_ascii=False))}</pre>"]
-  if comparison:
-    body.append(comparison_html(comparison))
   for name, found in summary["suites"].items():
     suite, tasks = suites[name]
     mine = [row for row in rows if row["suite"] == name]
@@ -36,13 +34,19 @@ def write_page(out: files.Folder, summary: Mapping[str, Any], rows: Sequence[Map
   write_file(out.place / files.REPORT, html_parts.page("Evaluation", body))
 
 
-def comparison_html(comparison: Mapping[str, Any]) -> str:
-  """The table of a comparison."""
+def write_comparison(out: files.Folder, comparison: Mapping[str, Any]) -> None:
+  """Writes comparison.html of what `comparing.compare` gave."""
   head = ("suite", "figure", "this", "other", "difference [95 %]", "p", "p, Holm", "prompts", "only one has")
   cells = lambda row: (*(in_words(row | {"value": row[key]}, with_interval=False) for key in ("value_a", "value_b")), in_words(row),
                        *("" if row[key] is None else f"{row[key]:.3g}" for key in ("p_value", "p_holm")))
   rows = [(row["suite"], row["name"], *cells(row), row["n"], row["left_out"]) for row in comparison["rows"]]
-  return f"<h2>Compared with {html.escape(comparison['other'])}</h2>{html_parts.table(head, rows)}"
+  judged = [(name, in_words(found["win"]), found["num_pairs"], f"{found['contradictions']:.1%}", f"{found['first place']:.2f}", found["left_out"])
+            for name, found in comparison.get("judge", {}).items()]
+  body = [f"<h1>{html.escape(comparison['this'])} compared with {html.escape(comparison['other'])}</h1>", html_parts.table(head, rows)]
+  if judged:
+    body += ["<h2>By the judge</h2>", html_parts.table(("suite", "this is better [95 %]", "pairs", "orders that contradict each other",
+                                                        "liking for the first place, 0.5 is none", "left out"), judged)]
+  write_file(out.place / "comparison.html", html_parts.page("Comparison", body))
 
 
 def _counts(found: Mapping[str, Any]) -> str:
