@@ -176,7 +176,7 @@ def _fit(rows: np.ndarray, counts: np.ndarray, groups: np.ndarray, has_ties: boo
     gradient, hessian = _slopes(rows, counts, first, tie, second, num, has_ties)
     gradient, hessian = gradient - prior * theta, hessian + prior * np.eye(len(theta)) + shift
     step, last = np.linalg.solve(hessian, gradient), height
-    if np.abs(step).max() < 1e-10:
+    if np.abs(step).max() < 1e-8:
       return theta, hessian
     theta = theta + step
   raise RuntimeError("The ratings did not converge: a vote count is too uneven for float64.")
