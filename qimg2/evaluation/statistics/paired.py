@@ -10,7 +10,7 @@ Both runs drew the same prompts, so what a prompt makes hard for both cancels in
                   p = (1 + those at least as far from 0) / (1 + number of random ones), never 0 (Phipson and Smyth, arXiv 1603.05766).
   Holm            of several tests: p-values in ascending order, times the number of those that are not smaller, never falling.
 
-For one 0-or-1 picture a prompt the sign flip is McNemar's exact test. The interval of a difference is value -+ t_{n-1} SE, SE the jackknife over
+For one 0-or-1 picture a prompt the sign flip is McNemar's exact test. The interval of a difference is value -+ t_{G-1} SE, SE the jackknife over
 prompts of both figures at once, but for 0-or-1 single pictures the adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915),
 which is defined where no prompt differs:
 
@@ -218,7 +218,7 @@ def _t_interval(first: Sums, second: Sums, confidence: float) -> tuple[float | N
   error, value = jackknife_error(first.shifts() - second.shifts()), first.value - second.value
   if is_constant(max(abs(first.value), abs(second.value)), error):
     return None, None, f"all {n} differences are equal: no interval"
-  half = student(confidence, n) * error
+  half = student(confidence, min(first.effective, second.effective)) * error
   return value - half, value + half, ""
 
 
