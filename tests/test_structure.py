@@ -16,7 +16,7 @@ ALLOWED = {
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
     "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl", "etils", "fsspec", "gcsfs",
               "google", "google_crc32c", "wandb"},
-    "qimg2/evaluation": {"qimg2", "numpy", "scipy"},
+    "qimg2/evaluation": {"qimg2", "numpy", "scipy", "PIL", "absl", "jax", "onnxruntime"},  # jax for networks that look at pictures
     "qimg2/published": {"qimg2", "numpy", "jax", "tqdm", "safetensors", "gguf"},  # gguf where it is installed
     # Joins config, data and networks.
     "qimg2/runtime": {"qimg2", "data_pipelines", "numpy", "jax", "grain", "tqdm", "absl", "matplotlib", "PIL"},
