@@ -25,8 +25,8 @@ _PAD, _START, _END, _VISION_START, _VISION_END, _, _IMAGE, _ = SPECIAL_TOKENS
 _SYSTEM_TURN = (_START, f"system\n{SYSTEM_PROMPT}", _END, "\n")
 _REPLY = (_END, "\n", _START, "assistant\n")
 
-# Where words are cut before merging, as in Qwen's tokenizer.json.
 _PAIR = ("vocab.json", "merges.txt")  # the older form of a tokenizer.json
+# Where words are cut before merging, as in Qwen's tokenizer.json.
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
           r"|\s+")
 
@@ -120,6 +120,28 @@ class PromptTokenizer:
     times.
     """
     return self._system + self._encode_parts(_user_turn(prompt, len(source_grids)), source_grids) + self._reply
+
+  def encode_chat(self, user: Sequence[str | tuple[int, int]], system: str = "") -> list[int]:
+    """Returns the ids of a chat in the template of Qwen3-VL's Instruct models, up to where the reply begins.
+
+    `user` holds the parts of the user's turn in order: texts, and for each picture its (h, w) in slots of the vision encoder. There is a system turn
+    unless `system` is empty.
+    """
+    parts, text = [], "user\n"
+    for part in user:
+      if isinstance(part, str):
+        text += part
+      else:
+        parts += [text, _VISION_START, "", _IMAGE, "", _VISION_END]
+        text = ""
+    turns = (_START, f"system\n{system}", _END, "\n") if system else ()
+    grids = [part for part in user if not isinstance(part, str)]
+    return self._encode_parts((*turns, _START, *parts, text), grids) + self._reply
+
+  def find_token(self, text: str) -> int | None:
+    """Returns the id of a text that is one token by itself, None for other texts."""
+    ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+    return ids[0] if len(ids) == 1 else None
 
   def count(self, prompts: Sequence[str], edit: bool = False) -> np.ndarray:
     """Returns the length of each prompt's template, int32, without what condition images add (`num_image_tokens`).

@@ -11,7 +11,7 @@ Reading order:
   training/                   the update, what it changes, where that is kept, numbers, deterministic validation, the one loop
   published/                  published tensors <-> our weights, a whole folder read and written
   analysis/                   operations that a step asks for; what a compiled one does; the fastest it could be on a chip
-  evaluation/                 the contract of an evaluation suite: tasks, and the score of a picture
+  evaluation/                 evaluation suites: the contract, metrics of pictures and texts, a judge, statistics
   runtime/                    config, data and networks joined: what the launchers and notebooks call
   flax_module                 the generator as a linen module
 

@@ -86,9 +86,14 @@ def test_every_package_is_found():
   assert {name.removesuffix("*") for name in include} == set(workers.PACKAGES)
 
 
+# What is not code: a script, rubrics of the judge, sets of prompts.
+DATA = {"launch/tpu_pod.sh"} | {path.relative_to(ROOT).as_posix() for folder in ("rubrics", "prompts")
+                                for path in (ROOT / "qimg2" / "evaluation" / folder).glob("*.[tj]*")}
+
+
 def test_the_wheel_holds_every_module(wheel):
   with zipfile.ZipFile(wheel) as file:
-    assert {name for name in file.namelist() if ".dist-info/" not in name} == modules() | {"launch/tpu_pod.sh"}
+    assert {name for name in file.namelist() if ".dist-info/" not in name} == modules() | DATA
   assert os.listdir(wheel.parent) == [wheel.name]
 
 

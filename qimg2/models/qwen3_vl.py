@@ -180,6 +180,24 @@ def logits(cfg: Config, params: dict, state: jax.Array) -> jax.Array:
   return layers.linear(layers.rms_norm(state, params["norm"], cfg.eps), head).astype(jnp.float32)
 
 
+@layers.full_precision
+def answer_logits(cfg: Config, params: dict, state: jax.Array, token_count: jax.Array, answers: jax.Array) -> jax.Array:
+  """Logits [B, n], float32, that the token after each row's last one is each of `answers`: a few rows of the head, not its whole product.
+
+  The product is float32 whatever `cfg.dtype` says, because a softmax over logits of 20 would feel bfloat16's steps of 1/8.
+
+  Args:
+    cfg, params: as in `apply`, with the head, or the embedding where the two are tied.
+    state: [B, M, D] that `apply` returns.
+    token_count: int32 [B], true lengths.
+    answers: int32 [n] ids.
+  """
+  last = jnp.take_along_axis(state, (token_count - 1)[:, None, None], axis=1)[:, 0].astype(jnp.float32)  # B D
+  head = jnp.take(params["embed"], answers, axis=0).T if cfg.tie_embeddings else jnp.take(params["head"], answers, axis=1)  # D n
+  normed = layers.rms_norm(last, params["norm"], cfg.eps)
+  return jnp.matmul(normed, head.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
 def prompt_positions(cfg: Config, tokens: jax.Array, token_count: jax.Array,
                      grids: Sequence[tuple[int, int]] = ()) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(positions int32 [3, B, M] on the axes time, row, column; ordinal int32 [B, M]; visual bool [B, M]).

@@ -115,7 +115,7 @@ def open_folder(path: str | pathlib.Path, dtype: str = "float32", remat: str = "
         schedule=read_schedule(read_json(path / "scheduler" / "scheduler_config.json")),
         sample_sigmas=None if sigmas is None else tuple(float(sigma) for sigma in sigmas),
         processor=processor,
-        image_pixels=_read_image_pixels(processor, encoder.vision),
+        image_pixels=read_image_pixels(processor, encoder.vision),
         transformer=pathlib.Path(transformer) if transformer else None)
   except (TypeError, AttributeError) as error:
     raise ValueError(f"A config in {path} holds a value of the wrong type ({error}): fetch the folder again.") from error
@@ -146,8 +146,12 @@ def _check_index(index: dict[str, Any], path: pathlib.Path) -> None:
                        f"{part.library}.")
 
 
-def _read_image_pixels(folder: pathlib.Path, vision: VisionConfig) -> tuple[int, int]:
-  """The bounds of a processor that does to pixels what `qwen3_vl_vision` does: scale to [-1, 1], cut into the encoder's patches."""
+def read_image_pixels(folder: pathlib.Path, vision: VisionConfig) -> tuple[int, int]:
+  """(fewest, most) px of an image for a processor that does to pixels what `qwen3_vl_vision` does: scale to [-1, 1], cut into the encoder's patches.
+
+  Raises:
+    ValueError: no settings of a processor, no bounds, or something else that it would do to pixels.
+  """
   files = {folder / name: read_json(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()}
   if not files:
     raise ValueError(f"The folder {folder} has neither {' nor '.join(PROCESSOR_FILES)}.")

@@ -46,7 +46,7 @@ class Pretrained:
     if self.tokenizer.image_token_id != self.folder.encoder.image_token_id:
       raise ValueError(f"The tokenizer in {folder} gives image slots the id {self.tokenizer.image_token_id}, its text encoder "
                        f"{self.folder.encoder.image_token_id}: they are of different models.")
-    self._kept = {name: _narrower(stored.get(name), compute) for name, compute in self.nets.compute_dtypes().items()}
+    self._kept = {name: narrower(stored.get(name), compute) for name, compute in self.nets.compute_dtypes().items()}
 
   def load(self) -> dict[str, dict]:
     """{network: weights}, read tensor by tensor onto the mesh; without the encoder's head, which nothing that draws reads."""
@@ -73,6 +73,6 @@ class Pretrained:
     return load_weights(self.folder, network, specs, sharding.param_shardings(specs, self.mesh, self.rules))
 
 
-def _narrower(stored: str | None, compute: str) -> str:
+def narrower(stored: str | None, compute: str) -> str:
   """The type that weights are kept in: that of most numbers in the files, or that of the computation, to which they would be rounded."""
   return stored if stored and jnp.dtype(stored).itemsize < jnp.dtype(compute).itemsize else compute

@@ -1,0 +1,357 @@
+"""The judge: rubrics and figures by hand; the template, the scores and the programs against the published classes with the same small weights."""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import reference
+import safetensors.numpy
+import torch
+
+from data_pipelines.tokenizer import train_tokenizer
+from data_pipelines.transforms import encode_png
+from qimg2.evaluation import judge as pure
+from qimg2.evaluation import judge_prompts, judge_scores, rubrics
+from qimg2.evaluation.judge_scores import Preference
+from qimg2.models import qwen3_vl
+from qimg2.runtime import judging
+from qimg2.runtime.judge import Judge, Question, fit_size
+
+DIGITS = tuple((digit,) for digit in rubrics.SCALE)
+TEXTS = ["Reply with one number and nothing else. 1 2 3 4 5", "yes no Yes No", "user system assistant the picture"] * 3
+# The published form: a system turn if there is one, pictures where they stand, and the beginning of the reply.
+TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+            "{% if c.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}"
+            "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def save_folder(path, tied=False):
+  """A small random judge as transformers saves it: (the published class, its processor)."""
+  from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+  path.mkdir()
+  train_tokenizer(TEXTS, 400).save(path / "trained.json")
+  tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "trained.json"), eos_token="<|im_end|>", pad_token="<|endoftext|>")
+  (path / "trained.json").unlink()
+  ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name.replace('image', 'image_pad').replace('video', 'video_pad')}|>")
+         for name in ("image", "video", "vision_start", "vision_end")}
+  model = reference.tiny_qwen3_vl(3, tied, vocab_size=len(tokenizer), **ids)
+  grid = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
+  processor = Qwen3VLProcessor(
+      image_processor=Qwen2VLImageProcessor(**grid, min_pixels=32 * 32, max_pixels=512 * 512, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+      tokenizer=tokenizer, video_processor=Qwen3VLVideoProcessor(**grid), chat_template=TEMPLATE)
+  model.save_pretrained(path)
+  processor.save_pretrained(path)
+  return model, processor
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+  """(folder, the published class, its processor, our judge on one device)."""
+  path = tmp_path_factory.mktemp("judge") / "tiny"
+  model, processor = save_folder(path)
+  return path, model, processor, Judge(path, batch_size=2, devices=jax.devices()[:1])
+
+
+def picture(seed, height=64, width=96):
+  return np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def asked(text, *pictures, system="", answers=DIGITS):
+  return Question((*pictures, text), answers, system)
+
+
+QUESTIONS = [
+    asked("the picture: reply with one number", picture(0)), asked("a", picture(1), system="Reply with nothing else."),
+    Question((picture(2), "before, after ", picture(3, 32, 64), "which"), DIGITS),
+    Question((picture(4), " is another, and quite a long text of many words follows", picture(5, 32, 64), "1 2 3"), DIGITS),
+    asked("yes?", picture(6), answers=tuple(map(judge_prompts.ways_to_write, judge_prompts.YES_NO)))]
+
+
+def published_inputs(processor, question):
+  """What the published processor makes of a question."""
+  content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in question.user]
+  messages = [{"role": "system", "content": question.system}] * bool(question.system) + [{"role": "user", "content": content}]
+  text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+  images = [torch.tensor(part).permute(2, 0, 1) for part in question.user if not isinstance(part, str)]
+  return processor(text=text, images=images, do_resize=False, return_tensors="pt")
+
+
+@torch.no_grad()
+def published_logits(model, processor, question):
+  return model(**published_inputs(processor, question)).logits[0, -1].numpy().astype(np.float64)
+
+
+def published_probabilities(judge, logits, question):
+  """By hand: the softmax over all ways to write the choices, summed for each."""
+  ids = [[token for text in ways if (token := judge.tokenizer.find_token(text)) is not None] for ways in question.answers]
+  odds = np.array([sum(np.exp(logits[token]) for token in tokens) for tokens in ids])
+  return odds / odds.sum()
+
+
+# By hand.
+
+
+def test_expected_score_and_choices_by_hand():
+  logits = np.log(np.array([[1, 2, 3, 4], [1, 1, 2, 4]], np.float32))
+  p = pure.choice_probabilities(logits, np.array([[0, 1, 0, 1], [-1, 0, 1, -1]]), 3)
+  np.testing.assert_allclose(p, [[0.4, 0.6, 0], [1 / 3, 2 / 3, 0]], rtol=1e-6)
+  np.testing.assert_allclose(pure.expected_score(p, np.array([1.0, 5.0, 9.0])), [3.4, 11 / 3], rtol=1e-6)
+
+
+def test_soft_tifa_by_hand():
+  assert judge_scores.soft_tifa([0.9, 0.4]) == pytest.approx((0.65, 0.6))
+  assert judge_scores.soft_tifa([1.0, 0.0, 0.5]) == (0.5, 0.0) and judge_scores.soft_tifa([0.25]) == pytest.approx((0.25, 0.25))
+  assert judge_scores.soft_tifa([1e-30] * 40)[1] == pytest.approx(1e-30)  # the product would be 0
+  for bad in ([], [1.2], [float("nan")]):
+    with pytest.raises(ValueError, match="at least one probability"):
+      judge_scores.soft_tifa(bad)
+
+
+def test_edit_scores_by_hand():
+  scores = {"instruction": 4.0, "over_editing": 2.0, "naturalness": 5.0, "artefacts": 4.5}
+  assert judge_scores.edit_scores(scores) == {"SC": 2.0, "PQ": 4.5, "O": 3.0}
+  assert judge_scores.edit_scores({"instruction": 4.0}) == {}
+
+
+def test_pairs_by_hand():
+  pairs = [Preference(0.9, 0.2), Preference(0.8, 0.8), Preference(0.3, 0.1), Preference(0.5, 0.9), Preference(0.6, 0.4)]
+  assert [one.win for one in pairs] == pytest.approx([0.85, 0.5, 0.6, 0.3, 0.6])
+  assert [one.contradicts for one in pairs] == [False, True, True, False, False]
+  assert judge_scores.pairwise_figures(pairs) == pytest.approx(
+      {"win": 0.57, "preferred": 0.6, "tied": 0.2, "contradictions": 0.4, "first place": 0.55})
+  with pytest.raises(ValueError, match="at least one pair"):
+    judge_scores.pairwise_figures([])
+
+
+def test_rubrics_say_what_they_need_and_show_pictures_in_order():
+  found = {path.stem: path.stem for path in rubrics.FOLDER.glob("*.toml")}
+  kinds = {"pairwise": rubrics.PAIRWISE, "question": rubrics.QUESTION}
+  found = {name: rubrics.find_rubric(name, kinds.get(name, rubrics.POINTWISE)) for name in found}
+  assert len(found) == 10 and {name for names in judge_scores.EDIT.values() for name in names} < set(found)
+  for name in judge_scores.EDIT["SC"]:  # the source first, then what was made of it
+    assert [part for part in found[name].fill({"prompt": "{picture}"}, {"sources": [1, 2], "picture": [3]}) if part in (1, 2, 3)] == [1, 2, 3]
+  for name in judge_scores.EDIT["PQ"]:
+    assert found[name].marks == ("picture",)
+  assert found["text"].values == (1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("text,message", [
+    ("user = 'x'", r"lacks the mark \{picture\}"), ("user = '{picture}{picture}'", "twice"), ("user = '{picture} {pict}'", r"unknown mark \{pict\}"),
+    ("user = '{picture}{first}'", r"has the mark \{first\}"), ("system = 'x'", "no field 'user'"), ("user = 3", "the field 'user'"),
+    ("user =", "no TOML"), ("user = '{picture}'\nscale = 3", "the field 'scale'"), ("user = '{picture}'\nanswers = ['1']", "two or more"),
+    ("user = '{picture}'\nanswers = ['good', 'bad']", "two or more"), ("user = '{picture}'\nanswers = [1, 2]", "two or more")])
+def test_a_wrong_rubric_is_one_sentence(tmp_path, text, message):
+  (tmp_path / "mine.toml").write_text(text)
+  with pytest.raises(ValueError, match=message):
+    rubrics.find_rubric(str(tmp_path / "mine.toml"))
+  with pytest.raises(ValueError, match="no rubric 'beauty': choose one of aesthetics"):
+    rubrics.find_rubric("beauty")
+
+
+def test_prompts_of_both_forms(tmp_path):
+  line = {"prompt": "four cows", "atom_count": 3, "vqa_list": [["How many cows are there?", "four"], ["Are there cows?", "Yes"]],
+          "skills": ["count", "object"]}
+  edit = {"prompt": "x", "name": "x-1", "sources": ["s.png"], "height": 64}
+  (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n\n" + json.dumps(edit) + "\n")
+  first, second = judge_prompts.read_prompts(tmp_path / "a.jsonl")
+  assert (first.name, first.category, first.size) == ("0", "3 atoms", (1024, 1024))
+  assert second.sources == (tmp_path / "s.png",) and second.size == (64, 1024)
+  assert [(one.expected, one.skill, len(one.choices)) for one in first.questions] == [(4, "count", 11), (0, "object", 2)]
+  assert first.questions[1].choices[0] == ("yes", "Yes", " yes", " Yes") and first.questions[0].choices[4][-1] == "4"
+  (tmp_path / "b.json").write_text(json.dumps([line]))
+  assert judge_prompts.read_prompts(tmp_path / "b.json") == [first]
+
+
+@pytest.mark.parametrize("content,message", [
+    ([{"text": "x"}], "Entry 1 of .*no object with a text in the field 'prompt'"), ([], "holds no prompts"), ("{", "neither a JSON list"),
+    ([{"prompt": "x", "questions": [["Is it?", "maybe"]]}], "'maybe' is neither yes nor no"),
+    ([{"prompt": "x", "questions": [["How many?", "11"]]}], "'11' is neither"), ([{"prompt": "x", "questions": ["Is it?"]}], "no list of"),
+    ([{"prompt": "x", "name": "a"}, {"prompt": "y", "name": "a"}], "Entry 2 .* 'a' is there twice"),
+    ([{"prompt": "x", "name": "a/b"}], "signs other than"),
+    ([{"prompt": "x", "height": "64"}], "whole numbers of px"), ([{"prompt": "x", "sources": "a.png"}], "no list of paths"),
+    ([{"prompt": "x", "questions": [], "skills": ["count"]}], "a skill for each of the 0 questions")])
+def test_a_wrong_file_of_prompts_is_one_sentence(tmp_path, content, message):
+  (tmp_path / "p.json").write_text(content if isinstance(content, str) else json.dumps(content))
+  with pytest.raises(ValueError, match=message):
+    judge_prompts.read_prompts(tmp_path / "p.json")
+
+
+def test_sizes_equal_published_rule():
+  from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+  r = np.random.RandomState(0)
+  for height, width in [*r.randint(16, 3000, (200, 2)), (32, 32), (5, 900), (1024, 1024), (48, 80)]:
+    theirs = smart_resize(int(height), int(width), 32, 256 * 256, 1024 * 1024)
+    assert fit_size(int(height), int(width), 32, 256 * 256, 1024 * 1024) == theirs
+  with pytest.raises(ValueError, match="too long and thin"):
+    fit_size(1, 300, 32, 1024, 4096)
+
+
+# Against the published classes.
+
+
+@pytest.mark.parametrize("number", range(len(QUESTIONS)))
+def test_chats_equal_published_template(judged, number):
+  _, _, processor, judge = judged
+  assert list(judge.prepare(QUESTIONS[number]).tokens) == published_inputs(processor, QUESTIONS[number])["input_ids"][0].tolist()
+
+
+def test_scores_equal_published_logits_in_any_batch(judged):
+  """One and two pictures, several lengths, several kinds of answers; together, and each alone."""
+  _, model, processor, judge = judged
+  rows = [judge.prepare(question) for question in QUESTIONS]
+  together = judge.ask(rows)
+  for row, question, ours in zip(rows, QUESTIONS, together):
+    theirs = published_probabilities(judge, published_logits(model, processor, question), question)
+    assert theirs.max() < 0.9999 and len(ours) == len(question.answers)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(judge.ask([row])[0], ours, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_few_rows_of_the_head_equal_its_whole_product(tmp_path, tied):
+  _, _ = save_folder(tmp_path / "tiny", tied)
+  judge = Judge(tmp_path / "tiny", devices=jax.devices()[:1])
+  assert judge.cfg.tie_embeddings is tied and ("head" in judge.weights) is not tied
+  state, token_count, answers = np.random.RandomState(0).randn(3, 7, judge.cfg.width).astype(np.float32), np.array([7, 1, 4]), np.array([3, 99, 7, 3])
+  whole = np.asarray(qwen3_vl.logits(judge.cfg, judge.weights, state))
+  few = qwen3_vl.answer_logits(judge.cfg, judge.weights, state, token_count, answers)
+  np.testing.assert_allclose(few, whole[np.arange(3), token_count - 1][:, answers], rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_inside_jit_equals_the_published_score(judged):
+  _, model, processor, judge = judged
+  question = QUESTIONS[0]
+  row, values = judge.prepare(question), np.arange(1, 6, dtype=np.float32)
+  reward = jax.jit(functools.partial(pure.score, judge.cfg))
+  ours = reward(judge.weights, np.array([row.tokens], np.int32), np.array([len(row.tokens)], np.int32), (row.pictures[0][None],),
+                np.array(row.answers, np.int32)[:, 0], values)
+  theirs = published_probabilities(judge, published_logits(model, processor, question), question) @ values
+  np.testing.assert_allclose(ours, [theirs], atol=1e-5)
+  assert 1 < theirs < 5
+
+
+def test_two_devices_judge_as_one(judged):
+  path, _, _, judge = judged
+  two = Judge(path, batch_size=2, devices=jax.devices()[:2])
+  rows = [judge.prepare(question) for question in QUESTIONS[:2]]
+  assert "fsdp" in str(two.weights["head"].sharding.spec)
+  for ours, theirs in zip(two.ask(rows), judge.ask(rows)):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+# Suites.
+
+
+def write_prompts(folder, *entries):
+  (folder / "prompts.json").write_text(json.dumps(entries))
+  return str(folder / "prompts.json")
+
+
+@pytest.fixture
+def fake(judged, monkeypatch):
+  """(folder, where to put the function of a row that answers, rows that were asked): suites without a network."""
+  monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+  answer, seen = [None], []
+  monkeypatch.setattr(Judge, "ask", lambda self, rows: [seen.append(row) or np.float32(answer[0](row)) for row in rows])
+  monkeypatch.setattr(Judge, "name", "fake")
+  return str(judged[0]), answer, seen
+
+
+def test_a_suite_with_a_rubric_of_ones_own(judged, tmp_path, monkeypatch):
+  path, model, processor, judge = judged
+  monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+  (tmp_path / "mine.toml").write_text("user = '{picture}{prompt}: reply'")
+  prompts = write_prompts(tmp_path, {"prompt": "the picture", "category": "c"}, {"prompt": "a"})
+  suite = judging.judge_suite(str(path), prompts, str(tmp_path / "mine.toml"), batch_size=2)
+  tasks = suite.tasks(2, 7)
+  assert sorted(task.name for task in tasks) == ["0", "1"] and suite.tasks(1, 7) == tasks[:1]
+  broken = np.zeros((64, 96, 4), np.uint8)
+  first, second = suite.score_batch(tasks, [picture(0), broken])
+  logits = published_logits(model, processor, asked(f"{tasks[0].prompt}: reply", picture(0)))
+  p = published_probabilities(judge, logits, asked(""))
+  assert first["mine"] == pytest.approx(float(p @ np.arange(1, 6)), abs=1e-4) and first["mine probabilities"] == pytest.approx(p.tolist(), abs=1e-5)
+  assert first["judge"].startswith("tiny, weights ") and set(second) == {"error"} and "composite it on white" in second["error"]
+  with pytest.raises(ValueError, match="3 prompts are asked for"):
+    suite.tasks(3, 0)
+
+
+def test_edits_are_seen_source_first_and_quality_without_it(fake, tmp_path):
+  folder, answer, seen = fake
+  (tmp_path / "s.png").write_bytes(encode_png(picture(1, 64, 64)))
+  suite = judging.judge_suite(folder, write_prompts(tmp_path, {"prompt": "red", "sources": ["s.png"]}), "edit")
+  scores = iter([4, 2, 5, 3])
+  answer[0] = lambda row: np.eye(5)[next(scores) - 1]
+  task, = suite.tasks(1, 0)
+  found, = suite.score_batch([task], [picture(2, 160, 96)])
+  assert {name: found[name] for name in suite.figures} == pytest.approx(
+      {"instruction": 4, "over_editing": 2, "naturalness": 5, "artefacts": 3, "SC": 2, "PQ": 3, "O": 6**0.5})
+  assert [[x.shape[:2] for x in row.pictures] for row in seen] == [[(64, 64)] * 2] * 2 + [[(64, 64)]] * 2  # at the size of the source
+  np.testing.assert_array_equal(seen[0].pictures[0], picture(1, 64, 64))
+  np.testing.assert_array_equal(seen[0].pictures[1], seen[2].pictures[0])
+
+
+def test_soft_tifa_of_a_suite(fake, tmp_path):
+  folder, answer, seen = fake
+  questions = [["Is it red?", "yes"], ["Is it blue?", "No"], ["Is it large?", "Yes"]]
+  prompts = write_prompts(tmp_path, {"prompt": "x", "vqa_list": questions, "skills": ["colour", "colour", "size"]})
+  suite = judging.tifa_suite(folder, prompts)
+  answer[0] = lambda row: [0.9, 0.1]
+  found, = suite.score_batch(suite.tasks(1, 0), [picture(0)])
+  assert found["probabilities"] == pytest.approx([0.9, 0.1, 0.9]) and len(seen) == 3
+  assert found["soft_tifa_am"] == pytest.approx(1.9 / 3) and found["soft_tifa_gm"] == pytest.approx(0.081 ** (1 / 3))
+  ratio = {name: found[figure.numerator] / found[figure.denominator] for name, figure in suite.figures.items() if figure.denominator}
+  assert ratio == pytest.approx({"colour": 0.5, "size": 0.9})
+  answer[0] = lambda row: [np.nan, np.nan]
+  assert suite.score_batch(suite.tasks(1, 0), [picture(0)]) == [{"error": "the judge's logits are not finite"}]
+
+
+def test_a_pair_is_asked_in_both_orders(fake, tmp_path):
+  folder, answer, seen = fake
+  task = judging.judge_suite(folder, write_prompts(tmp_path, {"prompt": "x"})).tasks(1, 0)[0]
+  dark, bright = picture(0) // 4, picture(1)
+  compare = lambda: judging.compare_pictures(judging.open_judge(folder), [task, task], [bright, dark], [dark, bright])
+  answer[0] = lambda row: [0.8, 0.2] if row.pictures[0].mean() > row.pictures[1].mean() else [0.2, 0.8]
+  found = compare()
+  assert [one["win"] for one in found] == pytest.approx([0.8, 0.2]) and [one["contradiction"] for one in found] == [0, 0]
+  np.testing.assert_array_equal(seen[0].pictures[0], seen[1].pictures[1])
+  answer[0] = lambda row: [0.7, 0.3]  # it looks at the place alone
+  assert [(one["win"], one["contradiction"]) for one in compare()] == [(0.5, 1), (0.5, 1)]
+
+
+def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
+  folder, tiny = fake[0], judged[3]
+  prompts = write_prompts(tmp_path, {"prompt": "x"})
+  with pytest.raises(ValueError, match="looks at what was edited"):
+    judging.judge_suite(folder, prompts, "edit")
+  with pytest.raises(ValueError, match="each once"):
+    judging.judge_suite(folder, prompts, "text,text")
+  with pytest.raises(ValueError, match="has no questions"):
+    judging.tifa_suite(folder, prompts)
+  with pytest.raises(ValueError, match="cuts the answer 'ten' into several tokens"):
+    judging.tifa_suite(folder, write_prompts(tmp_path, {"prompt": "x", "questions": [["How many?", "two"]]}))
+  with pytest.raises(ValueError, match="no config.json"):
+    judging.judge_suite(str(tmp_path), prompts)
+  with pytest.raises(ValueError, match="begin with the same token"):
+    tiny.find_answers((("1",), ("2", "1")))
+  with pytest.raises(ValueError, match="more than max_tokens 40"):
+    Judge(folder, max_tokens=40).prepare(asked("long " * 40, picture(0)))
+
+
+@pytest.mark.parametrize("spoil,message", [
+    (lambda path: (path / "chat_template.jinja").write_text("{{ '<|im_start|>assistant\\n<think>\\n' }}"), "take an Instruct model"),
+    (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    (lambda path: rename_head(path / "model.safetensors"), "lack lm_head.weight")], ids=["thinking", "tokenizer", "head"])
+def test_a_folder_that_cannot_judge_is_one_sentence(judged, tmp_path, spoil, message):
+  shutil.copytree(judged[0], tmp_path / "spoilt")
+  spoil(tmp_path / "spoilt")
+  with pytest.raises(ValueError, match=message):
+    Judge(tmp_path / "spoilt", devices=jax.devices()[:1]).weights  # noqa: B018
+
+
+def rename_head(path):
+  weights = safetensors.numpy.load_file(path)
+  weights.pop("lm_head.weight")
+  safetensors.numpy.save_file(weights, path)
