@@ -8,11 +8,12 @@
   density    mean number of the reference's balls that hold a picture, over k; coverage: share of the reference's balls that hold one (2002.09797)
   diversity  one minus the mean cosine over the pairs of pictures of a prompt, averaged over prompts
 
-Quirks. FID's covariances need more than D pictures to have full rank; with fewer it is still defined, but far too large: `notes` says so, and so
-does the bias at any size. tr (C C')^½ is the sum of the singular values of FᵀF', C = F Fᵀ by eigenvectors, C' likewise: never complex, no matrix root.
-KID may be below 0. CMMD is the biased estimate, with the diagonals, as published; since vectors of length 1 are near beside a deviation of 10, it is
-within 2 % ten times |mean - mean'|² of these vectors. The published CMMD takes CLIP ViT-L/14 at 336 px and FID Inception's pool of 2,048: with other
-features the figures compare with those of the same features alone. Squared distances below 1e-6 of the squared lengths count as 0.
+Quirks. FID's covariances need more than D pictures to have full rank; with fewer it is still defined, but far too large: `notes` says so. It is too
+large at any size, and less so with more pictures. tr (C C')^½ is the sum of the singular values of FᵀF', with C = F Fᵀ by eigenvectors and C'
+likewise: never complex, no matrix root. KID may be below 0. CMMD is the biased estimate, with the diagonals, as published; since vectors of length 1
+are near beside a deviation of 10, it is within 2 % ten times |mean - mean'|² of these vectors. The published CMMD takes CLIP ViT-L/14 at 336 px, and
+FID Inception's pool of 2,048 numbers: figures compare with those of the same features alone. The paper on density and coverage takes five neighbours;
+here k is that of precision. Squared distances below 1e-6 of the squared lengths count as 0.
 """
 
 import math

@@ -1,6 +1,7 @@
 """Mean and covariance of vectors that come in blocks, on any process, in any order.
 
-A set of n vectors is n, its mean m and its scatter S = Σ (x - m)(x - m)ᵀ. Two sets together have (Chan et al. 1983, doi 10.1080/00031305.1983.10483115)
+A set of n vectors is n, its mean m and its scatter S = Σ (x - m)(x - m)ᵀ. Two sets together have (Chan et al.
+1983, doi 10.1080/00031305.1983.10483115)
 
   n = nₐ + n_b,   m = mₐ + d n_b/n,   S = Sₐ + S_b + d dᵀ nₐ n_b/n,   d = m_b - mₐ                                                 (1)
 
