@@ -86,9 +86,10 @@ def test_every_package_is_found():
   assert {name.removesuffix("*") for name in include} == set(workers.PACKAGES)
 
 
-def test_the_wheel_holds_every_module(wheel):
+def test_the_wheel_holds_every_module_and_rubric(wheel):
+  rubrics = {str(path.relative_to(ROOT)) for path in (ROOT / "qimg2" / "evaluation" / "rubrics").glob("*.toml")}
   with zipfile.ZipFile(wheel) as file:
-    assert {name for name in file.namelist() if ".dist-info/" not in name} == modules() | {"launch/tpu_pod.sh"}
+    assert rubrics and {name for name in file.namelist() if ".dist-info/" not in name} == modules() | rubrics | {"launch/tpu_pod.sh"}
   assert os.listdir(wheel.parent) == [wheel.name]
 
 
