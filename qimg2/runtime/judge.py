@@ -151,15 +151,23 @@ class Judge:
       groups.setdefault((tuple(x.shape for x in row.pictures), _round_up(len(row.tokens), TOKEN_STEP)), []).append(number)
     answers = sorted({token for row in rows for tokens in row.answers for token in tokens})
     answers += [0] * (_round_up(len(answers), ANSWER_STEP) - len(answers))
+    ids = jax.device_put(np.asarray(answers, np.int32), sharding.replicated(self.mesh))
     found: dict[int, np.ndarray] = {}
+    pending: tuple[list[int], Any] = [], None  # the device works on one batch while the host makes the next
+
+    def keep(some: list[int], result: Any) -> None:
+      if some:
+        p = sharding.to_host(result)
+        found.update({i: p[place, :len(rows[i].answers)] for place, i in enumerate(some)})
+
     for (_, length), numbers in groups.items():
       for start in range(0, len(numbers), self._rows):
         some = numbers[start:start + self._rows]
         filled = [rows[i] for i in some + some[-1:] * (self._rows - len(some))]  # the last one fills what is left
         batch = sharding.put_global_batch(self._batch(filled, length, answers), self.mesh, self.rules)
-        ids = jax.device_put(np.asarray(answers, np.int32), sharding.replicated(self.mesh))
-        p = sharding.to_host(self._program(self.weights, batch, ids))
-        found |= {i: p[place, :len(rows[i].answers)] for place, i in enumerate(some)}
+        last, pending = pending, (some, self._program(self.weights, batch, ids))
+        keep(*last)
+    keep(*pending)
     return [found[i] for i in range(len(rows))]
 
   def _batch(self, rows: Sequence[Row], length: int, answers: Sequence[int]) -> dict:
