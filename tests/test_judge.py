@@ -1,5 +1,6 @@
 """The judge: rubrics and figures by hand; the template, the scores and the programs against the published classes with the same small weights."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -13,12 +14,14 @@ import torch
 
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import encode_png
+from qimg2.analysis.flops import encoder_forward
 from qimg2.evaluation import judge as pure
 from qimg2.evaluation import judge_prompts, judge_scores, rubrics
 from qimg2.evaluation.judge_scores import Preference
 from qimg2.models import qwen3_vl
 from qimg2.runtime import judging
 from qimg2.runtime.judge import Judge, Question, fit_size
+from qimg2.runtime.rehearsal import judging as judging_rehearsal
 
 DIGITS = tuple((digit,) for digit in rubrics.SCALE)
 TEXTS = ["Reply with one number and nothing else. 1 2 3 4 5", "yes no Yes No", "user system assistant the picture"] * 3
@@ -242,6 +245,16 @@ def test_two_devices_judge_as_one(judged):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_rehearsal_compiles_what_is_judged(judged):
+  judge = judged[3]
+  row = judging_rehearsal.rehearse_judge(judge.cfg, judging_rehearsal.Batch(2, 128, ((64, 96),)), "cpu:2")
+  weights = sum(x.nbytes for x in jax.tree.leaves(judge.weights))
+  assert row.num_devices == 2 and row.peak_bytes > weights / 2 and row.fits is None
+  assert row.model_flops == {"judge": 2 * encoder_forward(judge.cfg, 128, ((64, 96),))}
+  v5p = dataclasses.replace(row, limit_bytes=2.0**30, bound={"step_s": 0.5, "compute_s": 0.5, "hbm_s": 0.2, "ici_s": 0.1, "dcn_s": 0.0})
+  assert "fits in 1.00; at least 0.500 s a batch with everything overlapped, 0.800 s" in judging_rehearsal.describe(v5p)
+
+
 # Suites.
 
 
@@ -290,6 +303,7 @@ def test_edits_are_seen_source_first_and_quality_without_it(fake, tmp_path):
       {"instruction": 4, "over_editing": 2, "naturalness": 5, "artefacts": 3, "SC": 2, "PQ": 3, "O": 6**0.5})
   assert [[x.shape[:2] for x in row.pictures] for row in seen] == [[(64, 64)] * 2] * 2 + [[(64, 64)]] * 2  # at the size of the source
   np.testing.assert_array_equal(seen[0].pictures[0], picture(1, 64, 64))
+  assert [caption for _, caption in suite.show(task, picture(2), found)][1].endswith("artefacts 3.00, SC 2.00, PQ 3.00, O 2.45]")
   np.testing.assert_array_equal(seen[0].pictures[1], seen[2].pictures[0])
 
 
@@ -343,7 +357,7 @@ def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
 @pytest.mark.parametrize("spoil,message", [
     (lambda path: (path / "chat_template.jinja").write_text("{{ '<|im_start|>assistant\\n<think>\\n' }}"), "take an Instruct model"),
     (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-    (lambda path: rename_head(path / "model.safetensors"), "lack lm_head.weight")], ids=["thinking", "tokenizer", "head"])
+    (lambda path: remove_head(path / "model.safetensors"), "lack lm_head.weight")], ids=["thinking", "tokenizer", "head"])
 def test_a_folder_that_cannot_judge_is_one_sentence(judged, tmp_path, spoil, message):
   shutil.copytree(judged[0], tmp_path / "spoilt")
   spoil(tmp_path / "spoilt")
@@ -351,7 +365,12 @@ def test_a_folder_that_cannot_judge_is_one_sentence(judged, tmp_path, spoil, mes
     Judge(tmp_path / "spoilt", devices=jax.devices()[:1]).weights  # noqa: B018
 
 
-def rename_head(path):
+def test_the_text_encoder_of_a_pipeline_judges_too(tiny_folder):
+  judge = Judge(tiny_folder, devices=jax.devices()[:1])
+  assert judge.weights["head"].shape == (judge.cfg.width, judge.cfg.vocab_size) and judge.prepare(asked("a poster", picture(0))).tokens
+
+
+def remove_head(path):
   weights = safetensors.numpy.load_file(path)
   weights.pop("lm_head.weight")
   safetensors.numpy.save_file(weights, path)

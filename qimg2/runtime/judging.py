@@ -60,7 +60,7 @@ def judge_suite(pretrained: str, prompts: str, rubrics: str = "prompt_following,
     return {**means, **edit_scores(means), **{f"{name} probabilities": p.tolist() for name, p in zip(asked, found)}}
 
   figures = [*asked, *(name for name in (*EDIT, OVERALL) if edit_scores(dict.fromkeys(asked, 1.0)))]
-  return Suite(_tasks(read, prompts), score_batch=_score_batch(judge, asked.values(), questions, scores),
+  return Suite(_tasks(read, prompts), score_batch=_score_batch(judge, asked.values(), questions, scores), show=_show(figures),
                figures={name: Figure(name, is_share=False) for name in figures})
 
 
@@ -94,7 +94,8 @@ def tifa_suite(pretrained: str, prompts: str, rubric: str = "question", side_px:
     return {"soft_tifa_am": arithmetic, "soft_tifa_gm": geometric, **sums, "probabilities": p}
 
   figures = {name: Figure(name) for name in ("soft_tifa_am", "soft_tifa_gm")}
-  return Suite(_tasks(read, prompts, lambda prompt: prompt.questions), score_batch=_score_batch(judge, [asked], questions, scores),
+  return Suite(_tasks(read, prompts, lambda prompt: prompt.questions), show=_show(figures),
+               score_batch=_score_batch(judge, [asked], questions, scores),
                figures=figures | {skill: Figure(f"{skill} sum", f"{skill} number") for skill in skills})
 
 
@@ -120,6 +121,14 @@ def compare_pictures(judge: Judge, tasks: Sequence[Task], first: Sequence[np.nda
     one = Preference(*(float(np.clip(p[0], 0, 1)) for p in found))
     return {"win": one.win, "contradiction": float(one.contradicts), "probabilities": [one.first, one.swapped]}
   return _score_batch(judge, [asked], questions, scores)(tasks, list(zip(first, second, strict=True)))
+
+
+def _show(metrics: Iterable[str]) -> Callable[[Task, np.ndarray, Mapping[str, Any]], list[tuple[np.ndarray, str]]]:
+  """`Suite.show` with these metrics, or why there are none, in the caption."""
+  def show(task: Task, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
+    said = scores[ERROR] if ERROR in scores else ", ".join(f"{name} {scores[name]:.2f}" for name in metrics)
+    return [(source, "(source)") for source in task.sources] + [(picture, f"{task.prompt} [{said}]")]
+  return show
 
 
 def _bare(judge: Judge, rubric: Rubric) -> tuple[tuple[str, ...], ...]:
