@@ -132,7 +132,7 @@ CASES = {
     "t": Case(("t over prompts, 0 or 1, 4 seeds",), binary, of(clustered_t)),
     "t_decibels": Case(("t over prompts, decibels, 1 to 4 seeds",), decibels, of(lambda seen: figure(*seen))),
     "bootstraps": Case(("percentile bootstrap, 0 or 1, 4 seeds", "BCa bootstrap, the same"), seeded, bootstraps),
-    "pairs": Case(("difference, Bonett-Price, 0 or 1",), pair(1), of(lambda runs: compare(*runs, num_permutations=1))),
+    "pairs": Case(("difference, Agresti-Min, 0 or 1",), pair(1), of(lambda runs: compare(*runs, num_permutations=1))),
     "pairs_t": Case(("difference, t over prompts, 0 or 1, 1 to 4 seeds",), pair(0), of(lambda runs: compare(*runs, num_permutations=1))),
     "wins": Case(("net win rate, 3 votes a prompt",), wins, of(lambda seen: preference(*seen, num_permutations=1))),
     "ratings": Case(("difference of ratings, independent votes",), votes(False), of(lambda seen: bradley_terry(*seen).difference(0, 1))),
@@ -157,11 +157,12 @@ def covered(name: str, n: int, studies: int = 1000) -> dict[str, float]:
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--studies", type=int, default=1000)
-  studies = parser.parse_args().studies
+  parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
+  args = parser.parse_args()
   print(f"| interval | {' | '.join(f'n = {n}' for n in SIZES)} |\n|---|{'---|' * len(SIZES)}")
-  for name, case in CASES.items():
-    found = [covered(name, n, studies) for n in SIZES]
-    for row in case.rows:
+  for name in args.cases:
+    found = [covered(name, n, args.studies) for n in SIZES]
+    for row in CASES[name].rows:
       print(f"| {row} | {' | '.join(f'{one[row]:.1%}'.replace('%', ' %') for one in found)} |", flush=True)
 
 

@@ -13,7 +13,7 @@ from statsmodels.stats import contingency_tables, multitest, proportion
 from qimg2.evaluation.statistics import Scores, compare, figure, holm, preference
 from qimg2.evaluation.statistics.bootstrap import bootstrap, resampled
 from qimg2.evaluation.statistics.intervals import clustered_t, clustered_wilson, wilson
-from qimg2.evaluation.statistics.paired import bonett_price, mcnemar, sign_flip, sign_test
+from qimg2.evaluation.statistics.paired import agresti_min, mcnemar, sign_flip, sign_test
 from qimg2.evaluation.statistics.sums import by_prompt
 
 
@@ -210,10 +210,10 @@ def test_compare_of_single_pictures_is_mcnemar():
   order = np.random.default_rng(0).permutation(36)
   found = compare(Scores(a, None, np.arange(36)), Scores(b[order], None, order))
   assert found.p_value == mcnemar(9, 2).p_value == pytest.approx(sign_flip(Scores(a, None, range(36)), Scores(b, None, range(36))).p_value)
-  d, half = 7 / 38, scipy.stats.norm.ppf(0.975) * math.sqrt((13 / 38 - (7 / 38) ** 2) / 38)
+  d, half = 7 / 38, scipy.stats.norm.ppf(0.975) * math.sqrt((12 / 38 - (7 / 38) ** 2) / 38)
   assert (found.low, found.high) == pytest.approx((d - half, d + half)) and found.value == pytest.approx(7 / 36)
   assert (found.higher, found.equal, found.lower, found.n) == (9, 25, 2, 36)
-  assert bonett_price(0, 0, 30)[1] > 0.05  # no difference seen is no certainty
+  assert agresti_min(0, 0, 30)[1] > 0.05  # no difference seen is no certainty
 
 
 def test_compare_of_many_pictures_is_students_paired_interval():
@@ -247,4 +247,4 @@ def test_preference_is_the_net_win_rate():
   ties = preference(np.zeros(9), np.arange(9))
   assert ties.value == 0 and ties.p_value == 1 and "no prompt" in ties.note and ties.low < 0 < ties.high
   crowd = preference(np.tile(outcome, 5), np.tile(np.arange(22), 5))
-  assert crowd.n == 22 and crowd.high - crowd.low == pytest.approx(found.high - found.low, rel=0.1)
+  assert crowd.n == 22 and crowd.high - crowd.low == pytest.approx(found.high - found.low, rel=0.2)
