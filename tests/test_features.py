@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines.transforms import encode_png
 from qimg2 import params as P
 from qimg2.evaluation.features import OnnxConfig, OnnxFeatures, prepare
 from qimg2.evaluation.reference_set import ReferenceSet, make_reference
 from qimg2.evaluation.vision_features import VisionFeatures
 from qimg2.models.qwen3_vl_vision import VisionConfig, vision_apply, vision_specs
+from qimg2.runtime.picture_suites import fidelity_suite
 
 
 def _field(number, value):
@@ -164,3 +166,37 @@ def test_the_tower_gives_the_mean_of_its_tokens_however_pictures_are_batched():
   np.testing.assert_allclose(features([None], pictures[2:]), found[2:], atol=1e-5)
   with pytest.raises(ValueError, match="positive multiple of 32"):
     VisionFeatures(cfg, params, side_px=50)
+
+
+# The suite.
+
+
+def test_the_suite_reads_captions_and_keeps_the_reference(network, tmp_path):
+  folder = tmp_path / "reference"
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  for number in range(5):
+    (folder / f"{number}.png").write_bytes(encode_png(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)))
+    (folder / f"{number}.txt").write_text(f"picture {number}\n")
+  settings = dict(network=network.path, input_px=8, mean="0+0.5+0.25", std="1+0.5+0.25")
+  suite = fidelity_suite(str(folder), keep=str(tmp_path / "kept.npz"), side_px=64, **settings)
+  assert [(task.prompt, task.name, task.size) for task in suite.tasks(0, 7)] == [(f"picture {i}", f"00000{i}", (64, 64)) for i in range(5)]
+  assert suite.tasks(3, 7) == suite.tasks(5, 7)[:3]
+  (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+  again = fidelity_suite(str(tmp_path / "kept.npz"), prompts=str(tmp_path / "prompts.txt"), **settings)
+  assert [task.prompt for task in again.tasks(0, 7)] == ["one", "two"]
+  pictures = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(6)]
+  names = ["a", "a", "b", "b", "c", "c"]
+  figures = [one.of_set([(names, one.features([None] * 6, pictures))]) for one in (suite, again)]
+  assert figures[0] == figures[1] and figures[0]["diverse_prompts"] == 3 and figures[0]["fid_full_rank"] == 1
+  with pytest.raises(ValueError, match="3 prompts are asked for, but .*prompts.txt has 2"):
+    again.tasks(3, 7)
+  with pytest.raises(ValueError, match="make the reference anew"):
+    fidelity_suite(str(tmp_path / "kept.npz"), prompts=str(tmp_path / "prompts.txt"), **settings | {"mean": "0"})
+  with pytest.raises(ValueError, match="is no folder with captions"):
+    fidelity_suite(str(tmp_path / "kept.npz"), **settings)
+  with pytest.raises(ValueError, match="give one number, or three"):
+    fidelity_suite(str(folder), **settings | {"std": "1+2"})
+  (folder / "3.txt").unlink()
+  with pytest.raises(ValueError, match="3.png of .* has no caption 3.txt"):
+    fidelity_suite(str(folder), **settings)

@@ -1,6 +1,7 @@
 """A set of reference features that is kept in a file, and the figures of a drawn set against it."""
 
 import dataclasses
+import io
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from absl import logging
 
 from qimg2.evaluation import Figure, fidelity
 from qimg2.evaluation.moments import Moments, check_features
+from qimg2.places import write_file
 
 # What the figures of a set are, for tables.
 FIGURES = {"fid": Figure("fid", is_share=False, lower_is_better=True), "kid": Figure("kid", is_share=False, lower_is_better=True),
@@ -29,9 +31,10 @@ class ReferenceSet:
   network: str
 
   def save(self, path: str | pathlib.Path) -> None:
-    """Writes an .npz file that `load` reads."""
-    with open(path, "wb") as file:
-      np.savez(file, features=self.features, network=np.array(self.network))
+    """Writes an .npz file that `load` reads, whole or not at all."""
+    content = io.BytesIO()
+    np.savez(content, features=self.features, network=np.array(self.network))
+    write_file(pathlib.Path(path), content.getvalue())
 
   @classmethod
   def load(cls, path: str | pathlib.Path) -> "ReferenceSet":
