@@ -42,8 +42,8 @@ lint: .venv/.installed-dev
 	.venv/bin/python -m pip install -q --no-compile -r requirements.txt -c requirements.lock
 	touch $@
 
-# torchvision's wheels name a torch build of their own; its Python code is all that the tests need.
+# Wheels of torchvision name a torch build of their own, and lpips asks for torchvision; their Python code is all that the tests need.
 .venv/.installed-dev: requirements.txt requirements-data.txt requirements-dev.txt requirements.lock | .venv/bin/python
 	.venv/bin/python -m pip install -q --no-compile -r requirements.txt -r requirements-data.txt -r requirements-dev.txt -c requirements.lock
-	.venv/bin/python -m pip install -q --no-compile --no-deps torchvision==0.29.1
+	.venv/bin/python -m pip install -q --no-compile --no-deps torchvision==0.29.1 lpips==0.1.4
 	touch .venv/.installed $@

@@ -47,7 +47,7 @@ def base() -> ConfigDict:
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_tiny(), sizes.qwen3_vl_tiny(), sizes.vae_tiny()
   cfg.schedule = ConfigDict(plain(flow.Schedule()))
   cfg.sampling = ConfigDict(dict(num_steps=40, guidance=1.0, sigmas=(), num_images=16))  # sigmas: own times before the shift, 1 first
-  cfg.evals = ConfigDict()  # evaluation suite of qimg2/runtime/suites.py -> its settings, for the last stage: {"glyphs": dict(num_prompts=200)}
+  cfg.evals = ConfigDict()  # evaluation suite (docs/evaluation.md) -> its settings, for the last stage: {"glyphs": dict(num_prompts=200)}
   # What steps of the generator keep, and their tokens per micro-batch, such as (dict(remat="dots", tokens=10_000), dict(remat="attention",
   # tokens=35_000)): each bucket takes the first in which a row of it finds room. Empty: model.remat and optimizer.accumulate for all buckets.
   cfg.micro_batches = ()
@@ -86,6 +86,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200,
       save_every_s=0.0,  # seconds after a save when another is due, where a step is long; 0: by steps alone
       keep=2,  # newest checkpoints, and as many of the newest at multiples of save_every_steps
+      evals_every_steps=0, evals_num_prompts=16,  # config.evals on so many prompts while the stage trains, how often; 0: only at the run's end
       keep_every_steps=0,  # checkpoints at multiples of this stay for good; a multiple of save_every_steps, 0: none
   ))
   for key, value in changes.items():

@@ -22,9 +22,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from configs import base, folder
+from qimg2.analysis.roofline import GIB
 from qimg2.runtime.notebook import Device
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ _PAD, _START, _END, _VISION_START, _VISION_END, _, _IMAGE, _ = SPECIAL_TOKENS
 _SYSTEM_TURN = (_START, f"system\n{SYSTEM_PROMPT}", _END, "\n")
 _REPLY = (_END, "\n", _START, "assistant\n")
 
-# Where words are cut before merging, as in Qwen's tokenizer.json.
 _PAIR = ("vocab.json", "merges.txt")  # the older form of a tokenizer.json
+# Where words are cut before merging, as in Qwen's tokenizer.json.
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
           r"|\s+")
 

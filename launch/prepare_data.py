@@ -30,8 +30,7 @@ from data_pipelines import embedded
 from data_pipelines.verify import verify
 from launch import cli
 
-NEEDED = {"apache_beam": "apache-beam", "imagehash": "imagehash", "pyarrow": "pyarrow", "fsspec": "fsspec",
-          "rapidocr_onnxruntime": "rapidocr_onnxruntime"}
+NEEDED = {"apache_beam": "apache-beam", "imagehash": "imagehash", "pyarrow": "pyarrow", "fsspec": "fsspec", "rapidocr": "rapidocr"}
 TABLES = (".csv", ".tsv", ".jsonl")
 
 READING = ("captions", "uncaptioned", "picture_root")  # flags that are also keys of config.reading
@@ -75,7 +74,7 @@ def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str
     from data_pipelines.curation import pipeline  # here, because training must not need these packages
     from qimg2.runtime.config import plain  # and an embedded data set needs no JAX
   except ImportError as error:
-    raise ValueError(f"A package of requirements-data.txt cannot be loaded ({error}): for libGL, apt-get install libgl1.") from error
+    raise ValueError(f"A package of requirements-data.txt cannot be loaded ({error}): pip install -r requirements-data.txt") from error
   _check_config(cfg)
   _check_source(source)
   cfg = plain(cfg)

@@ -7,6 +7,8 @@ The topology is a chip (v5e, v5p, v6e, tpu7x) and the shape of its slice, and ne
 devices, which have no memory limit and no published rates. With --cost also what the whole curriculum would take, computed from the rows of this call
 or, without compiling anything, from those of an earlier one's --json file, --cost --rows=FILE. How to read the table: docs/pods.md.
 
+With --num_prompts what `launch.evaluate` would take with the config's networks, and a judge of its encoder's size (docs/evaluation.md).
+
 With --whole the evaluation and what draws samples are compiled, too. Each row counts what else is on the device meanwhile, and the last lines how
 many programs a stage compiles.
 
@@ -21,13 +23,14 @@ import json
 import math
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from launch import cli
 from qimg2.runtime.config import RunConfig, parse, plain
-from qimg2.runtime.rehearsal import cost, table
+from qimg2.runtime.rehearsal import cost, evaluation, table
 from qimg2.runtime.rehearsal.measure import ChildProcess
 from qimg2.runtime.rehearsal.search import RANKS, best, chosen_stages, print_row, rehearse, search
 from qimg2.runtime.rehearsal.shapes import Choice
@@ -54,6 +57,15 @@ def define_flags() -> None:
   flags.DEFINE_bool("whole", False, "Also compile what a stage runs beside its step: the evaluation, and what draws samples.")
   flags.DEFINE_bool("machine_code", False, "Compile for a TPU to the end. Takes minutes more and changes no number, but tries each kernel.")
   flags.DEFINE_bool("cost", False, "Also print days and chip-hours of each stage and of all.")
+  flags.DEFINE_integer("num_prompts", 0, "Rehearse launch.evaluate on so many prompts, and not the stages: programs that draw, and a judge.",
+                       lower_bound=0)
+  flags.DEFINE_integer("num_seeds", 4, "With --num_prompts: pictures of each prompt.", lower_bound=1)
+  flags.DEFINE_integer("side_px", 1024, "With --num_prompts: side of each picture, a square.", lower_bound=32)
+  flags.DEFINE_integer("num_steps", 40, "With --num_prompts: sampling steps.", lower_bound=1)
+  flags.DEFINE_float("guidance", 1.0, "With --num_prompts: scale of classifier-free guidance; at most 1 is none.", lower_bound=0)
+  flags.DEFINE_integer("batch_size", 16, "With --num_prompts: pictures or questions at a time.", lower_bound=1)
+  flags.DEFINE_integer("num_questions", 2, "With --num_prompts: what a judge of the encoder's size is asked about a picture; 0: no judge.",
+                       lower_bound=0)
   flags.DEFINE_string("rows", "", "File that an earlier call wrote with --json: with --cost its rows are taken, and nothing is compiled.")
   flags.DEFINE_string("json", "", "File to write the rows to as JSON.")
 
@@ -73,6 +85,9 @@ def main(_) -> None:
   sizes = plain(cfg.mesh).values()
   if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=cfg.mesh.data * args.num_slices))
+  if args.num_prompts:
+    _rehearse_evaluation(args, cfg, devices, chip)
+    return
   choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares, args.index, args.whole)
   child = ChildProcess(args.topology, args.num_slices) if chip and not args.machine_code else None
   so_far = []
@@ -103,6 +118,18 @@ def main(_) -> None:
     _print_cost(cfg, so_far)
   if missing:
     print(f"Does not fit: {', '.join(dict.fromkeys(missing))}.", file=sys.stderr)
+    sys.exit(1)
+
+
+def _rehearse_evaluation(args: flags.FlagValues, cfg: RunConfig, devices: list, chip: Any) -> None:
+  """Prints what an evaluation would take; exits with 1 if it does not fit."""
+  child = ChildProcess(args.topology, args.num_slices) if chip and not args.machine_code else None
+  wanted = evaluation.Wanted(args.num_prompts, args.num_seeds, args.side_px, args.side_px, args.num_steps, args.guidance, args.batch_size,
+                             num_questions=args.num_questions)
+  lines = evaluation.rehearse_evaluation(cfg, wanted, devices, chip, child)
+  print(evaluation.describe(lines, wanted))
+  if missing := [line.name for line in lines if line.fits is False]:
+    print(f"Does not fit: {', '.join(missing)}.", file=sys.stderr)
     sys.exit(1)
 
 

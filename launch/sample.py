@@ -15,9 +15,9 @@ from absl import flags
 
 from data_pipelines.records import local_folder
 from launch import cli
+from qimg2.analysis.roofline import GIB
 from qimg2.runtime import processes
 from qimg2.runtime.rehearsal.drawing import HERE, Drawer, describe, peaks, plan
-from qimg2.runtime.rehearsal.table import GIB
 from qimg2.runtime.rehearsal.topology import prepare_environment
 from qimg2.runtime.sampling import Request, sample
 from qimg2.runtime.sheets import grid, picture_format, save_picture

@@ -4,14 +4,14 @@ Reading order:
   params, sharding, layers    a weight is declared once; the mesh; what all networks share
   batch                       the contract of a batch: keys, shapes, types
   attention/                  who sees whom, and a file for each back end
-  models/                     mmdit (the generator), qwen3_vl (the condition encoder), vae (pixels <-> latents)
+  models/                     mmdit (the generator), qwen3_vl (the condition encoder), vae (pixels <-> latents), lpips (how far pictures are)
   layout, networks            the joint sequence of prompt, images and target; from a batch to latents, text states and a velocity
   flow, sampler               the path between data and noise; the ODE from noise to data
   algorithms/                 what a stage minimises: flow_matching, reconstruction
   training/                   the update, what it changes, where that is kept, numbers, deterministic validation, the one loop
   published/                  published tensors <-> our weights, a whole folder read and written
   analysis/                   operations that a step asks for; what a compiled one does; the fastest it could be on a chip
-  evaluation/                 the contract of an evaluation suite: tasks, and the score of a picture; a vision-language model as a judge
+  evaluation/                 evaluation suites: the contract, metrics of pictures and texts, a judge, statistics
   runtime/                    config, data and networks joined: what the launchers and notebooks call
   flax_module                 the generator as a linen module
 

@@ -1,22 +1,27 @@
 """The notebooks' config: a plan for each device; what tells the device; the curves of a run; what installs."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
 import subprocess
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import colab
+from qimg2.analysis.roofline import GIB
 from qimg2.runtime import curves, device_at_hand, watching
 from qimg2.runtime.config import parse
 from qimg2.runtime.notebook import Device
+from qimg2.runtime.report import figure_png
 
 ROOT = pathlib.Path(__file__).parent.parent
-GIB = 2**30
 
 
 @pytest.mark.parametrize("device, plan", [
@@ -84,6 +89,13 @@ def test_curves_grow_with_the_run(begun):
     curves(begun / "vae")
 
 
+def test_labels_of_a_narrow_range_are_whole_and_figures_of_one_size():
+  figures = [Image.open(io.BytesIO(figure_png({"loss": ((1, 2), values)}, "loss of generator", log=True))) for values in ((2.05, 1.95), (1, 1e-3))]
+  assert figures[0].size == figures[1].size
+  for figure in figures:
+    assert np.asarray(figure.convert("L"))[:, :2].min() == 255, "something is cut off at the left"
+
+
 def test_watching_shows_curves_while_the_body_runs_and_at_its_end(begun):
   shown = []
   with pytest.raises(KeyboardInterrupt), watching(begun, shown.append, every_s=0.01):
@@ -96,6 +108,19 @@ def test_watching_shows_curves_while_the_body_runs_and_at_its_end(begun):
   with watching(begun / "vae", shown.append, every_s=0.01):
     seen = len(shown)
   assert len(shown) == seen  # nothing to show
+
+
+def test_a_display_that_fails_takes_nothing_from_the_body(begun, caplog):
+  shown = []
+  def show(sheet):
+    shown.append(sheet)
+    raise RuntimeError("the browser\nis gone")
+  with watching(begun, show, every_s=0.01):
+    while "watching" in [thread.name for thread in threading.enumerate()]:
+      time.sleep(0.01)
+    done = True
+  assert done and len(shown) == 1, "nothing more is shown"
+  assert caplog.text.count("The curves cannot be shown any more (RuntimeError: the browser is gone): training goes on.") == 1
 
 
 @pytest.mark.parametrize("file, extra", [("accel0", "tpu"), ("vfio/0", "tpu"), ("nvidiactl", "cuda12"), ("null", "cpu")])

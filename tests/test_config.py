@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import pathlib
@@ -16,14 +17,17 @@ from data_pipelines.buckets import bucket_size
 from data_pipelines.specs import DatasetSpec
 from qimg2 import flow
 from qimg2.models import mmdit, qwen3_vl, vae
-from qimg2.runtime import config, curriculum, methods, suites, weight_table
+from qimg2.runtime import config, curriculum, methods, weight_table
 from qimg2.runtime.config import MeshConfig, RunConfig, StageConfig, parse, plain
 from qimg2.runtime.config.sources import Source, check_source, parse_source
+from qimg2.runtime.config.suites import SETTINGS
+from qimg2.runtime.evaluating import registry
 from qimg2.training import faults, optim
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Keys that records of earlier programs do not have.
-LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies", "order_dir", "too_long", "keep_every_steps"}
+LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies", "order_dir", "too_long", "keep_every_steps", "evals_every_steps",
+         "evals_num_prompts"}
 
 
 def smoke():
@@ -152,7 +156,7 @@ SFT = ("stages", 3)
     (put([*SFT, "name"], "s:ft"), "config.stages[s:ft].name is 's:ft': it is a folder's name"),
     (put(["stages", 3], "sft"), "config.stages[3] is 'sft': give a section."),
     (put(["evals", "glyps"], {"num_prompts": 8}), "config.evals has no key 'glyps': did you mean 'glyphs'?"),
-    (put(["evals", "glyphs"], {}), "config.evals.glyphs lacks 'num_prompts': give it a whole number"),
+    (put(["evals", "glyphs", "num_prompts"], "8x"), "config.evals.glyphs.num_prompts is '8x': give a whole number."),
     (put(["evals", "glyphs", "num_prompts"], 0), "config.evals.glyphs.num_prompts is 0: give at least 1."),
     (put(["evals", "glyphs", "num_prompts"], 0.5), "config.evals.glyphs.num_prompts is 0.5: give a whole number."),
     (put(["evals", "glyphs", "num_candidates"], 8), "config.evals.glyphs has no key 'num_candidates'"),
@@ -326,9 +330,10 @@ def test_each_stage_of_the_published_curriculum_takes_what_passed_its_data_stage
 
 
 def test_every_suite_can_be_named_with_its_settings():
-  assert list(config.EVALS) == list(suites.SUITES)
-  for name, make in suites.SUITES.items():
-    assert {*config.EVALS[name]} == {"num_prompts", *inspect.signature(make).parameters} - {"prepare"}
+  assert list(SETTINGS) == list(registry.SUITES)
+  for name, make in registry.SUITES.items():
+    make = getattr(importlib.import_module(make.module), make.name) if hasattr(make, "module") else make
+    assert {*SETTINGS[name]} == {"num_prompts", *inspect.signature(make).parameters} - {"prepare", "source"}
 
 
 @pytest.mark.parametrize("sizes, num_devices, message", [

@@ -1,7 +1,11 @@
 """A source that changed since its units were planned is noticed; one that moved is the same."""
 
+import contextlib
+import errno
 import os
 import re
+import shutil
+import unicodedata
 
 import pytest
 from raw_sources import SOURCES, folder, png, write
@@ -37,6 +41,32 @@ def test_fingerprint_of_a_folder_that_gains_or_renames_a_file(tmp_path):
     change()
     digests.append(fingerprint(source, units))
   assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+def test_a_picture_whose_name_is_written_in_another_normalisation_is_seen(tmp_path):
+  for form, spelt in (("NFC", "NFD"), ("NFD", "NFC")):
+    path, name = tmp_path / f"{form}.csv", unicodedata.normalize(form, "café/é.png")
+    path.write_text(f"image,caption\n{name},x\n", encoding="utf-8")
+    write(tmp_path, {unicodedata.normalize(spelt, "café/é.png"): png(1)})
+    look, there = lambda path=path: fingerprint_of_pictures(plan_units(str(path))), tmp_path / unicodedata.normalize(spelt, "café/é.png")
+    before = look()
+    os.utime(there, (7, 7))
+    after = look()
+    shutil.rmtree(there.parent)
+    assert len({before, after, look()}) == 3
+
+
+@pytest.mark.parametrize("number, is_told", [(errno.ECONNRESET, True), (errno.EIO, True), (errno.ENAMETOOLONG, False), (errno.ELOOP, False)])
+def test_a_lost_connection_says_nothing_of_a_picture(number, is_told, tmp_path, monkeypatch):
+  """But a path that cannot be followed is as one where nothing is."""
+  (tmp_path / "t.csv").write_text("image,caption\na.png,x\n")
+  units = plan_units(str(tmp_path / "t.csv"))
+  missing = fingerprint_of_pictures(units)
+  def facts(self, name):
+    raise OSError(number, os.strerror(number))
+  monkeypatch.setattr(sources.Place, "facts", facts)
+  with pytest.raises(OSError, match=os.strerror(number)) if is_told else contextlib.nullcontext():
+    assert fingerprint_of_pictures(units) == missing
 
 
 @pytest.mark.parametrize("table, text", [("t.csv", "image,caption\na.png,x\nb.png,y\n"),

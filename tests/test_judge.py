@@ -1,6 +1,5 @@
 """The judge: rubrics and figures by hand; the template, the scores and the programs against the published classes with the same small weights."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -14,14 +13,12 @@ import torch
 
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import encode_png
-from qimg2.analysis.flops import encoder_forward
 from qimg2.evaluation import judge as pure
 from qimg2.evaluation import judge_prompts, judge_scores, rubrics
 from qimg2.evaluation.judge_scores import Preference
 from qimg2.models import qwen3_vl
 from qimg2.runtime import judging
 from qimg2.runtime.judge import Judge, Question, fit_size
-from qimg2.runtime.rehearsal import judging as judging_rehearsal
 
 DIGITS = tuple((digit,) for digit in rubrics.SCALE)
 TEXTS = ["Reply with one number and nothing else. 1 2 3 4 5", "yes no Yes No", "user system assistant the picture"] * 3
@@ -243,16 +240,6 @@ def test_two_devices_judge_as_one(judged):
   assert "fsdp" in str(two.weights["head"].sharding.spec)
   for ours, theirs in zip(two.ask(rows), judge.ask(rows)):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
-def test_a_rehearsal_compiles_what_is_judged(judged):
-  judge = judged[3]
-  row = judging_rehearsal.rehearse_judge(judge.cfg, judging_rehearsal.Batch(2, 128, ((64, 96),)), "cpu:2")
-  weights = sum(x.nbytes for x in jax.tree.leaves(judge.weights))
-  assert row.num_devices == 2 and row.peak_bytes > weights / 2 and row.fits is None
-  assert row.model_flops == {"judge": 2 * encoder_forward(judge.cfg, 128, ((64, 96),))}
-  v5p = dataclasses.replace(row, limit_bytes=2.0**30, bound={"step_s": 0.5, "compute_s": 0.5, "hbm_s": 0.2, "ici_s": 0.1, "dcn_s": 0.0})
-  assert "fits in 1.00; at least 0.500 s a batch with everything overlapped, 0.800 s" in judging_rehearsal.describe(v5p)
 
 
 # Suites.

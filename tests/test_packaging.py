@@ -86,10 +86,14 @@ def test_every_package_is_found():
   assert {name.removesuffix("*") for name in include} == set(workers.PACKAGES)
 
 
-def test_the_wheel_holds_every_module_and_rubric(wheel):
-  rubrics = {str(path.relative_to(ROOT)) for path in (ROOT / "qimg2" / "evaluation" / "rubrics").glob("*.toml")}
+# What is not code: a script, rubrics of the judge, sets of prompts.
+DATA = {"launch/tpu_pod.sh"} | {path.relative_to(ROOT).as_posix() for folder in ("rubrics", "prompts")
+                                for path in (ROOT / "qimg2" / "evaluation" / folder).glob("*.[tj]*")}
+
+
+def test_the_wheel_holds_every_module(wheel):
   with zipfile.ZipFile(wheel) as file:
-    assert rubrics and {name for name in file.namelist() if ".dist-info/" not in name} == modules() | rubrics | {"launch/tpu_pod.sh"}
+    assert {name for name in file.namelist() if ".dist-info/" not in name} == modules() | DATA
   assert os.listdir(wheel.parent) == [wheel.name]
 
 

@@ -326,6 +326,19 @@ def test_flags_that_do_not_go_together(given, message):
 # Parts.
 
 
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_lost_worker_is_told_with_one_advice(num, monkeypatch, capsys):
+  told = []
+  monkeypatch.setattr(processes.jax, "process_count", lambda: num)
+  monkeypatch.setattr(processes, "_fail_all", lambda sentence, code: told.append((sentence, code)))
+  for sentence in ("A worker ended. The same command goes on.", "A worker ended."):
+    with pytest.raises(SystemExit, match="75"):
+      processes.fail_for_now(sentence)
+  again = "A worker ended. Start all processes again, and training goes on from the last checkpoint."
+  assert told == [(again, 75)] * 2 * (num > 1)
+  assert num > 1 or capsys.readouterr().err == "error: A worker ended. The same command goes on.\n" * 2
+
+
 def test_a_process_is_lost_when_it_says_nothing_new(monkeypatch):
   clock = [0.0]
   monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])

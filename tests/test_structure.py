@@ -12,11 +12,12 @@ ALLOWED = {
     "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "pyvips", "tokenizers", "matplotlib", "fontTools", "tqdm",
                        "absl", "array_record"},
     # What only curation needs is in requirements-data.txt.
-    "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr_onnxruntime",
+    "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
     "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl", "etils", "fsspec", "gcsfs",
               "google", "google_crc32c", "wandb"},
-    "qimg2/evaluation": {"qimg2", "numpy"},
+    "qimg2/evaluation": {"qimg2", "numpy", "scipy", "PIL", "rapidfuzz", "rapidocr", "onnxruntime", "cv2", "fontTools", "matplotlib"},
+    "qimg2/evaluation/statistics": {"qimg2", "numpy", "scipy"},
     # The one part of it that runs on the device.
     "qimg2/evaluation/judge.py": {"qimg2", "jax"},
     "qimg2/published": {"qimg2", "numpy", "jax", "tqdm", "safetensors", "gguf"},  # gguf where it is installed

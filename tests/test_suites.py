@@ -1,6 +1,7 @@
 """Evaluation suites: a clean render is right in every metric, a wrong picture is not, and a suite can be written in a few lines."""
 
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -9,13 +10,13 @@ from marks import needs_emoji
 from configs import emoji as emoji_config
 from data_pipelines.embedded import emoji, glyphs
 from qimg2.evaluation import Suite, Task, mean_scores
-from qimg2.runtime import suites
 from qimg2.runtime.config import parse
+from qimg2.runtime.evaluating import of_run, registry
 from qimg2.runtime.run import load_run
 
 
 def made(name, **settings):
-  return suites.SUITES[name](parse(emoji_config.get_config()).prepare, **settings)
+  return registry.SUITES[name](types.SimpleNamespace(cfg=parse(emoji_config.get_config())), **settings)
 
 
 def assert_tasks_are_a_function_of_number_and_seed(suite):
@@ -76,12 +77,14 @@ def test_a_stage_is_evaluated_on_a_suite_of_ones_own(smoke_run, tmp_path):
   run = load_run(shutil.copytree(smoke_run.workdir, tmp_path / "run"))
   suite = Suite(lambda num, seed: [Task(f"{number + seed}", (64, 64)) for number in range(num)],
                 lambda task, picture: {"seven": float(task.prompt == "7"), "seven by chance": 0.25})
-  result = suites.evaluate(run, suites={"own": (suite, 4)})
-  own = {"num_prompts": 4, "shares": {"seven": 0.25, "seven by chance": 0.25}}
-  assert result == {"stage": "sft", "step": 2, "config": None, "suites": {"own": own}}
-  assert suites.describe(result) == "Evaluation of stage sft on 4 held-out prompts of own: seven right 25.0%, seven by chance 25.0%."
+  result = of_run.evaluate(run, suites={"own": (suite, 4)})
+  own = result["suites"].pop("own")
+  assert result == {"stage": "sft", "step": 2, "config": None, "suites": {}}
+  assert own["num_prompts"] == 4 and own["shares"] == {"seven": 0.25, "seven by chance": 0.25} and own["figures"]["seven"]["low"] < 0.25
+  result["suites"]["own"] = own
+  assert of_run.describe(result) == "Evaluation of stage sft on 4 held-out prompts of own: seven right 25.0%, seven by chance 25.0%."
   with pytest.raises(ValueError, match="config.evals is empty, so there is nothing to evaluate: add a suite, one of glyphs, "):
-    suites.evaluate(run, suites={})
+    of_run.evaluate(run, suites={})
   edits = Suite(lambda num, seed: [Task("x", (64, 64), (np.zeros((64, 64, 3), np.uint8),))], suite.score)
   with pytest.raises(ValueError, match="Stage 'low_resolution' learned no task of the suites own"):
-    suites.evaluate(run, "low_resolution", {"own": (edits, 1)})
+    of_run.evaluate(run, "low_resolution", {"own": (edits, 1)})

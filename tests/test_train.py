@@ -16,8 +16,9 @@ from configs import base, emoji, folder, pretrain
 from data_pipelines.mixture import Mixture
 from data_pipelines.tokenizer import train_tokenizer
 from qimg2.published.folder import has_head, open_folder
-from qimg2.runtime import curriculum, lock, suites
+from qimg2.runtime import curriculum, lock
 from qimg2.runtime.curriculum import train, train_one
+from qimg2.runtime.evaluating import of_run
 from qimg2.runtime.exporting import export
 from qimg2.runtime.run import Run, load_run
 from qimg2.training import faults, manifest, trainer
@@ -56,7 +57,7 @@ def test_training_again_changes_nothing_and_reads_nothing(smoke_run, smoke_confi
   for name in ("evaluation.json", *(f"{stage.name}/metrics.jsonl" for stage in cfg.stages)):
     assert (workdir / name).read_bytes() == (smoke_run.workdir / name).read_bytes()
   drawn = []
-  monkeypatch.setattr(suites, "evaluate", lambda run: drawn.append(run.cfg.sampling.guidance) or smoke_run)
+  monkeypatch.setattr(of_run, "evaluate", lambda run: drawn.append(run.cfg.sampling.guidance) or smoke_run)
   monkeypatch.setattr(curriculum, "describe", str)
   cfg.sampling.guidance = 1.5
   train(cfg, workdir)

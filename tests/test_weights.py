@@ -1,6 +1,7 @@
 """Where a run's weights come from, and what they take."""
 
 import dataclasses
+import os
 import types
 
 import jax
@@ -12,6 +13,7 @@ from configs import pretrain
 from qimg2 import networks, sharding
 from qimg2 import params as P
 from qimg2.algorithms import Algorithm, Average, Role, Update
+from qimg2.runtime import weights as weights_module
 from qimg2.runtime.config import parse
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.weights import LazyWeights, StageWeights, choose_average
@@ -164,3 +166,41 @@ def test_weights_of_an_earlier_step(trained):
     run.stage_weights("toy", 4)
   with pytest.raises(ValueError, match=f"no checkpoint of step 9: none was saved there, but every 4 steps and at the last one. {there}"):
     run.deployed_weights("toy", step=9)
+
+
+# A frozen encoder of a published folder.
+
+
+@pytest.fixture
+def headless(tmp_path, monkeypatch):
+  """(run whose encoder comes from a folder without a head, how often that was looked at)."""
+  method = Algorithm({"model": Role("mlp"), "encoder": Role("qwen3_vl")}, (Update(("model",), None),), {},
+                     deploy=lambda weights: {"mlp": weights["model"], "qwen3_vl": weights["encoder"]})
+  looked = []
+  monkeypatch.setattr(weights_module, "open_folder", lambda path: path)
+  monkeypatch.setattr(weights_module, "has_head", lambda folder: looked.append(folder))  # None: it has none
+  run = Run(tmp_path, "supervised")
+  run.nets = types.SimpleNamespace(specs=lambda: {"mlp": SPECS, "qwen3_vl": {**SPECS, "head": SPECS["w"]}}, compute_dtypes=dict)
+  run.algorithm = lambda stage: method
+  (tmp_path / "folder").mkdir()
+  run.stages["next"].frozen = {"encoder": f"diffusers:{tmp_path / 'folder'}"}
+  return run, looked
+
+
+def test_the_files_of_an_encoder_are_looked_at_once(headless, tmp_path):
+  run, looked = headless
+  for _ in range(3):
+    assert set(run.role_specs(run.stages["next"])["encoder"]) == {"w"}
+  assert len(looked) == 1
+  os.utime(tmp_path / "folder", (7, 7))  # another folder of that name
+  assert set(run.abstract_weights("next")["qwen3_vl"]) == {"w"} and len(looked) == 2
+
+
+def test_a_headless_encoder_is_offloaded(headless, monkeypatch):
+  run, _ = headless
+  held = {role: {"w": np.full((4, 2), number, np.float32)} for number, role in enumerate(("model", "encoder"))}
+  monkeypatch.setattr(run, "stage_weights", lambda name, step: LazyWeights({role: lambda role=role: held[role] for role in held}))
+  offloaded = run.offloaded_weights("next")
+  assert set(offloaded) == {"mlp", "qwen3_vl"} and "head" not in offloaded and len(offloaded) == 2
+  for network, role in (("mlp", "model"), ("qwen3_vl", "encoder")):
+    assert equal(offloaded[network], held[role]) and offloaded[network]["w"] is not offloaded[network]["w"]

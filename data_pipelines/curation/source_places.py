@@ -5,8 +5,8 @@ import errno
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -42,8 +42,8 @@ class Place:
 
   def facts(self, name: str) -> dict:
     """Returns what the file system tells of the file that a record names; `ValueError` and `OSError` as `near`."""
-    fs, _, path = self._located(name, "")
-    return fs.info(path)
+    fs, base, path = self._located(name, "")
+    return _as_found(fs, base, path, fs.info)
 
   def locate(self, name: str, folder: str = "") -> str:
     """Returns the path of a file that a record names, relative to `folder`, by default that of this file, or to the root that the user gave;
@@ -104,13 +104,7 @@ def _below(fs: fsspec.AbstractFileSystem, folder: str, root: str, name: str, fla
 
 def _read(fs: fsspec.AbstractFileSystem, folder: str, path: str, name: str) -> bytes:
   try:
-    try:
-      return fs.cat_file(path)
-    except FileNotFoundError:
-      spelt = path if path.isascii() else _as_spelt(fs, folder, path)
-      if spelt == path:
-        raise
-      return fs.cat_file(spelt)
+    return _as_found(fs, folder, path, fs.cat_file)
   except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, UnicodeEncodeError) as error:
     raise ValueError(f"The file {name[:300]!r} is missing or may not be read: put it there or remove the record.") from error
   except OSError as error:
@@ -120,9 +114,23 @@ def _read(fs: fsspec.AbstractFileSystem, folder: str, path: str, name: str) -> b
     raise ValueError(f"The path {name[:300]!r} cannot be followed: shorten it or remove the record.") from error
 
 
+def _as_found(fs: fsspec.AbstractFileSystem, folder: str, path: str, act: Callable[[str], Any]) -> Any:
+  """Returns act(path); where there is no such file, of the one whose name differs in Unicode normalisation alone."""
+  try:
+    return act(path)
+  except FileNotFoundError:
+    spelt = path if path.isascii() else _as_spelt(fs, folder, path)
+    if spelt == path:
+      raise
+    return act(spelt)
+
+
 def _as_spelt(fs: fsspec.AbstractFileSystem, folder: str, path: str) -> str:
   """Returns the only path below a folder that differs from `path` in Unicode normalisation alone, or `path`."""
   found = folder.rstrip("/")
+  usual = {found + unicodedata.normalize(form, path[len(found):]) for form in ("NFC", "NFD")}
+  if len(there := list(filter(fs.exists, usual))) == 1:  # what nearly all systems write, without a list of a folder of a million files
+    return there[0]
   for part in path[len(found):].strip("/").split("/"):
     step = f"{found}/{part}"
     if not fs.exists(step):

@@ -51,6 +51,11 @@ CHIPS = {
 }
 
 
+def device_memory(device: Any) -> int | None:
+  """Bytes that JAX may use of the memory of one of its devices; None where it does not say, and on a CPU, whose memory is not its own."""
+  return (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Route:
   """How the messages inside the groups of a collective travel.

@@ -3,7 +3,7 @@
 A suite is a value. `tasks(num, seed)` gives the same tasks for the same arguments, and the first of many are those of few. `score(task, picture)`
 looks at one picture alone, so that figures of a suite are means over its pictures; `figures` says which, where they are not plain means. What only a
 set of pictures has, such as a distance between distributions, is a function of `features` of each of them. Nothing here draws, reads a config or
-needs jax: `qimg2.runtime.suites` runs suites.
+needs jax: `qimg2.runtime.evaluating` runs suites.
 """
 
 import dataclasses
@@ -63,7 +63,8 @@ class Suite:
   """Prompts and the scores of pictures.
 
   Attributes:
-    tasks: (number, seed) -> the tasks, all with as many condition images. `ValueError` if there are fewer.
+    tasks: (number, seed) -> the tasks, all with as many condition images; all there are for 0, where a suite has an end. `ValueError` if there are
+      fewer.
     score: (task, picture [H, W, 3] uint8) -> {metric: number}, the same metrics for each task. What is no number, a text or a list, is kept beside
       the metrics and is in no figure. A picture that cannot be scored gives {"error": why} alone: it is left out and counted, never a 0. The name
       of a metric that states what chance would give ends in "chance".

@@ -1,1 +1,2 @@
-"""The three networks. Each is a frozen dataclass `Config`, `specs(cfg)` (a tree of `params.Param`) and pure functions of weights and arrays."""
+"""The three networks, and LPIPS, which compares pictures. Each is a frozen dataclass `Config`, `specs(cfg)` (a tree of `params.Param`) and pure
+functions of weights and arrays."""

@@ -13,7 +13,7 @@ _PUBLIC = {
     "Pretrained": ("pretrained", "Pretrained"),
     "device_at_hand": ("notebook", "device_at_hand"), "curves": ("notebook", "curves"), "watching": ("notebook", "watching"),
     "grid": ("sheets", "grid"),
-    "train": ("curriculum", "train"), "evaluate": ("suites", "evaluate"), "export": ("exporting", "export"),
+    "train": ("curriculum", "train"), "evaluate": ("evaluating.of_run", "evaluate"), "export": ("exporting", "export"),
 }
 __all__ = sorted(_PUBLIC)
 

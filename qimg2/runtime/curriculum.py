@@ -17,13 +17,13 @@ from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2.places import Place, find_place
 from qimg2.runtime import left_out, processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.evaluating.of_run import describe, evaluation, last_generator, recorded_evaluation, suites_hook
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.kept_data import identify_data
 from qimg2.runtime.lock import hold
 from qimg2.runtime.micro_batches import variants
 from qimg2.runtime.run import HeldOut, Run, check_versions, save_config
 from qimg2.runtime.sheets import grid, save_picture
-from qimg2.runtime.suites import describe, evaluation, last_generator, recorded_evaluation
 from qimg2.sharding import to_host
 from qimg2.training import faults
 from qimg2.training.changes import ORDER
@@ -125,6 +125,8 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
   hooks = [(config.eval_every_steps, evaluation_hook(run, config, batches))] if algorithm.validation else []
   if config.kind in DRAWERS:
     hooks += [(config.sample_every_steps, picture_hook(run, config, task, some)) for task, some in batches.items()]
+  if config.kind == "generator" and config.evals_every_steps and run.cfg.evals:
+    hooks.append((config.evals_every_steps, suites_hook(run, config, algorithm.deployed)))
   stage = Stage(
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,

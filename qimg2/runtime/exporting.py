@@ -12,9 +12,9 @@ from qimg2.published.export import CHAT_TEMPLATES, DIFFUSERS_VERSION, export_pip
 from qimg2.published.folder import open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import parse_source
+from qimg2.runtime.evaluating.of_run import describe
 from qimg2.runtime.run import Run
 from qimg2.runtime.sampling import first_size, sampling_weights
-from qimg2.runtime.suites import describe
 from qimg2.runtime.weights import DEPLOYED, NONE
 from qimg2.training.metrics import read_rows
 

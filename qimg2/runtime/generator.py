@@ -93,11 +93,11 @@ class Generator:
     return self.draw(weights, prompts, seed, **conditions)[1]
 
   def draw(self, weights: Mapping, prompts: Sequence[str], seed: int = 0, images: Sequence[np.ndarray] = (), negative_prompt: str = "",
-           noise: np.ndarray | None = None, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+           noise: np.ndarray | None = None, mask: np.ndarray | None = None, numbers: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8), one per prompt.
 
-    Picture i depends on the seed, i, its prompt and its images, never on the other prompts. Of several processes all ask for the same pictures
-    and all get them.
+    Picture i depends on the seed, its number, its prompt and its images, never on the other prompts. Of several processes all ask for the same
+    pictures and all get them.
 
     Args:
       weights: {network: weights}, of "mmdit", "qwen3_vl" and "vae".
@@ -108,6 +108,7 @@ class Generator:
       noise: [n, h, w, C] float32 in place of noise from the seed.
       mask: [n, H, W] uint8, where the last condition image, of the picture's size, may change: 0 keeps its pixels as they are, 255 takes those that
         are drawn, and what lies between mixes both. A latent may change if any of its pixels may.
+      numbers: of the n pictures, which tell their noise apart; none for 0 to n - 1. Pictures of a longer list can so be drawn a part at a time.
 
     Raises:
       ValueError: images, noise or mask of another number or shape, or a prompt that does not fit `size.num_tokens`.
@@ -120,7 +121,10 @@ class Generator:
       if image.shape[1:3] != tuple(given):
         raise ValueError(f"An image of {image.shape[1]} x {image.shape[2]} px was given where size.source_sizes has {given[0]} x {given[1]}.")
     images = [_pad(image, *size) for image, size in zip(images, self._size.source_sizes)]
-    job = _Job(prompts, seed, images, negative_prompt, noise, None if mask is None else _pad(mask, *self._padded, mode="constant"))
+    if numbers and len(numbers) != len(prompts):
+      raise ValueError(f"{len(numbers)} number(s) were given for {len(prompts)} prompt(s): give one for each.")
+    job = _Job(prompts, seed, images, negative_prompt, noise, None if mask is None else _pad(mask, *self._padded, mode="constant"),
+               np.array(numbers or range(len(prompts))))
     rows = np.arange(-(-len(prompts) // self._size.batch_size) * self._size.batch_size)
     # Offloaded weights are brought once for all pictures; else there is no need to have the states of all at once.
     groups = [rows] if isinstance(weights, Offloaded) else self._batches(rows)
@@ -176,17 +180,17 @@ class Generator:
       sources = tuple(np.stack([latents[name[slot]] for _, name in keys]) for slot in range(len(job.images)))
       tokens, token_count = self._encode_prompts([text for text, _ in keys])
       inputs = {"tokens": tokens, "token_count": token_count, "features": np.stack([states[key] for key in keys]), "source_latents": sources}
-      inputs = inputs, self._noise_of(job, rows[batch], real[batch]), *self._kept(job, real[batch], sources)
+      inputs = inputs, self._noise_of(job, real[batch]), *self._kept(job, real[batch], sources)
       params, is_laid_out = params if is_laid_out else self._phases.lay_out(params, *inputs), True
       drawn.append(self._phases.denoise(params, *inputs, laid_out=isinstance(weights, Offloaded)))
     del params  # what is offloaded leaves the devices
     params = weights["vae"]
     return np.concatenate(drawn), np.concatenate([self._phases.decode_image(params, x) for x in drawn])
 
-  def _noise_of(self, job: "_Job", rows: np.ndarray, real: np.ndarray) -> np.ndarray:
+  def _noise_of(self, job: "_Job", real: np.ndarray) -> np.ndarray:
     if job.noise is not None:
       return job.noise[real]
-    return np.asarray(self._noise(job.seed, _noise_ids(rows, [image[real] for image in job.images])))
+    return np.asarray(self._noise(job.seed, _noise_ids(job.numbers[real], [image[real] for image in job.images])))
 
   def _kept(self, job: "_Job", real: np.ndarray, sources: Sequence[np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(latents of what stays, which latents may change) under a mask."""
@@ -224,6 +228,7 @@ class _Job:
   negative_prompt: str
   noise: np.ndarray | None
   mask: np.ndarray | None
+  numbers: np.ndarray
 
 
 def pad_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -266,6 +271,10 @@ def load_condition_image(path: str | pathlib.Path, output_resolution: int, num_c
     raise ValueError(f"There is no image {path}: give the path of a PNG, JPEG or WebP file.")
   image = decode_image(path.read_bytes(), str(path), keep_alpha=True)
   if output_resolution:
-    height, width = bucket_size(output_resolution, image.shape[1] / image.shape[0], SLOT_PX)
-    image = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+    image = resize_condition_image(image, *bucket_size(output_resolution, image.shape[1] / image.shape[0], SLOT_PX))
   return image if image.shape[-1] <= num_channels else composite_on_white(image)
+
+
+def resize_condition_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """[height, width, 3 or 4] uint8, by Lanczos, as the published pipeline resizes a condition image to a size of nearly its own aspect ratio."""
+  return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))

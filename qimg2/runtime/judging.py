@@ -145,14 +145,14 @@ def _pictures(judge: Judge, task: Task, **pictures: np.ndarray) -> dict[str, Seq
 
 
 def _tasks(prompts: Sequence[Prompt], path: str, truth: Callable[[Prompt], Any] = lambda prompt: None) -> Callable[[int, int], list[Task]]:
-  """`Suite.tasks`: the first of the file's prompts in an order that the seed gives. Condition images are read for these alone."""
+  """`Suite.tasks`: the first of the file's prompts in an order that the seed gives, all for 0. Condition images are read for these alone."""
   if len({len(prompt.sources) for prompt in prompts}) > 1:
     raise ValueError(f"The prompts of {path} have different numbers of sources: write a file for each number.")
 
   def tasks(num: int, seed: int) -> list[Task]:
     if num > len(prompts):
       raise ValueError(f"{num} prompts are asked for, but {path} has {len(prompts)}: lower num_prompts.")
-    chosen = [prompts[i] for i in np.random.RandomState(seed).permutation(len(prompts))[:num]]
+    chosen = [prompts[i] for i in np.random.RandomState(seed).permutation(len(prompts))[:num or None]]
     return [Task(one.prompt, one.size, tuple(map(_open, one.sources)), truth(one), one.name, one.category) for one in chosen]
   return tasks
 

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 
 import jax
+from absl import logging
 from PIL import Image
 
+from qimg2.analysis.roofline import GIB, device_memory
 from qimg2.places import Place, find_place
 from qimg2.runtime.report import figure_png, loss_curves
 from qimg2.training.metrics import read_rows
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,9 @@ class Device:
 def device_at_hand() -> Device:
   """The devices that JAX finds. From then on this process holds them: on a TPU no other one can have them."""
   first = jax.devices()[0]
-  memory = (first.memory_stats() or {}).get("bytes_limit", 0) if first.platform != "cpu" else 0
   # NVIDIA's have tensor cores for bfloat16 from compute capability 8.0 on; a T4 has 7.5.
   bfloat16 = first.platform == "tpu" or first.platform == "gpu" and float(getattr(first, "compute_capability", None) or 0) >= 8
-  return Device(first.platform, first.device_kind, jax.device_count(), memory, bfloat16)
+  return Device(first.platform, first.device_kind, jax.device_count(), device_memory(first) or 0, bfloat16)
 
 
 def curves(workdir: str | Place) -> Image.Image:
@@ -79,24 +78,30 @@ def watching(workdir: str | Place, show: Callable[[Image.Image], None], every_s:
     with watching("runs/mine", display(display_id=True).update):
       train(config, "runs/mine")
 
-  Nothing is shown before there are losses. If `show` raises, nothing more is shown, and the body goes on.
+  Nothing is shown before there are losses. If `show` raises, the log says so, nothing more is shown, and the body goes on.
   """
-  folder, ended = find_place(workdir, "workdir"), threading.Event()
+  folder, ended, works = find_place(workdir, "workdir"), threading.Event(), True
 
-  def show_curves() -> None:
-    if (sheet := _curves(folder)) is not None:
-      show(sheet)
+  def is_shown() -> bool:
+    try:
+      if (sheet := _curves(folder)) is not None:
+        show(sheet)
+      return True
+    except Exception as error:  # whatever it is: what cannot be shown takes nothing from what is trained
+      logging.warning("The curves cannot be shown any more (%s: %s): training goes on.", type(error).__name__, " ".join(str(error).split())[:200])
+      return False
 
   def keep_showing() -> None:
-    while not ended.wait(every_s):
-      show_curves()
+    nonlocal works
+    while works and not ended.wait(every_s):
+      works = is_shown()
 
-  thread = threading.Thread(target=keep_showing, daemon=True)
+  thread = threading.Thread(target=keep_showing, name="watching", daemon=True)
   thread.start()
   try:
     yield
   finally:
     ended.set()
     thread.join()
-    with contextlib.suppress(Exception):  # what cannot be shown takes nothing from what was trained
-      show_curves()
+    if works:
+      is_shown()

@@ -1,4 +1,5 @@
-"""Weights that are on the devices only while their network runs, for devices that cannot hold all three networks at once."""
+"""Weights that are read when they are asked for, and such as are on the devices only while their network runs, for devices that cannot hold all three
+networks at once."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -7,11 +8,11 @@ import jax
 import numpy as np
 
 
-class Offloaded(Mapping):
-  """{network: weights}; each look-up puts the weights onto the devices anew, and keeps nothing of them."""
+class Loaded(Mapping):
+  """Weights by name, loaded at each look-up. Which names there are is known without."""
 
   def __init__(self, loaders: Mapping[str, Callable[[], Any]]):
-    """Args: network -> what puts its weights onto the devices: from files, which the system keeps in memory while it has room, or from the host."""
+    """Args: name -> what loads its weights."""
     self._loaders = dict(loaders)
 
   def __getitem__(self, name: str) -> Any:
@@ -25,6 +26,11 @@ class Offloaded(Mapping):
 
   def __len__(self) -> int:
     return len(self._loaders)
+
+
+class Offloaded(Loaded):
+  """{network: weights}; each look-up puts the weights onto the devices anew, and keeps nothing of them: from files, which the system keeps in memory
+  while it has room, or from the host."""
 
 
 def from_host(arrays: Mapping[str, Any], shardings: Mapping[str, Any]) -> Offloaded:

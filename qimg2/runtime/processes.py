@@ -235,9 +235,10 @@ def fail_for_now(sentence: str) -> None:
   Raises:
     SystemExit: where there are no others.
   """
+  sentence = sentence.removesuffix(_GOES_ON).rstrip()
   if jax.process_count() > 1:
     _fail_all(f"{sentence} {_AGAIN[0].upper()}{_AGAIN[1:]}", EXIT_CODE)
-  print(f"error: {sentence} {'' if sentence.endswith(_GOES_ON) else _GOES_ON}".rstrip(), file=sys.stderr)
+  print(f"error: {sentence} {_GOES_ON}", file=sys.stderr)
   sys.exit(EXIT_CODE)
 
 

@@ -1,10 +1,8 @@
 """The report of a run: one HTML file with everything inside, rewritten after every stage."""
 
-import base64
 import dataclasses
 import functools
 import html
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -14,8 +12,9 @@ from absl import logging
 from data_pipelines.loader import Loader
 from qimg2.places import Place, write_file
 from qimg2.runtime.config import StageConfig
+from qimg2.runtime.evaluating.of_run import counts_of, intervals_of, shares_of
+from qimg2.runtime.html_parts import as_png, image, page, table
 from qimg2.runtime.run import Run
-from qimg2.runtime.suites import counts_of, shares_of
 from qimg2.training.metrics import NEXT_TO_STEPS, goodput, read_rows
 
 Curves = dict[str, tuple[tuple[int, ...], tuple[float, ...]]]  # name -> (steps, values)
@@ -24,13 +23,6 @@ SHEETS = {  # kind of a stage -> task -> what its sheets show
     "autoencoder": {"": "Reconstructions, each left of its original", "ti2i": "Edits, each between its source and the held-out picture"},
     "generator": {"": "Samples, each left of the held-out picture", "ti2i": "Edits, each between its source and the held-out picture"},
 }
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1, h2, h3 { line-height: 1.2 } h2 { border-top: 1px solid #ccc; padding-top: 1em }
-table { border-collapse: collapse; margin: .5em 0 } td, th { border: 1px solid #ccc; padding: .2em .6em; text-align: left }
-td.n { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100%; border: 1px solid #ddd }
-pre { background: #f6f6f6; padding: 1em; overflow: auto; max-height: 40em } .figure { font-size: 1.3em; font-weight: 600 }
-"""
 
 
 def save_counts(run: Run, stage: StageConfig, loader: Loader) -> None:
@@ -56,10 +48,8 @@ def write_report(run: Run) -> Place:
   body = [f"<h1>{html.escape(run.workdir.name)}</h1>", _evaluation(run.workdir), _overview(run, started, record)]
   body += [part for stage in started for part in _stage(run, stage)]
   body += ["<h2>Config</h2>", f"<pre>{html.escape(json.dumps(record, indent=1))}</pre>"]
-  page = (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(run.workdir.name)}</title>"
-          f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>")
   path = run.workdir / "report.html"
-  write_file(path, page)
+  write_file(path, page(run.workdir.name, body))
   return path
 
 
@@ -68,10 +58,10 @@ def _evaluation(workdir: Place) -> str:
   if not path.exists():
     return ""
   result = json.loads(path.read_text(encoding="utf-8"))
-  shares = [(name, f"{share:.1%}") for name, share in shares_of(result)]
+  shares = [(name, text) for (name, _), text in zip(shares_of(result), intervals_of(result))]
   return (f"<h2>Evaluation</h2><p>{html.escape(counts_of(result))}, drawn by stage "
-          f"<b>{html.escape(result['stage'])}</b> and compared with clean renders.</p>" + _table(("metric", "share"), shares)
-          + _image((workdir / "evaluation.png").read_bytes()))
+          f"<b>{html.escape(result['stage'])}</b> and compared with clean renders.</p>" + table(("metric", "share, 95 % interval"), shares)
+          + image((workdir / "evaluation.png").read_bytes()))
 
 
 def _overview(run: Run, stages: Sequence[StageConfig], record: dict) -> str:
@@ -86,7 +76,7 @@ def _overview(run: Run, stages: Sequence[StageConfig], record: dict) -> str:
                  f"{sorted(rates)[len(rates) // 2]:.1f}" if rates else ""))
   head = ("stage", "algorithm", "start", "step", "of", "resolution x batch", "learning rate", "validation loss", "samples/s, median")
   device = f"{record['num_devices']} device(s) of kind {html.escape(record['device_kind'])}"
-  return f"<h2>Stages</h2>{_table(head, rows)}<p>{device}.</p>"
+  return f"<h2>Stages</h2>{table(head, rows)}<p>{device}.</p>"
 
 
 def _stage(run: Run, stage: StageConfig) -> Iterable[str]:
@@ -98,6 +88,10 @@ def _stage(run: Run, stage: StageConfig) -> Iterable[str]:
   if bins:
     yield "<h3>Validation loss per time bin</h3><p>Bin 0 is nearest to the data, the last one to noise.</p>"
     yield _plot({name.removeprefix("val_loss_"): _series(rows, name) for name in sorted(bins)}, "validation loss", log=True)
+  suites = sorted({key for row in rows for key in row if key.startswith("evals/")})
+  if suites:
+    yield "<h3>Evaluation suites while it trained</h3>"
+    yield _plot({name.removeprefix("evals/"): _series(rows, name) for name in suites}, "figure", log=False)
   timing = read_rows(folder / "timing.jsonl")
   yield "<h3>Throughput</h3>" + _throughput(timing) + _goodput(timing)
   yield _faults(folder)
@@ -105,7 +99,7 @@ def _stage(run: Run, stage: StageConfig) -> Iterable[str]:
   sheets = sorted((folder / "samples").glob("*.png"))
   for task, title in SHEETS.get(stage.kind, {}).items():
     for sheet in _spread([path for path in sheets if path.stem.partition("_")[2] == task], MAX_SHEETS):
-      yield f"<h3>{title}: step {int(sheet.stem.partition('_')[0])}</h3>{_image(sheet.read_bytes())}"
+      yield f"<h3>{title}: step {int(sheet.stem.partition('_')[0])}</h3>{image(sheet.read_bytes())}"
 
 
 def _throughput(timing: Sequence[dict]) -> str:
@@ -127,7 +121,7 @@ def _goodput(timing: Sequence[dict]) -> str:
   rows = [(name, f"{seconds:.1f}", f"{seconds / total['wall_s']:.1%}") for name, seconds in kinds]
   starts = f"{total['starts']} start{'s' if total['starts'] > 1 else ''}"
   return (f"<p>Goodput {total['step_s'] / total['wall_s']:.1%}: steps that count, of {total['wall_s']:.0f} s in {starts}.</p>"
-          + _table(("time went to", "seconds", "share"), rows))
+          + table(("time went to", "seconds", "share"), rows))
 
 
 def _faults(folder: Place) -> str:
@@ -143,9 +137,9 @@ def _faults(folder: Place) -> str:
 def _counts(folder: Place) -> str:
   facts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
   counts, merging = (facts, {}) if isinstance(facts, list) else (facts["counts"], facts["merging"])  # a list is of an earlier version
-  shown = _table(("shapes and buckets", ""), [(name.replace("_", " "), f"{value:.2%}" if isinstance(value, float) else value)
+  shown = table(("shapes and buckets", ""), [(name.replace("_", " "), f"{value:.2%}" if isinstance(value, float) else value)
                                               for name, value in merging.items()]) if merging else ""
-  return shown + (_table(tuple(name.replace("_", " ") for name in counts[0]), [tuple(count.values()) for count in counts]) if counts else "")
+  return shown + (table(tuple(name.replace("_", " ") for name in counts[0]), [tuple(count.values()) for count in counts]) if counts else "")
 
 
 def _series(rows: Sequence[dict], name: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -167,7 +161,7 @@ def loss_curves(rows: Sequence[dict]) -> Curves:
 
 
 def _plot(curves: Curves, label: str, log: bool) -> str:
-  return _image(figure_png(curves, label, log))
+  return image(figure_png(curves, label, log))
 
 
 def figure_png(curves: Curves, label: str, log: bool) -> bytes:
@@ -179,8 +173,8 @@ def figure_png(curves: Curves, label: str, log: bool) -> bytes:
 def _figure(curves: tuple, label: str, log: bool) -> bytes:
   from matplotlib.figure import Figure  # it takes a while, and only this needs it
 
-  figure = Figure(figsize=(9, 3.2), dpi=90)
-  axes = figure.add_axes((0.09, 0.16, 0.9, 0.8))
+  figure = Figure(figsize=(9, 3.2), dpi=90, layout="constrained")  # there is room for the labels, however wide, and the size stays
+  axes = figure.add_subplot()
   for name, (steps, values) in curves:
     axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None, linewidth=1.2)
   axes.set_xlabel("step")
@@ -189,16 +183,4 @@ def _figure(curves: tuple, label: str, log: bool) -> bytes:
     axes.set_yscale("log")
   axes.grid(alpha=0.3)
   axes.legend(fontsize=8, ncols=2)
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format="png")
-  return buffer.getvalue()
-
-
-def _image(png: bytes) -> str:
-  return f"<p><img alt='' src='data:image/png;base64,{base64.b64encode(png).decode()}'></p>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-  cells = lambda row: "".join(f"<td class='{'n' if isinstance(x, (int, float)) else ''}'>{html.escape(str(x))}</td>" for x in row)
-  top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-  return f"<table><tr>{top}</tr>{''.join(f'<tr>{cells(row)}</tr>' for row in rows)}</table>"
+  return as_png(figure)

@@ -51,8 +51,8 @@ FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # What may change while a run goes on: it does not change what a step computes, or is a wish for longer training. With another budget of buckets the
 # order of batches may be another one, and the log says so.
 FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|order_dir|sampling|evals|"
-                  r"stages\[\d+\]\.((log|eval|sample|save)_every_steps|save_every_s|keep|keep_every_steps|num_steps|faults|max_programs|"
-                  r"mixture\[\d+\]\.data_dir))").fullmatch
+                  r"stages\[\d+\]\.((log|eval|evals|sample|save)_every_steps|evals_num_prompts|save_every_s|keep|keep_every_steps|num_steps|faults|"
+                  r"max_programs|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)

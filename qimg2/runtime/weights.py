@@ -4,8 +4,9 @@ A stage knows roles, and each role names its network (`qimg2.algorithms`): all t
 are those of `qimg2.runtime.config.sources`. A role that starts as another, such as a reference that starts as the model, reads the other's.
 """
 
+import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from qimg2.places import Place, find_place, is_complete
 from qimg2.published.folder import check_configs, check_sampling, has_head, load_weights, open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
-from qimg2.runtime.offload import Offloaded, from_host
+from qimg2.runtime.offload import Loaded, Offloaded, from_host
 from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights, saved_steps
 
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
@@ -39,7 +40,8 @@ class StageWeights:
 
   def _is_headless(self, source: Source) -> bool:
     # A finished run draws what it holds when the folder is gone; who reads the encoder is told.
-    return source.kind == "diffusers" and pathlib.Path(source.name).is_dir() and not has_head(open_folder(source.name))
+    folder = pathlib.Path(source.name)
+    return source.kind == "diffusers" and folder.is_dir() and _is_headless(source.name, folder.stat().st_mtime_ns)
 
   def encoder_folder(self, name: str) -> str:
     """The published folder that the encoder of a stage is read from; empty if it comes from elsewhere."""
@@ -251,12 +253,13 @@ class StageWeights:
     return sharding.param_shardings(specs, self.mesh, self.rules)
 
 
-class LazyWeights(Mapping):
-  """Weights by name, each read when it is first asked for."""
+class LazyWeights(Loaded):
+  """Weights by name, each read when it is first asked for, and kept."""
 
   def __init__(self, loaders: Mapping[str, Callable[[], Any]]):
-    """Args: name -> what reads its weights."""
-    self._loaders, self._read = dict(loaders), {}
+    """Args: as `Loaded`."""
+    super().__init__(loaders)
+    self._read: dict[str, Any] = {}
 
   def then(self, function: Callable[[Any], Any]) -> "LazyWeights":
     """The same weights, each as `function` gives it; what this mapping read already is read again."""
@@ -264,17 +267,15 @@ class LazyWeights(Mapping):
 
   def __getitem__(self, name: str) -> Any:
     if name not in self._read:
-      self._read[name] = self._loaders[name]()
+      self._read[name] = super().__getitem__(name)
     return self._read[name]
 
-  def __contains__(self, name: object) -> bool:
-    return name in self._loaders  # that of Mapping would read it
 
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._loaders)
-
-  def __len__(self) -> int:
-    return len(self._loaders)
+@functools.lru_cache(maxsize=16)
+def _is_headless(folder: str, changed_ns: int) -> bool:
+  """Whether the encoder of a published folder has no head: to know it, the headers of all of its files are read."""
+  del changed_ns  # another one is another folder
+  return not has_head(open_folder(folder))
 
 
 def choose_average(algorithm: Algorithm, weights: Mapping[str, Any], stage: str, average: str) -> Mapping[str, Any]:

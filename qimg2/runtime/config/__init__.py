@@ -18,6 +18,7 @@ from qimg2.layers import POLICIES
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime.config.sections import checked, from_section, placed, plain
 from qimg2.runtime.config.sources import parse_source
+from qimg2.runtime.config.suites import SETTINGS, check_settings
 from qimg2.runtime.methods import METHODS, make_algorithm
 from qimg2.training import faults, optim
 from qimg2.training.state import check_due, check_split
@@ -25,10 +26,6 @@ from qimg2.training.state import check_due, check_split
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
 
 TOO_LONG = ("drop", "truncate")
-EVALS = {  # evaluation suite -> its settings, whole numbers of at least 1
-    "glyphs": ("num_prompts",), "glyph_edits": ("num_prompts",),
-    "emoji": ("num_prompts", "num_candidates"), "emoji_edits": ("num_prompts",),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +142,8 @@ class StageConfig:
   save_every_s: float = 0.0
   too_long: str = "drop"
   keep_every_steps: int = 0
+  evals_every_steps: int = 0
+  evals_num_prompts: int = 16
 
   def __post_init__(self):
     for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
@@ -155,6 +154,9 @@ class StageConfig:
                        f"save_every_steps, {self.save_every_steps}: give a multiple of it, or 0 for none that stays for good.")
     if self.save_every_s < 0:
       raise ValueError(f"config.stages[{self.name}].save_every_s is {self.save_every_s}: give seconds, or 0 for no checkpoint by time.")
+    if self.evals_every_steps < 0 or self.evals_num_prompts < 1:
+      raise ValueError(f"config.stages[{self.name}] draws {self.evals_num_prompts} prompts of each suite every {self.evals_every_steps} steps: give "
+                       "evals_num_prompts of at least 1, and evals_every_steps 0 for no suites while it trains.")
     if self.too_long not in TOO_LONG:
       raise ValueError(f"config.stages[{self.name}].too_long is {self.too_long!r}: choose one of {', '.join(TOO_LONG)}.")
     if self.max_programs < 0:
@@ -194,7 +196,7 @@ class RunConfig:
   vae: vae.Config
   schedule: flow.Schedule
   sampling: SamplingConfig
-  evals: Mapping[str, Mapping[str, int]]
+  evals: Mapping[str, Mapping[str, Any]]
   stages: tuple[StageConfig, ...]
   micro_batches: tuple[MicroBatchConfig, ...] = ()
   local_copies: LocalCopiesConfig = LocalCopiesConfig()
@@ -237,18 +239,18 @@ def parse(cfg: Any) -> RunConfig:
   run = from_section(RunConfig, values, "config", stages=())
   local_folder(run.data_dir, "config.data_dir")
   local_folder(run.order_dir, "config.order_dir")
-  _check_evals(run.evals)
+  run = dataclasses.replace(run, evals=_check_evals(run.evals))
   return dataclasses.replace(run, stages=tuple(_stage(section, number, run) for number, section in enumerate(sections)))
 
 
-def _check_evals(evals: Mapping[str, Mapping[str, int]]) -> None:
-  """Whether every suite is known and has its settings, and no others."""
-  checked(evals, dict.fromkeys(EVALS, Mapping[str, int]), (), "config.evals")
-  for name, settings in evals.items():
-    where = f"config.evals.{name}"
-    for key, value in checked(settings, dict.fromkeys(EVALS[name], int), EVALS[name], where).items():
-      if value < 1:
-        raise ValueError(f"{where}.{key} is {value}: give at least 1.")
+def _check_evals(evals: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """All settings of each suite.
+
+  Raises:
+    ValueError: a suite that is unknown, or as `check_settings`.
+  """
+  sections = checked(evals, dict.fromkeys(SETTINGS, Mapping[str, Any]), (), "config.evals")
+  return {name: check_settings(name, settings, "config.evals") for name, settings in sections.items()}
 
 
 def _stage(section: Any, number: int, run: RunConfig) -> StageConfig:

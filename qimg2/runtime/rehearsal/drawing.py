@@ -93,7 +93,7 @@ def plan(drawer: Drawer, request: Request, where: str) -> tuple[list[Phase], flo
   if where != HERE:
     devices, chip = topology.find_devices(where)
     child = ChildProcess(where) if chip else None
-  limit = chip.hbm_bytes if chip else _memory(jax.devices()[0] if devices is None else devices[0])
+  limit = chip.hbm_bytes if chip else roofline.device_memory(jax.devices()[0] if devices is None else devices[0])
   phases, parts = [], _parts(drawer, request, devices)
   for number, (name, tiled, only, part) in enumerate(parts):
     own = child and Child(child, f"the phase {name}", _answer, (drawer, request, number))
@@ -130,10 +130,6 @@ def _answer(devices: Sequence[Any], chip: roofline.Chip | None, drawer: Drawer, 
   return measure(_parts(drawer, request, devices)[number][-1], len(devices), chip.hbm_bytes if chip else None)
 
 
-def _memory(device: Any) -> float | None:
-  return (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-
-
 def peaks(phases: Sequence[Phase]) -> dict[tuple[bool, bool], Phase]:
   """{(offload, tiles): the phase with the highest total}."""
   tiled = {phase.name for phase in phases if phase.tiled}
@@ -144,7 +140,7 @@ def peaks(phases: Sequence[Phase]) -> dict[tuple[bool, bool], Phase]:
 
 def describe(phases: Sequence[Phase], limit: float | None, tile_px: int) -> str:
   """The phases as a table in GiB = 2^30 bytes, and the peak with and without --offload and --vae_tile."""
-  gib = lambda num: f"{num / table.GIB:,.2f}"
+  gib = lambda num: f"{num / roofline.GIB:,.2f}"
   lines = [["phase", "arguments", "temporaries", "total", "other weights", "total with them"]]
   for phase in phases:
     name = phase.name + ", a tile" * phase.tiled + f", {phase.only}" * bool(phase.only)

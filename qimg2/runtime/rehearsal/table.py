@@ -7,9 +7,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qimg2.analysis import hlo, roofline
+from qimg2.analysis.roofline import GIB
 from qimg2.runtime.config import StageConfig
 
-GIB = 2**30
 PROGRAMS = STEP, EVALUATION, SAMPLES = "step", "evaluation", "samples"  # what a stage compiles
 HEADROOM = 0.9  # of the memory, which a plan should not exceed: the next compiler may need a little more
 
@@ -79,8 +79,14 @@ def with_bound(row: Row, chip: roofline.Chip | None, mesh: Mesh) -> Row:
   """`row` with its collectives by mesh axis and, for a chip with published rates, its bound."""
   if row.traffic is None:
     return row
+  collectives, bound = bound_of(row.traffic, chip, mesh, sum(row.model_flops.values()))
+  return dataclasses.replace(row, collectives=collectives, bound=bound)
+
+
+def bound_of(traffic: hlo.Traffic, chip: roofline.Chip | None, mesh: Mesh, model_flops: float = 0.0) -> tuple[tuple[dict, ...], dict[str, float]]:
+  """(`Row.collectives`, `Row.bound`) of what a program does."""
   sums: dict[tuple, dict] = {}
-  for one in row.traffic.collectives:
+  for one in traffic.collectives:
     kind, axes = one.kind, "+".join(hlo.mesh_axes(one.groups, mesh.shape)) or "none"
     way = roofline.route(chip, list(mesh.devices.flat), one.groups) if chip else None
     if kind == "send":  # to the host, and from there to the other slices
@@ -92,8 +98,8 @@ def with_bound(row: Row, chip: roofline.Chip | None, mesh: Mesh) -> Row:
   bound = {}
   if chip:
     messages = [(entry["route"], entry["bytes"]) for entry in collectives]
-    bound = roofline.bound(chip, sum(row.model_flops.values()), row.traffic.flops, row.traffic.hbm_bytes, messages)
-  return dataclasses.replace(row, collectives=collectives, bound=bound)
+    bound = roofline.bound(chip, model_flops, traffic.flops, traffic.hbm_bytes, messages)
+  return collectives, bound
 
 
 def bucket_name(row: Row) -> str:

@@ -1,0 +1,131 @@
+"""What `launch.evaluate --suite` does: suites on a run, on a published folder, or on pictures that something else made."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from qimg2.evaluation import Suite, Task
+from qimg2.places import find_place
+from qimg2.runtime.config import plain
+from qimg2.runtime.evaluating.drawing import Painter, groups_of_sizes, learned, painter_of_run
+from qimg2.runtime.evaluating.folder import Folder
+from qimg2.runtime.evaluating.job import Share, evaluate_into, work_of_images, work_of_painter
+from qimg2.runtime.evaluating.registry import SEED, make_suite
+from qimg2.runtime.evaluating.summary import prompt_set
+from qimg2.runtime.rehearsal.drawing import Drawer, Opened
+from qimg2.runtime.run import Run
+from qimg2.training import manifest
+from qimg2.training.checkpoint import newest_step
+
+SMALL_BYTES = 1 << 20  # files of a published folder that are read whole to tell it from others
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What to evaluate: the flags of `launch.evaluate`, see its `--help`. Zero or None takes the default of the run or folder."""
+  suites: Mapping[str, Mapping[str, Any]]
+  seeds: tuple[int, ...] = (0,)
+  num_steps: int = 0
+  guidance: float | None = None
+  output_resolution: int = 0
+  batch_size: int = 0
+  offload: bool = False
+
+
+def evaluate_model(out: str, drawer: Drawer, asked: Asked, share: Share = Share(), num_workers: int = 0) -> dict[str, Any] | None:
+  """Draws and scores; returns the summary, None while other shares are not done. See `job.evaluate_into`.
+
+  Raises:
+    ValueError: no such run, stage, folder or suite, a suite that the stage did not learn, or a folder with another evaluation.
+  """
+  opened, folder = drawer.open(), Folder(out)
+  sampling = _sampling(opened.defaults, asked)
+  weights = opened.offloaded if asked.offload else opened.load
+  works, facts = [], {}
+  for name, settings in asked.suites.items():
+    suite, tasks = _tasks(name, settings, opened.source)
+    painter = _painter(opened, drawer, weights, tasks, sampling, asked)
+    if painter is None:
+      raise ValueError(f"Suite {name} has {len(tasks[0].sources)} condition image(s) for each prompt, which {opened.where} did not learn: leave it "
+                       "out.")
+    works.append(work_of_painter(folder, name, suite, tasks, painter, asked.seeds))
+    facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks), "batch_size": painter.batch_size}
+  request = {"format": 1, "model": _model(drawer, opened), "suites": facts, "seeds": list(asked.seeds), "sampling": plain(sampling),
+             "output_resolution": asked.output_resolution}
+  return evaluate_into(folder, request, works, share, num_workers)
+
+
+def evaluate_images(out: str, images: str, suites: Mapping[str, Mapping[str, Any]], share: Share = Share(),
+                    num_workers: int = 0) -> dict[str, Any] | None:
+  """Scores pictures that something else made, by the manifest.jsonl of their folder; see `evaluate_model`.
+
+  Raises:
+    ValueError: no manifest, one that does not fit a suite, no such suite, or a folder with another evaluation.
+  """
+  folder, place, works, facts = Folder(out), find_place(images, "--images"), [], {}
+  for name, settings in suites.items():
+    suite, tasks = _tasks(name, settings, None)
+    work = work_of_images(place, name, suite, tasks)
+    for note in work.notes[:5]:
+      logging.warning("Left out of %s: %s.", place, note)
+    if work.num_missing:
+      logging.warning("Suite %s: %d of %d prompts have no picture in %s; figures are of the others.", name, work.num_missing, len(tasks), place)
+    works.append(work)
+    facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks)}
+  request = {"format": 1, "model": {"images": os.fspath(place)}, "suites": facts}
+  return evaluate_into(folder, request, works, share, num_workers)
+
+
+def _tasks(name: str, settings: Mapping[str, Any], source: Any) -> tuple[Suite, Sequence[Task]]:
+  suite, num = make_suite(name, settings, source)
+  return suite, suite.tasks(num, SEED)
+
+
+def _sampling(defaults: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+  """Arguments of the generator beside its size."""
+  times = () if asked.num_steps and not defaults["only_sigmas"] else defaults["sigmas"]
+  if times and asked.num_steps and asked.num_steps != len(times):
+    raise ValueError(f"--num_steps={asked.num_steps} does not go with the {len(times)} sampling times that the folder brings: leave it out.")
+  return {"num_steps": len(times) or asked.num_steps or defaults["num_steps"],
+          "guidance": defaults["guidance"] if asked.guidance is None else asked.guidance, "base_times": tuple(times) or None}
+
+
+def _painter(opened: Opened, drawer: Drawer, weights: Callable[[], Mapping], tasks: Sequence[Task], sampling: Mapping[str, Any],
+             asked: Asked) -> Painter | None:
+  """What draws the tasks; None where a run did not learn them."""
+  source = opened.source
+  if isinstance(source, Run):
+    stage = opened.where.removeprefix("stage ")
+    if not learned(source.loader(source.stages[stage]).buckets, tasks):
+      return None
+    return painter_of_run(source, stage, weights, tasks, sampling, asked.batch_size)
+  groups = groups_of_sizes(tasks, source.tokenizer, opened.defaults["multiple"], asked.output_resolution)
+  return Painter(source, weights, tasks, groups, sampling, asked.batch_size)
+
+
+def _model(drawer: Drawer, opened: Opened) -> dict[str, Any]:
+  """What tells a model from another one."""
+  if not drawer.pretrained:
+    run, stage = opened.source, opened.where.removeprefix("stage ")
+    checkpoints = run.workdir / stage / "checkpoints"
+    step = newest_step(checkpoints) if drawer.step is None else drawer.step
+    return {"run": run.workdir.name, "stage": stage, "step": step, "average": drawer.average, "weights": manifest.identity(checkpoints / str(step))}
+  found = {"pretrained": pathlib.Path(drawer.pretrained).resolve().name, "files": _digest_of_folder(pathlib.Path(drawer.pretrained))}
+  if drawer.transformer:
+    path = pathlib.Path(drawer.transformer)
+    found |= {"transformer": path.name, "transformer_bytes": path.stat().st_size}
+  return found | {"dtype": drawer.dtype}
+
+
+def _digest_of_folder(folder: pathlib.Path) -> str:
+  """Of names and sizes of all files, and of what stands in small ones."""
+  found = hashlib.sha256()
+  for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    size = path.stat().st_size
+    found.update(f"{path.relative_to(folder).as_posix()} {size}".encode() + (path.read_bytes() if size <= SMALL_BYTES else b""))
+  return found.hexdigest()

@@ -1,0 +1,99 @@
+"""The evaluation suites of the embedded data sets: held-out prompts, and clean renders to compare with.
+
+  glyphs        is the nearest of all clean renders the prompted one, in glyph, ink and paper?
+  glyph_edits   the same for edits; and is the picture nearer to what was asked than to its source?
+  emoji         is the picture nearest, by pixel correlation, to the prompted emoji among all candidates?
+  emoji_edits   is the edited picture nearest to what was asked, among its source and everything that the source could be turned into?
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
+from qimg2.evaluation import Suite, Task
+from qimg2.runtime.config import PrepareConfig
+
+
+def glyph_suite(prepare: PrepareConfig) -> Suite:
+  """Pictures of glyphs for held-out (glyph, ink, paper) triples."""
+  tasks = lambda num, seed: [Task(text, (height, width), truth=asked) for text, asked, height, width in glyphs.held_out_prompts(num, seed)]
+  return Suite(tasks, lambda task, picture: _with_everything(glyphs.score(picture, task.truth)), _show_glyphs(""))
+
+
+def glyph_edit_suite(prepare: PrepareConfig) -> Suite:
+  """Edits of glyphs whose result is a held-out triple; the truth is (attributes asked for, attributes of the source)."""
+  def tasks(num: int, seed: int) -> list[Task]:
+    return [Task(text, (height, width), (glyphs.render(source, height, width),), (target, source))
+            for text, source, target, height, width in glyph_edits.held_out_edits(num, seed)]
+
+  def score(task: Task, picture: np.ndarray) -> dict[str, float]:
+    target, source = task.truth
+    scores = _with_everything({**glyphs.score(picture, target), "change": _is_nearer(picture, target, source)})
+    return {f"edit: {name}": value for name, value in scores.items()}
+  return Suite(tasks, score, _show_glyphs("edit: "))
+
+
+def _is_nearer(image: np.ndarray, target: glyphs.Attributes, source: glyphs.Attributes) -> bool:
+  """Whether a picture is nearer to the clean render of the target than to that of the source: something was done."""
+  far = [np.square(image.astype(float) - glyphs.render(one, *image.shape[:2])).sum() for one in (target, source)]
+  return bool(far[0] < far[1])
+
+
+def _with_everything(right: Mapping[str, bool]) -> dict[str, float]:
+  return {name: float(value) for name, value in {**right, "everything": all(right.values())}.items()}
+
+
+def _show_glyphs(prefix: str) -> Callable[[Task, np.ndarray, Mapping[str, float]], list[tuple[np.ndarray, str]]]:
+  """As `qimg2.evaluation.show`, with a prefix before captions that the names of metrics have too."""
+  def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
+    wrong = [name.removeprefix(prefix) for name, value in scores.items() if not value and name != f"{prefix}everything"]
+    caption = prefix + task.prompt + (f" [wrong: {', '.join(wrong)}]" if wrong else "")
+    return [(source, "(source)") for source in task.sources] + [(picture, caption)]
+  return show
+
+
+# Emoji.
+
+
+class EmojiTruth(NamedTuple):
+  """What a picture of an emoji is compared with: clean renders of `candidates` on `paper`."""
+  asked: str
+  paper: str
+  candidates: tuple[str, ...]
+  source: str = ""
+
+  def nearest(self, picture: np.ndarray) -> str:
+    """The candidate nearest to a picture."""
+    return self.candidates[emoji.nearest_emoji(picture, self.candidates, self.paper)]
+
+
+def emoji_suite(prepare: PrepareConfig, num_candidates: int) -> Suite:
+  """Emoji of the prepared data set on papers that training never showed with them, among `num_candidates` of them."""
+  def tasks(num: int, seed: int) -> list[Task]:
+    if num > num_candidates:
+      raise ValueError(f"config.evals.emoji asks {num} prompts among {num_candidates} candidates: every prompt needs its own candidate.")
+    prompts = emoji.held_out_prompts(num_candidates, seed, prepare.num_examples, prepare.seed)
+    candidates = tuple(character for _, character, _ in prompts)
+    return [Task(text, (emoji.SIDE_PX, emoji.SIDE_PX), truth=EmojiTruth(character, paper, candidates)) for text, character, paper in prompts[:num]]
+
+  def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
+    found = task.truth.nearest(picture)
+    return [(picture, task.prompt if found == task.truth.asked else f"{task.prompt} [nearest: {emoji.annotations()['en'][found][0]}]")]
+  return Suite(tasks, lambda task, picture: {"emoji": float(task.truth.nearest(picture) == task.truth.asked)}, show)
+
+
+def emoji_edit_suite(prepare: PrepareConfig) -> Suite:
+  """Held-out edits of skin tone, gender and direction, and the share that chance would get right."""
+  def tasks(num: int, seed: int) -> list[Task]:
+    return [Task(text, (emoji.SIDE_PX, emoji.SIDE_PX), (emoji.render(source, paper),), EmojiTruth(target, paper, candidates, source))
+            for text, source, target, paper, candidates in emoji_pairs.held_out_edits(num, seed)]
+
+  def score(task: Task, picture: np.ndarray) -> dict[str, float]:
+    return {"edit": float(task.truth.nearest(picture) == task.truth.asked), "edit by chance": 1 / len(task.truth.candidates)}
+
+  def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
+    return [(emoji.render(task.truth.source, task.truth.paper, picture.shape[0]), "(source)"),
+            (picture, task.prompt if scores["edit"] else f"{task.prompt} [wrong]")]
+  return Suite(tasks, score, show)

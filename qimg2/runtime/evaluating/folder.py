@@ -1,0 +1,214 @@
+"""The folder that an evaluation writes, and what of it is already there.
+
+  <out>/request.json     what is evaluated, and on what; another request is refused there
+        pictures/<suite>/<task>_<seed>.png
+        parts/<suite>/<number>.jsonl .npy      scores and features of a chunk; removed when the files below are written
+        manifest.jsonl   a line per picture: file, suite, task, prompt, seed. With it, --images=<out> scores the pictures again
+        scores.jsonl     a line per picture: suite, task, category, prompt, seed, file, metrics, details; or "error" in place of the last two
+        features/<suite>.npy
+        summary.json     each figure with its interval, number of prompts and pictures; the sets of prompts, the model, the versions
+        report.html
+
+Every file appears whole or not at all, and depends only on the request: not on the order of the chunks, on how many processes did them, or on kills.
+"""
+
+import difflib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.transforms import decode_image
+from qimg2.evaluation import Task
+from qimg2.places import Place, find_place, write_file
+
+REQUEST, MANIFEST, SCORES, SUMMARY, REPORT = "request.json", "manifest.jsonl", "scores.jsonl", "summary.json", "report.html"
+
+
+class Folder:
+  """The files of an evaluation below one place."""
+
+  def __init__(self, place: str | Place):
+    """Args: the folder, on this machine or in a bucket; it need not exist."""
+    self.place = find_place(place, "--out")
+
+  def begin(self, request: Mapping[str, Any]) -> None:
+    """Writes down what is evaluated.
+
+    Raises:
+      ValueError: the folder holds another evaluation.
+    """
+    path = self.place / REQUEST
+    if not path.exists():
+      if self.place.is_dir() and any(self.place.iterdir()):
+        raise ValueError(f"--out={self.place} holds other files, and no evaluation: give a folder of its own.")
+      write_file(path, json.dumps(request, indent=1, ensure_ascii=False))
+      return
+    before = read_json(path)
+    if before == json.loads(json.dumps(request)):
+      return
+    changed = [name for name in sorted({*before, *request}) if before.get(name) != json.loads(json.dumps(request.get(name)))]
+    raise ValueError(f"--out={self.place} holds another evaluation: its {', '.join(changed)} "
+                     f"{'was' if len(changed) == 1 else 'were'} {'; '.join(_short(before.get(name)) for name in changed)}, asked for "
+                     f"{'is' if len(changed) == 1 else 'are'} {'; '.join(_short(request.get(name)) for name in changed)}. Give another --out.")
+
+  def picture(self, suite: str, name: str, seed: int) -> Place:
+    """Where a picture is."""
+    return self.place / "pictures" / suite / f"{name}_{seed}.png"
+
+  def part(self, suite: str, number: int) -> Place:
+    """Where the scores of a chunk are until all are there."""
+    return self.place / "parts" / suite / f"{number:06d}.jsonl"
+
+  def features(self, suite: str) -> Place:
+    """Where the features of a suite's pictures are."""
+    return self.place / "features" / f"{suite}.npy"
+
+  def write_part(self, suite: str, number: int, rows: Sequence[Mapping[str, Any]], features: np.ndarray | None) -> None:
+    """Keeps what was found of a chunk. Features come first: a part is there when its scores are."""
+    path = self.part(suite, number)
+    if features is not None:
+      content = io.BytesIO()
+      np.save(content, features)
+      write_file(path.with_suffix(".npy"), content.getvalue())
+    write_file(path, lines(rows))
+
+  def done_parts(self, suite: str) -> set[int]:
+    """Numbers of the chunks whose scores are there."""
+    folder = self.part(suite, 0).parent
+    return {int(path.stem) for path in folder.glob("*.jsonl")} if folder.is_dir() else set()
+
+  def rows(self) -> list[dict[str, Any]]:
+    """The lines of scores.jsonl.
+
+    Raises:
+      ValueError: the evaluation is not complete, or there is none.
+    """
+    if not (self.place / SUMMARY).exists() or not (self.place / SCORES).exists():
+      raise ValueError(f"{self.place} holds no finished evaluation: run launch.evaluate with --out={self.place} to its end first.")
+    return read_lines(self.place / SCORES)
+
+  def summary(self) -> dict[str, Any]:
+    """summary.json.
+
+    Raises:
+      ValueError: the evaluation is not complete, or there is none.
+    """
+    if not (self.place / SUMMARY).exists():
+      raise ValueError(f"{self.place} holds no finished evaluation: run launch.evaluate with --out={self.place} to its end first.")
+    return read_json(self.place / SUMMARY)
+
+
+def read_picture(path: Place) -> np.ndarray:
+  """[H, W, 3] uint8; what is transparent is laid on white.
+
+  Raises:
+    ValueError: the file is missing or is no picture.
+  """
+  if not path.is_file():
+    raise ValueError(f"There is no picture {path}.")
+  return decode_image(path.read_bytes(), str(path))
+
+
+def task_names(suite: str, tasks: Sequence[Task]) -> list[str]:
+  """What each task is called in files: its name, or its number.
+
+  Raises:
+    ValueError: two tasks have one name.
+  """
+  names = [task.name or f"{number:05d}" for number, task in enumerate(tasks)]
+  twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+  if twice is not None:
+    raise ValueError(f"Suite {suite} has two tasks of the name {twice}: each needs its own.")
+  return names
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> str:
+  """JSON, a row in each line."""
+  return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def read_lines(path: Place) -> list[dict[str, Any]]:
+  """The rows of a file that `lines` wrote.
+
+  Raises:
+    ValueError: a line is no JSON.
+  """
+  return list(_parsed(path, path.read_text(encoding="utf-8").split("\n")))
+
+
+def _parsed(path: Place, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
+  for number, text in enumerate(texts, 1):
+    if not text.strip():
+      continue
+    try:
+      row = json.loads(text)
+    except ValueError as error:
+      raise ValueError(f"Line {number} of {path} is no JSON ({error}): mend it or make the file anew.") from error
+    if not isinstance(row, dict):
+      raise ValueError(f"Line {number} of {path} is {text[:60]!r}: each line must be an object, such as {{\"file\": \"a.png\", \"prompt\": \"a\"}}.")
+    yield row
+
+
+def read_json(path: Place) -> dict[str, Any]:
+  """A JSON file of an evaluation.
+
+  Raises:
+    ValueError: it is none.
+  """
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON file ({error}): it was changed; remove it and run the same command again.") from error
+
+
+def read_manifest(folder: Place, suite: str, tasks: Sequence[Task]) -> tuple[list[tuple[int, int, Place]], list[str]]:
+  """((number of the task, seed, file) in the order of the tasks and seeds, what was left out and why) of a folder of pictures with a manifest.jsonl.
+
+  A line has "file", relative to the folder, "prompt" or "task" (the task's name), and "seed", 0 where it is missing. Lines with another "suite" are
+  passed over.
+
+  Raises:
+    ValueError: no manifest, a line without a field, two pictures of one task and seed, or no line that belongs to the suite.
+  """
+  path = folder / MANIFEST
+  if not path.is_file():
+    raise ValueError(f"--images={folder} has no {MANIFEST}: give it one with a line for each picture, such as "
+                     '{"file": "a.png", "prompt": "a red cat", "seed": 0}.')
+  names, prompts = {name: number for number, name in enumerate(task_names(suite, tasks))}, {}
+  for number, task in enumerate(tasks):
+    prompts.setdefault(task.prompt, number)
+  found, left_out = {}, []
+  for number, row in enumerate(read_lines(path), 1):
+    if row.get("suite", suite) != suite:
+      continue
+    _check_row(row, number, path)
+    task = names.get(row["task"]) if "task" in row else prompts.get(row["prompt"])
+    if task is None or ("prompt" in row and row["prompt"] != tasks[task].prompt):
+      left_out.append(f"line {number}: {_short(row.get('prompt', row.get('task')))} is no prompt of {suite}")
+      continue
+    key = task, int(row.get("seed", 0))
+    if key in found:
+      raise ValueError(f"Line {number} of {path} is another picture of {_short(tasks[task].prompt)} with seed {key[1]}: give another.")
+    found[key] = folder / row["file"]
+  if not found:
+    near = difflib.get_close_matches(left_out and str(row.get("prompt", "")) or "", list(prompts), 1, 0.3)
+    raise ValueError(f"No line of {path} belongs to suite {suite}{f': {left_out[0]}' if left_out else ''}"
+                     f"{f', whose nearest is {near[0]!r}' if near else ''}. The prompts must be those of the suite, word for word.")
+  return [(*key, found[key]) for key in sorted(found)], left_out
+
+
+def _check_row(row: Mapping[str, Any], number: int, path: Place) -> None:
+  """Whether a line of a manifest has its fields."""
+  for names, kind in ((("file",), str), (("prompt", "task"), str)):
+    if not any(isinstance(row.get(name), kind) for name in names):
+      raise ValueError(f"Line {number} of {path} has no {' or '.join(map(repr, names))}: each needs \"file\" and \"prompt\" (or \"task\"), texts.")
+  if not isinstance(row.get("seed", 0), int):
+    raise ValueError(f"Line {number} of {path} has the seed {row['seed']!r}: give a whole number.")
+
+
+def _short(value: Any) -> str:
+  text = json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= 80 else f"{text[:77]}..."

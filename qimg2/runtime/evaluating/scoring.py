@@ -1,0 +1,151 @@
+"""Scores of pictures: on the host, in a pool of processes while the device draws the next ones, or in batches on the device.
+
+A picture that cannot be scored has {"error": why}. That is a broken file, an answer of the suite, a metric that is not finite, and a scorer that was
+killed twice over the same picture. A mistake of the suite itself ends the evaluation.
+"""
+
+import concurrent.futures
+import functools
+import math
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+
+from qimg2.evaluation import ERROR, Suite, Task, metrics_of
+
+LATE_S = 600.0  # seconds that one picture may take
+
+
+class Scorer:
+  """Scores pictures with a suite; a context manager, which ends its processes."""
+
+  def __init__(self, suite: Suite, num_workers: int = 0):
+    """Args: the suite; processes for one whose scores take long, 0 for one less than the machine has cores, at least one."""
+    self._suite = suite
+    self._num = num_workers or max(1, (os.cpu_count() or 1) - 1)
+    self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+  def __enter__(self) -> "Scorer":
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self._end_pool()
+
+  def begin(self, tasks: Sequence[Task], pictures: Sequence[np.ndarray | str]) -> "Pending":
+    """Begins to score pictures of as many tasks; in place of one that could not be read stands why. A suite in processes goes on meanwhile."""
+    slow = self._suite.is_slow and self._suite.score is not None
+    futures = [self._submit(task, picture) if slow and not isinstance(picture, str) else None for task, picture in zip(tasks, pictures)]
+    return Pending(self, list(tasks), list(pictures), futures)
+
+  def _submit(self, task: Task, picture: np.ndarray) -> concurrent.futures.Future:
+    if self._pool is None:
+      self._pool = concurrent.futures.ProcessPoolExecutor(self._num, multiprocessing.get_context("spawn"), _one_thread)
+    try:
+      return self._pool.submit(_score, self._suite.score, task, picture)
+    except BrokenProcessPool:
+      self._end_pool()
+      return self._submit(task, picture)
+
+  def _end_pool(self) -> None:
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+      self._pool = None
+
+  def _result(self, future: concurrent.futures.Future, task: Task, picture: np.ndarray, again: bool = True) -> Mapping[str, Any]:
+    try:
+      return future.result(LATE_S)
+    except BrokenProcessPool:  # of all that were under way; one of them may be the cause
+      if not again:
+        return {ERROR: "the process that scored it was killed, twice"}
+      self._end_pool()
+      return self._result(self._submit(task, picture), task, picture, again=False)
+    except TimeoutError:
+      for process in list(self._pool._processes.values()) if self._pool else ():
+        process.kill()
+      self._end_pool()
+      return {ERROR: f"its score took more than {LATE_S:.0f} s"}
+
+  def finish(self, pending: "Pending") -> tuple[list[dict[str, Any]], np.ndarray | None]:
+    """(scores, features [n, D] float32 or None) of what was begun; the row of a picture without a score is NaN."""
+    suite, good = self._suite, [i for i, picture in enumerate(pending.pictures) if not isinstance(picture, str)]
+    scores: list[Mapping[str, Any]] = [{ERROR: picture} if isinstance(picture, str) else {} for picture in pending.pictures]
+    some = lambda: ([pending.tasks[i] for i in good], [pending.pictures[i] for i in good])
+    if suite.score_batch is not None and good:
+      for i, found in zip(good, suite.score_batch(*some())):
+        scores[i] = found
+    elif suite.score is not None:
+      for i in good:
+        task, picture, future = pending.tasks[i], pending.pictures[i], pending.futures[i]
+        scores[i] = _score(suite.score, task, picture) if future is None else self._result(future, task, picture)
+    features = None
+    if suite.features is not None:
+      found = suite.features(*some()) if good else np.zeros((0, 0), np.float32)
+      features = np.full((len(scores), found.shape[1]), np.nan, np.float32)
+      features[good] = found
+    return [_checked(found) for found in scores], features
+
+
+class Pending:
+  """Pictures whose scores are under way."""
+
+  def __init__(self, scorer: Scorer, tasks: list[Task], pictures: list[np.ndarray | str], futures: list[concurrent.futures.Future | None]):
+    self.tasks, self.pictures, self.futures, self._scorer = tasks, pictures, futures, scorer
+
+  def finish(self) -> tuple[list[dict[str, Any]], np.ndarray | None]:
+    """As `Scorer.finish`."""
+    return self._scorer.finish(self)
+
+
+def score_all(suite: Suite, tasks: Sequence[Task], pictures: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+  """The scores of pictures, in this process."""
+  with Scorer(Suite(suite.tasks, suite.score, score_batch=suite.score_batch)) as scorer:
+    return scorer.begin(tasks, pictures).finish()[0]
+
+
+def _one_thread() -> None:
+  """A process of the pool has one core; what it scores with must not ask for all of them."""
+  for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+  os.environ["JAX_PLATFORMS"] = "cpu"  # a device has one owner
+
+
+def _score(score: Any, task: Task, picture: np.ndarray) -> Mapping[str, Any]:
+  try:
+    return score(task, picture)
+  except (ValueError, OSError) as error:  # what the contract calls a picture that cannot be scored
+    return {ERROR: " ".join(str(error).split())}
+
+
+def _checked(scores: Mapping[str, Any]) -> dict[str, Any]:
+  """Scores as JSON can hold them; an error alone where there is one or where a metric is not finite."""
+  if ERROR in scores:
+    return {ERROR: str(scores[ERROR])}
+  wrong = [name for name, value in metrics_of(scores).items() if not math.isfinite(value)]
+  return {ERROR: f"{', '.join(wrong)} is not finite"} if wrong else {name: _plain(value) for name, value in scores.items()}
+
+
+@functools.singledispatch
+def _plain(value: Any) -> Any:
+  """A value as JSON knows it."""
+  return value
+
+
+@_plain.register(np.generic)
+@_plain.register(np.ndarray)
+def _(value: Any) -> Any:
+  return value.tolist()
+
+
+@_plain.register(tuple)
+@_plain.register(list)
+def _(value: Sequence[Any]) -> list[Any]:
+  return [_plain(one) for one in value]
+
+
+@_plain.register(dict)
+def _(value: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: _plain(one) for name, one in value.items()}

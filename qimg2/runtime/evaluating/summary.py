@@ -1,0 +1,109 @@
+"""What all scores of an evaluation say: each figure with its interval, over prompts as clusters (`qimg2.evaluation.statistics`)."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qimg2.evaluation import ERROR, Figure, Suite, Task
+from qimg2.evaluation.statistics import intervals
+from qimg2.evaluation.statistics.sums import Scores
+
+MOST_REASONS = 5
+
+
+def row_of(suite: str, name: str, task: Task, seed: int, file: str, scores: Mapping[str, Any]) -> dict[str, Any]:
+  """A line of scores.jsonl."""
+  row = {"suite": suite, "task": name, "category": task.category, "prompt": task.prompt, "seed": seed, "file": file}
+  if ERROR in scores:
+    return row | {ERROR: scores[ERROR]}
+  is_metric = lambda value: isinstance(value, (bool, int, float))
+  return row | {"metrics": {key: float(value) for key, value in scores.items() if is_metric(value)},
+                "details": {key: value for key, value in scores.items() if not is_metric(value)}}
+
+
+def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]], num_missing: int = 0) -> dict[str, Any]:
+  """The figures of a suite: {"num_prompts", "num_pictures", "num_left_out", "left_out", "num_missing", "figures", "categories"}.
+
+  "figures" is {name: {"value", "low", "high", ...}}, an interval of `qimg2.evaluation.statistics.figure` each; "categories" the same for each
+  category, where there is more than one. Pictures that have no scores are left out and counted, with the most frequent reasons.
+
+  Args: the suite; the rows of all its pictures; number of tasks that have no picture.
+  """
+  good = [row for row in rows if ERROR not in row]
+  reasons = collections.Counter(row[ERROR] for row in rows if ERROR in row)
+  figures = figures_of(suite, good)
+  categories = sorted({row["category"] for row in good})
+  result = {
+      "num_prompts": len({row["task"] for row in good}), "num_pictures": len(good), "num_left_out": len(rows) - len(good),
+      "left_out": dict(reasons.most_common(MOST_REASONS)), "num_missing": num_missing,
+      "figures": {name: interval(figure, good) for name, figure in figures.items()}}
+  if len(categories) > 1:
+    result["categories"] = {one: {name: interval(figure, [row for row in good if row["category"] == one]) for name, figure in figures.items()}
+                            for one in categories}
+  return result
+
+
+def figures_of(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+  """{name: figure} of a suite: its own, or the mean of each metric, as shares."""
+  return dict(suite.figures) or {name: Figure(name) for name in (rows[0]["metrics"] if rows else ())}
+
+
+def interval(figure: Figure, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+  """A figure of some rows as JSON, with what a reader needs to print it."""
+  rows = [row for row in rows if figure.numerator in row["metrics"]]
+  return dataclasses.asdict(intervals.figure(*scores_of(figure, rows))) | {"figure": dataclasses.asdict(figure)}
+
+
+def scores_of(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Scores:
+  """A figure's numerator and denominator of each picture, and the name of its prompt."""
+  numerator = np.array([row["metrics"][figure.numerator] for row in rows], float)
+  denominator = np.array([row["metrics"][figure.denominator] for row in rows], float) if figure.denominator else np.ones(len(rows))
+  return Scores(numerator, denominator, np.array([row["task"] for row in rows], str))
+
+
+def prompt_set(tasks: Sequence[Task]) -> str:
+  """A digest of what is asked: prompts, sizes and condition images, in order. Truths that are the same make no difference."""
+  found = hashlib.sha256()
+  for task in tasks:
+    found.update(repr((task.name, task.category, task.prompt, tuple(task.size), len(task.sources))).encode())
+    for image in task.sources:
+      found.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+  return found.hexdigest()
+
+
+# In words.
+
+
+def in_words(found: Mapping[str, Any], with_interval: bool = True) -> str:
+  """A figure as "98.5 % [95.7, 99.5]"."""
+  if found["value"] is None:
+    return "none"
+  factor, digits, unit = (100, 1, " %") if found["figure"]["is_share"] else (1, 3, "")
+  text = f"{found['value'] * factor:.{digits}f}{unit}"
+  if not with_interval or found["low"] is None:
+    return text
+  return f"{text} [{found['low'] * factor:.{digits}f}, {found['high'] * factor:.{digits}f}]"
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+  """The figures of an evaluation, a line for each, with what was left out."""
+  found = []
+  for name, suite in summary["suites"].items():
+    found.append(f"{name}: {suite['num_prompts']} prompts, {suite['num_pictures']} pictures{_left_out(suite)}")
+    found += [f"  {figure}: {in_words(value)}" for figure, value in suite["figures"].items()]
+    found += [f"  {figure}: {value:.4g}" for figure, value in suite.get("of_set", {}).items() if isinstance(value, (int, float))]
+  return "\n".join(found)
+
+
+def _left_out(suite: Mapping[str, Any]) -> str:
+  parts = []
+  if suite["num_left_out"]:
+    reason, count = next(iter(suite["left_out"].items()))
+    parts.append(f"{suite['num_left_out']} left out, {count} because {reason}")
+  if suite["num_missing"]:
+    parts.append(f"{suite['num_missing']} prompts without a picture")
+  return f" ({'; '.join(parts)})" if parts else ""

@@ -1,0 +1,291 @@
+"""An evaluation's folder: whatever is killed, in whatever shares, the same files; what cannot be scored is left out and counted."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import re
+
+import commands
+import numpy as np
+import pytest
+from jobs.brightness import score
+from PIL import Image
+
+from qimg2.evaluation import Figure, Suite, Task
+from qimg2.runtime.evaluating import comparing, job, summary
+from qimg2.runtime.evaluating.drawing import Group, chunks_of
+from qimg2.runtime.evaluating.folder import Folder, read_lines
+from qimg2.runtime.evaluating.job import Share, evaluate_into, work_of_images, work_of_painter
+from qimg2.runtime.evaluating.scoring import Scorer
+from qimg2.runtime.generator import Size
+
+REQUEST = {"format": 1, "model": {"run": "toy"}, "suites": {"toy": {"prompt_set": "1"}}}
+SIDE = 8
+
+
+def toy(num=7, truths=None, **changes):
+  tasks = [Task(f"prompt {i}", (SIDE, SIDE * (1 + i % 2)), truth=(truths or {}).get(i), category="even" if i % 2 == 0 else "odd") for i in range(num)]
+  suite = Suite(lambda n, seed: tasks[:n], score, figures={"bright": Figure("bright"), "per word": Figure("bright", "words", is_share=False)})
+  return dataclasses.replace(suite, **changes), tasks
+
+
+class Painter:
+  """Draws noise that depends on prompt and seed; ends as a kill would after so many chunks."""
+
+  def __init__(self, tasks, most=None):
+    sizes = sorted({task.size for task in tasks})
+    self.groups = [Group(Size(*size, 8), tuple(i for i, task in enumerate(tasks) if task.size == size), lambda image, slot: image) for size in sizes]
+    self.tasks, self.left = tasks, most
+
+  def chunks(self, seeds):
+    self.found = chunks_of(self.groups, seeds, 3)
+    return self.found
+
+  def tasks_of(self, chunk):
+    return [self.groups[chunk.group].tasks[place] for place in chunk.places]
+
+  def draw(self, chunk):
+    if self.left == 0:
+      raise KeyboardInterrupt
+    self.left = None if self.left is None else self.left - 1
+    return [np.random.default_rng([i, chunk.seed]).integers(0, 256, (*self.tasks[i].size, 3)).astype(np.uint8) for i in self.tasks_of(chunk)]
+
+
+def work(out, suite, tasks, seeds=(0, 1), most=None):
+  return work_of_painter(out, "toy", suite, tasks, Painter(tasks, most), seeds)
+
+
+def files(folder):
+  return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """The files of an evaluation that nothing interrupted."""
+  place = tmp_path_factory.mktemp("whole") / "out"
+  suite, tasks = with_features()
+  evaluate_into(Folder(place), REQUEST, [work(Folder(place), suite, tasks)])
+  return files(place)
+
+
+def with_features():
+  def of_set(blocks):
+    names, features = zip(*blocks)
+    return {"mean": float(np.concatenate(features).mean()), "num": len(sum(names, []))}
+  return toy(features=lambda tasks, pictures: np.stack([picture.mean((0, 1)) for picture in pictures]).astype(np.float32), of_set=of_set)
+
+
+def test_files_say_what_was_drawn_and_found(whole):
+  rows = [json.loads(line) for line in whole["scores.jsonl"].decode().strip().split("\n")]
+  assert [(row["task"], row["seed"]) for row in rows] == [(f"{i:05d}", seed) for i in range(7) for seed in (0, 1)]
+  picture = np.random.default_rng([3, 1]).integers(0, 256, (8, 16, 3)).astype(np.uint8)
+  assert rows[7] == {"suite": "toy", "task": "00003", "category": "odd", "prompt": "prompt 3", "seed": 1, "file": "pictures/toy/00003_1.png",
+                     "metrics": {"bright": picture.mean() / 255, "words": 8.0}, "details": {"recognised": "prompt 3 ☃\u2028"}}
+  assert len([name for name in whole if name.endswith(".png")]) == 14 and not [name for name in whole if name.startswith("parts")]
+  found = json.loads(whole["summary.json"])["suites"]["toy"]
+  brightness = [row["metrics"]["bright"] for row in rows]
+  assert found["figures"]["bright"]["value"] == pytest.approx(np.mean(brightness)) and found["num_prompts"] == 7 and found["num_pictures"] == 14
+  assert found["figures"]["per word"]["value"] == pytest.approx(sum(brightness) / (14 * 8))
+  assert found["categories"]["odd"]["bright"]["value"] == pytest.approx(np.mean([b for b, row in zip(brightness, rows) if row["category"] == "odd"]))
+  assert found["of_set"] == {"mean": pytest.approx(255 * np.mean(brightness), rel=1e-5), "num": 14}
+  assert b"per word" in whole["report.html"] and whole["report.html"].count(b"<img") == 3  # histograms, and both ends of two figures
+
+
+@pytest.mark.parametrize("most", range(6))
+def test_killed_while_it_draws_it_goes_on(whole, tmp_path, most):
+  out, (suite, tasks) = Folder(tmp_path / "out"), with_features()
+  with pytest.raises(KeyboardInterrupt):
+    evaluate_into(out, REQUEST, [work(out, suite, tasks, most=most)])
+  assert len(list(out.place.rglob("*.png"))) < 14 and not (out.place / "summary.json").exists()
+  evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  assert files(out.place) == whole
+
+
+@pytest.mark.parametrize("kept", range(0, 14, 3))
+def test_killed_while_it_scores_or_writes_it_goes_on(whole, tmp_path, monkeypatch, kept):
+  """After every third file that is written, whichever it is."""
+  out, (suite, tasks), left = Folder(tmp_path / "out"), with_features(), itertools.count()
+  write = {module: module.write_file for module in (job, job.files)}
+
+  def failing(module, *arguments):
+    if next(left) == kept:
+      raise KeyboardInterrupt
+    write[module](*arguments)
+  with monkeypatch.context() as patch:
+    for module in write:
+      patch.setattr(module, "write_file", functools.partial(failing, module))
+    with pytest.raises(KeyboardInterrupt):
+      evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  assert files(out.place) == whole
+  assert evaluate_into(out, REQUEST, [work(out, suite, tasks, most=0)]) == json.loads(whole["summary.json"])  # nothing is drawn again
+
+
+def test_64_jobs_in_any_order_write_the_same_files(whole, tmp_path):
+  """More than there are chunks; one that was lost is done by another."""
+  out, (suite, tasks) = Folder(tmp_path / "out"), with_features()
+  for index in np.random.default_rng(0).permutation(64)[:-1]:
+    found = evaluate_into(out, REQUEST, [work(out, suite, tasks)], Share(int(index), 64))
+  lost = int(np.random.default_rng(0).permutation(64)[-1])
+  if found is None:
+    assert lost < 6 and (out.place / "parts").is_dir()
+  assert evaluate_into(out, REQUEST, [work(out, suite, tasks)]) is not None
+  assert files(out.place) == whole
+
+
+def test_another_evaluation_is_refused(whole, tmp_path):
+  out, (suite, tasks) = Folder(tmp_path / "out"), toy()
+  evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  with pytest.raises(ValueError, match=r'another evaluation: its model was \{"run": "toy"\}, asked for is \{"run": "other"\}. Give another --out'):
+    evaluate_into(out, REQUEST | {"model": {"run": "other"}}, [work(out, suite, tasks)])
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "thesis.tex").touch()
+  with pytest.raises(ValueError, match="holds other files, and no evaluation"):
+    evaluate_into(Folder(tmp_path / "mine"), REQUEST, [])
+
+
+def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path):
+  out = Folder(tmp_path / "out")
+  suite, tasks = toy(truths={1: "refuse", 2: "nan"})
+  found = evaluate_into(out, REQUEST, [work(out, suite, tasks)])["suites"]["toy"]
+  assert found["num_left_out"] == 4 and found["left_out"] == {"nothing can be read in it": 2, "bright is not finite": 2}
+  rows = out.rows()
+  assert found["figures"]["bright"]["value"] == pytest.approx(np.mean([row["metrics"]["bright"] for row in rows if "error" not in row]))
+  assert "4 left out, 2 because nothing can be read in it" in summary.describe({"suites": {"toy": found}})
+
+
+def test_scores_in_processes_are_those_of_one_and_outlive_a_scorer_that_is_killed():
+  suite, tasks = toy(truths={4: "kill"}, is_slow=True)
+  pictures = [np.full((8, 8, 3), 10 * i, np.uint8) for i in range(7)]
+  with Scorer(suite, 2) as scorer:
+    pending = [scorer.begin([task], [picture]) for task, picture in zip(tasks, pictures)]
+    found = [one.finish()[0][0] for one in pending]
+  assert found[4] == {"error": "the process that scored it was killed, twice"}
+  assert [one["bright"] for one in found[:4] + found[5:]] == [10 * i / 255 for i in (0, 1, 2, 3, 5, 6)]
+
+
+# Pictures that something else made.
+
+
+@pytest.fixture
+def images(tmp_path):
+  """A folder of four pictures, of which one is broken, with a manifest."""
+  folder = tmp_path / "images"
+  folder.mkdir()
+  for i in range(4):
+    Image.fromarray(np.full((8, 8, 3), 50 * i, np.uint8)).save(folder / f"{i}.png")
+  (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:40])
+  write(folder, [{"file": f"{i}.png", "prompt": f"prompt {i}"} for i in range(4)] + [{"file": "x.png", "prompt": "of another set"}])
+  return folder
+
+
+def write(folder, rows):
+  (folder / "manifest.jsonl").write_text("\n".join(json.dumps(row) if isinstance(row, dict) else row for row in rows))
+
+
+def test_pictures_of_a_folder(images, tmp_path):
+  out, (suite, tasks) = Folder(tmp_path / "out"), toy()
+  one = work_of_images(images, "toy", suite, tasks)
+  assert one.num_missing == 3 and one.notes == ['line 5: "of another set" is no prompt of toy']
+  found = evaluate_into(out, REQUEST, [one])["suites"]["toy"]
+  assert found["num_missing"] == 3 and found["num_pictures"] == 3 and found["num_left_out"] == 1 and "2.png" in next(iter(found["left_out"]))
+  assert found["figures"]["bright"]["value"] == pytest.approx((0 + 50 + 150) / 3 / 255)
+  assert [row["file"] for row in out.rows()] == [str(images / f"{i}.png") for i in range(4)]
+
+
+def test_pictures_that_were_drawn_are_scored_again_alike(tmp_path):
+  out, again, (suite, tasks) = Folder(tmp_path / "out"), Folder(tmp_path / "again"), toy()
+  first = evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  second = evaluate_into(again, REQUEST, [work_of_images(out.place, "toy", suite, tasks)])
+  assert first["suites"] == second["suites"]
+
+
+@pytest.mark.parametrize("rows, message", [
+    (None, "has no manifest.jsonl: give it one with a line for each picture"),
+    ([{"prompt": "prompt 1"}], "Line 1 of .* has no 'file'"),
+    ([{"file": "1.png"}], "Line 1 of .* has no 'prompt' or 'task'"),
+    ([{"file": "1.png", "prompt": "prompt 1", "seed": "a"}], "Line 1 of .* has the seed 'a'"),
+    (["{"], "Line 1 of .* is no JSON"), (["[1]"], "each line must be an object"),
+    ([{"file": "1.png", "prompt": "prompt 1"}] * 2, 'Line 2 of .* is another picture of "prompt 1" with seed 0: '),
+    ([{"file": "1.png", "prompt": "promt 1"}], "No line of .* belongs to suite toy: line 1: .* whose nearest is 'prompt 1'"),
+    ([{"file": "1.png", "task": "00001", "prompt": "other"}], "No line of .* belongs to suite toy")])
+def test_a_manifest_that_is_wrong_is_one_sentence(images, rows, message):
+  (images / "manifest.jsonl").unlink()
+  if rows is not None:
+    write(images, rows)
+  with pytest.raises(ValueError, match=message):
+    work_of_images(images, "toy", *toy())
+
+
+# Two evaluations.
+
+
+def finished(place, request=REQUEST, lift=0, **changes):
+  out, (suite, tasks) = Folder(place), toy(num=40, **changes)
+  lifted = dataclasses.replace(suite, score=lambda task, picture: score(task, picture) | (
+      {"bright": picture.mean() / 255 + lift} if task.truth is None else {}))
+  evaluate_into(out, request, [work(out, lifted, tasks)])
+  return out
+
+
+def test_a_difference_is_of_prompts_that_both_have(tmp_path):
+  one, other = finished(tmp_path / "1", lift=0.1), finished(tmp_path / "2", truths={0: "refuse"})
+  found = comparing.compare(one, other)
+  bright = found["rows"][0]
+  assert (bright["name"], bright["n"], bright["left_out"]) == ("bright", 39, 1)
+  assert bright["value"] == pytest.approx(0.1) and bright["value_a"] - bright["value_b"] == pytest.approx(0.1)
+  assert bright["p_value"] < 1e-3 and bright["p_holm"] >= bright["p_value"]
+  same = comparing.compare(other, other)["rows"][0]
+  assert same["value"] == 0 and same["p_value"] == 1
+  assert "bright: " in comparing.describe(found) and json.loads((one.place / "comparison.json").read_text()) == found
+
+
+def test_other_prompts_are_not_compared(tmp_path):
+  one, other = finished(tmp_path / "1"), finished(tmp_path / "2", REQUEST | {"suites": {"toy": {"prompt_set": "2"}}})
+  with pytest.raises(ValueError, match="Suite toy had other prompts in .*2 than in .*1: evaluate both with the same"):
+    comparing.compare(one, other)
+  with pytest.raises(ValueError, match="holds no finished evaluation"):
+    comparing.compare(one, Folder(tmp_path / "3"))
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+  path = pathlib.Path(tmp_path / "rows.jsonl")
+  rows = [{"text": "a\u2028b\u0085c\n\"d\""}, {"text": "é"}]
+  path.write_text(job.files.lines(rows), encoding="utf-8")
+  assert read_lines(path) == rows
+
+
+# As a user starts it.
+
+
+def test_a_launched_evaluation(smoke_run, tmp_path):
+  """Two stages of a run on one prompt set, one of them as pictures of a folder too; what is asked wrongly is one sentence."""
+  suites = ("--suite=glyphs,glyph_edits", "--num_prompts=8")
+  evaluate = lambda *flags: commands.launch("launch.evaluate", *flags)
+  first = evaluate(f"--workdir={smoke_run.workdir}", *suites, f"--out={tmp_path}/sft")
+  assert first.returncode == 0, first.stderr
+  assert "glyphs: 8 prompts, 8 pictures" in first.stdout and re.search(r"  ink: \d+\.0 % \[", first.stdout)
+  ours = json.loads((tmp_path / "sft" / "summary.json").read_text())
+  recorded = json.loads((smoke_run.workdir / "evaluation.json").read_text())["suites"]["glyphs"]  # drawn with another seed, of the same prompts
+  assert ours["suites"]["glyphs"]["figures"].keys() == recorded["figures"].keys() and ours["request"]["model"]["step"] == 2
+  again = evaluate(f"--workdir={smoke_run.workdir}", *suites, f"--out={tmp_path}/sft")
+  assert again.stdout == first.stdout
+  other = evaluate(f"--workdir={smoke_run.workdir}", "--stage=high_resolution", *suites, f"--out={tmp_path}/before", f"--compare={tmp_path}/sft")
+  assert other.returncode == 0 and "Compared with" in other.stdout and re.search(r"glyph_edits edit: paper: .* against .*, p ", other.stdout), other
+  theirs = evaluate(f"--images={tmp_path}/sft", *suites, f"--out={tmp_path}/images")
+  assert theirs.returncode == 0 and json.loads((tmp_path / "images" / "summary.json").read_text())["suites"] == ours["suites"]
+  run, out = f"--workdir={smoke_run.workdir}", f"--out={tmp_path}/x"
+  for flags, sentence in (
+      ((run, "--suite=glyph", out), "--suite names no suite 'glyph': did you mean 'glyphs'?"),
+      ((run, "--suite=glyphs"), "Give --out, a folder"),
+      ((run, *suites, "--seeds=0,1,1", out), "--seeds=0,1,1 has one twice"),
+      ((run, *suites, "--seeds=1", f"--out={tmp_path}/sft"), "holds another evaluation: its seeds was [0], asked for is [1]"),
+      ((run, "--stage=low_resolution", *suites, out), "which stage low_resolution did not learn"),
+      ((f"--images={tmp_path}/sft", *suites, "--guidance=3", out), "--guidance is for a model"),
+      ((run, *suites, "--part=64/64", out), "--part=64/64 is not understood"),
+      ((out,), "what is to be evaluated"),
+      ((f"--out={tmp_path}/sft", f"--compare={tmp_path}/x"), "holds no finished evaluation")):
+    refused = evaluate(*flags)
+    assert refused.returncode == 1 and sentence in refused.stderr and refused.stderr.count("\n") == 1, (flags, refused.stderr)
