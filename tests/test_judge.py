@@ -322,6 +322,20 @@ def test_a_pair_is_asked_in_both_orders(fake, tmp_path):
   assert [(one["win"], one["contradiction"]) for one in compare()] == [(0.5, 1), (0.5, 1)]
 
 
+def test_pictures_against_those_of_another_folder(fake, tmp_path):
+  folder, answer, _ = fake
+  prompts = write_prompts(tmp_path, {"prompt": "x", "name": "a"}, {"prompt": "y", "name": "b"})
+  suite = judging.pairwise_suite(folder, prompts, str(tmp_path), rival_seed=3)
+  (tmp_path / "a_3.png").write_bytes(encode_png(picture(0) // 4))
+  answer[0] = lambda row: [0.8, 0.2] if row.pictures[0].mean() > row.pictures[1].mean() else [0.2, 0.8]
+  tasks = sorted(suite.tasks(0, 0), key=lambda task: task.name)
+  first, second = suite.score_batch(tasks, [picture(1), picture(1)])
+  assert first["win"] == pytest.approx(0.8) and first["contradiction"] == 0
+  assert set(second) == {"error"} and "b_3.png: put it there" in second["error"]
+  with pytest.raises(ValueError, match="no folder .*nowhere of pictures"):
+    judging.pairwise_suite(folder, prompts, str(tmp_path / "nowhere"))
+
+
 def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
   folder, tiny = fake[0], judged[3]
   prompts = write_prompts(tmp_path, {"prompt": "x"})

@@ -36,6 +36,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "cvtg": {"num_prompts": ALL, "path": Setting(str, needed="CVTG-2K's folder or one of its files"), "model": Setting(str), "side_px": Setting()},
     "judge": JUDGE | {"rubrics": Setting(list)},
     "tifa": JUDGE | {"rubric": Setting(str)},
+    "pairwise": JUDGE | {"rivals": Setting(str, needed="the folder of the pictures to compare with, such as OUT/pictures/judge"),
+                         "rival_seed": Setting(least=0), "rubric": Setting(str)},
 }
 
 
