@@ -1,6 +1,5 @@
 """The judge: rubrics and figures by hand; the template, the scores and the programs against the published classes with the same small weights."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -14,14 +13,12 @@ import torch
 
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import encode_png
-from qimg2.analysis.flops import encoder_forward
 from qimg2.evaluation import judge as pure
 from qimg2.evaluation import judge_prompts, judge_scores, rubrics
 from qimg2.evaluation.judge_scores import Preference
 from qimg2.models import qwen3_vl
 from qimg2.runtime import judging
 from qimg2.runtime.judge import Judge, Question, fit_size
-from qimg2.runtime.rehearsal import judging as judging_rehearsal
 
 DIGITS = tuple((digit,) for digit in rubrics.SCALE)
 TEXTS = ["Reply with one number and nothing else. 1 2 3 4 5", "yes no Yes No", "user system assistant the picture"] * 3
@@ -245,16 +242,6 @@ def test_two_devices_judge_as_one(judged):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_rehearsal_compiles_what_is_judged(judged):
-  judge = judged[3]
-  row = judging_rehearsal.rehearse_judge(judge.cfg, judging_rehearsal.Batch(2, 128, ((64, 96),)), "cpu:2")
-  weights = sum(x.nbytes for x in jax.tree.leaves(judge.weights))
-  assert row.num_devices == 2 and row.peak_bytes > weights / 2 and row.fits is None
-  assert row.model_flops == {"judge": 2 * encoder_forward(judge.cfg, 128, ((64, 96),))}
-  v5p = dataclasses.replace(row, limit_bytes=2.0**30, bound={"step_s": 0.5, "compute_s": 0.5, "hbm_s": 0.2, "ici_s": 0.1, "dcn_s": 0.0})
-  assert "fits in 1.00; at least 0.500 s a batch with everything overlapped, 0.800 s" in judging_rehearsal.describe(v5p)
-
-
 # Suites.
 
 
@@ -333,6 +320,20 @@ def test_a_pair_is_asked_in_both_orders(fake, tmp_path):
   np.testing.assert_array_equal(seen[0].pictures[0], seen[1].pictures[1])
   answer[0] = lambda row: [0.7, 0.3]  # it looks at the place alone
   assert [(one["win"], one["contradiction"]) for one in compare()] == [(0.5, 1), (0.5, 1)]
+
+
+def test_pictures_against_those_of_another_folder(fake, tmp_path):
+  folder, answer, _ = fake
+  prompts = write_prompts(tmp_path, {"prompt": "x", "name": "a"}, {"prompt": "y", "name": "b"})
+  suite = judging.pairwise_suite(folder, prompts, str(tmp_path), rival_seed=3)
+  (tmp_path / "a_3.png").write_bytes(encode_png(picture(0) // 4))
+  answer[0] = lambda row: [0.8, 0.2] if row.pictures[0].mean() > row.pictures[1].mean() else [0.2, 0.8]
+  tasks = sorted(suite.tasks(0, 0), key=lambda task: task.name)
+  first, second = suite.score_batch(tasks, [picture(1), picture(1)])
+  assert first["win"] == pytest.approx(0.8) and first["contradiction"] == 0
+  assert set(second) == {"error"} and "b_3.png: put it there" in second["error"]
+  with pytest.raises(ValueError, match="no folder .*nowhere of pictures"):
+    judging.pairwise_suite(folder, prompts, str(tmp_path / "nowhere"))
 
 
 def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
