@@ -51,6 +51,7 @@ def test_an_edit_that_changes_nothing_is_wrong():
 
 
 @needs_emoji
+@pytest.mark.apart("emoji")
 @pytest.mark.slow  # draws every emoji once
 def test_emoji_know_right_from_wrong():
   suite = made("emoji", num_candidates=20)
