@@ -19,7 +19,6 @@ from qimg2.runtime.evaluating.folder import Folder
 from qimg2.runtime.evaluating.job import Share
 from qimg2.runtime.evaluating.of_run import describe, evaluate
 from qimg2.runtime.evaluating.registry import parse_suites
-from qimg2.runtime.judge import Judge
 from qimg2.runtime.rehearsal.drawing import Drawer
 from qimg2.runtime.run import load_run
 from qimg2.runtime.weights import DEPLOYED
@@ -42,7 +41,6 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_prompts", None, "Prompts of each suite; default: all, or the suite's own number.", lower_bound=1)
   flags.DEFINE_list("seeds", ["0"], "Seeds of the noise: each prompt is drawn with each.")
   flags.DEFINE_string("compare", "", "Another --out with the same prompts: prints the differences with intervals and p-values.")
-  flags.DEFINE_string("judge", "", "With --compare, folder of a Qwen3-VL Instruct model: it says which of two pictures is better, in both orders.")
   flags.DEFINE_integer("num_steps", 0, "Sampling steps; 0 takes the run's, or 40.", lower_bound=0)
   flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; at most 1 is none. Default: the run's, or 1.", lower_bound=0)
   flags.DEFINE_integer("output_resolution", 0, "With --pretrained, side of the square whose area each picture takes; 0: the sizes of the suite.",
@@ -79,10 +77,8 @@ def main(_) -> None:
       print(f"{summary.describe(found)}\nReport: {args.out}/report.html")
   elif not args.compare:
     raise ValueError("Give --workdir, --pretrained or --images: what is to be evaluated.")
-  if args.judge and not args.compare:
-    raise ValueError("--judge compares pictures: give --compare, too; the suites judge and tifa score them alone.")
   if args.compare and processes.is_first():
-    print(comparing.describe(comparing.compare(Folder(args.out), Folder(args.compare), Judge(args.judge) if args.judge else None)))
+    print(comparing.describe(comparing.compare(Folder(args.out), Folder(args.compare))))
 
 
 def _evaluate(args: flags.FlagValues) -> dict | None:

@@ -14,11 +14,9 @@ from jobs.brightness import score
 from PIL import Image
 
 from qimg2.evaluation import Figure, Suite, Task
-from qimg2.runtime import judging
-from qimg2.runtime.config.suites import SETTINGS, Setting
-from qimg2.runtime.evaluating import comparing, job, registry, summary
+from qimg2.runtime.evaluating import comparing, job, summary
 from qimg2.runtime.evaluating.drawing import Group, chunks_of
-from qimg2.runtime.evaluating.folder import Folder, read_lines, read_picture
+from qimg2.runtime.evaluating.folder import Folder, read_lines
 from qimg2.runtime.evaluating.job import Share, evaluate_into, work_of_images, work_of_painter
 from qimg2.runtime.evaluating.scoring import Scorer
 from qimg2.runtime.generator import Size
@@ -242,31 +240,6 @@ def test_a_difference_is_of_prompts_that_both_have(tmp_path):
   same = comparing.compare(other, other)["rows"][0]
   assert same["value"] == 0 and same["p_value"] == 1
   assert "bright: " in comparing.describe(found) and json.loads((one.place / "comparison.json").read_text()) == found
-
-
-def test_a_judge_sees_each_pair_of_pictures(tmp_path, monkeypatch):
-  """What is asked of it, and what its answers come to; that it asks in both orders is tested in tests/test_judge.py."""
-  suite, tasks = toy(num=40)
-  monkeypatch.setitem(registry.SUITES, "toy", lambda source: suite)
-  monkeypatch.setitem(SETTINGS, "toy", {"num_prompts": Setting(default=0)})
-  request = REQUEST | {"suites": {"toy": {"num_prompts": 40, "prompt_set": summary.prompt_set(tasks)}}}
-  one, other, seen = finished(tmp_path / "1", request), finished(tmp_path / "2", request), []
-
-  def answer(judge, asked, first, second):
-    seen.extend(zip(asked, first, second))
-    return [{"win": p, "contradiction": 0.0, "probabilities": [p, 1 - p]} for p in [1.0 if task.prompt != "prompt 7" else 0.0 for task in asked]]
-  monkeypatch.setattr(judging, "compare_pictures", answer)
-  (other.place / "pictures" / "toy" / "00003_1.png").write_bytes(b"")
-  found = comparing.compare(one, other, "judge")
-  assert len(seen) == 79 and all((picture == read_picture(folder.picture("toy", f"{tasks.index(task):05d}", seed))).all()
-                                 for task, *both in seen[:6:2] for folder, picture in zip((one, other), both) for seed in (0,))
-  judged = found["judge"]["toy"]
-  assert judged["win"]["value"] == pytest.approx(77 / 79) and judged["left_out"] == 1 and judged["contradictions"] == 0
-  assert "toy, by the judge: better in 97.5 % [" in comparing.describe(found) and "1 pairs left out" in comparing.describe(found)
-  assert len(read_lines(one.place / "pairs.jsonl")) == 80 and "By the judge" in (one.place / "comparison.html").read_text()
-  tasks[0] = dataclasses.replace(tasks[0], prompt="changed")
-  with pytest.raises(ValueError, match="The prompts of suite toy in .* cannot be made again"):
-    comparing.compare(one, other, "judge")
 
 
 def test_other_prompts_are_not_compared(tmp_path):

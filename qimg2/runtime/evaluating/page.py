@@ -40,12 +40,7 @@ def write_comparison(out: files.Folder, comparison: Mapping[str, Any]) -> None:
   cells = lambda row: (*(in_words(row | {"value": row[key]}, with_interval=False) for key in ("value_a", "value_b")), in_words(row),
                        *("" if row[key] is None else f"{row[key]:.3g}" for key in ("p_value", "p_holm")))
   rows = [(row["suite"], row["name"], *cells(row), row["n"], row["left_out"]) for row in comparison["rows"]]
-  judged = [(name, in_words(found["win"]), found["num_pairs"], f"{found['contradictions']:.1%}", f"{found['first place']:.2f}", found["left_out"])
-            for name, found in comparison.get("judge", {}).items()]
   body = [f"<h1>{html.escape(comparison['this'])} compared with {html.escape(comparison['other'])}</h1>", html_parts.table(head, rows)]
-  if judged:
-    body += ["<h2>By the judge</h2>", html_parts.table(("suite", "this is better [95 %]", "pairs", "orders that contradict each other",
-                                                        "liking for the first place, 0.5 is none", "left out"), judged)]
   write_file(out.place / "comparison.html", html_parts.page("Comparison", body))
 
 
