@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.children import end_with_parent
 from qimg2.evaluation import ERROR, Suite, Task, metrics_of
 
 LATE_S = 600.0  # seconds that one picture may take
@@ -43,7 +44,7 @@ class Scorer:
 
   def _submit(self, task: Task, picture: np.ndarray) -> concurrent.futures.Future:
     if self._pool is None:
-      self._pool = concurrent.futures.ProcessPoolExecutor(self._num, multiprocessing.get_context("spawn"), _one_thread)
+      self._pool = concurrent.futures.ProcessPoolExecutor(self._num, multiprocessing.get_context("spawn"), _begin)
     try:
       return self._pool.submit(_score, self._suite.score, task, picture)
     except BrokenProcessPool:
@@ -106,8 +107,9 @@ def score_all(suite: Suite, tasks: Sequence[Task], pictures: Sequence[np.ndarray
     return scorer.begin(tasks, pictures).finish()[0]
 
 
-def _one_thread() -> None:
-  """A process of the pool has one core; what it scores with must not ask for all of them."""
+def _begin() -> None:
+  """A process of the pool has one core; what it scores with must not ask for all of them. It ends with its parent, however that ends."""
+  end_with_parent()
   for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
   os.environ["JAX_PLATFORMS"] = "cpu"  # a device has one owner
