@@ -15,7 +15,7 @@ LEFT_OUT = {"near_one", "wins", "ratings"}  # a test of its own; the same functi
 
 @pytest.mark.parametrize("name, n", [(name, n) for name in CASES if name not in LEFT_OUT for n in SIZES])
 def test_intervals_cover_the_truth(name, n):
-  studies = {30: 1000, 200: 400, 2000: 200}[n] // (2 if name in COSTLY else 1)
+  studies = {30: 1000, 200: 300, 2000: 150}[n] // (2 if name in COSTLY else 1)
   margin = 0.02 * (1000 / studies)**0.5
   for row, share in covered(name, n, studies).items():
     assert 0.95 - margin <= share <= 0.95 + margin, row

@@ -6,7 +6,7 @@ Both runs drew the same prompts, so what a prompt makes hard for both cancels in
                   say nothing. Two-sided exact p = 2 P(X <= min(b, c)), X binomial of b + c and 1/2, at most 1; mid-p takes P(X = min(b, c)) off it,
                   half of it at each end (Fagerland et al. 2013, doi 10.1186/1471-2288-13-91).
   sign flip       if runs are alike, which of the two gave which result is chance, prompt by prompt: the difference of the figures is computed again
-                  with the runs exchanged on some prompts (Fisher 1935), all 2^n ways where at most 14 prompts differ, else random ones. Then
+                  with the runs exchanged on some prompts (Fisher 1935), all 2^n ways where at most 13 prompts differ, else random ones. Then
                   p = (1 + those at least as far from 0) / (1 + number of random ones), never 0 (Phipson and Smyth, arXiv 1603.05766).
   Holm            of several tests: p-values in ascending order, times the number of those that are not smaller, never falling.
 
@@ -29,7 +29,7 @@ from scipy import special
 from qimg2.evaluation.statistics.intervals import is_constant
 from qimg2.evaluation.statistics.sums import Estimate, Scores, Sums, by_prompt, check_confidence, jackknife_error, student, unusable
 
-MAX_EXACT = 14
+MAX_EXACT = 13  # prompts: 8,192 exchanges, fewer than the random ones
 NUM_PERMUTATIONS = 9999
 CHUNK = 2**17  # bits at a time: what the caches of a core hold as float64
 
@@ -139,7 +139,7 @@ def aligned(a: Scores, b: Scores) -> tuple[Sums, Sums, int]:
 def sign_flip(a: Scores, b: Scores, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0) -> PValue:
   """The sign-flip permutation test of the difference of two figures over their common prompts, in a few MB beside the scores.
 
-  Args: scores of both; number of random exchanges where more than 14 prompts differ; seed of these, a whole number of at least 0.
+  Args: scores of both; number of random exchanges where more than 13 prompts differ; seed of these, a whole number of at least 0.
 
   Raises:
     ValueError: runs that `aligned` refuses, a figure whose denominator is 0.
