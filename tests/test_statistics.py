@@ -232,7 +232,7 @@ def test_compare_states_what_it_leaves_out_and_cannot_say():
   scores = ragged(3)
   same = compare(scores, scores)
   assert same.value == 0 and same.low is None and same.p_value == 1 and same.note == "all 40 differences are equal: no interval; no prompt differs"
-  less = compare(Scores([1, 2, 3], None, [0, 1, 2]), Scores([1, 1, 1, 1], None, [1, 2, 3, 3]))
+  less = compare(Scores([1, 2, 3], None, np.uint8([0, 1, 2])), Scores([1, 1, 1, 1], None, [1, 2, 3, 3]))
   assert (less.n, less.left_out, less.value) == (2, 2, 1.5) and "2 prompts that only one run has" in less.note
   one = compare(Scores([3.5], None, [0]), Scores([1], None, [0]))
   assert one.value == 2.5 and one.low is None and "1 prompt: no interval" in one.note and one.p_value == 1

@@ -6,7 +6,7 @@ Both runs drew the same prompts, so what a prompt makes hard for both cancels in
                   say nothing. Two-sided exact p = 2 P(X <= min(b, c)), X binomial of b + c and 1/2, at most 1; mid-p takes P(X = min(b, c)) off it,
                   half of it at each end (Fagerland et al. 2013, doi 10.1186/1471-2288-13-91).
   sign flip       if runs are alike, which of the two gave which result is chance, prompt by prompt: the difference of the figures is computed again
-                  with the runs exchanged on some prompts (Fisher 1935), all 2^n ways where at most 14 prompts differ, else random ones. Then
+                  with the runs exchanged on some prompts (Fisher 1935), all 2^n ways where at most 13 prompts differ, else random ones. Then
                   p = (1 + those at least as far from 0) / (1 + number of random ones), never 0 (Phipson and Smyth, arXiv 1603.05766).
   Holm            of several tests: p-values in ascending order, times the number of those that are not smaller, never falling.
 
@@ -29,13 +29,13 @@ from scipy import special
 from qimg2.evaluation.statistics.intervals import is_constant
 from qimg2.evaluation.statistics.sums import Estimate, Scores, Sums, by_prompt, check_confidence, jackknife_error, student, unusable
 
-MAX_EXACT = 14
+MAX_EXACT = 13  # prompts: 8,192 exchanges, fewer than the random ones
 NUM_PERMUTATIONS = 9999
 CHUNK = 2**17  # bits at a time: what the caches of a core hold as float64
 
 
 @dataclasses.dataclass(frozen=True)
-class Test:
+class PValue:
   """A p-value and what it is of.
 
   Attributes:
@@ -71,7 +71,7 @@ class Comparison(Estimate):
   left_out: int = 0
 
 
-def mcnemar(only_a: int, only_b: int, mid: bool = False) -> Test:
+def mcnemar(only_a: int, only_b: int, mid: bool = False) -> PValue:
   """McNemar's test of `only_a` prompts that only the first run got right and `only_b` that only the second did; exact, or mid-p.
 
   Raises:
@@ -80,7 +80,7 @@ def mcnemar(only_a: int, only_b: int, mid: bool = False) -> Test:
   return _binomial(only_a, only_b, mid, "McNemar", "no prompt that only one run got right")
 
 
-def sign_test(wins: int, losses: int, ties: int = 0, mid: bool = False) -> Test:
+def sign_test(wins: int, losses: int, ties: int = 0, mid: bool = False) -> PValue:
   """The sign test of wins and losses: ties say nothing, are left out and stated.
 
   Raises:
@@ -93,16 +93,16 @@ def sign_test(wins: int, losses: int, ties: int = 0, mid: bool = False) -> Test:
   return dataclasses.replace(test, note="; ".join(notes))
 
 
-def _binomial(b: int, c: int, mid: bool, name: str, nothing: str) -> Test:
+def _binomial(b: int, c: int, mid: bool, name: str, nothing: str) -> PValue:
   if b < 0 or c < 0:
     raise ValueError(f"{b} and {c} prompts: give numbers of at least 0.")
   n, low, method = b + c, min(b, c), f"{name}, {'mid-p' if mid else 'exact'}"
   if n == 0:
-    return Test(1.0, method, 0, nothing)
+    return PValue(1.0, method, 0, nothing)
   p = 2 * special.bdtr(low, n, 0.5)
   if mid:
     p -= special.bdtr(low, n, 0.5) - (special.bdtr(low - 1, n, 0.5) if low else 0.0)  # P(X = low)
-  return Test(float(min(1.0, p)), method, n)
+  return PValue(float(min(1.0, p)), method, n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -127,7 +127,8 @@ def aligned(a: Scores, b: Scores) -> tuple[Sums, Sums, int]:
     ValueError: no prompt in common, or scores that `by_prompt` refuses.
   """
   first, second = by_prompt(a), by_prompt(b)
-  if first.prompt.dtype.kind != second.prompt.dtype.kind and len(first.prompt) and len(second.prompt):
+  are_texts = [one.prompt.dtype.kind in "US" for one in (first, second) if len(one.prompt)]
+  if len(set(are_texts)) == 2:
     raise ValueError(f"The prompts of one run are {first.prompt.dtype}, those of the other {second.prompt.dtype}: name them alike.")
   common, mine, theirs = np.intersect1d(first.prompt, second.prompt, assume_unique=True, return_indices=True)
   if not len(common) and (len(first.prompt) or len(second.prompt)):
@@ -135,10 +136,10 @@ def aligned(a: Scores, b: Scores) -> tuple[Sums, Sums, int]:
   return first.of(mine), second.of(theirs), len(first.prompt) + len(second.prompt) - 2 * len(common)
 
 
-def sign_flip(a: Scores, b: Scores, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0) -> Test:
+def sign_flip(a: Scores, b: Scores, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0) -> PValue:
   """The sign-flip permutation test of the difference of two figures over their common prompts, in a few MB beside the scores.
 
-  Args: scores of both; number of random exchanges where more than 14 prompts differ; seed of these, a whole number of at least 0.
+  Args: scores of both; number of random exchanges where more than 13 prompts differ; seed of these, a whole number of at least 0.
 
   Raises:
     ValueError: runs that `aligned` refuses, a figure whose denominator is 0.
@@ -149,13 +150,13 @@ def sign_flip(a: Scores, b: Scores, num_permutations: int = NUM_PERMUTATIONS, se
   return _sign_flip(first, second, num_permutations, seed)
 
 
-def _sign_flip(first: Sums, second: Sums, num_permutations: int, seed: int) -> Test:
+def _sign_flip(first: Sums, second: Sums, num_permutations: int, seed: int) -> PValue:
   mine, theirs = (np.stack([one.numerator, one.denominator], 1) for one in (first, second))
   moved = mine - theirs
   moved = moved[moved.any(1)]
   num, start, both = len(moved), theirs.sum(0), mine.sum(0) + theirs.sum(0)
   if num == 0:
-    return Test(1.0, "sign flip, exact", 0, "no prompt differs")
+    return PValue(1.0, "sign flip, exact", 0, "no prompt differs")
   columns = [np.ascontiguousarray(column) for column in moved.T]
   far = abs(first.value - second.value) - 1e-12 * max(1.0, abs(first.value), abs(second.value))
   exact, count = num <= MAX_EXACT, 0
@@ -170,8 +171,8 @@ def _sign_flip(first: Sums, second: Sums, num_permutations: int, seed: int) -> T
     # An exchange whose denominator is 0 counts against the claim.
     count += int((~(np.abs(difference) < far)).sum())
   if exact:
-    return Test(count / 2**num, "sign flip, exact", num)
-  return Test((1 + count) / (1 + num_permutations), f"sign flip, {num_permutations} random", num)
+    return PValue(count / 2**num, "sign flip, exact", num)
+  return PValue((1 + count) / (1 + num_permutations), f"sign flip, {num_permutations} random", num)
 
 
 def random_bits(num: int, rows: int, seed: int):
