@@ -35,7 +35,7 @@ def test_a_training_that_could_begin(tmp_path, smoke_config, made):
 
 def test_what_needs_no_data_is_looked_at_first(tmp_path, smoke_config, monkeypatch):
   """A lock whose holder lives, folders that may not be written, and stages that are done; a lock that is stale is no mistake."""
-  cfg = dataclasses.replace(dry_run.parse(smoke_config), order_dir=str(tmp_path / "orders"), data_dir=str(tmp_path / "none"))
+  cfg = dataclasses.replace(dry_run.parse(smoke_config), order_dir=str(tmp_path / "orders"), data_dir=str(tmp_path / "run/none"))
   workdir = tmp_path / "run"
   workdir.mkdir()
   lock, record = workdir / "train.lock", {"host": "elsewhere", "pid": 7, "since": "now"}
@@ -54,6 +54,14 @@ def test_what_needs_no_data_is_looked_at_first(tmp_path, smoke_config, monkeypat
     refused = f"config.order_dir is '{tmp_path}/orders', where nothing can be written, because {tmp_path} may not be written: name a folder"
     assert (wrong[:-1] == [held]) == is_alive and wrong[-1].startswith(refused) and len(wrong) == 1 + is_alive
     assert json.loads(lock.read_text()) == record and sorted(os.listdir(tmp_path)) == ["run"]
+
+
+def test_folders_that_are_files_are_named_though_no_data_are_there(tmp_path, smoke_config):
+  (tmp_path / "file").touch()
+  cfg = dataclasses.replace(dry_run.parse(smoke_config), data_dir=str(tmp_path / "file"))
+  assert dry_run.dry_run(cfg, tmp_path / "file" / "run")[1] == [
+      f"--workdir={tmp_path}/file/run cannot be written, because {tmp_path}/file is a file: name another folder, or change its rights.",
+      f"config.data_dir is '{tmp_path}/file', where nothing can be written, because {tmp_path}/file is a file: name another folder."]
 
 
 @pytest.mark.slow

@@ -117,3 +117,7 @@ def test_of_two_processes_one_holds_a_run_until_it_is_killed(tmp_path, quick, mo
 
 def test_a_folder_that_is_free_is_taken_at_once(tmp_path, clock):
   assert waited(tmp_path / "run", clock) == 0 and os.listdir(tmp_path / "run") == []
+  (tmp_path / "file").touch()
+  for path in (tmp_path / "file", tmp_path / "file" / "run"):
+    with pytest.raises(ValueError, match=f"--workdir={path} cannot be made, because {path}.* is a file, or below one: name another"):
+      waited(path, clock)

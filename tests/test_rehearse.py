@@ -228,8 +228,11 @@ def test_mistakes(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="pip install libtpu"):
     topology.find_devices("v5p:4x4x8")
-  with pytest.raises(ValueError, match="'v9:2x2' is not understood"):
-    topology.find_devices("v9:2x2")
+  for wrong in ("v9:2x2", "v5e", "v5e:", "v5e:2x", "v5e:0x1", "v5e:2x2 ", "cpu", "cpu:0", "cpu:2x2"):
+    for ask in (topology.find_devices, topology.num_chips):
+      with pytest.raises(ValueError, match=f"'{wrong}' is not understood: give one of v5e, .* and a shape, such as v5e:1x1"):
+        ask(wrong)
+  assert topology.num_chips("v5p:4x4x8", 2) == 256 and topology.num_chips("cpu:8") == 8
   with pytest.raises(ValueError, match="has no stage 'nothing'"):
     search.rehearse(quickstart.get_config("smoke"), jax.devices()[:8], None, Choice(stages=("nothing",)))
 

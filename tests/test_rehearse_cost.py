@@ -81,4 +81,7 @@ def test_rows_of_an_earlier_call(tmp_path):
   file.write_text("[]")
   with pytest.raises(ValueError, match="is no file that launch.rehearse --json wrote"):
     cost.read_rows(str(file), "cpu:8", 1)
+  for nothing in (tmp_path / "nowhere.json", tmp_path):
+    with pytest.raises(ValueError, match=f"--rows={nothing} is no file that launch.rehearse --json wrote .*: rehearse again"):
+      cost.read_rows(str(nothing), "cpu:8", 1)
   assert [topology.num_chips(*one) for one in (("v5p:4x4x8",), ("v6e:8x8", 2), ("cpu:8",))] == [128, 128, 8]

@@ -77,6 +77,8 @@ def dry_run(cfg: Any, workdir: str | Place, allow_config_change: bool = False, a
   with found.part():
     if is_remote(workdir):
       check_rights(workdir)
+    elif reason := _unwritable(pathlib.Path(workdir)):
+      raise ValueError(f"--workdir={workdir} cannot be written, because {reason}: name another folder, or change its rights.")
   with found.part():
     if workdir.is_dir():
       check_free(workdir)
@@ -112,6 +114,9 @@ def _missing_data(cfg: RunConfig, found: _Found) -> set[str]:
   for name in sorted(missing):
     if name in EMBEDDED:
       found.lines.append(f"Data set {name} is not in {cfg.data_dir} yet: training makes it.")
+      with found.part():
+        if reason := _unwritable(pathlib.Path(cfg.data_dir)):
+          raise ValueError(f"config.data_dir is {cfg.data_dir!r}, where nothing can be written, because {reason}: name another folder.")
     else:
       found.wrong.append(f"There is no data set {name!r} in {cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
   return missing
@@ -169,8 +174,6 @@ def _disk(run: Run, workdir: Place, found: _Found) -> None:
   found.lines.append(f"Checkpoints: {', '.join(words)}; {_size(wanted)} beside what is there.")
   if is_remote(workdir):
     return
-  if reason := _unwritable(pathlib.Path(workdir)):
-    raise ValueError(f"--workdir={workdir} cannot be written, because {reason}: name another folder, or change its rights.")
   free = shutil.disk_usage(_nearest(pathlib.Path(workdir))).free
   found.lines.append(f"The disk of {workdir} has {_size(free)} free.")
   if free < wanted:

@@ -38,7 +38,7 @@ class RunLock:
   """The lock of a run's folder, held inside `with RunLock(workdir, lost):`.
 
   Raises:
-    ValueError: another job holds it.
+    ValueError: another job holds it, or the folder's path leads through a file.
     OSError: the folder cannot be written.
   """
 
@@ -51,7 +51,10 @@ class RunLock:
 
   def __enter__(self):
     if not is_remote(self._workdir):
-      self._workdir.mkdir(parents=True, exist_ok=True)
+      try:
+        self._workdir.mkdir(parents=True, exist_ok=True)
+      except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--workdir={self._workdir} cannot be made, because {error.filename} is a file, or below one: name another.") from error
     if not self._create():
       self._take_over()
     self._thread.start()

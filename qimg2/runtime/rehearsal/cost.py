@@ -43,7 +43,7 @@ def read_rows(path: str, topology: str, num_slices: int) -> list[dict]:
   try:
     record = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     rows, slices = record["rows"], (record["topology"], record["num_slices"])
-  except (ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"--rows={path} is no file that launch.rehearse --json wrote ({error!r}): rehearse again.") from error
   if slices != (topology, num_slices):
     raise ValueError(f"--rows={path} is of --topology={slices[0]} --num_slices={slices[1]}: say so here too, or rehearse for {topology}.")

@@ -31,14 +31,12 @@ def find_devices(topology: str, num_slices: int = 1) -> tuple[list[Any], rooflin
   Raises:
     ValueError: libtpu is missing, or does not know the topology.
   """
-  kind, _, shape = topology.partition(":")
-  if kind == "cpu" and shape.isdigit():
+  kind, shape = _parse(topology)
+  if kind == "cpu":
     if len(jax.devices("cpu")) < int(shape):
       raise ValueError(f"Topology {topology!r} needs {shape} simulated devices, but this process has {len(jax.devices('cpu'))}: "
                        f"set JAX_NUM_CPU_DEVICES={shape}.")
     return jax.devices("cpu")[:int(shape)], None
-  if kind not in roofline.CHIPS:
-    raise ValueError(f"Topology {topology!r} is not understood: give one of {', '.join(roofline.CHIPS)} and a shape, such as v5p:4x4x8, or cpu:8.")
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError("To compile for a TPU needs its compiler, which is not installed: pip install libtpu.")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", ACCELERATORS[kind])
@@ -50,8 +48,21 @@ def find_devices(topology: str, num_slices: int = 1) -> tuple[list[Any], rooflin
 
 
 def num_chips(topology: str, num_slices: int = 1) -> int:
-  """How many chips a topology such as "v5p:4x4x8" has; simulated devices count as one each."""
-  return num_slices * math.prod(map(int, topology.partition(":")[2].split("x")))
+  """How many chips a topology such as "v5p:4x4x8" has; simulated devices count as one each.
+
+  Raises:
+    ValueError: it is no topology.
+  """
+  return num_slices * math.prod(map(int, _parse(topology)[1].split("x")))
+
+
+def _parse(topology: str) -> tuple[str, str]:
+  """(kind of chip or "cpu", shape such as "4x4x8")."""
+  kind, _, shape = topology.partition(":")
+  if not (kind == "cpu" and re.fullmatch("[1-9][0-9]*", shape) or kind in roofline.CHIPS and re.fullmatch("[1-9][0-9]*(x[1-9][0-9]*)*", shape)):
+    raise ValueError(f"Topology {topology!r} is not understood: give one of {', '.join(roofline.CHIPS)} and a shape, such as v5e:1x1, v5p:4x4x8 or "
+                     "cpu:8.")
+  return kind, shape
 
 
 def prepare_environment(topology: str) -> None:
