@@ -69,12 +69,12 @@ def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str
   keys of the config's section of that name."""
   missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
   if missing:
-    raise ValueError(f"Curation needs {', '.join(missing)}: pip install -r requirements-data.txt")
+    raise ValueError(f"Curation needs {', '.join(missing)}: pip install -r requirements.txt -r requirements-data.txt")
   try:
     from data_pipelines.curation import pipeline  # here, because training must not need these packages
     from qimg2.runtime.config import plain  # and an embedded data set needs no JAX
   except ImportError as error:
-    raise ValueError(f"A package of requirements-data.txt cannot be loaded ({error}): pip install -r requirements-data.txt") from error
+    raise ValueError(f"A package that curation needs cannot be loaded ({error}): pip install -r requirements.txt -r requirements-data.txt") from error
   _check_config(cfg)
   _check_source(source)
   cfg = plain(cfg)
