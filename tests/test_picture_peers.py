@@ -1,11 +1,14 @@
 """Figures of pictures against the packages that publish them: torchmetrics, scikit-image, lpips."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 import reference
 import safetensors.torch
 import torch
+from commands import launch
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -117,3 +120,17 @@ def test_a_published_folder_gives_features(tiny_folder, tmp_path, one_device):
   assert found.shape == (2, 64) and np.isfinite(found).all() and np.ptp(found, axis=0).max() > 1e-3
   figures = suite.of_set([(["a", "a"], found)])
   assert figures["fid"] == pytest.approx(0, abs=1e-6) and figures["fid_full_rank"] == 0 and figures["diversity"] > 0
+
+
+def test_the_launcher_reconstructs_a_folder(tiny_folder, tmp_path, one_device):
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "one.png").write_bytes(encode_png(smooth_pair(0, 32, 30)[0]))
+  (tmp_path / "in" / "two.png").write_bytes(b"no picture")
+  result = launch("launch.reconstruct", f"--pretrained={tiny_folder}", f"--pictures={tmp_path}/in", f"--out={tmp_path}/out")
+  assert result.returncode == 0 and "1 pictures: psnr " in result.stdout and "1 left out" in result.stdout
+  rows = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+  assert [row["task"] for row in rows] == ["one.png", "two.png"] and "Cannot decode two.png" in rows[1]["error"]
+  found = json.loads((tmp_path / "out" / "summary.json").read_text())
+  assert found["figures"]["ssim"]["value"] == rows[0]["metrics"]["ssim"] and found["num_left_out"] == 1
+  result = launch("launch.reconstruct", f"--pretrained={tiny_folder}", f"--out={tmp_path}/other")
+  assert result.returncode == 1 and "which pictures?" in result.stderr

@@ -11,7 +11,7 @@ from qimg2 import networks, sharding
 from qimg2 import params as P
 from qimg2.evaluation import images, reconstruction
 from qimg2.models import vae
-from qimg2.runtime.reconstruction import folder_pictures, lpips_distance, reconstruct, summary
+from qimg2.runtime.reconstruction import folder_pictures, in_words, lpips_distance, reconstruct, summary
 
 SIZES = {"photos/a.png": (32, 32), "photos/b.png": (25, 30), "slides/c.png": (32, 32), "slides/d.png": (32, 32), "e.png": (64, 64)}
 
@@ -78,6 +78,11 @@ def test_the_summary_is_by_kind_and_by_resolution(rows):
   assert found["categories"]["slides"]["psnr"]["value"] == pytest.approx((psnr["slides/c.png"] + psnr["slides/d.png"]) / 2)
   assert found["resolutions"]["64 px"]["psnr"]["value"] == pytest.approx(psnr["e.png"])
   assert "lpips" not in found["figures"] and "ned" not in found["figures"]
+  said = in_words(found).splitlines()
+  assert said[0].startswith("5 pictures: psnr ") and said[1].startswith("  beside the folders: psnr") and len(said) == 7
+  assert said[-1].startswith("2 left out; 1 of them: ")
+  with pytest.raises(ValueError, match="None of 2 pictures could be scored; the first: Cannot decode"):
+    summary([row for row in rows if "error" in row])
 
 
 def test_text_is_compared_with_what_was_read_in_the_original():

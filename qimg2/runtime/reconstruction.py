@@ -12,10 +12,11 @@ import numpy as np
 from data_pipelines.curation.source_tars import IMAGE_EXTENSIONS
 from data_pipelines.records import open_split
 from data_pipelines.transforms import composite_on_white, decode_image
-from qimg2.evaluation import ERROR, Suite, Task
+from qimg2.evaluation import ERROR, Suite, Task, ocr
 from qimg2.evaluation.reconstruction import FIGURES, Distance, resolution, score
 from qimg2.models import lpips
 from qimg2.published.lpips import load_lpips
+from qimg2.runtime.evaluating.summary import in_words as figure_in_words
 from qimg2.runtime.evaluating.summary import row_of, summarise
 from qimg2.runtime.generator import Source, pad, pad_size
 from qimg2.runtime.phases import Phases
@@ -59,7 +60,7 @@ def record_pictures(data_dir: str, name: str, split: str = "validation") -> Iter
   """The pictures of a prepared data set in the order of its records; their kinds are "text", where text can be read in them, and "no text".
 
   Raises:
-    ValueError: no such data set or split, or a latent cache, which has no pictures.
+    ValueError: no such data set or split.
   """
   source, index = open_split(data_dir, name, split)
   for number, (sample_id, has_text) in enumerate(zip(index["sample_id"], index["has_text"])):
@@ -119,6 +120,11 @@ def lpips_distance(path: str | pathlib.Path) -> tuple[str, Distance]:
   return cfg.net, functools.partial(jax.jit(lpips.distances, static_argnums=0), cfg, params)
 
 
+def read_text(picture: np.ndarray) -> str:
+  """What `qimg2.evaluation.ocr` reads in a picture [H, W, 3] uint8, a line of text each."""
+  return "\n".join(line.text for line in ocr.read(picture))
+
+
 def reconstruct(source: Source, weights: Any, pictures: Iterable[Original], batch_size: int = 1, vae_tile: int = 0,
                 distance: Distance | None = None, read: Callable[[np.ndarray], str] | None = None) -> Iterator[dict[str, Any]]:
   """A row of scores.jsonl for each picture, as soon as those of its size fill a batch; see `qimg2.evaluation.reconstruction.score`.
@@ -159,11 +165,29 @@ def _row(original: Original, scores: Mapping[str, Any], size: tuple[int, ...] = 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """What rows of `reconstruct` say: figures with their 95 % intervals over pictures, of all and by kind, as
-  `qimg2.runtime.evaluating.summary.summarise`, and in "resolutions" of each class of sizes. Metrics that no row has are left out."""
+  `qimg2.runtime.evaluating.summary.summarise`, and in "resolutions" of each class of sizes. Metrics that no row has are left out.
+
+  Raises:
+    ValueError: no row, or none with metrics.
+  """
   good = [row for row in rows if ERROR not in row]
+  if not good:
+    raise ValueError(f"None of {len(rows)} pictures could be scored" + (f"; the first: {rows[0][ERROR]}" if rows else ": give some."))
   suite = Suite(lambda num, seed: [], figures={name: figure for name, figure in FIGURES.items() if any(name in row["metrics"] for row in good)})
   found = summarise(suite, rows)
   classes: dict[str, list[Mapping[str, Any]]] = {}
   for row in good:
     classes.setdefault(resolution(*row["details"]["size"]), []).append(row)
   return found | {"resolutions": {name: summarise(suite, some)["figures"] for name, some in sorted(classes.items())}}
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+  """The figures of a `summary`, a line for all pictures and one for each kind and class of sizes, and why pictures were left out."""
+  figures = lambda some: ", ".join(f"{name} {figure_in_words(value)}" for name, value in some.items())
+  said = [f"{found['num_pictures']} pictures: {figures(found['figures'])}"]
+  parts = {**found.get("categories", {}), **(found["resolutions"] if len(found["resolutions"]) > 1 else {})}
+  said += [f"  {name or 'beside the folders'}: {figures(some)}" for name, some in parts.items()]
+  if found["num_left_out"]:
+    reason, count = next(iter(found["left_out"].items()))
+    said.append(f"{found['num_left_out']} left out; {count} of them: {reason}")
+  return "\n".join(said)
