@@ -331,7 +331,7 @@ def test_pictures_against_those_of_another_folder(fake, tmp_path):
   tasks = sorted(suite.tasks(0, 0), key=lambda task: task.name)
   first, second = suite.score_batch(tasks, [picture(1), picture(1)])
   assert first["win"] == pytest.approx(0.8) and first["contradiction"] == 0
-  assert set(second) == {"error"} and "b_3.png: put it there" in second["error"]
+  assert set(second) == {"error"} and "no picture of this prompt with seed 3" in second["error"]
   with pytest.raises(ValueError, match="no folder .*nowhere of pictures"):
     judging.pairwise_suite(folder, prompts, str(tmp_path / "nowhere"))
 

@@ -121,8 +121,12 @@ def pairwise_suite(pretrained: str, prompts: str, rivals: str, rival_seed: int =
   def score_batch(tasks: Sequence[Task], pictures: Sequence[np.ndarray]) -> list[Mapping[str, Any]]:
     pairs, results = [], [{} for _ in tasks]
     for number, (task, picture) in enumerate(zip(tasks, pictures, strict=True)):
+      rival = folder / f"{task.name}_{rival_seed}.png"
+      if not rival.is_file():
+        results[number] = {ERROR: f"{rivals} has no picture of this prompt with seed {rival_seed} to compare with"}
+        continue
       try:
-        pairs.append((number, picture, _open(folder / f"{task.name}_{rival_seed}.png", "picture to compare with")))
+        pairs.append((number, picture, _open(rival)))
       except ValueError as error:
         results[number] = {ERROR: str(error)}
     numbers, first, second = zip(*pairs) if pairs else ((), (), ())
@@ -196,9 +200,9 @@ def _tasks(prompts: Sequence[Prompt], path: str, truth: Callable[[Prompt], Any] 
   return tasks
 
 
-def _open(path: pathlib.Path, what: str = "condition image") -> np.ndarray:
+def _open(path: pathlib.Path) -> np.ndarray:
   if not path.is_file():
-    raise ValueError(f"There is no {what} {path}: put it there.")
+    raise ValueError(f"There is no condition image {path}, which the file of prompts names: put it there.")
   return decode_image(path.read_bytes(), str(path))
 
 
