@@ -44,7 +44,7 @@ def test_ssim_of_the_negative_is_negative():
   assert images.ssim(noise, 255 - noise) < -0.8
 
 
-@pytest.mark.parametrize("size", [(11, 11), (75, 11), (138, 139)])
+@pytest.mark.parametrize("size", [(11, 11), (75, 11), (138, 139), (20, 1040)])
 def test_each_window_is_the_formula(size):
   """Blocks of rows and columns leave no seam: every entry of the map is equation 2 of its window."""
   rng = np.random.default_rng(size[0])
@@ -53,7 +53,8 @@ def test_each_window_is_the_formula(size):
   assert found.shape == (size[0] - 10, size[1] - 10, 2)
   weights = np.exp(-np.square(np.arange(-5, 6)) / 4.5)
   weights = np.outer(weights, weights) / weights.sum()**2
-  for y, x in {(0, 0), (size[0] - 11, size[1] - 11), ((size[0] - 10) // 2, (size[1] - 10) // 2), (min(64, size[0] - 11), min(64, size[1] - 11))}:
+  for y, x in {(0, 0), (size[0] - 11, size[1] - 11), ((size[0] - 10) // 2, (size[1] - 10) // 2), (min(64, size[0] - 11), min(64, size[1] - 11)),
+               (min(16, size[0] - 11), min(1024, size[1] - 11))}:
     for channel in range(2):
       a, b = (image[y:y + 11, x:x + 11, channel].astype(float) for image in (one, other))
       mean = lambda values: (weights * values).sum()

@@ -9,9 +9,12 @@ import torch
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from qimg2.evaluation import images
+from data_pipelines.transforms import encode_png
+from qimg2.evaluation import fidelity, images
+from qimg2.evaluation.moments import Moments
 from qimg2.models import lpips
 from qimg2.published.lpips import load_lpips
+from qimg2.runtime.picture_suites import fidelity_suite
 
 
 def smooth_pair(seed, height=70, width=93):
@@ -79,3 +82,38 @@ def test_lpips_files_are_of_one_network_and_pictures_of_one_size(tmp_path):
     lpips.apply(lpips.Config(), {}, np.zeros((1, 30, 64, 3)), np.zeros((1, 30, 64, 3)))
   with pytest.raises(ValueError, match="no LPIPS network 'squeeze'"):
     lpips.Config("squeeze")
+
+
+# Sets.
+
+
+class Given(torch.nn.Module):
+  """A feature network that gives what it is given."""
+  num_features = 12
+
+  def forward(self, x):
+    return x
+
+
+def test_fid_and_kid_are_those_of_torchmetrics():
+  from torchmetrics.image.fid import FrechetInceptionDistance  # after `reference`
+  from torchmetrics.image.kid import KernelInceptionDistance
+  rng = np.random.default_rng(0)
+  real, drawn = (rng.normal(mean, 1 + mean, (50, 12)).astype(np.float32) for mean in (0.0, 0.3))
+  theirs = FrechetInceptionDistance(Given()).set_dtype(torch.float64), KernelInceptionDistance(Given(), subsets=1, subset_size=50)
+  for metric in theirs:
+    metric.update(torch.tensor(real), real=True)
+    metric.update(torch.tensor(drawn), real=False)
+  assert fidelity.fid(Moments.of(real), Moments.of(drawn)) == pytest.approx(float(theirs[0].compute()), rel=1e-6)
+  assert fidelity.kid(real, drawn) == pytest.approx([float(x) for x in theirs[1].compute()], rel=1e-5)
+
+
+def test_a_published_folder_gives_features(tiny_folder, tmp_path, one_device):
+  (tmp_path / "prompts.txt").write_text("a red square\n")
+  for number in range(2):
+    (tmp_path / f"{number}.png").write_bytes(encode_png(smooth_pair(number)[0]))
+  suite = fidelity_suite(str(tmp_path), str(tiny_folder), str(tmp_path / "prompts.txt"), input_px=64, batch_size=2)
+  found = suite.features([None] * 2, [smooth_pair(number)[0] for number in range(2)])
+  assert found.shape == (2, 64) and np.isfinite(found).all() and np.ptp(found, axis=0).max() > 1e-3
+  figures = suite.of_set([(["a", "a"], found)])
+  assert figures["fid"] == pytest.approx(0, abs=1e-6) and figures["fid_full_rank"] == 0 and figures["diversity"] > 0

@@ -16,10 +16,8 @@ ALLOWED = {
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
     "qimg2": {"qimg2", "numpy", "jax", "flax", "optax", "orbax", "tqdm", "tensorboardX", "safetensors", "absl", "etils", "fsspec", "gcsfs",
               "google", "google_crc32c", "wandb"},
-    "qimg2/evaluation": {"qimg2", "numpy", "scipy", "PIL", "rapidfuzz", "rapidocr", "onnxruntime", "cv2", "fontTools", "matplotlib"},
-    "qimg2/evaluation/statistics": {"qimg2", "numpy", "scipy"},
-    # The one part of it that runs on the device.
-    "qimg2/evaluation/judge.py": {"qimg2", "jax"},
+    # jax for the judge and networks that look at pictures.
+    "qimg2/evaluation": {"qimg2", "numpy", "scipy", "PIL", "absl", "jax", "rapidfuzz", "rapidocr", "onnxruntime", "cv2", "fontTools", "matplotlib"},
     "qimg2/published": {"qimg2", "numpy", "jax", "tqdm", "safetensors", "gguf"},  # gguf where it is installed
     # Joins config, data and networks.
     "qimg2/runtime": {"qimg2", "data_pipelines", "numpy", "jax", "grain", "tqdm", "absl", "matplotlib", "PIL"},

@@ -29,7 +29,8 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 MAX_PSNR = 100.0  # dB; what comes so near is equal but for one level in 154,000 numbers
 RADIUS = 5  # px from the centre of a window to its border
 _SIGMA, _C1, _C2 = 1.5, (0.01 * 255) ** 2, (0.03 * 255) ** 2
-_BLOCK = 64  # rows or columns that are filtered by one product
+# Rows and columns that one product filters: so few that it stays below what BLAS shares among threads, which would wait for each other.
+_ROWS, _COLUMNS, _WIDE = 16, 64, 1024
 
 
 def luma(picture: np.ndarray) -> np.ndarray:
@@ -80,9 +81,9 @@ def ssim_map(one: np.ndarray, other: np.ndarray) -> np.ndarray:
   height, width = one.shape[0] - 2 * RADIUS, one.shape[1] - 2 * RADIUS
   found = np.empty((len(channels[0]), height, width), np.float32)
   for channel, (x, y) in enumerate(zip(*channels)):
-    for top in range(0, height, _BLOCK):
-      rows = slice(top, min(top + _BLOCK, height) + 2 * RADIUS)
-      found[channel, top:top + _BLOCK] = _similarity(x[rows], y[rows])
+    for top in range(0, height, _ROWS):
+      rows = slice(top, min(top + _ROWS, height) + 2 * RADIUS)
+      found[channel, top:top + _ROWS] = _similarity(x[rows], y[rows])
   return np.moveaxis(found, 0, -1).reshape(height, width, *one.shape[2:])
 
 
@@ -113,12 +114,13 @@ def _similarity(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _filtered(x: np.ndarray) -> np.ndarray:
   """The gaussian mean of every window, [4, h + 10, W] -> [4, h, W - 10]: down the columns, then along the rows, as products with band matrices,
-  which on one core take a quarter of the time of `scipy.ndimage.correlate1d`."""
+  which take half the time of `scipy.ndimage.correlate1d`."""
   height, width = x.shape[1] - 2 * RADIUS, x.shape[2] - 2 * RADIUS
-  x = _band()[:height, :height + 2 * RADIUS] @ x
+  down = _band()[:height, :height + 2 * RADIUS]
+  x = np.concatenate([down @ x[:, :, left:left + _WIDE] for left in range(0, x.shape[2], _WIDE)], axis=2)
   found = np.empty((len(x), height, width), np.float32)
-  for left in range(0, width, _BLOCK):
-    num = min(_BLOCK, width - left)
+  for left in range(0, width, _COLUMNS):
+    num = min(_COLUMNS, width - left)
     np.matmul(x[:, :, left:left + num + 2 * RADIUS], _band()[:num, :num + 2 * RADIUS].T, out=found[:, :, left:left + num])
   return found
 
@@ -127,7 +129,7 @@ def _filtered(x: np.ndarray) -> np.ndarray:
 def _band() -> np.ndarray:
   """[64, 74]: row i holds the window's weights from column i on."""
   weights = np.exp(-np.square(np.arange(-RADIUS, RADIUS + 1)) / (2 * _SIGMA**2))
-  band = np.zeros((_BLOCK, _BLOCK + 2 * RADIUS))
-  for i in range(_BLOCK):
+  band = np.zeros((_COLUMNS, _COLUMNS + 2 * RADIUS))
+  for i in range(_COLUMNS):
     band[i, i:i + 2 * RADIUS + 1] = weights / weights.sum()
   return band.astype(np.float32)

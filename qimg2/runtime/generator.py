@@ -120,10 +120,10 @@ class Generator:
     for image, given in zip(images, self._given):
       if image.shape[1:3] != tuple(given):
         raise ValueError(f"An image of {image.shape[1]} x {image.shape[2]} px was given where size.source_sizes has {given[0]} x {given[1]}.")
-    images = [_pad(image, *size) for image, size in zip(images, self._size.source_sizes)]
+    images = [pad(image, *size) for image, size in zip(images, self._size.source_sizes)]
     if numbers and len(numbers) != len(prompts):
       raise ValueError(f"{len(numbers)} number(s) were given for {len(prompts)} prompt(s): give one for each.")
-    job = _Job(prompts, seed, images, negative_prompt, noise, None if mask is None else _pad(mask, *self._padded, mode="constant"),
+    job = _Job(prompts, seed, images, negative_prompt, noise, None if mask is None else pad(mask, *self._padded, mode="constant"),
                np.array(numbers or range(len(prompts))))
     rows = np.arange(-(-len(prompts) // self._size.batch_size) * self._size.batch_size)
     # Offloaded weights are brought once for all pictures; else there is no need to have the states of all at once.
@@ -241,7 +241,7 @@ def _padded_size(size: Size) -> Size:
   return dataclasses.replace(size, height=height, width=width, source_sizes=tuple(map(pad_size, size.source_sizes)))
 
 
-def _pad(images: np.ndarray, height: int, width: int, mode: str = "reflect") -> np.ndarray:
+def pad(images: np.ndarray, height: int, width: int, mode: str = "reflect") -> np.ndarray:
   """Images [n, h, w, ...] at the top left of height x width px."""
   missing = height - images.shape[1], width - images.shape[2]
   if missing == (0, 0):
