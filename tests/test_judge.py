@@ -274,6 +274,10 @@ def test_a_suite_with_a_rubric_of_ones_own(judged, tmp_path, monkeypatch):
   p = published_probabilities(judge, logits, asked(""))
   assert first["mine"] == pytest.approx(float(p @ np.arange(1, 6)), abs=1e-4) and first["mine probabilities"] == pytest.approx(p.tolist(), abs=1e-5)
   assert first["judge"].startswith("tiny, weights ") and set(second) == {"error"} and "composite it on white" in second["error"]
+  opened = judging.open_judge(str(path), 1024, 2, 8192)
+  held = opened.weights
+  suite.release()
+  assert opened.weights is not held  # read again
   with pytest.raises(ValueError, match="3 prompts are asked for"):
     suite.tasks(3, 0)
 

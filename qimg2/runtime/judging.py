@@ -61,7 +61,7 @@ def judge_suite(pretrained: str, prompts: str, rubrics: str = "prompt_following,
     return {**means, **edit_scores(means), **{f"{name} probabilities": p.tolist() for name, p in zip(asked, found)}}
 
   figures = [*asked, *(name for name in (*EDIT, OVERALL) if edit_scores(dict.fromkeys(asked, 1.0)))]
-  return Suite(_tasks(read, prompts), score_batch=_score_batch(judge, asked.values(), questions, scores), show=_show(figures),
+  return Suite(_tasks(read, prompts), score_batch=_score_batch(judge, asked.values(), questions, scores), show=_show(figures), release=judge.release,
                figures={name: Figure(name, is_share=False) for name in figures})
 
 
@@ -95,7 +95,7 @@ def tifa_suite(pretrained: str, prompts: str, rubric: str = "question", side_px:
     return {"soft_tifa_am": arithmetic, "soft_tifa_gm": geometric, **sums, "probabilities": p}
 
   figures = {name: Figure(name) for name in ("soft_tifa_am", "soft_tifa_gm")}
-  return Suite(_tasks(read, prompts, lambda prompt: prompt.questions), show=_show(figures),
+  return Suite(_tasks(read, prompts, lambda prompt: prompt.questions), show=_show(figures), release=judge.release,
                score_batch=_score_batch(judge, [asked], questions, scores),
                figures=figures | {skill: Figure(f"{skill} sum", f"{skill} number") for skill in skills})
 
@@ -134,7 +134,7 @@ def pairwise_suite(pretrained: str, prompts: str, rivals: str, rival_seed: int =
       results[number] = found
     return results
   figures = {"win": Figure("win"), "contradiction": Figure("contradiction", lower_is_better=True)}
-  return Suite(_tasks(read_prompts(prompts), prompts), show=_show(figures), score_batch=score_batch, figures=figures)
+  return Suite(_tasks(read_prompts(prompts), prompts), show=_show(figures), release=judge.release, score_batch=score_batch, figures=figures)
 
 
 def compare_pictures(judge: Judge, tasks: Sequence[Task], first: Sequence[np.ndarray], second: Sequence[np.ndarray],
