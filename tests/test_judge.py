@@ -18,7 +18,8 @@ from qimg2.evaluation import judge_prompts, judge_scores, rubrics
 from qimg2.evaluation.judge_scores import Preference
 from qimg2.models import qwen3_vl
 from qimg2.runtime import judging
-from qimg2.runtime.judge import Judge, Question, fit_size
+from qimg2.runtime.judge import MAX_CHOICES, Judge, Question, fit_size
+from qimg2.runtime.rehearsal.judging import Batch, judge_part
 
 DIGITS = tuple((digit,) for digit in rubrics.SCALE)
 TEXTS = ["Reply with one number and nothing else. 1 2 3 4 5", "yes no Yes No", "user system assistant the picture"] * 3
@@ -240,6 +241,18 @@ def test_two_devices_judge_as_one(judged):
   assert "fsdp" in str(two.weights["head"].sharding.spec)
   for ours, theirs in zip(two.ask(rows), judge.ask(rows)):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_rehearsal_has_the_program_that_judges(judged):
+  judge = judged[3]
+  mesh, part = judge_part(judge.cfg, Batch(2, 128, ((64, 96),)), "fsdp_tensor", jax.devices()[:2])
+  assert mesh.size == 2 and part.function.eval_shape(*part.arguments).shape == (2, MAX_CHOICES)
+  seen = {}
+  judge._program, program = lambda *arguments: seen.setdefault("given", arguments) and program(*arguments), judge._program
+  judge.ask([judge.prepare(QUESTIONS[0])])
+  judge._program = program
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(seen["given"]) == shapes(part.arguments)
 
 
 # Suites.
