@@ -18,7 +18,8 @@ from qimg2.evaluation import judge_prompts, judge_scores, rubrics
 from qimg2.evaluation.judge_scores import Preference
 from qimg2.models import qwen3_vl
 from qimg2.runtime import judging
-from qimg2.runtime.judge import Judge, Question, fit_size
+from qimg2.runtime.judge import MAX_CHOICES, Judge, Question, fit_size
+from qimg2.runtime.rehearsal.judging import Batch, judge_part
 
 DIGITS = tuple((digit,) for digit in rubrics.SCALE)
 TEXTS = ["Reply with one number and nothing else. 1 2 3 4 5", "yes no Yes No", "user system assistant the picture"] * 3
@@ -242,6 +243,18 @@ def test_two_devices_judge_as_one(judged):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_rehearsal_has_the_program_that_judges(judged):
+  judge = judged[3]
+  mesh, part = judge_part(judge.cfg, Batch(2, 128, ((64, 96),)), "fsdp_tensor", jax.devices()[:2])
+  assert mesh.size == 2 and part.function.eval_shape(*part.arguments).shape == (2, MAX_CHOICES)
+  seen = {}
+  judge._program, program = lambda *arguments: seen.setdefault("given", arguments) and program(*arguments), judge._program
+  judge.ask([judge.prepare(QUESTIONS[0])])
+  judge._program = program
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(seen["given"]) == shapes(part.arguments)
+
+
 # Suites.
 
 
@@ -274,6 +287,10 @@ def test_a_suite_with_a_rubric_of_ones_own(judged, tmp_path, monkeypatch):
   p = published_probabilities(judge, logits, asked(""))
   assert first["mine"] == pytest.approx(float(p @ np.arange(1, 6)), abs=1e-4) and first["mine probabilities"] == pytest.approx(p.tolist(), abs=1e-5)
   assert first["judge"].startswith("tiny, weights ") and set(second) == {"error"} and "composite it on white" in second["error"]
+  opened = judging.open_judge(str(path), 1024, 2, 8192)
+  held = opened.weights
+  suite.release()
+  assert opened.weights is not held  # read again
   with pytest.raises(ValueError, match="3 prompts are asked for"):
     suite.tasks(3, 0)
 
@@ -331,7 +348,7 @@ def test_pictures_against_those_of_another_folder(fake, tmp_path):
   tasks = sorted(suite.tasks(0, 0), key=lambda task: task.name)
   first, second = suite.score_batch(tasks, [picture(1), picture(1)])
   assert first["win"] == pytest.approx(0.8) and first["contradiction"] == 0
-  assert set(second) == {"error"} and "b_3.png: put it there" in second["error"]
+  assert set(second) == {"error"} and "no picture of this prompt with seed 3" in second["error"]
   with pytest.raises(ValueError, match="no folder .*nowhere of pictures"):
     judging.pairwise_suite(folder, prompts, str(tmp_path / "nowhere"))
 

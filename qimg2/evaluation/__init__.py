@@ -73,6 +73,7 @@ class Suite:
     score_batch: in place of `score`, for what looks at many pictures at a time, such as a judge on the device: (tasks, pictures) -> scores.
     is_slow: whether `score` takes long on the host and runs in a pool of processes; it is a function of a module then, or a partial of one.
     features: (tasks, pictures) -> [n, D] float32, kept for `of_set`.
+    release: gives back device memory that scoring holds, such as a judge's weights; the next score fetches them again.
     of_set: blocks of (names of tasks, features), all pictures once and in the order of the tasks -> figures of the whole set.
   """
   tasks: Callable[[int, int], Sequence[Task]]
@@ -83,6 +84,7 @@ class Suite:
   is_slow: bool = False
   features: Callable[[Sequence[Task], Sequence[np.ndarray]], np.ndarray] | None = None
   of_set: Callable[[Iterable[tuple[Sequence[str], np.ndarray]]], Mapping[str, float]] | None = None
+  release: Callable[[], None] = lambda: None
 
 
 def metrics_of(scores: Mapping[str, Any]) -> dict[str, float]:

@@ -61,7 +61,7 @@ def judge_suite(pretrained: str, prompts: str, rubrics: str = "prompt_following,
     return {**means, **edit_scores(means), **{f"{name} probabilities": p.tolist() for name, p in zip(asked, found)}}
 
   figures = [*asked, *(name for name in (*EDIT, OVERALL) if edit_scores(dict.fromkeys(asked, 1.0)))]
-  return Suite(_tasks(read, prompts), score_batch=_score_batch(judge, asked.values(), questions, scores), show=_show(figures),
+  return Suite(_tasks(read, prompts), score_batch=_score_batch(judge, asked.values(), questions, scores), show=_show(figures), release=judge.release,
                figures={name: Figure(name, is_share=False) for name in figures})
 
 
@@ -95,7 +95,7 @@ def tifa_suite(pretrained: str, prompts: str, rubric: str = "question", side_px:
     return {"soft_tifa_am": arithmetic, "soft_tifa_gm": geometric, **sums, "probabilities": p}
 
   figures = {name: Figure(name) for name in ("soft_tifa_am", "soft_tifa_gm")}
-  return Suite(_tasks(read, prompts, lambda prompt: prompt.questions), show=_show(figures),
+  return Suite(_tasks(read, prompts, lambda prompt: prompt.questions), show=_show(figures), release=judge.release,
                score_batch=_score_batch(judge, [asked], questions, scores),
                figures=figures | {skill: Figure(f"{skill} sum", f"{skill} number") for skill in skills})
 
@@ -121,8 +121,12 @@ def pairwise_suite(pretrained: str, prompts: str, rivals: str, rival_seed: int =
   def score_batch(tasks: Sequence[Task], pictures: Sequence[np.ndarray]) -> list[Mapping[str, Any]]:
     pairs, results = [], [{} for _ in tasks]
     for number, (task, picture) in enumerate(zip(tasks, pictures, strict=True)):
+      rival = folder / f"{task.name}_{rival_seed}.png"
+      if not rival.is_file():
+        results[number] = {ERROR: f"{rivals} has no picture of this prompt with seed {rival_seed} to compare with"}
+        continue
       try:
-        pairs.append((number, picture, _open(folder / f"{task.name}_{rival_seed}.png", "picture to compare with")))
+        pairs.append((number, picture, _open(rival)))
       except ValueError as error:
         results[number] = {ERROR: str(error)}
     numbers, first, second = zip(*pairs) if pairs else ((), (), ())
@@ -130,7 +134,7 @@ def pairwise_suite(pretrained: str, prompts: str, rivals: str, rival_seed: int =
       results[number] = found
     return results
   figures = {"win": Figure("win"), "contradiction": Figure("contradiction", lower_is_better=True)}
-  return Suite(_tasks(read_prompts(prompts), prompts), show=_show(figures), score_batch=score_batch, figures=figures)
+  return Suite(_tasks(read_prompts(prompts), prompts), show=_show(figures), release=judge.release, score_batch=score_batch, figures=figures)
 
 
 def compare_pictures(judge: Judge, tasks: Sequence[Task], first: Sequence[np.ndarray], second: Sequence[np.ndarray],
@@ -196,9 +200,9 @@ def _tasks(prompts: Sequence[Prompt], path: str, truth: Callable[[Prompt], Any] 
   return tasks
 
 
-def _open(path: pathlib.Path, what: str = "condition image") -> np.ndarray:
+def _open(path: pathlib.Path) -> np.ndarray:
   if not path.is_file():
-    raise ValueError(f"There is no {what} {path}: put it there.")
+    raise ValueError(f"There is no condition image {path}, which the file of prompts names: put it there.")
   return decode_image(path.read_bytes(), str(path))
 
 

@@ -60,6 +60,7 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
       continue
     painter = painter_of_run(run, name, lambda: weights, tasks)
     pictures, results[suite_name] = _scored(painter, suite_name, suite, tasks)
+    suite.release()
     shown.append([cell for i, (picture, scores) in enumerate(pictures) for cell in _cells(suite, tasks[i], picture, scores)])
   if not results:
     raise ValueError(f"Stage {name!r} learned no task of the suites {', '.join(suites)}: evaluate another stage or add a suite.")
@@ -105,6 +106,8 @@ def suites_hook(run: Run, config: StageConfig, deployed: Callable[[dict], dict])
       _, found = _scored(painter, name, *suites[name])
       scalars |= {f"evals/{name}/{key}": value for key, value in found["shares"].items() if value is not None}
     current.clear()
+    for suite, _ in suites.values():
+      suite.release()  # training goes on, and needs the memory
     return scalars
   return hook
 
