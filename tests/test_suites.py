@@ -13,6 +13,7 @@ from data_pipelines.embedded import emoji, glyphs
 from qimg2.evaluation import Suite, Task, mean_scores
 from qimg2.runtime.config import parse
 from qimg2.runtime.evaluating import of_run, registry
+from qimg2.runtime.generator import Generator
 from qimg2.runtime.run import load_run
 
 
@@ -103,5 +104,12 @@ def test_suites_are_drawn_while_a_stage_trains(smoke_run, tmp_path):
   few = of_run.evaluate(load_run(shutil.copytree(run.workdir, tmp_path / "run")), suites={
       name: (suite, 4) for name, (suite, _) in of_run.configured(run).items()})["suites"]
   assert found == {f"evals/{name}/{key}": share for name, suite in few.items() for key, share in suite["shares"].items()}
+  hook, first = of_run.suites_hook(run, stage, lambda given: given), algorithm.deployed(weights)
+  seen = []
+  with pytest.MonkeyPatch.context() as patch:  # of each call its own weights, not those of the first
+    blank = lambda self, given, prompts, *_, **__: (None, seen.append(given) or np.zeros((len(prompts), 64, 64, 3), np.uint8))
+    patch.setattr(Generator, "draw", blank)
+    hook(first, 2, None), hook(dict(first), 4, None)
+  assert seen[0] is first and seen[-1] is not first
   low = of_run.suites_hook(run, dataclasses.replace(run.stages["low_resolution"], evals_num_prompts=1), algorithm.deployed)
   assert {name.split("/")[1] for name in low(weights, 2, None)} == {"glyphs"}

@@ -18,7 +18,7 @@ from qimg2.places import Place, find_place
 from qimg2.runtime import left_out, processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.evaluating.of_run import describe, evaluation, last_generator, recorded_evaluation, suites_hook
-from qimg2.runtime.generator import Generator, Size
+from qimg2.runtime.generator import Size
 from qimg2.runtime.kept_data import identify_data
 from qimg2.runtime.lock import hold
 from qimg2.runtime.micro_batches import variants
@@ -225,7 +225,7 @@ def _draw_samples(run: Run, batch: dict, first: dict, shapes: list, num: int) ->
   del batch
   prompts = [run.tokenizer.decode_prompt(tokens) for tokens in first["tokens"][:num]]
   size = Size(*shapes[0], first["tokens"].shape[1], tuple(map(tuple, shapes[1:])), num)
-  generator = Generator(run, size, **run.sampler_settings())
+  generator = run.generator(size)
   captions = [caption for prompt in prompts for caption in ("(source)",) * len(shapes[1:]) + (prompt, "(as rendered)")]
   return lambda weights, sources: generator(weights, prompts, images=sources), captions
 

@@ -37,6 +37,7 @@ from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record, read_section
 from qimg2.runtime.config.sources import check_source
+from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.kept_data import KEPT, data_changes, identify_data, run_tokenizer, tokenizer_path
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.processes import barrier, from_first, in_turn, is_first
@@ -90,6 +91,7 @@ class Run(StageWeights):
       self._check_sources()
       check_folder(cfg.order_dir)
     self._found: set[str] = set()
+    self._generators: dict[Size, Generator] = {}
     if not trained or not workdir or not (self.workdir / "config.json").is_file():
       self._ensure_data(*cfg.stages)
     elif cfg.tokenizer == "default" and cfg.stages[0].mixture[0].name in EMBEDDED and not (self.workdir / KEPT).is_file():
@@ -228,6 +230,12 @@ class Run(StageWeights):
   def sampler_settings(self) -> dict[str, Any]:
     """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`, as the config says."""
     return self.cfg.sampling.settings()
+
+  def generator(self, size: Size) -> Generator:
+    """What draws pictures of a size as the config says: one for all stages, so that its programs are traced and compiled once."""
+    if size not in self._generators:
+      self._generators[size] = Generator(self, size, **self.sampler_settings())
+    return self._generators[size]
 
   def key(self, name: str) -> jax.Array:
     """The PRNG key of a stage or of a role's initialisation: the run's seed and the name alone decide it."""

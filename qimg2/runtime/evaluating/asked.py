@@ -1,6 +1,7 @@
 """What `launch.evaluate --suite` does: suites on a run, on a published folder, or on pictures that something else made."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -45,7 +46,7 @@ def evaluate_model(out: str, drawer: Drawer, asked: Asked, share: Share = Share(
   """
   opened, folder = drawer.open(), Folder(out)
   sampling = _sampling(opened.defaults, asked)
-  weights = opened.offloaded if asked.offload else opened.load
+  weights = functools.cache(opened.offloaded if asked.offload else opened.load)  # once, when the first chunk is drawn
   works, facts = [], {}
   for name, settings in asked.suites.items():
     suite, tasks = _tasks(name, settings, opened.source)

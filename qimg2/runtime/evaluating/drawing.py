@@ -84,13 +84,15 @@ class Painter:
   """Draws chunks. A group's program is compiled when its first chunk is drawn."""
 
   def __init__(self, source: Source, weights: Callable[[], Mapping], tasks: Sequence[Task], groups: Sequence[Group], settings: Mapping[str, Any],
-               batch_size: int = 0):
-    """Args: networks and tokenizer; what loads the weights, called once when the first chunk is drawn; all tasks and their groups; arguments of
-    `Generator` beside the size; pictures at a time, 0 for `MAX_BATCH`, rounded up to what the devices share evenly."""
+               batch_size: int = 0, make: Callable[[Size], Generator] | None = None):
+    """Args: networks and tokenizer; what gives the weights, called for each chunk; all tasks and their groups; arguments of
+    `Generator` beside the size; pictures at a time, 0 for `MAX_BATCH`, rounded up to what the devices share evenly; what makes the generators in
+    place of `Generator`."""
     rows = source.mesh.shape["data"] * source.mesh.shape["fsdp"]
     self.batch_size = -(-(batch_size or MAX_BATCH) // rows) * rows
-    self._source, self._tasks, self._groups, self._settings = source, tasks, groups, settings
-    self._weights = functools.cache(weights)
+    self._tasks, self._groups = tasks, groups
+    self._weights, self._make = weights, make or (lambda size: Generator(source, size, **settings))
+    self._made: tuple[int, Generator] | None = None  # chunks come group by group
 
   def chunks(self, seeds: Sequence[int]) -> list[Chunk]:
     """All chunks for these seeds, in order."""
@@ -107,11 +109,11 @@ class Painter:
     pictures = self._generator(chunk.group)(self._weights(), [task.prompt for task in tasks], chunk.seed, images=sources, numbers=chunk.places)
     return [picture if picture.shape[-1] == 3 else composite_on_white(picture) for picture in pictures]
 
-  @functools.lru_cache(maxsize=1)  # noqa: B019  chunks come group by group; a painter lives as long as the evaluation
   def _generator(self, number: int) -> Generator:
-    group = self._groups[number]
-    size = dataclasses.replace(group.size, batch_size=min(self.batch_size, len(group.tasks)))
-    return Generator(self._source, size, **self._settings)
+    if self._made is None or self._made[0] != number:
+      group = self._groups[number]
+      self._made = number, self._make(dataclasses.replace(group.size, batch_size=min(self.batch_size, len(group.tasks))))
+    return self._made[1]
 
 
 def painter_of_run(run: Run, stage_name: str, weights: Callable[[], Mapping], tasks: Sequence[Task], settings: Mapping[str, Any] | None = None,
@@ -119,7 +121,9 @@ def painter_of_run(run: Run, stage_name: str, weights: Callable[[], Mapping], ta
   """What draws tasks with a stage of a run, at the sizes of its buckets; `settings` in place of the run's for sampling."""
   stage = run.stages[stage_name]
   groups = groups_of_buckets(run.loader(stage).buckets, tasks, stage.max_crop, run.tokenizer)
-  return Painter(run, weights, tasks, groups, run.sampler_settings() if settings is None else settings, batch_size)
+  if settings is None:
+    return Painter(run, weights, tasks, groups, {}, batch_size, run.generator)
+  return Painter(run, weights, tasks, groups, settings, batch_size)
 
 
 def learned(buckets: Sequence[Bucket], tasks: Sequence[Task]) -> bool:
