@@ -118,7 +118,7 @@ class Loader:
     # Threads inside the worker processes would only fight over their one lock.
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     return named_ends(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=2),
-                                          worker_init_fn=children.end_with_parent))
+                                          worker_init_fn=children.begin_worker))
 
   def _judged(self, batches, start: int, stop: int) -> Iterator[tuple[int, dict]]:
     """Yields the batches without their faults, which it names and counts; `ValueError` when they become too many."""

@@ -39,8 +39,11 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+import numpy as np
 import pytest
 import warm
+from jax._src import cache_key
+from jax._src.lib import xla_client
 
 from configs import quickstart
 from launch import cli
@@ -48,6 +51,16 @@ from qimg2.runtime.curriculum import train
 from qimg2.training import trainer
 
 cli.collect_rarely()
+
+
+def share_programs_of_one_device():
+  """Names a program of one device in the cache as a process that has one device does: JAX hashes all devices of the process into the name, and
+  would compile it again in every notebook and command that goes on with a run of these tests."""
+  only, hash_devices = np.array(xla_client.make_cpu_client(num_devices=1).devices()), cache_key._hash_accelerator_config
+  cache_key._hash_accelerator_config = lambda hashed, devices: hash_devices(hashed, only if devices.size == 1 else devices)
+
+
+share_programs_of_one_device()
 
 
 def pytest_configure(config):

@@ -215,7 +215,7 @@ def test_a_bucket_that_does_not_answer_is_one_sentence(bucket, folder, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.apart("bucket")  # it waits more than it computes
-def test_a_run_in_a_bucket_that_refuses_one_request_in_ten_and_is_killed_ends_bit_identical(tmp_path):
+def test_a_run_in_a_bucket_that_refuses_one_request_in_25_and_is_killed_ends_bit_identical(tmp_path):
   few = ("--num_steps=4", "--save_every=2")
   together(1, *toy(tmp_path / "disk", *few))
   one = Bucket()
@@ -226,7 +226,7 @@ def test_a_run_in_a_bucket_that_refuses_one_request_in_ten_and_is_killed_ends_bi
   process.send_signal(signal.SIGKILL)
   ends([process], PATIENCE_S)
   assert f"cut/toy/checkpoints/4/{places.COMMITTED}" not in one.names()
-  one.refuse_every = 10
+  one.refuse_every = 25
   together(1, *toy(f"{ROOT}cut", *few), **one.environment)
   assert one.num_refused > 10
   ended_alike(one, tmp_path)

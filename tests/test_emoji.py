@@ -13,6 +13,8 @@ from data_pipelines.embedded import emoji, emoji_pairs
 from data_pipelines.specs import DatasetSpec
 from data_pipelines.transforms import decode_image
 
+pytestmark = pytest.mark.apart("emoji")  # one process lists and draws them all
+
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
   monkeypatch.setattr(emoji, "FONT", str(tmp_path / "none.ttf"))

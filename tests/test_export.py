@@ -327,6 +327,13 @@ def test_run_is_exported_with_its_card(smoke_run, tmp_path):
   assert f"height={bucket.height}, width={bucket.width}" in card
   early = model_card(smoke_run, "low_resolution", "ema", "float32", "x")
   assert "| low_resolution |" in early and "| sft |" not in early and "Evaluation of stage" not in early
+  result = {"stage": last, "step": 1, "suites": {"glyphs": {"num_prompts": 3, "shares": {"ink": 1 / 3}}}}
+  of_step = smoke_run.workdir / last / "evaluation_1.json"  # that of an earlier step, which is not the run's newest
+  of_step.write_text(json.dumps(result))
+  earlier, newest = (model_card(smoke_run, last, "ema", "float32", "x", step) for step in (1, 2))
+  of_step.unlink()
+  assert "Evaluation of stage sft on 3 held-out prompts of glyphs: ink right 33.3%." in earlier and "3 held-out prompts" not in newest + card
+  assert "Evaluation of stage sft on 8 held-out prompts" in newest
   assert "ema/val_loss |" in card and "Evaluation of stage" in card and "from_pretrained" in card and "jax " in card
   assert pipeline._drop_idx == smoke_run.nets.num_system_tokens
   for dtype, folder in (("float32", out), ("bfloat16", export(smoke_run, tmp_path / "half"))):

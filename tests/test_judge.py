@@ -290,6 +290,7 @@ def test_edits_are_seen_source_first_and_quality_without_it(fake, tmp_path):
       {"instruction": 4, "over_editing": 2, "naturalness": 5, "artefacts": 3, "SC": 2, "PQ": 3, "O": 6**0.5})
   assert [[x.shape[:2] for x in row.pictures] for row in seen] == [[(64, 64)] * 2] * 2 + [[(64, 64)]] * 2  # at the size of the source
   np.testing.assert_array_equal(seen[0].pictures[0], picture(1, 64, 64))
+  assert [caption for _, caption in suite.show(task, picture(2), found)][1].endswith("artefacts 3.00, SC 2.00, PQ 3.00, O 2.45]")
   np.testing.assert_array_equal(seen[0].pictures[1], seen[2].pictures[0])
 
 
@@ -321,6 +322,20 @@ def test_a_pair_is_asked_in_both_orders(fake, tmp_path):
   assert [(one["win"], one["contradiction"]) for one in compare()] == [(0.5, 1), (0.5, 1)]
 
 
+def test_pictures_against_those_of_another_folder(fake, tmp_path):
+  folder, answer, _ = fake
+  prompts = write_prompts(tmp_path, {"prompt": "x", "name": "a"}, {"prompt": "y", "name": "b"})
+  suite = judging.pairwise_suite(folder, prompts, str(tmp_path), rival_seed=3)
+  (tmp_path / "a_3.png").write_bytes(encode_png(picture(0) // 4))
+  answer[0] = lambda row: [0.8, 0.2] if row.pictures[0].mean() > row.pictures[1].mean() else [0.2, 0.8]
+  tasks = sorted(suite.tasks(0, 0), key=lambda task: task.name)
+  first, second = suite.score_batch(tasks, [picture(1), picture(1)])
+  assert first["win"] == pytest.approx(0.8) and first["contradiction"] == 0
+  assert set(second) == {"error"} and "b_3.png: put it there" in second["error"]
+  with pytest.raises(ValueError, match="no folder .*nowhere of pictures"):
+    judging.pairwise_suite(folder, prompts, str(tmp_path / "nowhere"))
+
+
 def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
   folder, tiny = fake[0], judged[3]
   prompts = write_prompts(tmp_path, {"prompt": "x"})
@@ -343,7 +358,7 @@ def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
 @pytest.mark.parametrize("spoil,message", [
     (lambda path: (path / "chat_template.jinja").write_text("{{ '<|im_start|>assistant\\n<think>\\n' }}"), "take an Instruct model"),
     (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-    (lambda path: rename_head(path / "model.safetensors"), "lack lm_head.weight")], ids=["thinking", "tokenizer", "head"])
+    (lambda path: remove_head(path / "model.safetensors"), "lack lm_head.weight")], ids=["thinking", "tokenizer", "head"])
 def test_a_folder_that_cannot_judge_is_one_sentence(judged, tmp_path, spoil, message):
   shutil.copytree(judged[0], tmp_path / "spoilt")
   spoil(tmp_path / "spoilt")
@@ -351,7 +366,12 @@ def test_a_folder_that_cannot_judge_is_one_sentence(judged, tmp_path, spoil, mes
     Judge(tmp_path / "spoilt", devices=jax.devices()[:1]).weights  # noqa: B018
 
 
-def rename_head(path):
+def test_the_text_encoder_of_a_pipeline_judges_too(tiny_folder):
+  judge = Judge(tiny_folder, devices=jax.devices()[:1])
+  assert judge.weights["head"].shape == (judge.cfg.width, judge.cfg.vocab_size) and judge.prepare(asked("a poster", picture(0))).tokens
+
+
+def remove_head(path):
   weights = safetensors.numpy.load_file(path)
   weights.pop("lm_head.weight")
   safetensors.numpy.save_file(weights, path)

@@ -190,6 +190,37 @@ def gone_soon(left, what):
     time.sleep(0.1)
 
 
+ENDS = """
+import atexit, multiprocessing, sys
+from data_pipelines import children
+
+def work(queue, fails):
+  children.begin_worker()
+  atexit.register(print, "taken down piece by piece")
+  queue.put(bytes(10**6))
+  if fails:
+    raise ValueError("a defect")
+
+if __name__ == "__main__":
+  context = multiprocessing.get_context("spawn")
+  queue = context.Queue()
+  for fails in (False, True):
+    one = context.Process(target=work, args=(queue, fails))
+    one.start()
+    print(len(queue.get()), flush=True)
+    one.join()
+    print("ended with", one.exitcode, flush=True)
+"""
+
+
+def test_a_worker_ends_when_all_is_sent_and_says_what_went_wrong(tmp_path):
+  (tmp_path / "ends.py").write_text(ENDS)
+  env = {**os.environ, "PYTHONPATH": str(commands.ROOT)}
+  result = subprocess.run([sys.executable, tmp_path / "ends.py"], env=env, capture_output=True, text=True, timeout=60)
+  assert result.stdout.splitlines() == ["1000000", "ended with 0", "1000000", "taken down piece by piece", "ended with 1"], result
+  assert "ValueError: a defect" in result.stderr
+
+
 @pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed_and_leave_nothing(data):
   before = set(os.listdir("/dev/shm"))

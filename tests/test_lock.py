@@ -1,6 +1,7 @@
 """One job at a time in the folder of a run; what a killed one left is taken over."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import time
@@ -83,6 +84,35 @@ def test_a_job_that_was_silent_for_long_ends_when_another_has_its_run(tmp_path, 
   assert lost == [f"The run in {tmp_path} was taken over by process 7 on elsewhere (since now) while this process gave no sign of life: it "
                   "ends here, and that one goes on."]
   assert json.loads(place.read_text())["holder"] == "another", "which is not taken away from it"
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_of_two_processes_one_holds_a_run_until_it_is_killed(tmp_path, quick, monkeypatch, caplog):
+  """The second one is as in a container of its own, which cannot see whether the first one's process is there."""
+  monkeypatch.setattr(lock, "RESTART_S", 4.0)  # a busy machine may keep the first one from a sign of life for seconds
+  assert lock.processes.is_first()  # before the fork, whose child computes nothing
+  mine, theirs = multiprocessing.Pipe()
+  def keep():
+    with lock.hold(tmp_path):
+      theirs.send(os.getpid())
+      time.sleep(60)
+  first = multiprocessing.get_context("fork").Process(target=keep, daemon=True)
+  first.start()
+  try:
+    assert mine.poll(20) and mine.recv() == first.pid
+    here = lock._here()
+    monkeypatch.setattr(lock, "_here", lambda: here | {"processes": "pid:[1]"})
+    for take in (lambda: lock.hold(tmp_path).__enter__(), lambda: lock.check_free(tmp_path)):
+      with pytest.raises(ValueError, match=f"is being trained by process {first.pid} on "):
+        take()
+  finally:
+    first.kill()
+    first.join()
+  assert os.listdir(tmp_path) == [lock.NAME], "which the killed one left"
+  begin = time.monotonic()
+  with lock.hold(tmp_path):
+    assert 4.0 <= time.monotonic() - begin < 20 and json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+  assert f"is taken over: process {first.pid} on" in caplog.text and os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_is_free_is_taken_at_once(tmp_path, clock):

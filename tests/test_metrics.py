@@ -30,6 +30,16 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path):
   assert list((tmp_path / "cut").glob("events.out.tfevents.*"))
 
 
+def test_starts_within_one_second_have_files_of_events_of_their_own(tmp_path, monkeypatch):
+  monkeypatch.setattr("time.time", lambda: 1.7e9)
+  for _ in range(2):
+    writer = metrics.MetricsWriter(tmp_path, 0)
+    writer.write(1, {"loss": 0.5})
+    writer.close()
+  files = sorted(tmp_path.glob("events.out.tfevents.1700000000.*"))
+  assert len(files) == 2 and files[0].stat().st_size == files[1].stat().st_size > 60
+
+
 def test_an_evaluation_that_is_still_due_is_written_once(tmp_path):
   """Asked to stop at step 2; the next start evaluates there, and is killed before it saves."""
   for hooks_due in (False, True, True):

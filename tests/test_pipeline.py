@@ -192,6 +192,15 @@ def mixed(tmp_path_factory):
   return folder
 
 
+def test_images_of_another_number_or_size_are_refused(folders):
+  _, draw = generator(folders(0), 1, 1.0)
+  height, width = draw._given[0]
+  with pytest.raises(ValueError, match="0 condition image.s. were given where size.source_sizes has 1: give one for each"):
+    draw.draw({}, ["x"])
+  with pytest.raises(ValueError, match=f"An image of {height + 32} x {width} px was given where size.source_sizes has {height} x {width}"):
+    draw.draw({}, ["x"], images=[np.zeros((1, height + 32, width, 3), np.uint8)])
+
+
 def bytes_on_devices():
   return sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted())
 

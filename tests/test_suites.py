@@ -1,5 +1,6 @@
 """Evaluation suites: a clean render is right in every metric, a wrong picture is not, and a suite can be written in a few lines."""
 
+import dataclasses
 import shutil
 import types
 
@@ -50,6 +51,7 @@ def test_an_edit_that_changes_nothing_is_wrong():
 
 
 @needs_emoji
+@pytest.mark.apart("emoji")
 @pytest.mark.slow  # draws every emoji once
 def test_emoji_know_right_from_wrong():
   suite = made("emoji", num_candidates=20)
@@ -88,3 +90,18 @@ def test_a_stage_is_evaluated_on_a_suite_of_ones_own(smoke_run, tmp_path):
   edits = Suite(lambda num, seed: [Task("x", (64, 64), (np.zeros((64, 64, 3), np.uint8),))], suite.score)
   with pytest.raises(ValueError, match="Stage 'low_resolution' learned no task of the suites own"):
     of_run.evaluate(run, "low_resolution", {"own": (edits, 1)})
+
+
+def test_suites_are_drawn_while_a_stage_trains(smoke_run, tmp_path):
+  """Their figures are those of the end, of the first prompts, and stand in the metrics; a suite of edits is none of a stage without them."""
+  run, stage = smoke_run, smoke_run.stages["sft"]
+  stage = dataclasses.replace(stage, evals_every_steps=2, evals_num_prompts=4)
+  algorithm = run.algorithm(stage)
+  weights = {**run.stage_weights("sft"), **run.frozen_weights(stage)}
+  found = of_run.suites_hook(run, stage, algorithm.deployed)(weights, 2, None)
+  assert {name.split("/")[:2][1] for name in found} == {"glyphs", "glyph_edits"} and all(0 <= share <= 1 for share in found.values())
+  few = of_run.evaluate(load_run(shutil.copytree(run.workdir, tmp_path / "run")), suites={
+      name: (suite, 4) for name, (suite, _) in of_run.configured(run).items()})["suites"]
+  assert found == {f"evals/{name}/{key}": share for name, suite in few.items() for key, share in suite["shares"].items()}
+  low = of_run.suites_hook(run, dataclasses.replace(run.stages["low_resolution"], evals_num_prompts=1), algorithm.deployed)
+  assert {name.split("/")[1] for name in low(weights, 2, None)} == {"glyphs"}

@@ -118,7 +118,7 @@ def test_an_apostrophe_shifts_the_quotes_of_cvtg():
 
 
 def test_cvtg_takes_a_word_as_often_as_it_likes_and_the_closest_word():
-  found = B.cvtg_match(["open", "open", "late"], ["OPEN lste", "more"])
+  found = B.cvtg_match(["open", "open", "late"], ["OPEN lste", "more open"])
   assert (found.found, found.asked) == (2, 3)
   assert found.similarity == pytest.approx(2 * (1 - 0 / 4.00001) + 1 - 1 / 4.00001)
   assert B.cvtg_match(["open"], []) == (0, 1, pytest.approx(1 - 4 / 4.00001)) and B.cvtg_match([], ["x"]) == (0, 0, 0)

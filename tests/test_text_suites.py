@@ -193,6 +193,14 @@ def test_a_prompt_set_with_a_mistake_is_refused(content, message, tmp_path):
     prompts.longtext_bench(str(path), "de")
 
 
+def test_a_document_keeps_the_text_that_its_reconstruction_keeps(picture):
+  half = picture.copy()
+  half[:130] = 255  # without the first line
+  found, kept = text_suites.document_ned(picture, half), " ".join(TEXTS[1:])
+  assert found["reconstruction"] == kept and found["NED"] == pytest.approx(len(kept) / len(" ".join(TEXTS)))
+  assert "no text in the original" in text_suites.document_ned(np.full((64, 64, 3), 255, np.uint8), picture)["error"]
+
+
 # Type.
 
 

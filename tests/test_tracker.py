@@ -25,6 +25,21 @@ def test_an_offline_run_goes_on_as_the_same(tmp_path, monkeypatch):
   assert list((tmp_path / "wandb").rglob("*.png"))
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_tracker_that_does_not_begin_ends_a_new_run_and_not_one_that_goes_on(goes_on, tmp_path, monkeypatch, caplog):
+  def fail(*arguments):
+    raise ValueError("wandb does not begin (no key): log in.")
+  monkeypatch.setattr(tracker, "Tracker", fail)
+  if not goes_on:
+    with pytest.raises(ValueError, match="does not begin"), tracker.tracking("wandb", tmp_path, {}):
+      raise AssertionError("it must not come here")
+    return
+  (tmp_path / tracker.ID).write_text("run1")
+  with tracker.tracking("wandb", tmp_path, {}) as tracked:
+    assert tracked is None
+  assert "wandb does not begin (no key): log in. Training goes on without it." in caplog.text and (tmp_path / tracker.ID).read_text() == "run1"
+
+
 def test_a_missing_package_and_one_that_fails_are_sentences(tmp_path, monkeypatch, caplog):
   class Failing:
     def __getattr__(self, name):

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -70,6 +71,26 @@ def test_training_again_changes_nothing_and_reads_nothing(smoke_run, smoke_confi
   monkeypatch.setattr(lock, "BEAT_S", 0.1)
   with lock.RunLock(workdir, print), pytest.raises(ValueError, match="is being trained by process"):
     train(cfg, workdir)
+
+
+@pytest.mark.parametrize("steps, left", [((4, 8), ["evaluation_4", "evaluation_8"]), ((4,), ["evaluation_4"]), ((), [])])
+def test_evaluations_of_steps_that_are_trained_again_go(steps, left, tmp_path):
+  """The stage was to go on from an earlier step, or from none."""
+  class Begins(Exception):
+    pass
+  def begin(stage):
+    raise Begins
+  for step in steps:
+    (tmp_path / "sft" / "checkpoints" / str(step)).mkdir(parents=True)
+  (tmp_path / "sft").mkdir(exist_ok=True)
+  for name in ("evaluation", "sft/evaluation_4", "sft/evaluation_8", "sft/evaluation_of_mine"):
+    for ending in ("json", "png"):
+      (tmp_path / f"{name}.{ending}").touch()
+  with pytest.raises(Begins):
+    train_one(types.SimpleNamespace(workdir=tmp_path, frozen_steps=begin), types.SimpleNamespace(name="sft"))
+  assert sorted(path.name for path in (tmp_path / "sft").glob("*.*")) == [
+      f"{name}.{ending}" for name in [*left, "evaluation_of_mine"] for ending in ("json", "png")]
+  assert not (tmp_path / "evaluation.json").exists()
 
 
 @pytest.mark.slow

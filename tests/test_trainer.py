@@ -273,12 +273,12 @@ def test_waiting_counts_only_while_no_step_runs(monkeypatch):
 
 
 def test_frozen_weights_of_a_run_that_trained_on_are_refused():
-  stage = lambda step: dataclasses.replace(STAGE, description={"frozen_steps": {"vae": ("runs/a/vae", step)}})
-  saved = json.loads(json.dumps(stage(100).description))
-  for unchanged in ((stage(100), saved), (stage(200), {}), (stage(200), {"frozen_steps": {"vae": ["runs/b/vae", 100]}}), (STAGE, saved)):
-    changes.check_frozen(*unchanged)
+  steps = lambda step: {"vae": ("runs/a/vae", step)}
+  saved = json.loads(json.dumps({"frozen_steps": steps(100)}))
+  for unchanged in ((steps(100), saved), (steps(200), {}), (steps(200), {"frozen_steps": {"vae": ["runs/b/vae", 100]}}), ({}, saved)):
+    changes.check_frozen("s", *unchanged)
   with pytest.raises(ValueError, match="Stage s was trained with vae of step 100 of runs/a/vae, which has step 200 now: put that checkpoint back"):
-    changes.check_frozen(stage(200), saved)
+    changes.check_frozen("s", steps(200), saved)
 
 
 def test_going_on_with_another_mixture_is_said_once(caplog):

@@ -1,7 +1,9 @@
 """Where a run's weights come from, and what they take."""
 
 import dataclasses
+import json
 import os
+import shutil
 import types
 
 import jax
@@ -166,6 +168,35 @@ def test_weights_of_an_earlier_step(trained):
     run.stage_weights("toy", 4)
   with pytest.raises(ValueError, match=f"no checkpoint of step 9: none was saved there, but every 4 steps and at the last one. {there}"):
     run.deployed_weights("toy", step=9)
+
+
+def test_other_runs_are_looked_at_before_a_stage_begins_or_goes_on(trained, tmp_path):
+  """A folder of theirs without a checkpoint; one that was trained on since this stage began. What is not there at all is said elsewhere."""
+  folder, _ = trained
+  run = Run(tmp_path, "dmd")
+  stage = run.stages["next"]
+  stage.start_from, stage.frozen = str(folder / "toy"), {"teacher": str(folder / "toy")}
+  run.check_others(stage)
+  (tmp_path / "empty").mkdir()
+  for change in ({"start_from": str(tmp_path / "empty")}, {"frozen": {"teacher": str(tmp_path / "empty")}}):
+    changed = types.SimpleNamespace(**vars(stage) | change)
+    with pytest.raises(ValueError, match=f"There is no checkpoint of '{tmp_path}/empty' at {tmp_path}/empty: train it first"):
+      run.check_others(changed)
+  stage.start_from = str(tmp_path / "nowhere")
+  run.check_others(stage)
+  meta = tmp_path / "next" / "checkpoints" / "4" / "meta" / "metadata"
+  meta.parent.mkdir(parents=True)
+  for path in (folder / "toy" / "checkpoints" / "12").iterdir():
+    if path.is_file():
+      shutil.copy(path, meta.parent.parent)
+  meta.write_text(json.dumps({"stage": {"frozen_steps": {"teacher": [str(folder / "toy"), 8]}}}))
+  stage.start_from = str(tmp_path / "empty")  # it is not read any more
+  with pytest.raises(ValueError, match=f"Stage next was trained with teacher of step 8 of {folder}/toy, which has step 12 now"):
+    run.check_others(stage)
+  run.check_others(stage, allow_change=True)
+  meta.write_text("")
+  with pytest.raises(ValueError, match="checkpoints/4 is damaged"):
+    run.check_others(stage)
 
 
 # A frozen encoder of a published folder.

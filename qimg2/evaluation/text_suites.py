@@ -13,7 +13,7 @@ import numpy as np
 from qimg2.evaluation import ERROR, Figure, Suite, Task, ocr, prompts
 from qimg2.evaluation.prompts import KINDS, LANGUAGES, TextPrompt
 from qimg2.evaluation.text import score_text
-from qimg2.evaluation.text_benchmarks import cvtg_match, longtext_recall
+from qimg2.evaluation.text_benchmarks import cvtg_match, longtext_recall, omnidoc_ned
 
 RATIOS = {"words": (1, 1), "lines": (1, 1), "paragraphs": (3, 4), "slides": (16, 9)}  # width and height of a kind of our prompts
 FIGURES = {
@@ -97,6 +97,18 @@ def read_and_score(task: Task, picture: np.ndarray, score: Score, model: str = "
   texts = [line.text for line in lines]
   return {**score(task.truth, texts), "expected": list(task.truth), "recognised": texts,
           "confidence": [round(line.confidence, 3) for line in lines]}
+
+
+def document_ned(original: np.ndarray, reconstruction: np.ndarray, model: str = "") -> dict[str, Any]:
+  """{"NED": OmniDoc-TokenBench's, in 0..1} of a picture [H, W, 3] uint8 of a document and its reconstruction; lines are joined by spaces.
+
+  {"error": why} where nothing is read in the original.
+  """
+  read = [" ".join(line.text for line in ocr.read(picture, model)) for picture in (original, reconstruction)]
+  try:
+    return {"NED": omnidoc_ned(*read), "original": read[0], "reconstruction": read[1]}
+  except ValueError as error:
+    return {ERROR: str(error)}
 
 
 def _longtext(texts: Sequence[str], lines: Sequence[str], language: str) -> dict[str, float]:

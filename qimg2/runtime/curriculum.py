@@ -27,7 +27,7 @@ from qimg2.runtime.sheets import grid, save_picture
 from qimg2.sharding import to_host
 from qimg2.training import faults
 from qimg2.training.changes import ORDER
-from qimg2.training.checkpoint import is_done
+from qimg2.training.checkpoint import is_done, newest_step
 from qimg2.training.metrics import MetricsWriter
 from qimg2.training.stage import Stage
 from qimg2.training.state import make_optimizers
@@ -112,7 +112,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
   `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` and `allow_config_change` as for `train`, `tracker` as for `Stage`.
   """
   if processes.is_first():
-    (run.workdir / "evaluation.json").unlink(missing_ok=True)  # it is of weights that are about to change
+    _forget_evaluations(run, config.name)
   frozen_steps = run.frozen_steps(config)  # before they are read, so that a step which is saved meanwhile is noticed, not missed
   if frozen_steps and allow_config_change:
     logging.warning("Stage %s goes on with %s, whatever it began with.", config.name, frozen_steps)
@@ -139,6 +139,16 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
     left_out.say(config, loader, run.workdir / config.name)
   train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
               lambda: next(iter(batches.values())), stop, began)
+
+
+def _forget_evaluations(run: Run, name: str) -> None:
+  """Removes the results of weights that are about to change: the run's, and those of steps of a stage that it comes to again."""
+  (run.workdir / "evaluation.json").unlink(missing_ok=True)
+  begin = newest_step(run.workdir / name / "checkpoints") or 0
+  for path in list((run.workdir / name).glob("evaluation_*")):
+    step = path.stem.removeprefix("evaluation_")
+    if step.isdecimal() and int(step) > begin and path.is_file():
+      path.unlink()
 
 
 def description(cfg: RunConfig, config: StageConfig) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 Everything is looked at that costs seconds: sources of weights, data sets, which of their records the stages would use, latent caches, names and
 shapes of published weights, how batches divide over the devices, whether a run that has begun has another config, data or versions, rights of a
-folder or bucket, and the disk space that checkpoints take. All that is wrong is found, not the first alone; only a config that cannot be understood,
-and data without a tokenizer, hide the rest. No weight is read, nothing is compiled, and no folder is made. What is not looked at: pictures, the bytes
-of checkpoints, whether another job holds the folder, `order_dir`, frozen weights of another run that trains on, and whether a step fits the devices'
-memory, which `launch.rehearse` says.
+folder or bucket, other runs whose weights are taken, and the disk space that checkpoints take. All that is wrong is found, not the first alone; only
+a config that cannot be understood, and data without a tokenizer, hide the rest. No weight is read, nothing is compiled, no folder is made, and the
+run's lock is not taken: where one is there, it takes up to half a minute to see whether its holder lives. What is not looked at: pictures, the bytes
+of checkpoints, and whether a step fits the devices' memory, which `launch.rehearse` says.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ from typing import Any
 
 import jax
 
+from data_pipelines.kept import folder_of
 from qimg2 import sharding
 from qimg2.places import Place, check_rights, client_failures, find_place, is_remote
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.lock import check_free
 from qimg2.runtime.micro_batches import variants
 from qimg2.runtime.run import EMBEDDED, Run, check_versions, compare_config
 from qimg2.training.checkpoint import is_done
@@ -75,6 +77,13 @@ def dry_run(cfg: Any, workdir: str | Place, allow_config_change: bool = False, a
   with found.part():
     if is_remote(workdir):
       check_rights(workdir)
+  with found.part():
+    if workdir.is_dir():
+      check_free(workdir)
+  with found.part():
+    if cfg.order_dir not in ("default", "none") and (reason := _unwritable(pathlib.Path(folder_of(cfg.order_dir)))):
+      raise ValueError(f"config.order_dir is {cfg.order_dir!r}, where nothing can be written, because {reason}: name a folder on a disk of this "
+                       "machine, or \"none\".")
   missing = _missing_data(cfg, found)
   run = None
   with found.part():
@@ -87,7 +96,7 @@ def dry_run(cfg: Any, workdir: str | Place, allow_config_change: bool = False, a
       with found.part():
         check()
     for stage in cfg.stages:
-      _stage(run, stage, missing, found)
+      _stage(run, stage, missing, found, allow_config_change)
     with found.part():
       if not missing:
         compare_config(cfg, workdir, allow_config_change, allow_version_change, run.tokenizer, allow_data_change)
@@ -108,7 +117,7 @@ def _missing_data(cfg: RunConfig, found: _Found) -> set[str]:
   return missing
 
 
-def _stage(run: Run, stage: StageConfig, missing: set[str], found: _Found) -> None:
+def _stage(run: Run, stage: StageConfig, missing: set[str], found: _Found, allow_change: bool) -> None:
   """Looks at a stage: its published weights, and its data where they are there."""
   if is_done(run.workdir / stage.name / "checkpoints", stage.num_steps, intact=False):
     found.lines.append(f"Stage {stage.name} is done.")
@@ -117,6 +126,8 @@ def _stage(run: Run, stage: StageConfig, missing: set[str], found: _Found) -> No
   for role in (*algorithm.trained, *algorithm.frozen):
     with found.part():
       run.check_published(stage, role)
+  with found.part():
+    run.check_others(stage, allow_change)
   if missing & {part.name for part in stage.mixture}:
     return
   with found.part():
@@ -158,14 +169,26 @@ def _disk(run: Run, workdir: Place, found: _Found) -> None:
   found.lines.append(f"Checkpoints: {', '.join(words)}; {_size(wanted)} beside what is there.")
   if is_remote(workdir):
     return
-  place = next(path for path in (pathlib.Path(workdir).absolute(), *pathlib.Path(workdir).absolute().parents) if path.exists())
-  if not os.access(place, os.W_OK):
-    raise ValueError(f"--workdir={workdir} cannot be written, because {place} may not be: name another folder, or change its rights.")
-  free = shutil.disk_usage(place).free
+  if reason := _unwritable(pathlib.Path(workdir)):
+    raise ValueError(f"--workdir={workdir} cannot be written, because {reason}: name another folder, or change its rights.")
+  free = shutil.disk_usage(_nearest(pathlib.Path(workdir))).free
   found.lines.append(f"The disk of {workdir} has {_size(free)} free.")
   if free < wanted:
     raise ValueError(f"Checkpoints take up to {_size(wanted)}, but the disk of {workdir} has {_size(free)} free: free some, name another --workdir, "
                      "or keep fewer (config.stages[i].keep, keep_every_steps).")
+
+
+def _nearest(path: pathlib.Path) -> pathlib.Path:
+  """The folder itself, or the one in which it would be made."""
+  return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+
+
+def _unwritable(path: pathlib.Path) -> str:
+  """Why nothing can be written to a folder of this machine, which may not be there yet; "" where it can."""
+  place = _nearest(path)
+  if not place.is_dir():
+    return f"{place} is a file"
+  return "" if os.access(place, os.W_OK | os.X_OK) else f"{place} may not be written"
 
 
 def _bytes(folder: Place) -> int:

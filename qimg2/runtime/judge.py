@@ -23,7 +23,8 @@ from qimg2.models import qwen3_vl
 from qimg2.published.language import load_language, main_dtype, open_language
 from qimg2.runtime.pretrained import COMPUTE, narrower
 
-TOKEN_STEP, ANSWER_STEP, CHOICE_STEP = 128, 64, 16  # shapes are rounded up to these, so that few programs are compiled
+TOKEN_STEP, ANSWER_STEP = 128, 64  # numbers of tokens are rounded up to these, so that few programs are compiled
+MAX_CHOICES = 16
 MAX_ASPECT = 200  # of the published image processor
 
 
@@ -117,8 +118,10 @@ class Judge:
     """For each choice, the ids of those ways to write it that are one token.
 
     Raises:
-      ValueError: a choice that is not one token in any way, or a token of two choices.
+      ValueError: a choice that is not one token in any way, a token of two choices, or more than `MAX_CHOICES`.
     """
+    if len(answers) > MAX_CHOICES:
+      raise ValueError(f"A question has {len(answers)} answers to choose from: {MAX_CHOICES} is the most.")
     found = [{token for text in ways if (token := self.tokenizer.find_token(text)) is not None} for ways in answers]
     for ways, tokens in zip(answers, found):
       if not tokens:
@@ -148,16 +151,23 @@ class Judge:
       groups.setdefault((tuple(x.shape for x in row.pictures), _round_up(len(row.tokens), TOKEN_STEP)), []).append(number)
     answers = sorted({token for row in rows for tokens in row.answers for token in tokens})
     answers += [0] * (_round_up(len(answers), ANSWER_STEP) - len(answers))
-    num_choices = _round_up(max((len(row.answers) for row in rows), default=0), CHOICE_STEP)
+    ids = jax.device_put(np.asarray(answers, np.int32), sharding.replicated(self.mesh))
     found: dict[int, np.ndarray] = {}
+    pending: tuple[list[int], Any] = [], None  # the device works on one batch while the host makes the next
+
+    def keep(some: list[int], result: Any) -> None:
+      if some:
+        p = sharding.to_host(result)
+        found.update({i: p[place, :len(rows[i].answers)] for place, i in enumerate(some)})
+
     for (_, length), numbers in groups.items():
       for start in range(0, len(numbers), self._rows):
         some = numbers[start:start + self._rows]
         filled = [rows[i] for i in some + some[-1:] * (self._rows - len(some))]  # the last one fills what is left
         batch = sharding.put_global_batch(self._batch(filled, length, answers), self.mesh, self.rules)
-        ids = jax.device_put(np.asarray(answers, np.int32), sharding.replicated(self.mesh))
-        p = sharding.to_host(self._program(self.weights, batch, ids, num_choices))
-        found |= {i: p[place, :len(rows[i].answers)] for place, i in enumerate(some)}
+        last, pending = pending, (some, self._program(self.weights, batch, ids))
+        keep(*last)
+    keep(*pending)
     return [found[i] for i in range(len(rows))]
 
   def _batch(self, rows: Sequence[Row], length: int, answers: Sequence[int]) -> dict:
@@ -174,12 +184,12 @@ class Judge:
 
 
 def make_program(cfg: qwen3_vl.Config, shard: sharding.Shard) -> Any:
-  """The jitted function (weights, batch, answers [n], number of choices C) -> [B, C] of `Judge`; batch has `tokens` [B, M], `token_count` [B],
-  `images` and `choices` [B, n]."""
-  def judge_pictures(weights, batch, answers, num_choices):
+  """The jitted function (weights, batch, answers [n]) -> [B, `MAX_CHOICES`] of `Judge`; batch has `tokens` [B, M], `token_count` [B], `images` and
+  `choices` [B, n]."""
+  def judge_pictures(weights, batch, answers):
     logits = judge.answer_logits(cfg, weights, batch["tokens"], batch["token_count"], batch["images"], answers, shard)
-    return judge.choice_probabilities(logits, batch["choices"], num_choices)
-  return jax.jit(judge_pictures, static_argnums=3)
+    return judge.choice_probabilities(logits, batch["choices"], MAX_CHOICES)
+  return jax.jit(judge_pictures)
 
 
 def fit_size(height: int, width: int, multiple: int, min_px: int, max_px: int) -> tuple[int, int]:

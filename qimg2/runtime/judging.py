@@ -5,6 +5,7 @@ The pictures of a call are judged together, and what one of them cannot be asked
 
 import functools
 import hashlib
+import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def judge_suite(pretrained: str, prompts: str, rubrics: str = "prompt_following,
     return {**means, **edit_scores(means), **{f"{name} probabilities": p.tolist() for name, p in zip(asked, found)}}
 
   figures = [*asked, *(name for name in (*EDIT, OVERALL) if edit_scores(dict.fromkeys(asked, 1.0)))]
-  return Suite(_tasks(read, prompts), score_batch=_score_batch(judge, asked.values(), questions, scores),
+  return Suite(_tasks(read, prompts), score_batch=_score_batch(judge, asked.values(), questions, scores), show=_show(figures),
                figures={name: Figure(name, is_share=False) for name in figures})
 
 
@@ -94,8 +95,42 @@ def tifa_suite(pretrained: str, prompts: str, rubric: str = "question", side_px:
     return {"soft_tifa_am": arithmetic, "soft_tifa_gm": geometric, **sums, "probabilities": p}
 
   figures = {name: Figure(name) for name in ("soft_tifa_am", "soft_tifa_gm")}
-  return Suite(_tasks(read, prompts, lambda prompt: prompt.questions), score_batch=_score_batch(judge, [asked], questions, scores),
+  return Suite(_tasks(read, prompts, lambda prompt: prompt.questions), show=_show(figures),
+               score_batch=_score_batch(judge, [asked], questions, scores),
                figures=figures | {skill: Figure(f"{skill} sum", f"{skill} number") for skill in skills})
+
+
+def pairwise_suite(pretrained: str, prompts: str, rivals: str, rival_seed: int = 0, rubric: str = PAIRWISE, side_px: int = 1024, batch_size: int = 8,
+                   max_tokens: int = 8192) -> Suite:
+  """Pictures against those of another folder for the same prompts, in both orders, as `compare_pictures` scores them.
+
+  Args:
+    pretrained, prompts, side_px, batch_size, max_tokens: as in `judge_suite`.
+    rivals: folder of the other pictures, <name of the prompt>_<seed>.png, such as pictures/judge of what `launch.evaluate --out` wrote.
+    rival_seed: which of them each picture is compared with.
+    rubric: name or .toml file.
+
+  Raises:
+    ValueError: as `judge_suite` and `compare_pictures`, or no such folder. A rival that is missing leaves its picture out, with this reason.
+  """
+  judge, folder = open_judge(pretrained, side_px, batch_size, max_tokens), pathlib.Path(rivals)
+  _pair_rubric(judge, rubric)
+  if not folder.is_dir():
+    raise ValueError(f"There is no folder {rivals} of pictures to compare with: name one, such as pictures/judge of another evaluation.")
+
+  def score_batch(tasks: Sequence[Task], pictures: Sequence[np.ndarray]) -> list[Mapping[str, Any]]:
+    pairs, results = [], [{} for _ in tasks]
+    for number, (task, picture) in enumerate(zip(tasks, pictures, strict=True)):
+      try:
+        pairs.append((number, picture, _open(folder / f"{task.name}_{rival_seed}.png", "picture to compare with")))
+      except ValueError as error:
+        results[number] = {ERROR: str(error)}
+    numbers, first, second = zip(*pairs) if pairs else ((), (), ())
+    for number, found in zip(numbers, compare_pictures(judge, [tasks[i] for i in numbers], first, second, rubric)):
+      results[number] = found
+    return results
+  figures = {"win": Figure("win"), "contradiction": Figure("contradiction", lower_is_better=True)}
+  return Suite(_tasks(read_prompts(prompts), prompts), show=_show(figures), score_batch=score_batch, figures=figures)
 
 
 def compare_pictures(judge: Judge, tasks: Sequence[Task], first: Sequence[np.ndarray], second: Sequence[np.ndarray],
@@ -106,10 +141,7 @@ def compare_pictures(judge: Judge, tasks: Sequence[Task], first: Sequence[np.nda
   Raises:
     ValueError: no such rubric, or one with other answers than two.
   """
-  asked = find_rubric(rubric, PAIRWISE)
-  if len(asked.answers) != 2:
-    raise ValueError(f"The rubric {rubric!r} has {len(asked.answers)} answers: for two pictures it must have two, that of the first one first.")
-  answers = _bare(judge, asked)
+  asked, answers = _pair_rubric(judge, rubric)
 
   def questions(task: Task, pair: tuple[np.ndarray, np.ndarray]) -> Asked:
     orders = [_pictures(judge, task, **dict(zip(places, pair))) for places in ORDERS]
@@ -120,6 +152,22 @@ def compare_pictures(judge: Judge, tasks: Sequence[Task], first: Sequence[np.nda
     one = Preference(*(float(np.clip(p[0], 0, 1)) for p in found))
     return {"win": one.win, "contradiction": float(one.contradicts), "probabilities": [one.first, one.swapped]}
   return _score_batch(judge, [asked], questions, scores)(tasks, list(zip(first, second, strict=True)))
+
+
+def _pair_rubric(judge: Judge, name: str) -> tuple[Rubric, tuple[tuple[str, ...], ...]]:
+  """(the rubric that compares two pictures, its answers as choices)."""
+  rubric = find_rubric(name, PAIRWISE)
+  if len(rubric.answers) != 2:
+    raise ValueError(f"The rubric {name!r} has {len(rubric.answers)} answers: for two pictures it must have two, that of the first one first.")
+  return rubric, _bare(judge, rubric)
+
+
+def _show(metrics: Iterable[str]) -> Callable[[Task, np.ndarray, Mapping[str, Any]], list[tuple[np.ndarray, str]]]:
+  """`Suite.show` with these metrics, or why there are none, in the caption."""
+  def show(task: Task, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
+    said = scores[ERROR] if ERROR in scores else ", ".join(f"{name} {scores[name]:.2f}" for name in metrics)
+    return [(source, "(source)") for source in task.sources] + [(picture, f"{task.prompt} [{said}]")]
+  return show
 
 
 def _bare(judge: Judge, rubric: Rubric) -> tuple[tuple[str, ...], ...]:
@@ -148,9 +196,9 @@ def _tasks(prompts: Sequence[Prompt], path: str, truth: Callable[[Prompt], Any] 
   return tasks
 
 
-def _open(path: Any) -> np.ndarray:
+def _open(path: pathlib.Path, what: str = "condition image") -> np.ndarray:
   if not path.is_file():
-    raise ValueError(f"There is no condition image {path}, which the file of prompts names: put it there.")
+    raise ValueError(f"There is no {what} {path}: put it there.")
   return decode_image(path.read_bytes(), str(path))
 
 

@@ -97,36 +97,15 @@ class RunLock:
     return self._is_mine()
 
   def _take_over(self) -> None:
-    """Waits as long as the module docstring says for a sign of life, and takes the lock if none comes."""
-    seen, begin, said = self._look(), time.monotonic(), False
-    while True:
-      record = _parse(seen[0]) if seen else {}
-      if not seen or time.monotonic() - begin >= _patience(record):
-        break
-      if not said:
-        said = True
-        logging.warning("The run in %s is held by %s: looking for a sign of life of it, for up to %.0f s.", self._workdir, _name(record),
-                        _patience(record))
-      time.sleep(_LOOK_S)
-      now = self._look()
-      if now and now != seen:
-        raise ValueError(f"The run in {self._workdir} is being trained by {_name(_parse(now[0]))}: wait until it ends, stop it, or use another "
-                         "--workdir.")
-      seen = now
+    """Takes the lock if its holder gives no sign of life."""
+    seen = check_free(self._workdir)
     if seen:
-      logging.warning("The lock of the run in %s is taken over: %s, which had it, gave no sign of life.", self._workdir, _name(record))
+      logging.warning("The lock of the run in %s is taken over: %s, which had it, gave no sign of life.", self._workdir, seen)
     if not (self._write() if seen else self._create()):
       raise ValueError(f"Another job took the run in {self._workdir} at the same moment: wait until it ends, or use another --workdir.")
 
-  def _look(self) -> tuple[str, int] | None:
-    """(what the lock says, a number that changes with signs of life); None where there is none."""
-    try:
-      return self._place.read_text(), 0 if is_remote(self._place) else self._place.stat().st_mtime_ns
-    except FileNotFoundError:
-      return None
-
   def _is_mine(self) -> bool:
-    found = self._look()
+    found = _look(self._place)
     return bool(found) and _parse(found[0]).get("holder") == self._record["holder"]
 
   def _beat(self) -> None:
@@ -136,7 +115,7 @@ class RunLock:
       number += 1
       try:
         with client_failures():
-          seen = self._look()
+          seen = _look(self._place)
           found = _parse(seen[0]) if seen else {}
           if found and found.get("holder") != self._record["holder"]:
             self._lost(f"The run in {self._workdir} was taken over by {_name(found)} while this process gave no sign of life: it ends here, and that "
@@ -154,6 +133,30 @@ class RunLock:
       os.utime(self._place)  # which a full disk does not mind
     else:
       write_file(self._place, json.dumps(self._record | {"beat": number}))
+
+
+def check_free(workdir: Place) -> str:
+  """Waits as long as the module docstring says for a sign of life of who holds a run, and returns who that was, in words, if none comes; "" where
+  there is no lock. Nothing is written.
+
+  Raises:
+    ValueError: another job trains the run.
+  """
+  place, begin, said = workdir / NAME, time.monotonic(), False
+  seen = _look(place)
+  while seen:
+    record = _parse(seen[0])
+    if time.monotonic() - begin >= _patience(record):
+      return _name(record)
+    if not said:
+      said = True
+      logging.warning("The run in %s is held by %s: looking for a sign of life of it, for up to %.0f s.", workdir, _name(record), _patience(record))
+    time.sleep(_LOOK_S)
+    now = _look(place)
+    if now and now != seen:
+      raise ValueError(f"The run in {workdir} is being trained by {_name(_parse(now[0]))}: wait until it ends, stop it, or use another --workdir.")
+    seen = now
+  return ""
 
 
 @contextlib.contextmanager
@@ -193,6 +196,14 @@ def _read(path: str) -> str:
     return pathlib.Path(path).read_text(encoding="utf-8").strip()
   except OSError:
     return ""
+
+
+def _look(place: Place) -> tuple[str, int] | None:
+  """(what a lock says, a number that changes with signs of life); None where there is none."""
+  try:
+    return place.read_text(), 0 if is_remote(place) else place.stat().st_mtime_ns
+  except FileNotFoundError:
+    return None
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import logging
 
+from qimg2.places import Place
 from qimg2.training.stage import Stage
 
 ORDER = 2  # how batches follow from a stage's description; checkpoints that do not say it have 1
@@ -15,12 +16,28 @@ ORDER_KEYS = ("order", "seed", "mixture", "resolutions", "max_crop", "min_bucket
               "batches")
 
 
-def check_frozen(stage: Stage, saved: Mapping[str, Any]) -> None:
-  """Raises a `ValueError` where a frozen role is read from a run that has trained on since this stage began."""
-  now = stage.description.get("frozen_steps", {})
+def saved_description(folder: Place) -> dict[str, Any]:
+  """What a checkpoint, the folder of a step, says of its stage, see `qimg2.training.stage.Stage`; {} where it is of an earlier version. No weight is
+  read.
+
+  Raises:
+    ValueError: it is not there, or no JSON.
+  """
+  try:
+    return json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8")).get("stage", {})
+  except (OSError, ValueError) as error:
+    raise ValueError(f"The checkpoint {folder} is damaged ({' '.join(str(error).split())}): put back a copy, or remove it, and training goes on from "
+                     "the one before it.") from error
+
+
+def check_frozen(name: str, now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+  """Raises a `ValueError` where a frozen role is read from a run that has trained on since a stage began.
+
+  Args: name of the stage; {role: (folder, step)} as it is now; what a checkpoint of the stage says of it.
+  """
   for role, (folder, step) in saved.get("frozen_steps", {}).items():
     if role in now and now[role][0] == folder and now[role][1] != step:
-      raise ValueError(f"Stage {stage.name} was trained with {role} of step {step} of {folder}, which has step {now[role][1]} now: put that "
+      raise ValueError(f"Stage {name} was trained with {role} of step {step} of {folder}, which has step {now[role][1]} now: put that "
                        "checkpoint back and move newer ones away, begin the stage anew with a copy of the folder that stays as it is, or take what "
                        "is there with --allow_config_change.")
 

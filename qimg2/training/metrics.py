@@ -7,6 +7,7 @@ from an earlier step. TensorBoard gets metrics and timing.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from qimg2.places import Growing, Place
 from qimg2.training.space import when_there_is_room
 from qimg2.training.tracker import Tracker
 
+_numbers = itertools.count()
 NEXT_TO_STEPS = ("start", "compile", "data", "rollout", "save", "evaluation")  # what time goes to beside steps
 
 
@@ -137,7 +139,8 @@ def _event_writer(folder: pathlib.Path, purge_step: int | None):
   finally:
     for name in others:
       del sys.modules[name]
-  writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge_step)
+  # Its names have the second and the host alone, and a second start within that second would write over the first one's file.
+  writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=f".{os.getpid()}.{next(_numbers)}")
   events = writer.file_writer.event_writer._ev_writer
   for name in ("write_event", "flush", "close"):
     setattr(events, name, _losing(getattr(events, name), folder))

@@ -7,7 +7,7 @@ quantiles alpha_1, alpha_2 of these. BCa (Efron 1987) moves them by the bias z_0
 
 with Phi(z_0) the share of resamples below the value, those equal to it by half, and s_i = mean of the leave-one-out values - value without i. Both
 are too narrow at small n, by sqrt((n - 1) / n) and by the normal's quantile in place of Student's. `expand` takes z = sqrt(n / (n - 1)) t_{n-1} in
-place of the normal's quantile, the expanded percentile interval of Hesterberg (arXiv 1411.5279, section 5.3).
+place of the normal's quantile, the expanded percentile interval of Hesterberg (arXiv 1411.5279, section 5.3), with n the effective number of prompts.
 
 Resample r is words r ceil(n / 2) to (r + 1) ceil(n / 2) - 1 of the stream of Philox4x64 (Salmon et al. 2011), whose key is the seed; each word gives
 two indices, (half word x n) >> 32. So they are the same for any version of numpy, any machine and however many are drawn at once.
@@ -51,7 +51,7 @@ def ends(sums: Sums, values: np.ndarray, method: str, confidence: float = 0.95, 
 
 def _levels(sums: Sums, values: np.ndarray, method: str, confidence: float, expand: bool) -> np.ndarray:
   """[2] which quantiles of the resamples are the ends of the interval, equation 1."""
-  n = len(sums.prompt)
+  n = sums.effective
   z = np.sqrt(n / (n - 1)) * student(confidence, n) if expand else special.ndtri((1 + confidence) / 2)
   z = np.array([-z, z])
   if method == "percentile":

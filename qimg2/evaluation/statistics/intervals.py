@@ -4,9 +4,9 @@ Wilson (1927), for k of n independent pictures, q the normal quantile, p = k / n
 
   (p + q^2 / 2n -+ q sqrt(p (1 - p) / n + q^2 / 4n^2)) / (1 + q^2 / n)                                                     (1)
 
-Clustered t: value -+ t_{n-1} SE, SE the jackknife over n prompts (qimg2.evaluation.statistics.sums).
+Clustered t: value -+ t_{G-1} SE, SE the jackknife over prompts and G their effective number (qimg2.evaluation.statistics.sums).
 
-Clustered Wilson, for what lies in 0..1: equation 1 with q = t_{n-1} and the effective number of pictures, at which independent pictures would have
+Clustered Wilson, for what lies in 0..1: equation 1 with q = t_{G-1} and the effective number of pictures, at which independent pictures would have
 the error that the prompts show (Korn and Graubard 1998; Dean and Pagano 2015, doi 10.1093/jssam/smv024):
 
   n_eff = p (1 - p) / SE^2                                                                                                 (2)
@@ -64,7 +64,7 @@ def _clustered_t(sums: Sums, confidence: float) -> Estimate:
   error = jackknife_error(sums.shifts())
   if is_constant(sums.value, error):
     return Estimate(sums.value, None, None, confidence, method, n, f"all {n} prompts are equal: no interval")
-  half = student(confidence, n) * error
+  half = student(confidence, sums.effective) * error
   return Estimate(sums.value, sums.value - half, sums.value + half, confidence, method, n)
 
 
@@ -93,7 +93,7 @@ def _clustered_wilson(sums: Sums, confidence: float) -> Estimate:
     size, note = n, f"all {n} prompts are equal: each counts as one picture"
   else:
     size = share * (1 - share) / error**2
-  low, high = _wilson(share, size, student(confidence, n))
+  low, high = _wilson(share, size, student(confidence, sums.effective))
   return Estimate(share, low, high, confidence, method, n, note)
 
 

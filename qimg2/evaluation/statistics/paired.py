@@ -10,11 +10,11 @@ Both runs drew the same prompts, so what a prompt makes hard for both cancels in
                   p = (1 + those at least as far from 0) / (1 + number of random ones), never 0 (Phipson and Smyth, arXiv 1603.05766).
   Holm            of several tests: p-values in ascending order, times the number of those that are not smaller, never falling.
 
-For one 0-or-1 picture a prompt the sign flip is McNemar's exact test. The interval of a difference is value -+ t_{n-1} SE, SE the jackknife over
-prompts of both figures at once, but for 0-or-1 single pictures the adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915),
-which is defined where no prompt differs:
+For one 0-or-1 picture a prompt the sign flip is McNemar's exact test. The interval of a difference is value -+ t_{G-1} SE, SE the jackknife over
+prompts of both figures at once, but for 0-or-1 single pictures that of Agresti and Min (2005, doi 10.1002/sim.1781), which adds half a prompt to
+each of the four kinds and is defined where no prompt differs:
 
-  d = (b - c) / (n + 2),  d -+ q sqrt((b + c + 2) / (n + 2) - d^2) / sqrt(n + 2)                                            (1)
+  d = (b - c) / (n + 2),  d -+ q sqrt((b + c + 1) / (n + 2) - d^2) / sqrt(n + 2)                                            (1)
 
 The ends of an interval and a p-value are made in different ways: near p = 0.05 they may disagree.
 """
@@ -202,7 +202,7 @@ def compare(a: Scores, b: Scores, confidence: float = 0.95, num_permutations: in
   if first.value is None or second.value is None:
     return Comparison(None, note="; ".join(notes + [unusable(first) or unusable(second)]), **shared)
   if all(one.is_binary and (one.pictures == 1).all() for one in (first, second)):
-    (low, high), method, test, why = bonett_price(higher, lower, n, confidence), "Bonett-Price", mcnemar(higher, lower), ""
+    (low, high), method, test, why = agresti_min(higher, lower, n, confidence), "Agresti-Min", mcnemar(higher, lower), ""
   else:
     low, high, why = _t_interval(first, second, confidence)
     method, test = "t over prompts", _sign_flip(first, second, num_permutations, seed)
@@ -218,15 +218,15 @@ def _t_interval(first: Sums, second: Sums, confidence: float) -> tuple[float | N
   error, value = jackknife_error(first.shifts() - second.shifts()), first.value - second.value
   if is_constant(max(abs(first.value), abs(second.value)), error):
     return None, None, f"all {n} differences are equal: no interval"
-  half = student(confidence, n) * error
+  half = student(confidence, min(first.effective, second.effective)) * error
   return value - half, value + half, ""
 
 
-def bonett_price(only_a: int, only_b: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def agresti_min(only_a: int, only_b: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
   """(low, high) of the difference of two paired shares, equation 1, clipped to -1..1; n >= only_a + only_b prompts."""
   check_confidence(confidence)
   d = (only_a - only_b) / (n + 2)
-  half = float(special.ndtri((1 + confidence) / 2)) * math.sqrt(((only_a + only_b + 2) / (n + 2) - d**2) / (n + 2))
+  half = float(special.ndtri((1 + confidence) / 2)) * math.sqrt(((only_a + only_b + 1) / (n + 2) - d**2) / (n + 2))
   return max(-1.0, d - half), min(1.0, d + half)
 
 

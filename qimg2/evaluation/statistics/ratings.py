@@ -15,8 +15,8 @@ with Student's quantile for G - 1 degrees of freedom: right also where votes of 
   1000 + 400 / ln 10 theta                                                                                                 (3)
 
 No maximum exists where one can win without end: a model that never loses, or a group that never loses to the others (Ford 1957; with ties, Albert and
-Anderson 1984). A linear program finds that: is there a direction along which no vote gets less likely and one gets likelier? Then each strength gets
-a normal prior of standard deviation 3 (521 points) and the note says so: the order means something, the distances do not, and there are no intervals.
+Anderson 1984): there is a direction along which no vote gets less likely and one gets likelier. Then each strength gets a normal prior of standard
+deviation 3 (521 points) and the note says so: the order means something, the distances do not, and there are no intervals.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Ratings:
     """
     for name in (a, b):
       if name not in self.ratings:
-        raise ValueError(f"There is no model {name!r}: it is one of {', '.join(self.names)}.")
+        raise ValueError(f"There is no model {name!r}: it is one of {', '.join(map(str, self.names))}.")
     i, j, method = self.names.index(a), self.names.index(b), self.ratings[a].method
     if self.groups[a] != self.groups[b]:
       return Estimate(None, None, None, self.tie.confidence, method, self.num_clusters, f"no votes connect {a} with {b}")
@@ -97,7 +97,7 @@ def bradley_terry(first: Sequence[str], second: Sequence[str], outcome, cluster:
   rows = np.stack([codes // 3 // len(names), codes // 3 % len(names), codes % 3 - 1], 1)
   graph = sparse.coo_matrix((counts, (rows[:, 0], rows[:, 1])), shape=(len(names), len(names)))
   num_groups, groups = sparse.csgraph.connected_components(graph, directed=False)
-  why = _separation(rows, names, has_ties)
+  why = _separation(rows, names, num_groups, has_ties)
   theta, hessian = _fit(rows, counts, groups, has_ties, PRIOR if why else 0.0)
   covariance, notes = None, [f"{num_groups} groups that no votes connect: ratings compare within a group only"] * (num_groups > 1)
   if not why:
@@ -176,7 +176,7 @@ def _fit(rows: np.ndarray, counts: np.ndarray, groups: np.ndarray, has_ties: boo
     gradient, hessian = _slopes(rows, counts, first, tie, second, num, has_ties)
     gradient, hessian = gradient - prior * theta, hessian + prior * np.eye(len(theta)) + shift
     step, last = np.linalg.solve(hessian, gradient), height
-    if np.abs(step).max() < 1e-10:
+    if np.abs(step).max() < 1e-8:
       return theta, hessian
     theta = theta + step
   raise RuntimeError("The ratings did not converge: a vote count is too uneven for float64.")
@@ -219,26 +219,33 @@ def _sandwich(pairs, outcome, theta, hessian, cluster, num: int) -> tuple[np.nda
   return covariance, f"only {num_clusters} clusters for {num} models: intervals may be too short" if num_clusters <= num else ""
 
 
-def _separation(rows: np.ndarray, names: np.ndarray, has_ties: bool) -> str:
+def _separation(rows: np.ndarray, names: np.ndarray, num_groups: int, has_ties: bool) -> str:
   """Why the likelihood has no maximum; "" where it has one."""
   if not rows[:, 2].any():
     return "all votes are ties: all ratings are equal, without intervals"
   num = len(names)
-  # Statistics of the outcomes 1, 0, -1 of each row; what was seen must stay at least as likely as each of the others.
-  steps = []
-  for a, b, outcome in rows.tolist():
-    for other in {1, -1, 0} - {outcome} if has_ties else {-outcome}:
-      step = np.zeros(num + has_ties)
-      step[a], step[b] = (outcome - other) / 2, (other - outcome) / 2
-      if has_ties:
-        step[-1] = int(outcome == 0) - int(other == 0)
-      steps.append(step)
-  steps = sparse.csr_matrix(np.array(steps))
-  found = optimize.linprog(-np.asarray(steps.sum(0)).ravel(), A_ub=-steps, b_ub=np.zeros(steps.shape[0]), bounds=(-1, 1), method="highs")
-  if -found.fun < 1e-7:
+  won = rows[rows[:, 2] != 0]
+  beat = np.where(won[:, 2:] > 0, won[:, :2], won[:, 1::-1])
+  graph = sparse.coo_matrix((np.ones(len(beat)), (beat[:, 0], beat[:, 1])), shape=(num, num))
+  # Where wins lead around from each model to each other, no strength can grow without end; without ties, only there (Ford 1957).
+  if sparse.csgraph.connected_components(graph, connection="strong")[0] == num_groups or has_ties and not _can_grow(rows, num):
     return ""
   wins, losses = (set(rows[rows[:, 2] == sign, 0]) | set(rows[rows[:, 2] == -sign, 1]) for sign in (1, -1))
   named = ((wins - losses, "lost"), (losses - wins, "won"))
   parts = [f"{', '.join(str(names[i]) for i in sorted(some))} never {what}" for some, what in named if some]
   who = " and ".join(parts) or "some models never lost to the others"
   return f"{who}: ratings held by a prior of {POINTS * PRIOR**-0.5:.0f} points, no intervals"
+
+
+def _can_grow(rows: np.ndarray, num: int) -> bool:
+  """Whether there is a direction of strengths and eta along which no vote gets less likely and one gets likelier; there are ties."""
+  # Statistics of the outcomes 1, 0, -1 of each row: what was seen must stay at least as likely as each of the others.
+  steps = []
+  for a, b, outcome in rows.tolist():
+    for other in {1, -1, 0} - {outcome}:
+      step = np.zeros(num + 1)
+      step[a], step[b], step[-1] = (outcome - other) / 2, (other - outcome) / 2, int(outcome == 0) - int(other == 0)
+      steps.append(step)
+  steps = np.array(steps)
+  found = optimize.linprog(-steps.sum(0), A_ub=sparse.csr_matrix(-steps), b_ub=np.zeros(len(steps)), bounds=(-1, 1), method="highs")
+  return bool(-found.fun > 1e-7)

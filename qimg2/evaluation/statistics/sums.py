@@ -9,6 +9,11 @@ leaving it out (the delete-one jackknife, Efron and Stein 1981):
 
   value without i - value = -(N_i - value D_i) / (sum_j D_j - D_i)                                                         (2)
 
+Where a few prompts have most of the denominator, the error is known less well than n - 1 degrees of freedom say. Quantiles are those of G - 1, with
+G the effective number of prompts, n where all are of one size (Kish 1965; Carter, Schnepel and Steigerwald 2017, doi 10.1162/REST_a_00639):
+
+  G = (sum_i D_i)^2 / sum_i D_i^2                                                                                          (3)
+
 All arithmetic is float64. Nothing here draws random numbers.
 """
 
@@ -19,6 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import special
+
+MIN_EFFECTIVE = 1.5  # prompts: with fewer an interval would be hundreds of errors wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +86,11 @@ class Sums:
     total = self.denominator.sum()
     return float(self.numerator.sum() / total) if total > 0 else None
 
+  @property
+  def effective(self) -> float:
+    """The number of prompts of equal size that would tell as much, equation 3."""
+    return float(self.denominator.sum()**2 / np.square(self.denominator).sum())
+
   def of(self, chosen: np.ndarray) -> "Sums":
     """The sums of some prompts: [k] indices."""
     return dataclasses.replace(self, **{name: getattr(self, name)[chosen] for name in ("prompt", "numerator", "denominator", "pictures")})
@@ -125,8 +137,8 @@ def by_prompt(scores: Scores) -> Sums:
   return Sums(names, total(numerator), total(denominator), total(), is_share, is_binary)
 
 
-def student(confidence: float, n: int) -> float:
-  """The two-sided quantile of Student's t for n units, so n - 1 degrees of freedom."""
+def student(confidence: float, n: float) -> float:
+  """The two-sided quantile of Student's t for n units, so n - 1 degrees of freedom; n may be an effective number."""
   return float(special.stdtrit(n - 1, (1 + confidence) / 2))
 
 
@@ -147,6 +159,6 @@ def unusable(sums: Sums) -> str:
     return "the denominator is 0"
   if len(sums.prompt) == 1:
     return "1 prompt: no interval"
-  if (sums.denominator == sums.denominator.sum()).any():
-    return "1 prompt has all of the denominator: no interval"
+  if sums.effective < MIN_EFFECTIVE:
+    return "1 prompt has nearly all of the denominator: no interval"
   return ""

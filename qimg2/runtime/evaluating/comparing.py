@@ -9,6 +9,7 @@ from qimg2.evaluation import ERROR, Figure
 from qimg2.evaluation.statistics import paired
 from qimg2.places import write_file
 from qimg2.runtime.evaluating.folder import Folder
+from qimg2.runtime.evaluating.page import write_comparison
 from qimg2.runtime.evaluating.summary import in_words, scores_of
 
 COMPARISON = "comparison.json"
@@ -35,6 +36,7 @@ def compare(this: Folder, other: Folder) -> dict[str, Any]:
     row["p_holm"] = None if row["p_value"] is None else next(adjusted)
   result = {"this": str(this.place), "other": str(other.place), "rows": found}
   write_file(this.place / COMPARISON, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+  write_comparison(this, result)
   return result
 
 

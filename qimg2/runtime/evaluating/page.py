@@ -19,12 +19,10 @@ NUM_SHOWN = 6  # pictures of each end of a metric
 SIDE_PX = 160
 
 
-def write_page(out: files.Folder, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], suites: Mapping[str, tuple[Suite, Sequence[Task]]],
-               comparison: Mapping[str, Any] | None = None) -> None:
-  """Writes report.html. Args: the folder; summary and rows as its files hold them; the suites with their tasks; what `compare` gave."""
+def write_page(out: files.Folder, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
+               suites: Mapping[str, tuple[Suite, Sequence[Task]]]) -> None:
+  """Writes report.html. Args: the folder; summary and rows as its files hold them; the suites with their tasks."""
   body = [f"<h1>Evaluation</h1><pre>{html.escape(json.dumps(summary['request'], indent=1, ensure_ascii=False))}</pre>"]
-  if comparison:
-    body.append(comparison_html(comparison))
   for name, found in summary["suites"].items():
     suite, tasks = suites[name]
     mine = [row for row in rows if row["suite"] == name]
@@ -36,13 +34,14 @@ def write_page(out: files.Folder, summary: Mapping[str, Any], rows: Sequence[Map
   write_file(out.place / files.REPORT, html_parts.page("Evaluation", body))
 
 
-def comparison_html(comparison: Mapping[str, Any]) -> str:
-  """The table of a comparison."""
+def write_comparison(out: files.Folder, comparison: Mapping[str, Any]) -> None:
+  """Writes comparison.html of what `comparing.compare` gave."""
   head = ("suite", "figure", "this", "other", "difference [95 %]", "p", "p, Holm", "prompts", "only one has")
   cells = lambda row: (*(in_words(row | {"value": row[key]}, with_interval=False) for key in ("value_a", "value_b")), in_words(row),
                        *("" if row[key] is None else f"{row[key]:.3g}" for key in ("p_value", "p_holm")))
   rows = [(row["suite"], row["name"], *cells(row), row["n"], row["left_out"]) for row in comparison["rows"]]
-  return f"<h2>Compared with {html.escape(comparison['other'])}</h2>{html_parts.table(head, rows)}"
+  body = [f"<h1>{html.escape(comparison['this'])} compared with {html.escape(comparison['other'])}</h1>", html_parts.table(head, rows)]
+  write_file(out.place / "comparison.html", html_parts.page("Comparison", body))
 
 
 def _counts(found: Mapping[str, Any]) -> str:

@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from qimg2 import params as P
 from qimg2 import sharding
 from qimg2.analysis import roofline
-from qimg2.models import qwen3_vl
 from qimg2.runtime.config import MeshConfig, RunConfig
 from qimg2.runtime.generator import Generator, Size
-from qimg2.runtime.judge import ANSWER_STEP, CHOICE_STEP, TOKEN_STEP, make_program
+from qimg2.runtime.judge import TOKEN_STEP
 from qimg2.runtime.rehearsal import table
+from qimg2.runtime.rehearsal.judging import Batch, judge_part
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.steps import Rehearsal
 from qimg2.training.stage import Part
@@ -108,27 +107,19 @@ def _programs(cfg: RunConfig, wanted: Wanted, devices: Sequence[Any]) -> tuple[l
   drawing = Generator(source, size, wanted.num_steps, wanted.guidance).parts(weights)
   if not wanted.num_questions:
     return [(name, part, rows, calls) for name, part in drawing], source.mesh
-  judge, judging = _judge(cfg, wanted, source, rows, weights)
-  beside = lambda part: dataclasses.replace(part, beside={**part.beside, JUDGE: judge})
+  judging = _judge(cfg, wanted, devices, rows, weights)
+  beside = lambda part: dataclasses.replace(part, beside={**part.beside, JUDGE: judging.arguments[0]})
   asked = -(-wanted.num_pictures * wanted.num_questions // rows)
   return [*((name, beside(part), rows, calls) for name, part in drawing), (JUDGE, judging, rows, asked)], source.mesh
 
 
-def _judge(cfg: RunConfig, wanted: Wanted, source: Rehearsal, rows: int, weights: dict) -> tuple[dict, Part]:
-  """(abstract weights of the judge, its program)."""
-  config = dataclasses.replace(cfg.encoder, dtype=DTYPE)
-  specs = P.with_dtype(qwen3_vl.specs(config), DTYPE)
-  judge = P.abstract(specs, sharding.param_shardings(specs, source.mesh, source.rules))
-  put = sharding.batch_sharding(source.mesh, source.rules)
-  of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=put)
-  px = config.vision.token_px
-  sides = [side // px * px for side in (wanted.height, wanted.width)]
-  length = -(-(sides[0] * sides[1] // px**2 + WORDS) // TOKEN_STEP) * TOKEN_STEP
-  batch = {"tokens": of(jnp.int32, rows, length), "token_count": of(jnp.int32, rows), "choices": of(jnp.int32, rows, ANSWER_STEP),
-           "images": (of(jnp.uint8, rows, *sides, 3),)}
-  answers = jax.ShapeDtypeStruct((ANSWER_STEP,), jnp.int32, sharding=sharding.replicated(source.mesh))
-  program = make_program(config, source.nets.shard)
-  return judge, Part(jax.jit(lambda *arguments: program(*arguments, CHOICE_STEP)), (judge, batch, answers), beside=weights)
+def _judge(cfg: RunConfig, wanted: Wanted, devices: Sequence[Any], rows: int, weights: dict) -> Part:
+  """The judge's program."""
+  px = cfg.encoder.vision.token_px
+  size = tuple(side // px * px for side in (wanted.height, wanted.width))
+  length = -(-(size[0] * size[1] // px**2 + WORDS) // TOKEN_STEP) * TOKEN_STEP
+  _, part = judge_part(dataclasses.replace(cfg.encoder, dtype=DTYPE), Batch(rows, length, (size,)), RULES, devices)
+  return dataclasses.replace(part, beside=weights)
 
 
 def _answer(devices: Sequence[Any], chip: roofline.Chip | None, cfg: RunConfig, wanted: Wanted, number: int) -> dict:

@@ -20,7 +20,8 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_S
                "TPU_WORKER_HOSTNAMES": "localhost"}
 ACCELERATORS = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}  # only so that libtpu does not ask the network
 ASSIGNED = "after_optimizations_after_buffer_assignment.txt"  # the program, scheduled, with a place in memory for every array
-MODULES = ("step", "sums", *phases.NETWORK)  # names of the functions that are rehearsed: the step, the evaluation, what draws
+# Names of the functions that are rehearsed: the step, the evaluation, the judge, what draws.
+MODULES = ("step", "sums", "judge_pictures", *phases.NETWORK)
 NEXT = "debug_options"  # what the compiler writes after each such text
 
 
