@@ -56,6 +56,14 @@ def test_onnx_gives_what_the_network_computes_of_prepared_pixels(network):
   np.testing.assert_allclose(found, [[0, -1, -1], [1, 1, 3], [0.2, -0.2, 2.2]], atol=1e-6)
 
 
+def test_maps_of_features_are_averaged(network, tmp_path):
+  path = write_network(tmp_path / "same.onnx", "Abs", out=("n", 3, 8, 8))
+  picture = flat(0, 51, 255)
+  picture[:2] = 255
+  found = OnnxFeatures(dataclasses.replace(network, path=path, mean=(0.0,) * 3, std=(1.0,) * 3))([None], [picture])
+  np.testing.assert_allclose(found, [[0.25, 0.4, 1]], atol=1e-6)
+
+
 def test_prepare_is_the_picture_itself_at_its_own_size(network):
   picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
   np.testing.assert_allclose(prepare(network, picture)[1], picture[..., 1] / 127.5 - 1, atol=1e-6)

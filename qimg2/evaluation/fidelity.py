@@ -84,7 +84,7 @@ def kid(one: np.ndarray, other: np.ndarray, subset_size: int = 1000, num_subsets
 def _polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
   """Equation 2 of as many vectors x as y."""
   num = len(x)
-  kernel = lambda a, b: (a.astype(np.float64) @ b.T.astype(np.float64) / a.shape[1] + 1) ** 3
+  kernel = lambda a, b: ((a @ b.T).astype(np.float64) / a.shape[1] + 1) ** 3  # the rounding of products is lost in the mean over pairs
   within = sum((k.sum() - np.trace(k)) / (num * (num - 1)) for k in (kernel(x, x), kernel(y, y)))
   return float(within - 2 * kernel(x, y).mean())
 
