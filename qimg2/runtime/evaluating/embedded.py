@@ -1,20 +1,22 @@
 """The evaluation suites of the embedded data sets: held-out prompts, and clean renders to compare with.
 
   glyphs        is the nearest of all clean renders the prompted one, in glyph, ink and paper?
-  glyph_edits   the same for edits; and is the picture nearer to what was asked than to its source?
+  glyph_edits   the same for edits; and is the picture nearer to what was asked than to its source? How well is kept what should not change?
   emoji         is the picture nearest, by pixel correlation, to the prompted emoji among all candidates?
   emoji_edits   is the edited picture nearest to what was asked, among its source and everything that the source could be turned into?
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
-from qimg2.evaluation import Suite, Task
+from qimg2.evaluation import Figure, Suite, Task, editing
 from qimg2.runtime.config import PrepareConfig
 
+SHARES = ("glyph", "ink", "paper", "change")  # what a picture of a glyph, or an edit of one, can get right
 
 def glyph_suite(prepare: PrepareConfig) -> Suite:
   """Pictures of glyphs for held-out (glyph, ink, paper) triples."""
@@ -30,15 +32,30 @@ def glyph_edit_suite(prepare: PrepareConfig) -> Suite:
 
   def score(task: Task, picture: np.ndarray) -> dict[str, float]:
     target, source = task.truth
-    scores = _with_everything({**glyphs.score(picture, target), "change": _is_nearer(picture, target, source)})
-    return {f"edit: {name}": value for name, value in scores.items()}
-  return Suite(tasks, score, _show_glyphs("edit: "))
+    clean = [glyphs.render(one, *picture.shape[:2]) for one in (source, target)]
+    scores = _with_everything({**glyphs.score(picture, target), "change": _is_nearer(picture, *clean)})
+    return {f"edit: {name}": value for name, value in {**scores, **_kept(picture, *clean)}.items()}
+  figures = {name: Figure(name) for name in (*SHARES, "everything")} | editing.FIGURES
+  return Suite(tasks, score, _show_glyphs("edit: "), {f"edit: {name}": _prefixed(figure) for name, figure in figures.items()})
 
 
-def _is_nearer(image: np.ndarray, target: glyphs.Attributes, source: glyphs.Attributes) -> bool:
-  """Whether a picture is nearer to the clean render of the target than to that of the source: something was done."""
-  far = [np.square(image.astype(float) - glyphs.render(one, *image.shape[:2])).sum() for one in (target, source)]
+def _prefixed(figure: Figure) -> Figure:
+  prefixed = lambda name: name and f"edit: {name}"
+  return dataclasses.replace(figure, numerator=prefixed(figure.numerator), denominator=prefixed(figure.denominator))
+
+
+def _is_nearer(picture: np.ndarray, source: np.ndarray, target: np.ndarray) -> bool:
+  """Whether a picture is nearer to the clean result than to the clean source: something was done."""
+  far = [np.square(picture.astype(float) - one).sum() for one in (target, source)]
   return bool(far[0] < far[1])
+
+
+def _kept(picture: np.ndarray, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
+  """How well what an edit should leave alone was left alone, see `qimg2.evaluation.editing`; nothing for an edit that may change everything."""
+  try:
+    return editing.kept_scores(picture, source, editing.kept_region(source, target))
+  except ValueError:
+    return {}
 
 
 def _with_everything(right: Mapping[str, bool]) -> dict[str, float]:
@@ -48,7 +65,7 @@ def _with_everything(right: Mapping[str, bool]) -> dict[str, float]:
 def _show_glyphs(prefix: str) -> Callable[[Task, np.ndarray, Mapping[str, float]], list[tuple[np.ndarray, str]]]:
   """As `qimg2.evaluation.show`, with a prefix before captions that the names of metrics have too."""
   def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
-    wrong = [name.removeprefix(prefix) for name, value in scores.items() if not value and name != f"{prefix}everything"]
+    wrong = [name.removeprefix(prefix) for name in (f"{prefix}{one}" for one in SHARES) if scores.get(name) == 0]
     caption = prefix + task.prompt + (f" [wrong: {', '.join(wrong)}]" if wrong else "")
     return [(source, "(source)") for source in task.sources] + [(picture, caption)]
   return show

@@ -88,7 +88,8 @@ def _scored(painter: Painter, name: str, suite: Suite, tasks: list) -> tuple[lis
         found[i] = tuple(pair)
   rows = [row_of(name, str(i), tasks[i], SEED, "", scores) for i, (_, scores) in enumerate(found)]
   summary = summarise(suite, rows)
-  return found, summary | {"num_prompts": len(tasks), "shares": {key: value["value"] for key, value in summary["figures"].items()}}
+  return found, summary | {"num_prompts": len(tasks), "shares": {
+      key: value["value"] for key, value in summary["figures"].items() if value["figure"]["is_share"]}}
 
 
 def suites_hook(run: Run, config: StageConfig, deployed: Callable[[dict], dict]):
