@@ -23,6 +23,7 @@ from qimg2.runtime.rehearsal.drawing import Drawer
 from qimg2.runtime.run import load_run
 from qimg2.runtime.weights import DEPLOYED
 
+ASKED = ("out", "compare", "num_prompts", "part", "num_workers")
 MODEL = ("stage", "step", "average", "transformer", "dtype", "num_steps", "guidance", "output_resolution", "batch_size", "offload", "seeds")
 
 
@@ -60,7 +61,7 @@ def main(_) -> None:
   if sum(map(bool, (args.workdir, args.pretrained, args.images))) > 1:
     raise ValueError("Give one of --workdir, --pretrained and --images.")
   if args.workdir and not args.suite:
-    _refuse([name for name in ("out", "compare") if args[name].present], "has no effect without --suite: name one")
+    _refuse([name for name in (*ASKED, *MODEL[2:]) if args[name].present], "has no effect without --suite: name one")
     result = evaluate(load_run(args.workdir), args.stage, step=args.step)
     if processes.is_first():
       print(describe(result))

@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def write_file(place: Place, content: str | bytes) -> None:
     place.write_bytes(content)
     return
   place.parent.mkdir(parents=True, exist_ok=True)
-  part = place.with_name(f"{place.name}.{os.getpid()}.part")
+  part = place.with_name(f"{place.name}.{uuid.uuid4().hex}.part")  # processes of two machines may have one number
   with open(part, "wb") as file:
     file.write(content)
     file.flush()

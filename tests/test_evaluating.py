@@ -81,15 +81,16 @@ def test_files_say_what_was_drawn_and_found(whole):
   rows = [json.loads(line) for line in whole["scores.jsonl"].decode().strip().split("\n")]
   assert [(row["task"], row["seed"]) for row in rows] == [(f"{i:05d}", seed) for i in range(7) for seed in (0, 1)]
   picture = np.random.default_rng([3, 1]).integers(0, 256, (8, 16, 3)).astype(np.uint8)
-  assert rows[7] == {"suite": "toy", "task": "00003", "category": "odd", "prompt": "prompt 3", "seed": 1, "file": "pictures/toy/00003_1.png",
-                     "metrics": {"bright": picture.mean() / 255, "words": 8.0}, "details": {"recognised": "prompt 3 ☃\u2028"}}
+  assert rows[7] == {"suite": "toy", "task": "00003", "category": "odd", "cluster": "00003", "prompt": "prompt 3", "seed": 1,
+                     "file": "pictures/toy/00003_1.png", "metrics": {"bright": picture.mean() / 255, "words": 8.0},
+                     "details": {"recognised": "prompt 3 ☃\u2028"}}
   assert len([name for name in whole if name.endswith(".png")]) == 14 and not [name for name in whole if name.startswith("parts")]
   found = json.loads(whole["summary.json"])["suites"]["toy"]
   brightness = [row["metrics"]["bright"] for row in rows]
   assert found["figures"]["bright"]["value"] == pytest.approx(np.mean(brightness)) and found["num_prompts"] == 7 and found["num_pictures"] == 14
   assert found["figures"]["per word"]["value"] == pytest.approx(sum(brightness) / (14 * 8))
   assert found["categories"]["odd"]["bright"]["value"] == pytest.approx(np.mean([b for b, row in zip(brightness, rows) if row["category"] == "odd"]))
-  assert found["of_set"] == {"mean": pytest.approx(255 * np.mean(brightness), rel=1e-5), "num": 14}
+  assert found["of_set"] == {"mean": pytest.approx(255 * np.mean(brightness), rel=1e-5), "num": 14, "num_pictures": 14}
   assert b"per word" in whole["report.html"] and whole["report.html"].count(b"<img") == 3  # histograms, and both ends of two figures
 
 
@@ -207,9 +208,10 @@ def test_pictures_that_were_drawn_are_scored_again_alike(tmp_path):
     ([{"prompt": "prompt 1"}], "Line 1 of .* has no 'file'"),
     ([{"file": "1.png"}], "Line 1 of .* has no 'prompt' or 'task'"),
     ([{"file": "1.png", "prompt": "prompt 1", "seed": "a"}], "Line 1 of .* has the seed 'a'"),
+    ([{"file": "1.png", "task": None}], "Line 1 of .* has no 'prompt' or 'task'"), ([{"file": "1.png", "task": ["a"]}], "has no 'prompt' or 'task'"),
     (["{"], "Line 1 of .* is no JSON"), (["[1]"], "each line must be an object"),
     ([{"file": "1.png", "prompt": "prompt 1"}] * 2, 'Line 2 of .* is another picture of "prompt 1" with seed 0: '),
-    ([{"file": "1.png", "prompt": "promt 1"}], "No line of .* belongs to suite toy: line 1: .* whose nearest is 'prompt 1'"),
+    ([{"file": "1.png", "prompt": "promt 1"}], 'No line of .* belongs to suite toy: line 1 has "promt 1", whose nearest is "prompt 1"'),
     ([{"file": "1.png", "task": "00001", "prompt": "other"}], "No line of .* belongs to suite toy")])
 def test_a_manifest_that_is_wrong_is_one_sentence(images, rows, message):
   (images / "manifest.jsonl").unlink()
@@ -244,10 +246,72 @@ def test_a_difference_is_of_prompts_that_both_have(tmp_path):
 
 def test_other_prompts_are_not_compared(tmp_path):
   one, other = finished(tmp_path / "1"), finished(tmp_path / "2", REQUEST | {"suites": {"toy": {"prompt_set": "2"}}})
-  with pytest.raises(ValueError, match="Suite toy had other prompts in .*2 than in .*1: evaluate both with the same"):
+  with pytest.raises(ValueError, match="Suite toy had other prompts or truths in .*2 than in .*1: evaluate both with the same"):
     comparing.compare(one, other)
   with pytest.raises(ValueError, match="holds no finished evaluation"):
     comparing.compare(one, Folder(tmp_path / "3"))
+
+
+def test_what_is_not_comparable_is_refused_or_said(tmp_path):
+  """Other settings, another judge; a figure that one side has alone, and figures of whole sets."""
+  with_rank = lambda rank: REQUEST | {"suites": {"toy": {"prompt_set": "1", "candidates": rank}}}
+  one, other = finished(tmp_path / "1", with_rank(50)), finished(tmp_path / "2", with_rank(500))
+  with pytest.raises(ValueError, match="Suite toy has candidates=50 in .*1 and 500 in .*2: such scores are not comparable"):
+    comparing.compare(one, other)
+  judged = lambda name: lambda task, picture: {"bright": 0.5, "words": 1, "judge": name}
+  judges = []
+  for name in ("8B", "2B"):
+    out, (suite, tasks) = Folder(tmp_path / name), toy(score=judged(name))
+    evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+    judges.append(out)
+  with pytest.raises(ValueError, match="Suite toy was scored by 2B and 8B: scores of two judges are not comparable"):
+    comparing.compare(*judges)
+  sets = []
+  for name, more in (("3", {"extra": Figure("words", is_share=False)}), ("4", {})):
+    out, (suite, tasks) = Folder(tmp_path / name), with_features()
+    evaluate_into(out, REQUEST, [work(out, dataclasses.replace(suite, figures={**suite.figures, **more}), tasks)])
+    sets.append(out)
+  rows = {row["name"]: row for row in comparing.compare(*sets)["rows"]}
+  assert rows["extra"]["value"] == 0 and rows["mean"]["value"] == 0 and rows["mean"]["low"] is None and rows["mean"]["p_holm"] is None
+  assert comparing.describe(comparing.compare(*sets[::-1])) and "num_pictures" not in rows
+  blind = Folder(tmp_path / "5")
+  evaluate_into(blind, REQUEST, [work(blind, dataclasses.replace(suite, score=lambda *_: {"error": "blind"}), tasks)])
+  row = comparing.compare(sets[0], blind)["rows"][0]
+  assert row["value"] is None and row["note"] == "no prompt has it on both sides" and row["left_out"] == 7
+
+
+def test_a_repeated_prompt_is_one_cluster(tmp_path):
+  """Its pictures are as alike as those of two seeds; those of a folder belong to its tasks in turn."""
+  suite, tasks = toy()
+  tasks[6] = dataclasses.replace(tasks[6], prompt=tasks[0].prompt)
+  out = Folder(tmp_path / "out")
+  found = evaluate_into(out, REQUEST, [work(out, suite, tasks)])["suites"]["toy"]
+  assert found["num_prompts"] == 6 and found["num_pictures"] == 14 and found["figures"]["bright"]["n"] == 6
+  (out.place / "manifest.jsonl").write_text("".join(
+      json.dumps({"file": row["file"], "prompt": row["prompt"], "seed": row["seed"]}) + "\r\n" for row in out.rows()), encoding="utf-8-sig")
+  again = Folder(tmp_path / "again")
+  assert evaluate_into(again, REQUEST, [work_of_images(out.place, "toy", suite, tasks)])["suites"]["toy"] == found
+
+
+def test_jobs_that_begin_and_end_together(whole, tmp_path):
+  """One finds the folder while another one begins in it; one merges what another one has just merged."""
+  out, (suite, tasks) = Folder(tmp_path / "out"), with_features()
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "request.json.1234.part").touch()
+  for index in range(2):
+    evaluate_into(out, REQUEST, [work(out, suite, tasks)], Share(index, 3))
+  merged, racing = job._merged, []
+
+  def slow(*arguments):
+    if not racing:
+      racing.append(None)
+      racing.append(evaluate_into(out, REQUEST, [work(out, suite, tasks)]))  # another job ends meanwhile, and takes the parts away
+    return merged(*arguments)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(job, "_merged", slow)
+    assert evaluate_into(out, REQUEST, [work(out, suite, tasks)], Share(2, 3)) == racing[1]
+  (tmp_path / "out" / "request.json.1234.part").unlink()
+  assert files(out.place) == whole
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):

@@ -13,6 +13,7 @@ from data_pipelines.embedded import emoji, glyphs
 from qimg2.evaluation import Suite, Task, mean_scores
 from qimg2.runtime.config import parse
 from qimg2.runtime.evaluating import of_run, registry
+from qimg2.runtime.evaluating.embedded import SHARES
 from qimg2.runtime.generator import Generator
 from qimg2.runtime.run import load_run
 
@@ -44,7 +45,10 @@ def test_an_edit_that_changes_nothing_is_wrong():
   for task in suite.tasks(8, 1):
     target, source = task.truth
     assert (task.sources[0] == glyphs.render(source, *task.size)).all()
-    assert set(suite.score(task, glyphs.render(target, *task.size)).values()) == {1.0}
+    scores = suite.score(task, glyphs.render(target, *task.size))
+    assert {scores[f"edit: {name}"] for name in (*SHARES, "everything")} == {1.0}
+    assert scores.get("edit: kept_psnr", 100) == 100 and scores.get("edit: kept_ssim", 1) == 1 and scores.keys() <= {
+        name for figure in suite.figures.values() for name in (figure.numerator, figure.denominator)}
     unchanged = suite.score(task, task.sources[0])
     assert unchanged["edit: change"] == unchanged["edit: everything"] == 0.0
     (_, first), (_, second) = suite.show(task, task.sources[0], unchanged)
@@ -61,7 +65,7 @@ def test_emoji_know_right_from_wrong():
   picture = emoji.render(one.truth.asked, one.truth.paper, 64)
   assert suite.score(one, picture) == {"emoji": 1.0} and suite.score(other, picture) == {"emoji": 0.0}
   assert suite.show(other, picture, {"emoji": 0.0})[0][1] == f"{other.prompt} [nearest: {one.prompt.rpartition(', on ')[0]}]"
-  with pytest.raises(ValueError, match="config.evals.emoji asks 21 prompts among 20 candidates"):
+  with pytest.raises(ValueError, match="The suite emoji asks 21 prompts among 20 candidates"):
     suite.tasks(21, 1)
 
 

@@ -12,7 +12,7 @@ from absl import logging
 from data_pipelines.loader import Loader
 from qimg2.places import Place, write_file
 from qimg2.runtime.config import StageConfig
-from qimg2.runtime.evaluating.of_run import counts_of, intervals_of, shares_of
+from qimg2.runtime.evaluating.of_run import counts_of, figures_of
 from qimg2.runtime.html_parts import as_png, image, page, table
 from qimg2.runtime.run import Run
 from qimg2.training.metrics import NEXT_TO_STEPS, goodput, read_rows
@@ -58,9 +58,9 @@ def _evaluation(workdir: Place) -> str:
   if not path.exists():
     return ""
   result = json.loads(path.read_text(encoding="utf-8"))
-  shares = [(name, text) for (name, _), text in zip(shares_of(result), intervals_of(result))]
+  figures = figures_of(result, with_intervals=True)
   return (f"<h2>Evaluation</h2><p>{html.escape(counts_of(result))}, drawn by stage "
-          f"<b>{html.escape(result['stage'])}</b> and compared with clean renders.</p>" + table(("metric", "share, 95 % interval"), shares)
+          f"<b>{html.escape(result['stage'])}</b>.</p>" + table(("figure", "value, 95 % interval"), figures)
           + image((workdir / "evaluation.png").read_bytes()))
 
 

@@ -18,7 +18,7 @@ from qimg2.layers import POLICIES
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime.config.sections import checked, from_section, placed, plain
 from qimg2.runtime.config.sources import parse_source
-from qimg2.runtime.config.suites import SETTINGS, check_settings
+from qimg2.runtime.config.suites import ALONE, SETTINGS, check_settings
 from qimg2.runtime.methods import METHODS, make_algorithm
 from qimg2.training import faults, optim
 from qimg2.training.state import check_due, check_split
@@ -250,6 +250,9 @@ def _check_evals(evals: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     ValueError: a suite that is unknown, or as `check_settings`.
   """
   sections = checked(evals, dict.fromkeys(SETTINGS, Mapping[str, Any]), (), "config.evals")
+  alone = [name for name in sections if name in ALONE]
+  if alone:
+    raise ValueError(f"config.evals.{alone[0]} compares with other pictures, which a run's own evaluation does not: leave it to launch.evaluate.")
   return {name: check_settings(name, settings, "config.evals") for name, settings in sections.items()}
 
 

@@ -28,7 +28,7 @@ JUDGE = {"num_prompts": ALL, "pretrained": Setting(str, needed="the folder of a 
 SETTINGS: dict[str, dict[str, Setting]] = {
     "glyphs": {"num_prompts": Setting(default=200)},
     "glyph_edits": {"num_prompts": Setting(default=100)},
-    "emoji": {"num_prompts": Setting(default=100), "num_candidates": Setting(default=100)},
+    "emoji": {"num_prompts": Setting(default=100), "num_candidates": Setting(default=100), "num_examples": Setting(least=0)},
     "emoji_edits": {"num_prompts": Setting(default=100)},
     "text": {"num_prompts": ALL, "languages": Setting(list), "kinds": Setting(list), "model": Setting(str), "side_px": Setting(), "by": Setting(str)},
     "longtext_bench": {"num_prompts": ALL, "path": Setting(str, needed="LongText-Bench's file of prompts"), "language": Setting(str),
@@ -43,6 +43,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "pairwise": JUDGE | {"rivals": Setting(str, needed="the folder of the pictures to compare with, such as OUT/pictures/judge"),
                          "rival_seed": Setting(least=0), "rubric": Setting(str)},
 }
+
+
+ALONE = ("fidelity", "pairwise")  # suites that a run's own evaluation cannot make: they compare whole sets of pictures, or need another's
 
 
 def check_settings(name: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:

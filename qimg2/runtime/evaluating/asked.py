@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +12,21 @@ from typing import Any
 from absl import logging
 
 from qimg2.evaluation import Suite, Task
-from qimg2.places import find_place
+from qimg2.places import Place, as_absolute, find_place, is_remote
 from qimg2.runtime.config import plain
 from qimg2.runtime.evaluating.drawing import Painter, groups_of_sizes, learned, painter_of_run
 from qimg2.runtime.evaluating.folder import Folder
-from qimg2.runtime.evaluating.job import Share, evaluate_into, work_of_images, work_of_painter
+from qimg2.runtime.evaluating.job import Share, Work, evaluate_into, work_of_images, work_of_painter
 from qimg2.runtime.evaluating.registry import SEED, make_suite
 from qimg2.runtime.evaluating.summary import prompt_set
+from qimg2.runtime.processes import from_first
 from qimg2.runtime.rehearsal.drawing import Drawer, Opened
-from qimg2.runtime.run import Run
+from qimg2.runtime.run import Run, load_run
+from qimg2.runtime.sampling import sampling_stage
 from qimg2.training import manifest
-from qimg2.training.checkpoint import newest_step
+from qimg2.training.checkpoint import Checkpoints
 
-SMALL_BYTES = 1 << 20  # files of a published folder that are read whole to tell it from others
+SMALL_BYTES, PIECE_BYTES, NUM_PIECES = 1 << 20, 1 << 12, 1024  # what is read of a file to tell it from others: all of a small one, pieces of others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ def evaluate_model(out: str, drawer: Drawer, asked: Asked, share: Share = Share(
   Raises:
     ValueError: no such run, stage, folder or suite, a suite that the stage did not learn, or a folder with another evaluation.
   """
-  opened, folder = drawer.open(), Folder(out)
+  drawer, folder = _at_one_step(drawer), Folder(out)
+  opened = drawer.open()
   sampling = _sampling(opened.defaults, asked)
   weights = functools.cache(opened.offloaded if asked.offload else opened.load)  # once, when the first chunk is drawn
   works, facts = [], {}
@@ -61,6 +65,18 @@ def evaluate_model(out: str, drawer: Drawer, asked: Asked, share: Share = Share(
   return evaluate_into(folder, request, works, share, num_workers)
 
 
+def _at_one_step(drawer: Drawer) -> Drawer:
+  """With the stage and the step of the checkpoint that is the newest now: a run may go on meanwhile, and all suites are to draw with one."""
+  if drawer.pretrained:
+    return drawer
+  run = load_run(drawer.workdir)
+  stage = sampling_stage(run, drawer.stage)
+  step = drawer.step
+  if step is None:
+    step = json.loads(from_first("step", json.dumps(Checkpoints(run.workdir / stage / "checkpoints").latest_step())))
+  return dataclasses.replace(drawer, stage=stage, step=step)
+
+
 def evaluate_images(out: str, images: str, suites: Mapping[str, Mapping[str, Any]], share: Share = Share(),
                     num_workers: int = 0) -> dict[str, Any] | None:
   """Scores pictures that something else made, by the manifest.jsonl of their folder; see `evaluate_model`.
@@ -68,7 +84,7 @@ def evaluate_images(out: str, images: str, suites: Mapping[str, Mapping[str, Any
   Raises:
     ValueError: no manifest, one that does not fit a suite, no such suite, or a folder with another evaluation.
   """
-  folder, place, works, facts = Folder(out), find_place(images, "--images"), [], {}
+  folder, place, works, facts = Folder(out), as_absolute(find_place(images, "--images")), [], {}
   for name, settings in suites.items():
     suite, tasks = _tasks(name, settings, None)
     work = work_of_images(place, name, suite, tasks)
@@ -77,7 +93,7 @@ def evaluate_images(out: str, images: str, suites: Mapping[str, Mapping[str, Any
     if work.num_missing:
       logging.warning("Suite %s: %d of %d prompts have no picture in %s; figures are of the others.", name, work.num_missing, len(tasks), place)
     works.append(work)
-    facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks)}
+    facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks), "pictures": _digest_of_pictures(work)}
   request = {"format": 1, "model": {"images": os.fspath(place)}, "suites": facts}
   return evaluate_into(folder, request, works, share, num_workers)
 
@@ -114,19 +130,49 @@ def _model(drawer: Drawer, opened: Opened) -> dict[str, Any]:
   if not drawer.pretrained:
     run, stage = opened.source, opened.where.removeprefix("stage ")
     checkpoints = run.workdir / stage / "checkpoints"
-    step = newest_step(checkpoints) if drawer.step is None else drawer.step
-    return {"run": run.workdir.name, "stage": stage, "step": step, "average": drawer.average, "weights": manifest.identity(checkpoints / str(step))}
+    return {"run": run.workdir.name, "stage": stage, "step": drawer.step, "average": drawer.average, "dtype": drawer.dtype,
+            "weights": manifest.identity(checkpoints / str(drawer.step))}
   found = {"pretrained": pathlib.Path(drawer.pretrained).resolve().name, "files": _digest_of_folder(pathlib.Path(drawer.pretrained))}
   if drawer.transformer:
     path = pathlib.Path(drawer.transformer)
-    found |= {"transformer": path.name, "transformer_bytes": path.stat().st_size}
+    found |= {"transformer": path.name, "transformer_content": _sampled(path)}
   return found | {"dtype": drawer.dtype}
 
 
+def _digest_of_pictures(work: Work) -> str:
+  """Of which file belongs to which task and seed, and of sizes and times of the files: they must stay while they are scored."""
+  found = hashlib.sha256()
+  for chunk in work.chunks:
+    for task, seed in chunk:
+      path = work.path(task, seed)
+      found.update(repr((task, seed, os.fspath(path), _size_and_time(path))).encode())
+  return found.hexdigest()
+
+
+def _size_and_time(path: Place) -> tuple[Any, ...]:
+  """What tells that a file changed; nothing where there is none. A bucket says it in words of its own."""
+  if not path.is_file():
+    return ()
+  stat = path.stat()
+  return (stat.length, stat.mtime) if is_remote(path) else (stat.st_size, stat.st_mtime_ns)
+
+
 def _digest_of_folder(folder: pathlib.Path) -> str:
-  """Of names and sizes of all files, and of what stands in small ones."""
+  """Of names and contents of all files below a folder, see `_sampled`."""
   found = hashlib.sha256()
   for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-    size = path.stat().st_size
-    found.update(f"{path.relative_to(folder).as_posix()} {size}".encode() + (path.read_bytes() if size <= SMALL_BYTES else b""))
+    found.update(f"{path.relative_to(folder).as_posix()} {_sampled(path)}".encode())
+  return found.hexdigest()
+
+
+def _sampled(path: pathlib.Path) -> str:
+  """A digest of a file's size and content; of a large one of pieces that are spread evenly over it: weights of another training differ in nearly
+  all of them."""
+  size, found = path.stat().st_size, hashlib.sha256()
+  found.update(str(size).encode())
+  with open(path, "rb") as file:
+    starts = range(0, size, max(PIECE_BYTES, size // NUM_PIECES)) if size > SMALL_BYTES else range(0, size, PIECE_BYTES)
+    for start in starts:
+      file.seek(start)
+      found.update(file.read(PIECE_BYTES))
   return found.hexdigest()

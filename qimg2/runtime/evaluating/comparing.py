@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from qimg2.evaluation import ERROR, Figure
 from qimg2.evaluation.statistics import paired
 from qimg2.places import write_file
@@ -13,6 +15,9 @@ from qimg2.runtime.evaluating.page import write_comparison
 from qimg2.runtime.evaluating.summary import in_words, scores_of
 
 COMPARISON = "comparison.json"
+FREE = {"batch_size", "pictures", "pretrained", "rivals", "keep"}  # of a request: what may differ between two evaluations
+SCORERS = ("rapidocr", "onnxruntime", "rapidfuzz")
+COUNTS = ("num_pictures", "num_reference")
 
 
 def compare(this: Folder, other: Folder) -> dict[str, Any]:
@@ -23,14 +28,17 @@ def compare(this: Folder, other: Folder) -> dict[str, Any]:
   are adjusted by Holm over all rows. What states chance is not compared.
 
   Raises:
-    ValueError: one of the evaluations is not finished, they have no suite in common, or one with other prompts.
+    ValueError: one of the evaluations is not finished, they have no suite in common, or one with other prompts, settings or judges.
   """
   suites = _common(this, other)
   ours, theirs = ([row for row in folder.rows() if ERROR not in row] for folder in (this, other))
   found = []
-  for name, facts in suites.items():
+  for name, both in suites.items():
     mine, its = ([row for row in rows if row["suite"] == name] for rows in (ours, theirs))
-    found += [_row(name, figure, one, mine, its) for figure, one in _figures(facts).items() if not figure.endswith("chance")]
+    _check_scorers(name, mine, its)
+    figures = {figure: Figure(**facts["figure"]) for facts in reversed(both) for figure, facts in facts["figures"].items()}
+    found += [_row(name, figure, one, mine, its) for figure, one in figures.items() if not figure.endswith("chance")]
+    found += _rows_of_set(name, *(facts.get("of_set", {}) for facts in both))
   adjusted = iter(paired.holm([row["p_value"] for row in found if row["p_value"] is not None]))
   for row in found:
     row["p_holm"] = None if row["p_value"] is None else next(adjusted)
@@ -40,29 +48,55 @@ def compare(this: Folder, other: Folder) -> dict[str, Any]:
   return result
 
 
-def _common(this: Folder, other: Folder) -> dict[str, Mapping[str, Any]]:
-  """{suite: its summary} of those that both have, with the same prompts."""
+def _common(this: Folder, other: Folder) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+  """{suite: its summaries here and there} of those that both have, with the same prompts and settings."""
   ours, theirs = this.summary(), other.summary()
   names = [name for name in ours["suites"] if name in theirs["suites"]]
   if not names:
     raise ValueError(f"{this.place} has the suites {', '.join(ours['suites'])} and {other.place} has {', '.join(theirs['suites'])}: none in common, "
                      "so there is nothing to compare.")
-  sets = [{name: folder["request"]["suites"][name]["prompt_set"] for name in names} for folder in (ours, theirs)]
-  changed = [name for name in names if sets[0][name] != sets[1][name]]
-  if changed:
-    raise ValueError(f"Suite {changed[0]} had other prompts in {other.place} than in {this.place}: evaluate both with the same --num_prompts and "
-                     "settings of the suite.")
-  return {name: ours["suites"][name] for name in names}
+  for name in names:
+    asked = [folder["request"]["suites"][name] for folder in (ours, theirs)]
+    if asked[0]["prompt_set"] != asked[1]["prompt_set"]:
+      raise ValueError(f"Suite {name} had other prompts or truths in {other.place} than in {this.place}: evaluate both with the same --num_prompts "
+                       "and settings of the suite.")
+    changed = [key for key in sorted({*asked[0], *asked[1]} - FREE) if asked[0].get(key) != asked[1].get(key)]
+    if changed:
+      raise ValueError(f"Suite {name} has {changed[0]}={asked[0].get(changed[0])!r} in {this.place} and {asked[1].get(changed[0])!r} in "
+                       f"{other.place}: such scores are not comparable; evaluate both with the same settings.")
+  versions = [{key: value for key, value in folder["versions"].items() if key in SCORERS} for folder in (ours, theirs)]
+  if versions[0] != versions[1]:
+    logging.warning("%s was scored with %s, %s with %s: a difference may be theirs.", this.place, versions[0], other.place, versions[1])
+  return {name: (ours["suites"][name], theirs["suites"][name]) for name in names}
 
 
-def _figures(facts: Mapping[str, Any]) -> dict[str, Figure]:
-  return {name: Figure(**found["figure"]) for name, found in facts["figures"].items()}
+def _check_scorers(suite: str, mine: Sequence[Mapping[str, Any]], its: Sequence[Mapping[str, Any]]) -> None:
+  """Whether one judge scored all, where one did."""
+  judges = [{row["details"]["judge"] for row in rows if "judge" in row["details"]} for rows in (mine, its)]
+  if all(judges) and len(judges[0] | judges[1]) > 1:
+    raise ValueError(f"Suite {suite} was scored by {' and '.join(sorted(judges[0] | judges[1]))}: scores of two judges are not comparable.")
 
 
 def _row(suite: str, name: str, figure: Figure, mine: Sequence[Mapping[str, Any]], its: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """The difference of a figure."""
-  ours, theirs = (scores_of(figure, [row for row in rows if figure.numerator in row["metrics"]]) for rows in (mine, its))
-  return {"suite": suite, "name": name, **dataclasses.asdict(paired.compare(ours, theirs)), "figure": dataclasses.asdict(figure)}
+  """The difference of a figure; none, and why, where only one side has it."""
+  ours, theirs = ([row for row in rows if figure.numerator in row["metrics"]] for rows in (mine, its))
+  if ours and theirs and {row["cluster"] for row in ours} & {row["cluster"] for row in theirs}:
+    found = paired.compare(scores_of(figure, ours), scores_of(figure, theirs))
+  else:
+    found = paired.Comparison(None, note="no prompt has it on both sides", left_out=len({row["cluster"] for row in (*ours, *theirs)}))
+  return {"suite": suite, "name": name, **dataclasses.asdict(found), "figure": dataclasses.asdict(figure)}
+
+
+def _rows_of_set(suite: str, mine: Mapping[str, Any], its: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The figures of whole sets, which have neither intervals nor tests."""
+  numbers = [{name: value for name, value in some.items() if isinstance(value, (int, float)) and name not in COUNTS} for some in (mine, its)]
+  rows = []
+  for name in dict.fromkeys((*numbers[0], *numbers[1])):
+    pair = [some.get(name) for some in numbers]
+    difference = None if None in pair else pair[0] - pair[1]
+    found = paired.Comparison(difference, note="of whole sets: no interval", value_a=pair[0], value_b=pair[1])
+    rows.append({"suite": suite, "name": name, **dataclasses.asdict(found), "figure": dataclasses.asdict(Figure(name, is_share=False))})
+  return rows
 
 
 def describe(comparison: Mapping[str, Any]) -> str:

@@ -86,11 +86,26 @@ class EmojiTruth(NamedTuple):
     return self.candidates[emoji.nearest_emoji(picture, self.candidates, self.paper)]
 
 
-def emoji_suite(prepare: PrepareConfig, num_candidates: int) -> Suite:
-  """Emoji of the prepared data set on papers that training never showed with them, among `num_candidates` of them."""
+def emoji_suite(prepare: PrepareConfig | None, num_candidates: int, num_examples: int | None = None) -> Suite:
+  """Emoji of the prepared data set on papers that training never showed with them, among `num_candidates` of them.
+
+  Args: how a run prepared the data set, None where no run draws; candidates; what training had as config.prepare.num_examples, 0 for all, where no
+  run can say it: a model knows no other emoji.
+
+  Raises:
+    ValueError: nothing says which emoji were learned, or a run says something else.
+  """
+  if prepare is None and num_examples is None:
+    raise ValueError("The suite emoji must know which emoji were learned: give num_examples, which is config.prepare.num_examples of the training, "
+                     "0 for all.")
+  if prepare is None:
+    prepare = PrepareConfig(num_examples or None, 0)
+  elif num_examples is not None and (num_examples or None) != prepare.num_examples:
+    raise ValueError(f"The suite emoji has num_examples={num_examples}, but the run was trained on {prepare.num_examples or 'all'}: leave it out.")
+
   def tasks(num: int, seed: int) -> list[Task]:
     if num > num_candidates:
-      raise ValueError(f"config.evals.emoji asks {num} prompts among {num_candidates} candidates: every prompt needs its own candidate.")
+      raise ValueError(f"The suite emoji asks {num} prompts among {num_candidates} candidates: every prompt needs one, so lower num_prompts.")
     prompts = emoji.held_out_prompts(num_candidates, seed, prepare.num_examples, prepare.seed)
     candidates = tuple(character for _, character, _ in prompts)
     return [Task(text, (emoji.SIDE_PX, emoji.SIDE_PX), truth=EmojiTruth(character, paper, candidates)) for text, character, paper in prompts[:num]]
@@ -101,7 +116,7 @@ def emoji_suite(prepare: PrepareConfig, num_candidates: int) -> Suite:
   return Suite(tasks, lambda task, picture: {"emoji": float(task.truth.nearest(picture) == task.truth.asked)}, show)
 
 
-def emoji_edit_suite(prepare: PrepareConfig) -> Suite:
+def emoji_edit_suite(prepare: PrepareConfig | None) -> Suite:
   """Held-out edits of skin tone, gender and direction, and the share that chance would get right."""
   def tasks(num: int, seed: int) -> list[Task]:
     return [Task(text, (emoji.SIDE_PX, emoji.SIDE_PX), (emoji.render(source, paper),), EmojiTruth(target, paper, candidates, source))

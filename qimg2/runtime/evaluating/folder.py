@@ -15,6 +15,8 @@ Every file appears whole or not at all, and depends only on the request: not on 
 import difflib
 import io
 import json
+import os
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,10 +44,11 @@ class Folder:
     """
     path = self.place / REQUEST
     if not path.exists():
-      if self.place.is_dir() and any(self.place.iterdir()):
+      others = self.place.is_dir() and [one for one in self.place.iterdir() if not one.name.startswith(REQUEST)]
+      if others and not path.exists():  # of several jobs another one may have begun meanwhile
         raise ValueError(f"--out={self.place} holds other files, and no evaluation: give a folder of its own.")
-      write_file(path, json.dumps(request, indent=1, ensure_ascii=False))
-      return
+      if not path.exists():
+        write_file(path, json.dumps(request, indent=1, ensure_ascii=False))
     before = read_json(path)
     if before == json.loads(json.dumps(request)):
       return
@@ -53,6 +56,10 @@ class Folder:
     raise ValueError(f"--out={self.place} holds another evaluation: its {', '.join(changed)} "
                      f"{'was' if len(changed) == 1 else 'were'} {'; '.join(_short(before.get(name)) for name in changed)}, asked for "
                      f"{'is' if len(changed) == 1 else 'are'} {'; '.join(_short(request.get(name)) for name in changed)}. Give another --out.")
+
+  def picture_of(self, file: str) -> Place:
+    """The picture that a line names: relative to the folder, or anywhere."""
+    return find_place(file, "a line of scores.jsonl") if "://" in file or os.path.isabs(file) else self.place / file
 
   def picture(self, suite: str, name: str, seed: int) -> Place:
     """Where a picture is."""
@@ -136,7 +143,11 @@ def read_lines(path: Place) -> list[dict[str, Any]]:
   Raises:
     ValueError: a line is no JSON.
   """
-  return list(_parsed(path, path.read_text(encoding="utf-8").split("\n")))
+  try:
+    text = path.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not written in UTF-8 ({error}): save it in that encoding.") from error
+  return list(_parsed(path, text.split("\n")))
 
 
 def _parsed(path: Place, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -167,46 +178,72 @@ def read_json(path: Place) -> dict[str, Any]:
 def read_manifest(folder: Place, suite: str, tasks: Sequence[Task]) -> tuple[list[tuple[int, int, Place]], list[str]]:
   """((number of the task, seed, file) in the order of the tasks and seeds, what was left out and why) of a folder of pictures with a manifest.jsonl.
 
-  A line has "file", relative to the folder, "prompt" or "task" (the task's name), and "seed", 0 where it is missing. Lines with another "suite" are
-  passed over.
+  A line has "file", relative to the folder, "prompt" or "task" (the task's name), and "seed", 0 where it is missing. Pictures of a prompt that
+  several tasks have belong to them in the order of the lines. Where a line names the suite, those that name another one are passed over.
 
   Raises:
-    ValueError: no manifest, a line without a field, two pictures of one task and seed, or no line that belongs to the suite.
+    ValueError: no manifest, a line without a field, more pictures of a prompt and seed than it has tasks, or no line that belongs to the suite.
   """
   path = folder / MANIFEST
   if not path.is_file():
     raise ValueError(f"--images={folder} has no {MANIFEST}: give it one with a line for each picture, such as "
                      '{"file": "a.png", "prompt": "a red cat", "seed": 0}.')
+  rows = list(enumerate(read_lines(path), 1))
+  if any(row.get("suite") == suite for _, row in rows):
+    rows = [(number, row) for number, row in rows if row.get("suite", suite) == suite]
   names, prompts = {name: number for number, name in enumerate(task_names(suite, tasks))}, {}
   for number, task in enumerate(tasks):
-    prompts.setdefault(task.prompt, number)
+    prompts.setdefault(_same(task.prompt), []).append(number)
   found, left_out = {}, []
-  for number, row in enumerate(read_lines(path), 1):
-    if row.get("suite", suite) != suite:
-      continue
+  for number, row in rows:
     _check_row(row, number, path)
-    task = names.get(row["task"]) if "task" in row else prompts.get(row["prompt"])
-    if task is None or ("prompt" in row and row["prompt"] != tasks[task].prompt):
-      left_out.append(f"line {number}: {_short(row.get('prompt', row.get('task')))} is no prompt of {suite}")
+    seed = int(row.get("seed") or 0)
+    task = _task_of(row, seed, names, prompts, tasks, found)
+    if task is None:
+      text = row.get("prompt") or row.get("task")
+      left_out.append((number, text))
       continue
-    key = task, int(row.get("seed", 0))
-    if key in found:
-      raise ValueError(f"Line {number} of {path} is another picture of {_short(tasks[task].prompt)} with seed {key[1]}: give another.")
-    found[key] = folder / row["file"]
+    if (task, seed) in found:
+      raise ValueError(f"Line {number} of {path} is another picture of {_short(tasks[task].prompt)} with seed {seed}: give each its own seed.")
+    found[task, seed] = folder / row["file"]
   if not found:
-    near = difflib.get_close_matches(left_out and str(row.get("prompt", "")) or "", list(prompts), 1, 0.3)
-    raise ValueError(f"No line of {path} belongs to suite {suite}{f': {left_out[0]}' if left_out else ''}"
-                     f"{f', whose nearest is {near[0]!r}' if near else ''}. The prompts must be those of the suite, word for word.")
-  return [(*key, found[key]) for key in sorted(found)], left_out
+    raise ValueError(f"No line of {path} belongs to suite {suite}{_nearest(left_out, [task.prompt for task in tasks])}. The prompts must be "
+                     "those of the suite, word for word.")
+  return [(*key, found[key]) for key in sorted(found)], [f"line {number}: {_short(text)} is no prompt of {suite}" for number, text in left_out]
+
+
+def _same(prompt: str) -> str:
+  """A prompt as others are compared with it: accents may be written in two ways."""
+  return unicodedata.normalize("NFC", prompt)
+
+
+def _task_of(row: Mapping[str, Any], seed: int, names: Mapping[str, int], prompts: Mapping[str, Sequence[int]], tasks: Sequence[Task],
+             found: Mapping) -> int | None:
+  """The number of a line's task; None where the suite has none."""
+  if row.get("task") is not None:
+    task = names.get(row["task"])
+    return None if task is None or (row.get("prompt") is not None and _same(row["prompt"]) != _same(tasks[task].prompt)) else task
+  numbers = prompts.get(_same(row["prompt"]), ())
+  return next((task for task in numbers if (task, seed) not in found), numbers[-1] if numbers else None)
+
+
+def _nearest(left_out: Sequence[tuple[int, str]], prompts: Sequence[str]) -> str:
+  """The first line that belongs to no task, and what it may have meant."""
+  if not left_out:
+    return ""
+  near = difflib.get_close_matches(left_out[0][1], prompts, 1, 0.3)
+  return f": line {left_out[0][0]} has {_short(left_out[0][1])}" + (f", whose nearest is {_short(near[0])}" if near else "")
 
 
 def _check_row(row: Mapping[str, Any], number: int, path: Place) -> None:
   """Whether a line of a manifest has its fields."""
-  for names, kind in ((("file",), str), (("prompt", "task"), str)):
-    if not any(isinstance(row.get(name), kind) for name in names):
-      raise ValueError(f"Line {number} of {path} has no {' or '.join(map(repr, names))}: each needs \"file\" and \"prompt\" (or \"task\"), texts.")
-  if not isinstance(row.get("seed", 0), int):
-    raise ValueError(f"Line {number} of {path} has the seed {row['seed']!r}: give a whole number.")
+  for names in (("file",), ("prompt", "task")):
+    given = [name for name in names if row.get(name) is not None]
+    if not given or not all(isinstance(row[name], str) for name in given):
+      raise ValueError(f"Line {number} of {path} has no {' or '.join(map(repr, names))}: each needs \"file\" and \"prompt\" (or \"task\").")
+  seed = row.get("seed")
+  if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+    raise ValueError(f"Line {number} of {path} has the seed {seed!r}: give a whole number.")
 
 
 def _short(value: Any) -> str:

@@ -25,7 +25,7 @@ from qimg2.runtime.evaluating.drawing import Painter
 from qimg2.runtime.evaluating.folder import Folder
 from qimg2.runtime.evaluating.page import write_page
 from qimg2.runtime.evaluating.scoring import Pending, Scorer
-from qimg2.runtime.evaluating.summary import row_of, summarise
+from qimg2.runtime.evaluating.summary import clusters, row_of, summarise
 from qimg2.runtime.sheets import save_picture
 
 IMAGES_AT_ONCE = 32  # of a folder of pictures, a chunk
@@ -100,7 +100,11 @@ def evaluate_into(out: Folder, request: Mapping[str, Any], works: Sequence[Work]
   missing = {work.name: len(set(range(len(work.chunks))) - out.done_parts(work.name)) for work in works}
   if _is_finished(out) or not any(missing.values()):
     if processes.is_first() and not _is_finished(out):
-      _finish(out, request, works)
+      try:
+        _finish(out, request, works)
+      except FileNotFoundError:  # another job was faster, and has taken the parts away
+        if not _is_finished(out):
+          raise
     processes.barrier("summary")
     return out.summary()
   return None
@@ -172,9 +176,12 @@ def _read(path: Place) -> np.ndarray | str:
 def _keep(out: Folder, work: Work, number: int, begun: Pending) -> None:
   """Waits for the scores of a chunk and writes them."""
   scores, features = begun.finish()
+  if features is not None:
+    scores = [found if ERROR in found or np.isfinite(one).all() else {ERROR: "its features are not finite"} for found, one in zip(scores, features)]
   names = files.task_names(work.name, work.tasks)
+  prompts = clusters(names, work.tasks)
   out.write_part(work.name, number, [
-      row_of(work.name, names[task], work.tasks[task], seed, _file(out, work.path(task, seed)), found)
+      row_of(work.name, names[task], work.tasks[task], seed, _file(out, work.path(task, seed)), found, prompts[task])
       for (task, seed), found in zip(work.chunks[number], scores)], features)
 
 
@@ -198,7 +205,7 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
     if features is not None:
       _write_features(out.features(work.name), features)
       if work.suite.of_set is not None:
-        summaries[work.name]["of_set"] = dict(work.suite.of_set(_blocks(mine, features)))
+        summaries[work.name]["of_set"] = _of_set(work.suite, mine, features)
   write_file(out.place / files.SCORES, files.lines(rows))
   if any(work.draw is not None for work in works):
     write_file(out.place / files.MANIFEST, files.lines([{key: row[key] for key in ("file", "suite", "task", "prompt", "seed")} for row in rows]))
@@ -208,6 +215,14 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
   for work in works:
     for path in list(out.part(work.name, 0).parent.glob("*")):
       path.unlink(missing_ok=True)
+
+
+def _of_set(suite: Suite, rows: Sequence[Mapping[str, Any]], features: np.ndarray) -> dict[str, Any]:
+  """The figures of the whole set; of one that has none, such as too few pictures, why."""
+  try:
+    return {"num_pictures": sum(ERROR not in row for row in rows), **suite.of_set(_blocks(rows, features))}
+  except ValueError as error:
+    return {ERROR: " ".join(str(error).split())}
 
 
 def _merged(out: Folder, work: Work) -> tuple[list[dict[str, Any]], np.ndarray | None]:

@@ -28,6 +28,7 @@ from qimg2.training.checkpoint import Checkpoints, newest_step
 from qimg2.training.metrics import MetricsWriter
 
 NUM_SHOWN = 48
+RIGHT = ("glyphs", "glyph_edits", "emoji", "emoji_edits")  # suites that compare pictures with clean renders
 
 
 def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, int]] | None = None,
@@ -50,7 +51,8 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   if not suites:
     raise ValueError(f"config.evals is empty, so there is nothing to evaluate: add a suite, one of {', '.join(SUITES)}.")
   name, weights = sampling_weights(run, stage_name, step=step)
-  place = run.workdir / ("evaluation" if step is None else f"{name}/evaluation_{step}")
+  place = run.workdir / (f"{name}/evaluation_{step}" if step is not None else "evaluation" if not stage_name or name == last_generator(run) else
+                         f"{name}/evaluation")  # that of the run is of its last stage
   step = Checkpoints(run.workdir / name / "checkpoints").latest_step() if step is None else step
   results, shown = {}, []
   for suite_name, (suite, num) in suites.items():
@@ -94,7 +96,7 @@ def _scored(painter: Painter, name: str, suite: Suite, tasks: list) -> tuple[lis
 
 def suites_hook(run: Run, config: StageConfig, deployed: Callable[[dict], dict]):
   """A hook that draws the first `config.evals_num_prompts` prompts of each suite of the config that the stage learns, and logs their figures."""
-  suites = {name: (suite, suite.tasks(min(num, config.evals_num_prompts), SEED)) for name, (suite, num) in configured(run).items()}
+  suites = {name: (suite, suite.tasks(num, SEED)[:config.evals_num_prompts]) for name, (suite, num) in configured(run).items()}
   buckets, current = run.loader(config).buckets, {}
   painters = {name: painter_of_run(run, config.name, lambda: current["weights"], tasks)
               for name, (_, tasks) in suites.items() if learned(buckets, tasks)}
@@ -145,24 +147,29 @@ def configured(run: Run) -> dict[str, tuple[Suite, int]]:
 # In words.
 
 
-def shares_of(result: dict) -> list[tuple[str, float]]:
-  """(what it is, share in 0..1) of each share of a result."""
-  shares = [share for suite in result["suites"].values() for share in suite["shares"].items()]
-  return [(name if name.endswith("chance") else f"{name} right", share) for name, share in shares]
+def figures_of(result: dict, with_intervals: bool = False) -> list[tuple[str, str]]:
+  """(what it is, its value in words) of each figure of a result, also of one of an earlier version, which has shares alone."""
+  found = []
+  for suite, facts in result["suites"].items():
+    for name, share in facts["shares"].items() if "figures" not in facts else ():
+      found.append((_called(suite, name), f"{share:.1%}"))
+    for name, figure in facts.get("figures", {}).items():
+      found.append((_called(suite, name) if figure["figure"]["is_share"] else name, in_words(figure, with_intervals)))
+  return found
 
 
-def intervals_of(result: dict) -> list[str]:
-  """For each of `shares_of`, its value and its 95 % interval; the value alone in results of earlier versions."""
-  return [in_words(suite["figures"][name]) if "figures" in suite else f"{share:.1%}"
-          for suite in result["suites"].values() for name, share in suite["shares"].items()]
+def _called(suite: str, name: str) -> str:
+  """What a share is called: of what is compared with clean renders it says how often that is right."""
+  return f"{name} right" if (suite in RIGHT or suite not in SUITES) and not name.endswith("chance") else name
 
 
 def counts_of(result: dict) -> str:
-  """How many prompts of which suites were drawn."""
-  return " and ".join(f"{suite['num_prompts']} held-out prompts of {name}" for name, suite in result["suites"].items())
+  """How many prompts of which suites were drawn, and how many pictures could not be scored."""
+  of = lambda suite: f" ({suite['num_left_out']} could not be scored)" if suite.get("num_left_out") else ""
+  return " and ".join(f"{suite['num_prompts']} held-out prompts of {name}{of(suite)}" for name, suite in result["suites"].items())
 
 
 def describe(result: dict) -> str:
   """One line that states the result of `evaluate`."""
-  shares = ", ".join(f"{name} {share:.1%}" for name, share in shares_of(result))
-  return f"Evaluation of stage {result['stage']} on {counts_of(result)}: {shares}."
+  figures = ", ".join(f"{name} {text}" for name, text in figures_of(result))
+  return f"Evaluation of stage {result['stage']} on {counts_of(result)}: {figures}."

@@ -100,7 +100,7 @@ def _extremes(out: files.Folder, suite: Suite, tasks: Sequence[Task], rows: Sequ
 
 
 def _tile(out: files.Folder, suite: Suite, tasks: Mapping[str, Task], row: Mapping[str, Any], value: float) -> tuple[list[np.ndarray], str]:
-  picture = files.read_picture(out.place / row["file"])  # an absolute path stays itself
+  picture = files.read_picture(out.picture_of(row["file"]))
   cells = suite.show(tasks[row["task"]], picture, row["metrics"] | row["details"])
   return [image for image, _ in cells], f"{value:.3g}: {cells[-1][1]}"
 

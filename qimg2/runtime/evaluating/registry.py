@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qimg2.evaluation import Suite
-from qimg2.runtime.config import PrepareConfig
 from qimg2.runtime.config.suites import check_settings
 from qimg2.runtime.evaluating import embedded
 
@@ -14,10 +13,10 @@ SEED = 7  # of the tasks; in a run's own evaluation of the noise, too
 
 
 def _of_data(make: Callable[..., Suite]) -> Callable[..., Suite]:
-  """A suite of an embedded data set, which must know how a run prepared that."""
+  """A suite of an embedded data set, which may have to know how a run prepared that."""
   @functools.wraps(make)
   def made(source: Any, **settings: Any) -> Suite:
-    return make(source.cfg.prepare if hasattr(source, "cfg") else PrepareConfig(None, 0), **settings)
+    return make(source.cfg.prepare if hasattr(source, "cfg") else None, **settings)
   return made
 
 

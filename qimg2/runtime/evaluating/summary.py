@@ -15,9 +15,9 @@ from qimg2.evaluation.statistics.sums import Scores
 MOST_REASONS = 5
 
 
-def row_of(suite: str, name: str, task: Task, seed: int, file: str, scores: Mapping[str, Any]) -> dict[str, Any]:
-  """A line of scores.jsonl."""
-  row = {"suite": suite, "task": name, "category": task.category, "prompt": task.prompt, "seed": seed, "file": file}
+def row_of(suite: str, name: str, task: Task, seed: int, file: str, scores: Mapping[str, Any], cluster: str = "") -> dict[str, Any]:
+  """A line of scores.jsonl; `cluster` names the prompt, see `clusters`, "" for the task's name."""
+  row = {"suite": suite, "task": name, "cluster": cluster or name, "category": task.category, "prompt": task.prompt, "seed": seed, "file": file}
   if ERROR in scores:
     return row | {ERROR: scores[ERROR]}
   is_metric = lambda value: isinstance(value, (bool, int, float))
@@ -38,7 +38,7 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]], num_missing: int 
   figures = figures_of(suite, good)
   categories = sorted({row["category"] for row in good})
   result = {
-      "num_prompts": len({row["task"] for row in good}), "num_pictures": len(good), "num_left_out": len(rows) - len(good),
+      "num_prompts": len({row["cluster"] for row in good}), "num_pictures": len(good), "num_left_out": len(rows) - len(good),
       "left_out": dict(reasons.most_common(MOST_REASONS)), "num_missing": num_missing,
       "figures": {name: interval(figure, good) for name, figure in figures.items()}}
   if len(categories) > 1:
@@ -62,17 +62,41 @@ def scores_of(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Scores:
   """A figure's numerator and denominator of each picture, and the name of its prompt."""
   numerator = np.array([row["metrics"][figure.numerator] for row in rows], float)
   denominator = np.array([row["metrics"][figure.denominator] for row in rows], float) if figure.denominator else np.ones(len(rows))
-  return Scores(numerator, denominator, np.array([row["task"] for row in rows], str))
+  return Scores(numerator, denominator, np.array([row["cluster"] for row in rows], str))
 
 
 def prompt_set(tasks: Sequence[Task]) -> str:
-  """A digest of what is asked: prompts, sizes and condition images, in order. Truths that are the same make no difference."""
+  """A digest of what is asked and what would be right: names, categories, prompts, sizes, condition images and truths, in order."""
   found = hashlib.sha256()
   for task in tasks:
-    found.update(repr((task.name, task.category, task.prompt, tuple(task.size), len(task.sources))).encode())
-    for image in task.sources:
-      found.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+    found.update(repr((task.name, task.category, _asked(task), _stable(task.truth))).encode())
   return found.hexdigest()
+
+
+def clusters(names: Sequence[str], tasks: Sequence[Task]) -> list[str]:
+  """For each task the name of the first one that asks the same: prompt, size and condition images. Their pictures are as alike as those of two seeds,
+  so that intervals take them together."""
+  first: dict[Any, str] = {}
+  return [first.setdefault(_asked(task), name) for name, task in zip(names, tasks)]
+
+
+def _asked(task: Task) -> tuple:
+  return task.prompt, tuple(task.size), tuple(_stable(image) for image in task.sources)
+
+
+def _stable(value: Any) -> Any:
+  """A value as nested tuples that are the same in every process; of what is none of the usual types its class alone."""
+  if isinstance(value, np.ndarray):
+    return value.shape, str(value.dtype), hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+  if isinstance(value, Mapping):
+    return tuple((str(key), _stable(one)) for key, one in value.items())
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return tuple(_stable(getattr(value, field.name)) for field in dataclasses.fields(value))
+  if isinstance(value, (tuple, list)):
+    return tuple(map(_stable, value))
+  if isinstance(value, (set, frozenset)):
+    return tuple(sorted(map(repr, value)))
+  return value if isinstance(value, (str, bytes, bool, int, float, type(None), np.generic)) else type(value).__qualname__
 
 
 # In words.
