@@ -7,6 +7,8 @@ import re
 import shutil
 import unicodedata
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from raw_sources import SOURCES, folder, png, write
 
@@ -70,11 +72,12 @@ def test_a_lost_connection_says_nothing_of_a_picture(number, is_told, tmp_path, 
 
 
 @pytest.mark.parametrize("table, text", [("t.csv", "image,caption\na.png,x\nb.png,y\n"),
+                                         ("t.parquet", {"image": ["a.png", "b.png"], "text": ["x", "y"]}),
                                          ("t.jsonl", '{"image": "a.png", "text": "x"}\n{"image": "b.png"}\n')])
 def test_pictures_of_a_table_that_did_not_change(table, text, tmp_path, monkeypatch):
   """One is missing at first, and is mended; then another is replaced by one of its size."""
   path = tmp_path / table
-  path.write_text(text)
+  pq.write_table(pa.table(text), path) if table.endswith("parquet") else path.write_text(text)
   write(tmp_path, {"a.png": png(1)})
   look = lambda: fingerprint_of_pictures(plan_units(str(path), 1))
   before = fingerprint(str(path), plan_units(str(path)))

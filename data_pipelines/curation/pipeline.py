@@ -108,7 +108,7 @@ def _difference(stored: dict, request: dict) -> str:
   if stored["fingerprint"] != request["fingerprint"]:
     return f"of {stored['source']} as it was then; files were added, removed or changed"
   pictures = request.get("pictures")
-  if stored.get("pictures", pictures) != pictures:  # earlier versions did not look at them
+  if stored.get("pictures") not in (None, "", pictures):  # earlier versions did not look at them, or not at those of a Parquet file
     return f"of {stored['source']} with the pictures that it named then; some were added, removed or changed"
   now = json.loads(json.dumps(request["config"]))
   # Before they could be chosen the records were as they are with these.

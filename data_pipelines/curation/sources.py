@@ -123,14 +123,15 @@ def fingerprint(source: str | Found, units: Sequence[Unit]) -> str:
 
 
 def fingerprint_of_pictures(units: Sequence[Unit]) -> str:
-  """Returns the SHA-256, in hex, of the names, sizes in bytes and times of change of the pictures that text tables (CSV, TSV, JSON lines) name, as
-  they are now; "" for other sources. Of more rows than `MOST_LOOKED_AT` those of every n-th unit are looked at, so that a source of 1e8 rows costs
+  """Returns the SHA-256, in hex, of the names, sizes in bytes and times of change of the pictures that tables (CSV, TSV, JSON lines, Parquet) name,
+  as they are now; "" for other sources. Of more rows than `MOST_LOOKED_AT` those of every n-th unit are looked at, so that a source of 1e8 rows costs
   what one of 1e6 does.
 
   Raises:
     OSError: a file system does not answer.
   """
-  tables = [unit for unit in units if unit.reader in ("table", "jsonl")]
+  named = functools.cache(lambda location: source_tars.names_pictures(Place(*open_location(location), "")))
+  tables = [unit for unit in units if unit.reader in ("table", "jsonl") or (unit.reader == "parquet" and named(unit.location))]
   rows = sum(unit.stop - unit.start for unit in tables)
   digest = hashlib.sha256()
   with futures.ThreadPoolExecutor(LOOKERS) as pool:
