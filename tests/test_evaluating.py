@@ -139,7 +139,7 @@ def test_64_jobs_in_any_order_write_the_same_files(whole, tmp_path):
 def test_another_evaluation_is_refused(whole, tmp_path):
   out, (suite, tasks) = Folder(tmp_path / "out"), toy()
   evaluate_into(out, REQUEST, [work(out, suite, tasks)])
-  with pytest.raises(ValueError, match=r'another evaluation: its model was \{"run": "toy"\}, asked for is \{"run": "other"\}. Give another --out'):
+  with pytest.raises(ValueError, match=r'another evaluation: model.run was "toy" and is "other". Give another --out'):
     evaluate_into(out, REQUEST | {"model": {"run": "other"}}, [work(out, suite, tasks)])
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.tex").touch()
@@ -345,7 +345,7 @@ def test_a_launched_evaluation(smoke_run, tmp_path):
       ((run, "--suite=glyph", out), "--suite names no suite 'glyph': did you mean 'glyphs'?"),
       ((run, "--suite=glyphs"), "Give --out, a folder"),
       ((run, *suites, "--seeds=0,1,1", out), "--seeds=0,1,1 has one twice"),
-      ((run, *suites, "--seeds=1", f"--out={tmp_path}/sft"), "holds another evaluation: its seeds was [0], asked for is [1]"),
+      ((run, *suites, "--seeds=1", f"--out={tmp_path}/sft"), "holds another evaluation: seeds was [0] and is [1]"),
       ((run, "--stage=low_resolution", *suites, out), "which stage low_resolution did not learn"),
       ((f"--images={tmp_path}/sft", *suites, "--guidance=3", out), "--guidance is for a model"),
       ((run, *suites, "--part=64/64", out), "--part=64/64 is not understood"),

@@ -52,10 +52,8 @@ class Folder:
     before = read_json(path)
     if before == json.loads(json.dumps(request)):
       return
-    changed = [name for name in sorted({*before, *request}) if before.get(name) != json.loads(json.dumps(request.get(name)))]
-    raise ValueError(f"--out={self.place} holds another evaluation: its {', '.join(changed)} "
-                     f"{'was' if len(changed) == 1 else 'were'} {'; '.join(_short(before.get(name)) for name in changed)}, asked for "
-                     f"{'is' if len(changed) == 1 else 'are'} {'; '.join(_short(request.get(name)) for name in changed)}. Give another --out.")
+    changed = [f"{name} was {_short(old)} and is {_short(new)}" for name, old, new in _changes(before, json.loads(json.dumps(request)))]
+    raise ValueError(f"--out={self.place} holds another evaluation: {'; '.join(changed)}. Give another --out.")
 
   def picture_of(self, file: str) -> Place:
     """The picture that a line names: relative to the folder, or anywhere."""
@@ -244,6 +242,15 @@ def _check_row(row: Mapping[str, Any], number: int, path: Place) -> None:
   seed = row.get("seed")
   if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
     raise ValueError(f"Line {number} of {path} has the seed {seed!r}: give a whole number.")
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+  """(place, what was there, what is there) of what differs in two requests, as deep as it goes."""
+  if isinstance(before, dict) and isinstance(now, dict):
+    for key in sorted({*before, *now}):
+      yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+  elif before != now:
+    yield name, before, now
 
 
 def _short(value: Any) -> str:
