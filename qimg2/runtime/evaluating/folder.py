@@ -16,15 +16,19 @@ import difflib
 import io
 import json
 import os
+import pathlib
+import shutil
+import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.transforms import decode_image
 from qimg2.evaluation import Task
-from qimg2.places import Place, find_place, write_file
+from qimg2.places import Place, find_place, is_remote, write_file
 
 REQUEST, MANIFEST, SCORES, SUMMARY, REPORT = "request.json", "manifest.jsonl", "scores.jsonl", "summary.json", "report.html"
 
@@ -79,6 +83,29 @@ class Folder:
       np.save(content, features)
       write_file(path.with_suffix(".npy"), content.getvalue())
     write_file(path, lines(rows))
+
+  def write_features(self, suite: str, num: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Writes the features [num, D] of a suite from (numbers of rows, rows) that are all of them, and returns them as a file that is looked into. A
+    block without a picture that could be read may have no columns: its rows are NaN."""
+    path, found = self.features(suite), None
+    with tempfile.TemporaryDirectory() as scratch:
+      local = (pathlib.Path(scratch) if is_remote(path) else path.parent) / f"{path.name}.{uuid.uuid4().hex}.part"
+      local.parent.mkdir(parents=True, exist_ok=True)
+      for rows, block in blocks:
+        if found is None and block.shape[1]:
+          found = np.lib.format.open_memmap(local, "w+", np.float32, (num, block.shape[1]))
+          found[:] = np.nan
+        if block.shape[1]:
+          found[rows] = block
+      if found is None:
+        return np.full((num, 0), np.nan, np.float32)
+      found.flush()
+      if not is_remote(path):
+        local.replace(path)
+        return np.load(path, mmap_mode="r")
+      with open(local, "rb") as file, path.open("wb") as there:
+        shutil.copyfileobj(file, there)
+      return np.load(local, mmap_mode="r")  # the file may be gone from its folder, but not while it is looked into
 
   def done_parts(self, suite: str) -> set[int]:
     """Numbers of the chunks whose scores are there."""

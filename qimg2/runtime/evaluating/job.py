@@ -7,6 +7,7 @@ killed goes on, and parts of it may be other jobs' (`Share`). Processes of one j
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import uuid
@@ -202,10 +203,8 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
     summaries[work.name] = summarise(work.suite, mine, work.num_missing)
     if work.notes:
       summaries[work.name]["left_out_of_manifest"] = list(work.notes)
-    if features is not None:
-      _write_features(out.features(work.name), features)
-      if work.suite.of_set is not None:
-        summaries[work.name]["of_set"] = _of_set(work.suite, mine, features)
+    if features is not None and work.suite.of_set is not None:
+      summaries[work.name]["of_set"] = _of_set(work.suite, mine, features)
   write_file(out.place / files.SCORES, files.lines(rows))
   if any(work.draw is not None for work in works):
     write_file(out.place / files.MANIFEST, files.lines([{key: row[key] for key in ("file", "suite", "task", "prompt", "seed")} for row in rows]))
@@ -226,24 +225,17 @@ def _of_set(suite: Suite, rows: Sequence[Mapping[str, Any]], features: np.ndarra
 
 
 def _merged(out: Folder, work: Work) -> tuple[list[dict[str, Any]], np.ndarray | None]:
-  """(rows, features or None) of all pictures in the order of the tasks and seeds."""
-  rows, keys, blocks = [], [], []
-  for number, chunk in enumerate(work.chunks):
-    path = out.part(work.name, number)
-    rows += files.read_lines(path)
-    keys += chunk
-    if work.suite.features is not None:
-      blocks.append(np.load(io.BytesIO(path.with_suffix(".npy").read_bytes())))
+  """(rows, features or None) of all pictures in the order of the tasks and seeds. Features stay on the disk: they may be larger than the memory."""
+  rows = [row for number in range(len(work.chunks)) for row in files.read_lines(out.part(work.name, number))]
+  keys = [key for chunk in work.chunks for key in chunk]
   order = sorted(range(len(keys)), key=lambda i: keys[i])
-  width = max((block.shape[1] for block in blocks), default=0)  # a chunk without a picture that could be read knows none
-  features = [block if block.shape[1] == width else np.full((len(block), width), np.nan, np.float32) for block in blocks]
-  return [rows[i] for i in order], np.concatenate(features)[order] if features else None
-
-
-def _write_features(path: Place, features: np.ndarray) -> None:
-  content = io.BytesIO()
-  np.save(content, features)
-  write_file(path, content.getvalue())
+  if work.suite.features is None:
+    return [rows[i] for i in order], None
+  places = np.argsort(order)
+  blocks = (np.load(io.BytesIO(out.part(work.name, number).with_suffix(".npy").read_bytes())) for number in range(len(work.chunks)))
+  ends = itertools.accumulate(len(chunk) for chunk in work.chunks)
+  pieces = ((places[end - len(block):end], block) for end, block in zip(ends, blocks))
+  return [rows[i] for i in order], out.write_features(work.name, len(keys), pieces)
 
 
 def _blocks(rows: Sequence[Mapping[str, Any]], features: np.ndarray) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -251,7 +243,7 @@ def _blocks(rows: Sequence[Mapping[str, Any]], features: np.ndarray) -> Iterator
   good = [i for i, row in enumerate(rows) if ERROR not in row and np.isfinite(features[i]).all()]
   for start in range(0, len(good), BLOCK):
     some = good[start:start + BLOCK]
-    yield [rows[i]["task"] for i in some], features[some]
+    yield [rows[i]["task"] for i in some], np.asarray(features[some])
 
 
 def _versions() -> dict[str, str]:
