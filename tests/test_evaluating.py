@@ -154,7 +154,7 @@ def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path):
   assert found["num_left_out"] == 4 and found["left_out"] == {"nothing can be read in it": 2, "bright is not finite": 2}
   rows = out.rows()
   assert found["figures"]["bright"]["value"] == pytest.approx(np.mean([row["metrics"]["bright"] for row in rows if "error" not in row]))
-  assert "4 left out, 2 because nothing can be read in it" in summary.describe({"suites": {"toy": found}})
+  assert "4 left out, 2 because: nothing can be read in it" in summary.describe({"suites": {"toy": found}})
 
 
 def test_scores_in_processes_are_those_of_one_and_outlive_a_scorer_that_is_killed():

@@ -127,7 +127,8 @@ def _left_out(suite: Mapping[str, Any]) -> str:
   parts = []
   if suite["num_left_out"]:
     reason, count = next(iter(suite["left_out"].items()))
-    parts.append(f"{suite['num_left_out']} left out, {count} because {reason}")
+    most = f"{count} because" if count > 1 else "one because"
+    parts.append(f"{suite['num_left_out']} left out, {most}: {reason}")
   if suite["num_missing"]:
     parts.append(f"{suite['num_missing']} prompts without a picture")
   return f" ({'; '.join(parts)})" if parts else ""
