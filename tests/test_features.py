@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from data_pipelines.transforms import encode_png
 from qimg2 import params as P
@@ -133,15 +134,42 @@ def test_figures_do_not_depend_on_the_blocks():
   whole = reference.figures([(names, drawn)])
   parts = reference.figures((names[a:b], drawn[a:b]) for a, b in ((0, 1), (1, 30), (30, 40)))
   assert whole == parts
-  assert list(whole) == ["fid", "fid_full_rank", "kid", "kid_deviation", "cmmd", "precision", "recall", "density", "coverage", "diverse_prompts",
-                         "diversity"]
-  assert whole["fid_full_rank"] == 1 and whole["diverse_prompts"] == 20 and np.isfinite(list(whole.values())).all()
+  assert list(whole) == ["num_pictures", "num_reference", "fid", "fid_full_rank", "kid", "kid_deviation", "cmmd", "precision", "recall", "density",
+                         "coverage", "diversity", "diversity_low", "diversity_high", "diverse_prompts", "notes"]
+  assert whole["notes"].startswith("Precision and recall: 40 pictures stand against 50;")
+  assert [whole[name] for name in ("num_pictures", "num_reference", "fid_full_rank", "diverse_prompts")] == [40, 50, 1, 20]
+  assert np.isfinite([value for value in whole.values() if not isinstance(value, str)]).all()
+  x = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+  each = 1 - (x[::2] * x[1::2]).sum(1)
+  half = stats.t.ppf(0.975, 19) * each.std(ddof=1) / 20 ** 0.5
+  np.testing.assert_allclose([whole[name] for name in ("diversity", "diversity_low", "diversity_high")],
+                             [each.mean(), each.mean() - half, each.mean() + half], rtol=1e-5)
 
 
 def test_few_pictures_lose_figures_and_say_so(caplog):
   found = ReferenceSet(normal(1, 50), "n").figures([(["a", "b", "c"], normal(2, 3))])
   assert found["fid_full_rank"] == 0 and "FID is far too large" in caplog.text
   assert not {"precision", "diversity"} & set(found)
+  for part in ("FID is far too large", "Precision, recall, density and coverage need more than 3", "Diversity: no prompt has two"):
+    assert part in found["notes"]
+  assert ReferenceSet(normal(1, 50), "n").figures([(["a"], normal(2, 1))]) == {
+      "num_pictures": 1, "num_reference": 50, "notes": "Distances between sets need at least two pictures, but 1 has features: no figures."}
+
+
+def test_what_pictures_look_like_ends_nothing():
+  """Vectors of only zeros, and such as no float32 can multiply: their figures are left out, and others are there."""
+  drawn, names = normal(2, 40), ["a", "b"] * 20
+  drawn[3] = 0
+  found = ReferenceSet(normal(1, 50), "n").figures([(names, drawn)])
+  assert not {"cmmd", "diversity", "diverse_prompts"} & set(found) and {"fid", "kid", "precision"} < set(found)
+  assert "CMMD: the network gave 1 of" in found["notes"] and "Diversity: the network gave 1 of" in found["notes"]
+  reference = normal(1, 50)
+  reference[7] = 0
+  found = ReferenceSet(reference, "n").figures([(names, normal(2, 40))])
+  assert "cmmd" not in found and "diversity" in found
+  with np.errstate(all="ignore"):
+    found = ReferenceSet(normal(1, 50) * np.float32(1e30), "n").figures([(names, normal(2, 40))])
+  assert "kid" not in found and "Not finite, and left out: kid" in found["notes"]
 
 
 def test_files_that_are_no_reference(tmp_path):

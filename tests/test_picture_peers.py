@@ -111,7 +111,8 @@ def test_fid_and_kid_are_those_of_torchmetrics():
   assert fidelity.kid(real, drawn) == pytest.approx([float(x) for x in theirs[1].compute()], rel=1e-5)
 
 
-def test_a_published_folder_gives_features(tiny_folder, tmp_path, one_device):
+def test_a_published_folder_gives_features(tiny_folder, tmp_path, one_device, monkeypatch):
+  monkeypatch.setattr(jax, "local_devices", jax.devices)
   (tmp_path / "prompts.txt").write_text("a red square\n")
   for number in range(2):
     (tmp_path / f"{number}.png").write_bytes(encode_png(smooth_pair(number)[0]))
