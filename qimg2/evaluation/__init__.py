@@ -22,14 +22,15 @@ class Task:
   Attributes:
     prompt: the text.
     size: (height, width) of the canvas in px; a picture is drawn at the size of the nearest bucket of the stage.
-    sources: condition images [h, w, 3] uint8 in the order of the prompt; none for text to image.
+    sources: condition images [h, w, 3] uint8 in the order of the prompt, none for text to image: a tuple, or a sequence that reads them when they are
+      looked at.
     truth: what the score compares with; only the suite reads it.
     name: what the task is called in files, unique in its suite, of letters, digits, - and _; "" for its number.
     category: figures are given for each category too, where a suite has more than one.
   """
   prompt: str
   size: tuple[int, int]
-  sources: tuple[np.ndarray, ...] = ()
+  sources: Sequence[np.ndarray] = ()
   truth: Any = None
   name: str = ""
   category: str = ""
