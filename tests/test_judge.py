@@ -1,9 +1,7 @@
 """The judge: rubrics and figures by hand; the template, the scores and the programs against the published classes with the same small weights."""
 
-import dataclasses
 import functools
 import json
-import re
 import shutil
 
 import jax
@@ -13,15 +11,13 @@ import reference
 import safetensors.numpy
 import torch
 
-from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
-from data_pipelines.transforms import decode_image, encode_png
+from data_pipelines.tokenizer import train_tokenizer
+from data_pipelines.transforms import encode_png
 from qimg2.evaluation import judge as pure
 from qimg2.evaluation import judge_prompts, judge_scores, rubrics
 from qimg2.evaluation.judge_scores import Preference
 from qimg2.models import qwen3_vl
 from qimg2.runtime import judging
-from qimg2.runtime.evaluating.drawing import groups_of_sizes
-from qimg2.runtime.evaluating.summary import prompt_set
 from qimg2.runtime.judge import MAX_CHOICES, Judge, Question, fit_size
 from qimg2.runtime.rehearsal.judging import Batch, judge_part
 
@@ -154,34 +150,6 @@ def test_a_wrong_rubric_is_one_sentence(tmp_path, text, message):
     rubrics.find_rubric(str(tmp_path / "mine.toml"))
   with pytest.raises(ValueError, match="no rubric 'beauty': choose one of aesthetics"):
     rubrics.find_rubric("beauty")
-
-
-def test_prompts_of_both_forms(tmp_path):
-  line = {"prompt": "four cows", "atom_count": 3, "vqa_list": [["How many cows are there?", "four"], ["Are there cows?", "Yes"]],
-          "skills": ["count", "object"]}
-  edit = {"prompt": "x", "name": "x-1", "sources": ["s.png"], "height": 64}
-  (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n\n" + json.dumps(edit) + "\n")
-  first, second = judge_prompts.read_prompts(tmp_path / "a.jsonl")
-  assert (first.name, first.category, first.size) == ("0", "3 atoms", (1024, 1024))
-  assert second.sources == (tmp_path / "s.png",) and second.size == (64, 1024)
-  assert [(one.expected, one.skill, len(one.choices)) for one in first.questions] == [(4, "count", 11), (0, "object", 2)]
-  assert first.questions[1].choices[0] == ("yes", "Yes", " yes", " Yes") and first.questions[0].choices[4][-1] == "4"
-  (tmp_path / "b.json").write_text(json.dumps([line]))
-  assert judge_prompts.read_prompts(tmp_path / "b.json") == [first]
-
-
-@pytest.mark.parametrize("content,message", [
-    ([{"text": "x"}], "Entry 1 of .*no object with a text in the field 'prompt'"), ([], "holds no prompts"), ("{", "neither a JSON list"),
-    ([{"prompt": "x", "questions": [["Is it?", "maybe"]]}], "'maybe' is neither yes nor no"),
-    ([{"prompt": "x", "questions": [["How many?", "11"]]}], "'11' is neither"), ([{"prompt": "x", "questions": ["Is it?"]}], "no list of"),
-    ([{"prompt": "x", "name": "a"}, {"prompt": "y", "name": "a"}], "Entry 2 .* 'a' is there twice"),
-    ([{"prompt": "x", "name": "a/b"}], "signs other than"),
-    ([{"prompt": "x", "height": "64"}], "whole numbers of px"), ([{"prompt": "x", "sources": "a.png"}], "no list of paths"),
-    ([{"prompt": "x", "questions": [], "skills": ["count"]}], "a skill for each of the 0 questions")])
-def test_a_wrong_file_of_prompts_is_one_sentence(tmp_path, content, message):
-  (tmp_path / "p.json").write_text(content if isinstance(content, str) else json.dumps(content))
-  with pytest.raises(ValueError, match=message):
-    judge_prompts.read_prompts(tmp_path / "p.json")
 
 
 def test_sizes_equal_published_rule():
@@ -357,31 +325,6 @@ def test_pictures_against_those_of_another_folder(fake, tmp_path):
     judging.pairwise_suite(folder, prompts, str(tmp_path / "nowhere"))
 
 
-def test_rivals_of_an_evaluation_are_those_of_the_same_prompt(fake, tmp_path):
-  folder, answer, _ = fake
-  answer[0] = lambda row: [0.8, 0.2] if row.pictures[0].mean() > row.pictures[1].mean() else [0.2, 0.8]
-  prompts = write_prompts(tmp_path, *({"prompt": prompt, "name": name} for name, prompt in zip("abcde", ("x", "y", "z", "u", "v"))))
-  other = tmp_path / "other"
-  rows = [("a", "x", 3), ("a", "x", 4), ("b", "another", 3), ("renamed", "z", 3), ("one", "u", 3), ("two", "u", 3)]
-  for place, (name, prompt, seed) in enumerate(rows):
-    (other / "pictures" / "judge").mkdir(parents=True, exist_ok=True)
-    (other / "pictures" / "judge" / f"{name}_{seed}.png").write_bytes(encode_png(picture(0) // (2 if seed == 4 else 4 + place)))
-  line = lambda name, prompt, seed, suite="judge": json.dumps(
-      {"file": f"pictures/{suite}/{name}_{seed}.png", "task": name, "prompt": prompt, "seed": seed})
-  (other / "manifest.jsonl").write_text("\n".join([line("a", "x", 3, "tifa"), *(line(*row) for row in rows[1:] + rows[:1])]))
-  suite = judging.pairwise_suite(folder, prompts, str(other / "pictures" / "judge"), rival_seed=3)  # of its suite alone
-  tasks = sorted(suite.tasks(0, 0), key=lambda task: task.name)
-  found = suite.score_batch(tasks, [picture(1)] * 5)
-  assert [one.get("win") for one in found] == [pytest.approx(0.8), None, pytest.approx(0.8), None, None]
-  assert re.search("the picture b of .* was drawn for another prompt, 'another'", found[1]["error"])
-  assert "has 2 pictures of this prompt with seed 3, and none has the name d" in found[3]["error"] and "no picture of this" in found[4]["error"]
-  whole, = judging.pairwise_suite(folder, prompts, str(other), rival_seed=4).score_batch(tasks[:1], [picture(1)])
-  assert whole["win"] == pytest.approx(0.8)
-  (other / "manifest.jsonl").write_text('{"file": "a.png"}\n')
-  with pytest.raises(ValueError, match="Line 1 of .*manifest.jsonl has no text in the field 'prompt'"):
-    judging.pairwise_suite(folder, prompts, str(other))
-
-
 def test_pairs_are_seen_at_one_size(fake, tmp_path):
   folder, answer, seen = fake
   task = judging.judge_suite(folder, write_prompts(tmp_path, {"prompt": "x"})).tasks(1, 0)[0]
@@ -391,27 +334,6 @@ def test_pairs_are_seen_at_one_size(fake, tmp_path):
   assert found[0]["win"] == 0.5 and found[1] == {"error": "a picture of 96 x 64 px and one of 96 x 96 px have other proportions"}
 
 
-def test_condition_images_are_read_when_they_are_looked_at(fake, tmp_path, monkeypatch):
-  opened = []
-  for number in range(2):
-    (tmp_path / f"{number}.png").write_bytes(encode_png(picture(number, 64, 32)))
-  prompts = write_prompts(tmp_path, *({"prompt": "red", "name": f"e{number}", "sources": ["0.png", "1.png"]} for number in range(5)))
-  monkeypatch.setattr(judging, "decode_image", lambda data, name: opened.append(name) or decode_image(data, name))
-  judging._open.cache_clear()
-  tasks = judging.judge_suite(fake[0], prompts, "instruction").tasks(0, 0)
-  assert not opened and [len(task.sources) for task in tasks] == [2] * 5
-  group, = groups_of_sizes(tasks, PromptTokenizer.load(fake[0]), 32, 64)
-  assert group.size.source_sizes == ((96, 32),) * 2 and len(group.tasks) == 5
-  np.testing.assert_array_equal(tasks[0].sources[1], picture(1, 64, 32))
-  assert [image.shape for image in tasks[0].sources[:1]] == [(64, 32, 3)] and len(list(tasks[0].sources)) == 2
-  np.testing.assert_array_equal(np.stack([group.fit(task.sources[0], 0) for task in tasks])[1], group.fit(picture(0, 64, 32), 0))
-  same = [dataclasses.replace(task, sources=tuple(task.sources)) for task in tasks]
-  assert prompt_set(tasks) == prompt_set(same) and tasks[0] == dataclasses.replace(tasks[0])
-  (tmp_path / "1.png").unlink()
-  with pytest.raises(ValueError, match="no condition image .*1.png, which .*prompts.json names"):
-    judging.judge_suite(fake[0], prompts, "instruction").tasks(0, 0)
-
-
 def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
   folder, tiny = fake[0], judged[3]
   prompts = write_prompts(tmp_path, {"prompt": "x"})
@@ -419,6 +341,9 @@ def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
     judging.judge_suite(folder, prompts, "edit")
   with pytest.raises(ValueError, match="each once"):
     judging.judge_suite(folder, prompts, "text,text")
+  with pytest.raises(ValueError, match="no condition image .*gone.png, which .*prompts.json names"):
+    judging.judge_suite(folder, write_prompts(tmp_path, {"prompt": "x", "sources": ["gone.png"]})).tasks(0, 0)
+  write_prompts(tmp_path, {"prompt": "x"})
   with pytest.raises(ValueError, match="has no questions"):
     judging.tifa_suite(folder, prompts)
   with pytest.raises(ValueError, match="cuts the answer 'ten' into several tokens"):
