@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -225,6 +226,17 @@ def test_a_rehearsal_has_the_program_that_judges(judged):
   judge._program = program
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert shapes(seen["given"]) == shapes(part.arguments)
+
+
+def test_digits_are_answers_only_where_all_of_them_are_one_token():
+  choices, _ = judge_prompts.answer_choices("ten")
+  words = {word: 100 + i for i, word in enumerate(judge_prompts.NUMBERS)}
+  found = lambda vocabulary: Judge.find_answers(types.SimpleNamespace(
+      tokenizer=types.SimpleNamespace(find_token=vocabulary.get), folder=types.SimpleNamespace(processor="p")), choices)
+  assert found(words | {str(i): i for i in range(11)}) == tuple((i, 100 + i) for i in range(11))
+  assert found(words | {str(i): i for i in range(10)}) == tuple((100 + i,) for i in range(11))  # "10" is "1" and "0"
+  with pytest.raises(ValueError, match="cuts the answer '10' into several tokens"):
+    found({word: token for word, token in words.items() if word != "two"} | {str(i): i for i in range(10)})
 
 
 # Suites.
