@@ -220,9 +220,9 @@ def test_the_suite_reads_captions_and_keeps_the_reference(network, tmp_path):
   assert suite.tasks(3, 7) == suite.tasks(5, 7)[:3] == suite.tasks(0, 7)[:3] and suite.tasks(0, 7) != suite.tasks(0, 8)
   assert not (tmp_path / "kept.npz").exists()  # the reference is looked at with the first picture
   suite.features([None], [np.zeros((8, 8, 3), np.uint8)])
-  (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+  (tmp_path / "prompts.txt").write_text("o\u2028ne\n\ntwo\r\n", encoding="utf-8-sig", newline="")
   again = fidelity_suite(str(tmp_path / "kept.npz"), prompts=str(tmp_path / "prompts.txt"), **settings)
-  assert {task.prompt for task in again.tasks(0, 7)} == {"one", "two"}
+  assert {task.prompt for task in again.tasks(0, 7)} == {"o\u2028ne", "two"}
   pictures = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(6)]
   names = ["a", "a", "b", "b", "c", "c"]
   figures = [one.of_set([(names, one.features([None] * 6, pictures))]) for one in (suite, again)]

@@ -87,12 +87,13 @@ def test_prompts_of_both_forms(tmp_path):
   assert second.sources == (tmp_path / "s.png",) and second.size == (64, 1024)
   assert [(one.expected, one.skill, len(one.choices)) for one in first.questions] == [(4, "count", 11), (0, "object", 2)]
   assert first.questions[1].choices[0] == ("yes", "Yes", " yes", " Yes") and first.questions[0].choices[4][-1] == "4"
-  (tmp_path / "b.json").write_text(json.dumps([line]))
+  (tmp_path / "b.json").write_text(json.dumps([line]), encoding="utf-8-sig")
   assert judge_prompts.read_prompts(tmp_path / "b.json") == [first]
 
 
 @pytest.mark.parametrize("content,message", [
-    ([{"text": "x"}], "Entry 1 of .*no object with a text in the field 'prompt'"), ([], "holds no prompts"), ("{", "neither a JSON list"),
+    ([{"text": "x"}], "Entry 1 of .*no object with a text in the field 'prompt'"), ([], "holds no prompts"),
+    ('{"prompt": "x"}\n\n{', "p.json, line 3, is neither a JSON list"),
     ([{"prompt": "x", "questions": [["Is it?", "maybe"]]}], "'maybe' is neither yes nor no"),
     ([{"prompt": "x", "questions": [["How many?", "11"]]}], "'11' is neither"), ([{"prompt": "x", "questions": ["Is it?"]}], "no list of"),
     ([{"prompt": "x", "name": "a"}, {"prompt": "y", "name": "a"}], "Entry 2 .* 'a' is there twice"),

@@ -130,8 +130,8 @@ class Judge:
     found = [{tokens[text] for text in ways if tokens[text] is not None and not (cut and text.isdigit())} for ways in answers]
     if not all(found):
       whole = [ways[0] for ways in answers if all(tokens[text] is None for text in ways)]
-      raise ValueError(f"The tokenizer in {self.folder.processor} cuts the answer {(whole or cut)[0]!r} into several tokens, and a judge answers with "
-                       "one: choose other answers.")
+      raise ValueError(f"The tokenizer in {self.folder.processor} cuts the answer {(whole or cut)[0]!r} into several tokens, and a judge answers "
+                       "with one: choose other answers.")
     if sum(map(len, found)) != len(set().union(*found)):
       raise ValueError(f"Two of the answers {[ways[0] for ways in answers]} begin with the same token: choose others.")
     return tuple(tuple(sorted(ids)) for ids in found)

@@ -11,6 +11,7 @@ import numpy as np
 from data_pipelines.transforms import decode_image
 from qimg2.evaluation import Suite, Task
 from qimg2.evaluation.features import Features, OnnxConfig, OnnxFeatures
+from qimg2.evaluation.prompt_files import numbered_lines, read_text
 from qimg2.evaluation.reference_set import ReferenceSet, make_reference
 from qimg2.evaluation.vision_features import VisionFeatures
 from qimg2.networks import fingerprint
@@ -108,9 +109,7 @@ def _reference(folder: str, features: Features, identity: str) -> ReferenceSet:
 
 
 def _read_prompts(path: str) -> list[str]:
-  if not pathlib.Path(path).is_file():
-    raise ValueError(f"There is no file of prompts {path}: give a text file of a prompt a line.")
-  found = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+  found = [line for _, line in numbered_lines(read_text(path, "a text file of a prompt a line"))]
   if not found:
     raise ValueError(f"The file {path} has no prompt: write one a line.")
   return found
@@ -126,5 +125,5 @@ def _captions(folder: str) -> list[str]:
     if not path.is_file():
       raise ValueError(f"The picture {one.name} of {folder} has no caption {path.name} beside it: write one, or give prompts, a text file of a "
                        "prompt a line.")
-    found.append(path.read_text(encoding="utf-8").strip())
+    found.append(read_text(path, "the caption").strip())
   return found
