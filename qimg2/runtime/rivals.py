@@ -51,7 +51,9 @@ class Rivals:
 
   def _read_manifest(self) -> tuple[dict[str, list[tuple[str, Place]]], dict[str, str]] | None:
     """({prompt: [(name, picture)]}, {name: prompt}) of the pictures with this seed; None without a manifest."""
-    root = next((one for one in (self._place, self._place.parent.parent) if (one / files.MANIFEST).is_file()), None)
+    in_evaluation = self._place.parent.name == "pictures"
+    roots = (self._place, self._place.parent.parent) if in_evaluation else (self._place,)
+    root = next((one for one in roots if (one / files.MANIFEST).is_file()), None)
     if root is None:
       logging.warning("%s has no %s, so that nothing says for which prompts its pictures were drawn: they are taken by their names.", self._named,
                       files.MANIFEST)
