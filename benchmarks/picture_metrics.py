@@ -37,7 +37,7 @@ def sets(num: int, dim: int, figures: list[str]) -> None:
   def fid() -> float:
     return fidelity.fid(*(Moments.of_blocks(x[start:start + 256] for start in range(0, num, 256)) for x in (one, other)))
   names = [str(row // 4) for row in range(num)]
-  all_of_them = {"FID": fid, "KID": lambda: fidelity.kid(one, other), "diversity": lambda: fidelity.diversity(names, one),
+  all_of_them = {"FID": fid, "KID": lambda: fidelity.kid(one, other), "diversity": lambda: fidelity.diversities(names, one),
                  "CMMD": lambda: fidelity.cmmd(one, other), "support": lambda: fidelity.support(one, other)}
   for name in figures:
     begin = time.perf_counter(), time.process_time()

@@ -1,11 +1,15 @@
 """An evaluation's folder: whatever is killed, in whatever shares, the same files; what cannot be scored is left out and counted."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
 import re
+import threading
+import types
 
 import commands
 import numpy as np
@@ -14,7 +18,7 @@ from jobs.brightness import score
 from PIL import Image
 
 from qimg2.evaluation import Figure, Suite, Task
-from qimg2.runtime.evaluating import comparing, job, summary
+from qimg2.runtime.evaluating import comparing, job, scoring, summary
 from qimg2.runtime.evaluating.drawing import Group, chunks_of
 from qimg2.runtime.evaluating.folder import Folder, read_lines
 from qimg2.runtime.evaluating.job import Share, evaluate_into, work_of_images, work_of_painter
@@ -165,6 +169,41 @@ def test_scores_in_processes_are_those_of_one_and_outlive_a_scorer_that_is_kille
     found = [one.finish()[0][0] for one in pending]
   assert found[4] == {"error": "the process that scored it was killed, twice"}
   assert [one["bright"] for one in found[:4] + found[5:]] == [10 * i / 255 for i in (0, 1, 2, 3, 5, 6)]
+
+
+def test_a_picture_that_takes_too_long_is_alone_left_out(monkeypatch):
+  """With it end those that a process is at, and those that wait; they are scored again."""
+  killed = threading.Event()
+
+  class Threads(concurrent.futures.ThreadPoolExecutor):
+    _processes = {0: types.SimpleNamespace(kill=killed.set)}
+
+  def slow_or_bright(task, picture):
+    return score(task, picture) if task.truth != "slow" else killed.wait() and score(task, picture)
+  monkeypatch.setattr(scoring, "_start", Threads)
+  monkeypatch.setattr(scoring, "LATE_S", 1.0)
+  suite, tasks = toy(truths={2: "slow"}, is_slow=True, score=slow_or_bright)
+  with Scorer(suite, 1) as scorer:
+    pictures = [np.full((8, 8, 3), 10 * i, np.uint8) for i in range(6)]
+    pending = [scorer.begin(tasks[:5], pictures[:5]), scorer.begin(tasks[5:6], pictures[5:])]
+    found = [score for one in pending for score in one.finish()[0]]
+  assert found[2] == {"error": "its score took more than 1 s"}
+  assert [one["bright"] for one in found[:2] + found[3:]] == [10 * i / 255 for i in (0, 1, 3, 4, 5)]
+
+
+def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+  inner = tmp_path / "groups" / "pod" / "box"
+  inner.mkdir(parents=True)
+  (tmp_path / "cgroup").write_text("1:cpu:/other\n0::/pod/box\n")
+  count = lambda: scoring.num_cores(tmp_path / "cgroup", tmp_path / "groups")
+  assert count() == 12 and scoring.num_cores(tmp_path / "none", tmp_path / "none") == 12
+  (inner / "cpu.max").write_text("max 100000\n")
+  assert count() == 12
+  (inner.parent / "cpu.max").write_text("250000 100000\n")  # of the group that it is in
+  assert count() == 3
+  (inner / "cpu.max").write_text("50000 100000\n")
+  assert count() == 1
 
 
 # Pictures that something else made.

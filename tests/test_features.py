@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from data_pipelines.transforms import encode_png
 from qimg2 import params as P
@@ -133,15 +134,42 @@ def test_figures_do_not_depend_on_the_blocks():
   whole = reference.figures([(names, drawn)])
   parts = reference.figures((names[a:b], drawn[a:b]) for a, b in ((0, 1), (1, 30), (30, 40)))
   assert whole == parts
-  assert list(whole) == ["fid", "fid_full_rank", "kid", "kid_deviation", "cmmd", "precision", "recall", "density", "coverage", "diverse_prompts",
-                         "diversity"]
-  assert whole["fid_full_rank"] == 1 and whole["diverse_prompts"] == 20 and np.isfinite(list(whole.values())).all()
+  assert list(whole) == ["num_pictures", "num_reference", "fid", "fid_full_rank", "kid", "kid_deviation", "cmmd", "precision", "recall", "density",
+                         "coverage", "diversity", "diversity_low", "diversity_high", "diverse_prompts", "notes"]
+  assert whole["notes"].startswith("Precision and recall: 40 pictures stand against 50;")
+  assert [whole[name] for name in ("num_pictures", "num_reference", "fid_full_rank", "diverse_prompts")] == [40, 50, 1, 20]
+  assert np.isfinite([value for value in whole.values() if not isinstance(value, str)]).all()
+  x = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+  each = 1 - (x[::2] * x[1::2]).sum(1)
+  half = stats.t.ppf(0.975, 19) * each.std(ddof=1) / 20 ** 0.5
+  np.testing.assert_allclose([whole[name] for name in ("diversity", "diversity_low", "diversity_high")],
+                             [each.mean(), each.mean() - half, each.mean() + half], rtol=1e-5)
 
 
 def test_few_pictures_lose_figures_and_say_so(caplog):
   found = ReferenceSet(normal(1, 50), "n").figures([(["a", "b", "c"], normal(2, 3))])
   assert found["fid_full_rank"] == 0 and "FID is far too large" in caplog.text
   assert not {"precision", "diversity"} & set(found)
+  for part in ("FID is far too large", "Precision, recall, density and coverage need more than 3", "Diversity: no prompt has two"):
+    assert part in found["notes"]
+  assert ReferenceSet(normal(1, 50), "n").figures([(["a"], normal(2, 1))]) == {
+      "num_pictures": 1, "num_reference": 50, "notes": "Distances between sets need at least two pictures, but 1 has features: no figures."}
+
+
+def test_what_pictures_look_like_ends_nothing():
+  """Vectors of only zeros, and such as no float32 can multiply: their figures are left out, and others are there."""
+  drawn, names = normal(2, 40), ["a", "b"] * 20
+  drawn[3] = 0
+  found = ReferenceSet(normal(1, 50), "n").figures([(names, drawn)])
+  assert not {"cmmd", "diversity", "diverse_prompts"} & set(found) and {"fid", "kid", "precision"} < set(found)
+  assert "CMMD: the network gave 1 of" in found["notes"] and "Diversity: the network gave 1 of" in found["notes"]
+  reference = normal(1, 50)
+  reference[7] = 0
+  found = ReferenceSet(reference, "n").figures([(names, normal(2, 40))])
+  assert "cmmd" not in found and "diversity" in found
+  with np.errstate(all="ignore"):
+    found = ReferenceSet(normal(1, 50) * np.float32(1e30), "n").figures([(names, normal(2, 40))])
+  assert "kid" not in found and "Not finite, and left out: kid" in found["notes"]
 
 
 def test_files_that_are_no_reference(tmp_path):
@@ -165,7 +193,7 @@ def test_the_tower_gives_the_mean_of_its_tokens_however_pictures_are_batched():
   cfg = VisionConfig(width=16, num_layers=1, num_heads=2, mlp_width=16, num_positions=16, out_width=12, deepstack_layers=())
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), vision_specs(cfg), is_leaf=P.is_param)
-  features = VisionFeatures(cfg, params, side_px=64, batch_size=2)
+  features = VisionFeatures(cfg, lambda: params, side_px=64, batch_size=2)
   pictures = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8) for seed in range(3)]
   found = features([None] * 3, pictures)
   assert found.shape == (3, 12) and found.dtype == np.float32
@@ -173,7 +201,7 @@ def test_the_tower_gives_the_mean_of_its_tokens_however_pictures_are_batched():
   np.testing.assert_allclose(found, np.asarray(tokens).mean(axis=1), atol=1e-5)
   np.testing.assert_allclose(features([None], pictures[2:]), found[2:], atol=1e-5)
   with pytest.raises(ValueError, match="positive multiple of 32"):
-    VisionFeatures(cfg, params, side_px=50)
+    VisionFeatures(cfg, lambda: params, side_px=50)
 
 
 # The suite.
@@ -188,11 +216,13 @@ def test_the_suite_reads_captions_and_keeps_the_reference(network, tmp_path):
     (folder / f"{number}.txt").write_text(f"picture {number}\n")
   settings = dict(network=network.path, input_px=8, mean="0+0.5+0.25", std="1+0.5+0.25")
   suite = fidelity_suite(str(folder), keep=str(tmp_path / "kept.npz"), side_px=64, **settings)
-  assert [(task.prompt, task.name, task.size) for task in suite.tasks(0, 7)] == [(f"picture {i}", f"00000{i}", (64, 64)) for i in range(5)]
-  assert suite.tasks(3, 7) == suite.tasks(5, 7)[:3]
-  (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+  assert sorted((task.prompt, task.name, task.size) for task in suite.tasks(0, 7)) == [(f"picture {i}", f"00000{i}", (64, 64)) for i in range(5)]
+  assert suite.tasks(3, 7) == suite.tasks(5, 7)[:3] == suite.tasks(0, 7)[:3] and suite.tasks(0, 7) != suite.tasks(0, 8)
+  assert not (tmp_path / "kept.npz").exists()  # the reference is looked at with the first picture
+  suite.features([None], [np.zeros((8, 8, 3), np.uint8)])
+  (tmp_path / "prompts.txt").write_text("o\u2028ne\n\ntwo\r\n", encoding="utf-8-sig", newline="")
   again = fidelity_suite(str(tmp_path / "kept.npz"), prompts=str(tmp_path / "prompts.txt"), **settings)
-  assert [task.prompt for task in again.tasks(0, 7)] == ["one", "two"]
+  assert {task.prompt for task in again.tasks(0, 7)} == {"o\u2028ne", "two"}
   pictures = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(6)]
   names = ["a", "a", "b", "b", "c", "c"]
   figures = [one.of_set([(names, one.features([None] * 6, pictures))]) for one in (suite, again)]

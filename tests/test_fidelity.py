@@ -160,7 +160,7 @@ def test_support_of_equal_vectors():
 def test_diversity_by_hand():
   x = np.float32([[1, 0], [0, 2], [-3, 0], [1, 1], [2, 2], [5, 5]])
   # "a": cosines 0, -1, 0; "b": 1; "c" has no pair.
-  assert fidelity.diversity(["a", "a", "a", "b", "b", "c"], x) == (pytest.approx((4 / 3 + 0) / 2), 2)
-  assert fidelity.diversity(["a", "b"], x[:2]) == (None, 0)
+  assert fidelity.diversities(["a", "a", "a", "b", "b", "c"], x) == pytest.approx({"a": 4 / 3, "b": 0})
+  assert fidelity.diversities(["a", "b"], x[:2]) == {}
   with pytest.raises(ValueError, match="2 names were given for 6"):
-    fidelity.diversity(["a", "b"], x)
+    fidelity.diversities(["a", "b"], x)

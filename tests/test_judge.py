@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -152,34 +153,6 @@ def test_a_wrong_rubric_is_one_sentence(tmp_path, text, message):
     rubrics.find_rubric("beauty")
 
 
-def test_prompts_of_both_forms(tmp_path):
-  line = {"prompt": "four cows", "atom_count": 3, "vqa_list": [["How many cows are there?", "four"], ["Are there cows?", "Yes"]],
-          "skills": ["count", "object"]}
-  edit = {"prompt": "x", "name": "x-1", "sources": ["s.png"], "height": 64}
-  (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n\n" + json.dumps(edit) + "\n")
-  first, second = judge_prompts.read_prompts(tmp_path / "a.jsonl")
-  assert (first.name, first.category, first.size) == ("0", "3 atoms", (1024, 1024))
-  assert second.sources == (tmp_path / "s.png",) and second.size == (64, 1024)
-  assert [(one.expected, one.skill, len(one.choices)) for one in first.questions] == [(4, "count", 11), (0, "object", 2)]
-  assert first.questions[1].choices[0] == ("yes", "Yes", " yes", " Yes") and first.questions[0].choices[4][-1] == "4"
-  (tmp_path / "b.json").write_text(json.dumps([line]))
-  assert judge_prompts.read_prompts(tmp_path / "b.json") == [first]
-
-
-@pytest.mark.parametrize("content,message", [
-    ([{"text": "x"}], "Entry 1 of .*no object with a text in the field 'prompt'"), ([], "holds no prompts"), ("{", "neither a JSON list"),
-    ([{"prompt": "x", "questions": [["Is it?", "maybe"]]}], "'maybe' is neither yes nor no"),
-    ([{"prompt": "x", "questions": [["How many?", "11"]]}], "'11' is neither"), ([{"prompt": "x", "questions": ["Is it?"]}], "no list of"),
-    ([{"prompt": "x", "name": "a"}, {"prompt": "y", "name": "a"}], "Entry 2 .* 'a' is there twice"),
-    ([{"prompt": "x", "name": "a/b"}], "signs other than"),
-    ([{"prompt": "x", "height": "64"}], "whole numbers of px"), ([{"prompt": "x", "sources": "a.png"}], "no list of paths"),
-    ([{"prompt": "x", "questions": [], "skills": ["count"]}], "a skill for each of the 0 questions")])
-def test_a_wrong_file_of_prompts_is_one_sentence(tmp_path, content, message):
-  (tmp_path / "p.json").write_text(content if isinstance(content, str) else json.dumps(content))
-  with pytest.raises(ValueError, match=message):
-    judge_prompts.read_prompts(tmp_path / "p.json")
-
-
 def test_sizes_equal_published_rule():
   from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
   r = np.random.RandomState(0)
@@ -253,6 +226,17 @@ def test_a_rehearsal_has_the_program_that_judges(judged):
   judge._program = program
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert shapes(seen["given"]) == shapes(part.arguments)
+
+
+def test_digits_are_answers_only_where_all_of_them_are_one_token():
+  choices, _ = judge_prompts.answer_choices("ten")
+  words = {word: 100 + i for i, word in enumerate(judge_prompts.NUMBERS)}
+  found = lambda vocabulary: Judge.find_answers(types.SimpleNamespace(
+      tokenizer=types.SimpleNamespace(find_token=vocabulary.get), folder=types.SimpleNamespace(processor="p")), choices)
+  assert found(words | {str(i): i for i in range(11)}) == tuple((i, 100 + i) for i in range(11))
+  assert found(words | {str(i): i for i in range(10)}) == tuple((100 + i,) for i in range(11))  # "10" is "1" and "0"
+  with pytest.raises(ValueError, match="cuts the answer '10' into several tokens"):
+    found({word: token for word, token in words.items() if word != "two"} | {str(i): i for i in range(10)})
 
 
 # Suites.
@@ -353,6 +337,15 @@ def test_pictures_against_those_of_another_folder(fake, tmp_path):
     judging.pairwise_suite(folder, prompts, str(tmp_path / "nowhere"))
 
 
+def test_pairs_are_seen_at_one_size(fake, tmp_path):
+  folder, answer, seen = fake
+  task = judging.judge_suite(folder, write_prompts(tmp_path, {"prompt": "x"})).tasks(1, 0)[0]
+  answer[0] = lambda row: [0.5, 0.5]
+  found = judging.compare_pictures(judging.open_judge(folder), [task] * 2, [picture(0, 64, 96)] * 2, [picture(1, 128, 192), picture(1, 96, 96)])
+  assert [[x.shape[:2] for x in row.pictures] for row in seen] == [[(64, 96)] * 2] * 2
+  assert found[0]["win"] == 0.5 and found[1] == {"error": "a picture of 96 x 64 px and one of 96 x 96 px have other proportions"}
+
+
 def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
   folder, tiny = fake[0], judged[3]
   prompts = write_prompts(tmp_path, {"prompt": "x"})
@@ -360,6 +353,9 @@ def test_what_cannot_be_judged_is_one_sentence(judged, fake, tmp_path):
     judging.judge_suite(folder, prompts, "edit")
   with pytest.raises(ValueError, match="each once"):
     judging.judge_suite(folder, prompts, "text,text")
+  with pytest.raises(ValueError, match="no condition image .*gone.png, which .*prompts.json names"):
+    judging.judge_suite(folder, write_prompts(tmp_path, {"prompt": "x", "sources": ["gone.png"]})).tasks(0, 0)
+  write_prompts(tmp_path, {"prompt": "x"})
   with pytest.raises(ValueError, match="has no questions"):
     judging.tifa_suite(folder, prompts)
   with pytest.raises(ValueError, match="cuts the answer 'ten' into several tokens"):

@@ -111,13 +111,15 @@ def test_fid_and_kid_are_those_of_torchmetrics():
   assert fidelity.kid(real, drawn) == pytest.approx([float(x) for x in theirs[1].compute()], rel=1e-5)
 
 
-def test_a_published_folder_gives_features(tiny_folder, tmp_path, one_device):
+def test_a_published_folder_gives_features(tiny_folder, tmp_path, one_device, monkeypatch):
+  monkeypatch.setattr(jax, "local_devices", jax.devices)
   (tmp_path / "prompts.txt").write_text("a red square\n")
   for number in range(2):
     (tmp_path / f"{number}.png").write_bytes(encode_png(smooth_pair(number)[0]))
   suite = fidelity_suite(str(tmp_path), str(tiny_folder), str(tmp_path / "prompts.txt"), input_px=64, batch_size=2)
   found = suite.features([None] * 2, [smooth_pair(number)[0] for number in range(2)])
   assert found.shape == (2, 64) and np.isfinite(found).all() and np.ptp(found, axis=0).max() > 1e-3
+  suite.release()  # with what was found, the weights are not needed again
   figures = suite.of_set([(["a", "a"], found)])
   assert figures["fid"] == pytest.approx(0, abs=1e-6) and figures["fid_full_rank"] == 0 and figures["diversity"] > 0
 

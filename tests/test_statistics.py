@@ -64,6 +64,25 @@ def test_wilson_over_prompts_by_hand():
   np.testing.assert_allclose([found.value, found.low, found.high], [0.5, 0.5 - half, 0.5 + half], rtol=1e-12)
 
 
+def test_prompts_that_are_too_alike_are_no_more_pictures_than_there_are():
+  """Two of four pictures right of each of 30 prompts, and three of one: nearly the same interval, that of 120 pictures. Also for words asked for."""
+  prompt, right = np.repeat(np.arange(30), 4), np.tile([1.0, 1.0, 0.0, 0.0], 30)
+  more = right.copy()
+  more[2] = 1
+  t = scipy.stats.t.ppf(0.975, 29)
+  for scores in (right, more):
+    found, p = figure(scores, None, prompt), scores.mean()
+    half = t * math.sqrt(p * (1 - p) / 120 + t**2 / (4 * 120**2)) / (1 + t**2 / 120)
+    middle = (p + t**2 / 240) / (1 + t**2 / 120)
+    np.testing.assert_allclose([found.low, found.high], [middle - half, middle + half], rtol=1e-12)
+  by_words, by_pictures = figure([2.0] * 29 + [3.0], [4.0] * 30, np.arange(30)), figure(more, None, prompt)
+  np.testing.assert_allclose([by_words.low, by_words.high], [by_pictures.low, by_pictures.high], rtol=1e-12)
+  all_right = figure(np.ones(120), None, prompt)
+  np.testing.assert_allclose(all_right.low, 1 / (1 + t**2 / 30), rtol=1e-12)  # nothing says how alike the pictures of a prompt are
+  similarity = np.random.default_rng(0).normal(0.9, 0.01, 120)  # no count: it varies less than 0 or 1 would
+  assert figure(similarity, None, prompt).high - figure(similarity, None, prompt).low < 0.005
+
+
 def test_more_seeds_of_one_prompt_are_not_more_prompts():
   few, many = (figure(np.tile([1.0, 0.0, 1.0, 1.0, 0.0], num), None, np.tile(np.arange(5), num)) for num in (2, 50))
   np.testing.assert_allclose([few.low, few.high], [many.low, many.high], rtol=1e-12)

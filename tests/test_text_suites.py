@@ -153,11 +153,11 @@ def test_settings_that_do_not_exist_are_refused(settings, message):
 def test_longtext_bench_is_read_and_scored(tmp_path, picture):
   path = tmp_path / "text_prompts.jsonl"
   rows = [{"prompt_id": 0, "prompt": "a sign", "text": ["Open DAILY its 50 Grüße", "off off"], "category": "sign", "length": "short"},
-          {"prompt_id": 1, "prompt": "a label", "text": "x"}]
-  path.write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+          {"prompt_id": 1, "prompt": "a label\u2028on\u0085top", "text": "x"}]
+  path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8-sig", newline="")
   suite = text_suites.longtext_bench_suite(str(path))
   first, second = sorted(suite.tasks(2, 0), key=lambda task: task.name)
-  assert (first.name, first.category, second.truth) == ("longtext-en-0", "sign", ("x",))
+  assert (first.name, first.category, second.truth) == ("longtext-en-0", "sign", ("x",)) and second.prompt == rows[1]["prompt"]
   found = suite.score(first, picture)
   assert (found["units found"], found["units"]) == (6, 7)  # "off" is in the picture once
   assert suite.figures["LongText-Bench recall"].denominator == "units"
@@ -176,17 +176,19 @@ def test_cvtg_is_read_and_scored(tmp_path, picture):
   assert (found["words found"], found["words"]) == (2, 4) and 2 < found["similarity"] < 3
   assert len(text_suites.cvtg_suite(str(tmp_path / "CVTG" / "3.json")).tasks(2, 0)) == 2
   (tmp_path / "CVTG" / "3.json").unlink()
-  with pytest.raises(ValueError, match=r"no prompt file .*CVTG/3.json: give the path of CVTG-2K's folder"):
+  with pytest.raises(ValueError, match=r"no file of prompts .*CVTG/3.json: give CVTG-2K's folder"):
     prompts.cvtg(str(tmp_path))
 
 
 @pytest.mark.parametrize("content, message", [
     ('{"prompt_id": 0, "prompt": "a"}', r"lacks the field 'text' \(.*, line 1\)"), ("{", "is no JSON .*, line 1"), ("", "is empty"),
-    ("[1]", "lacks the field"),
+    ("[1]", "lacks the field"), ('\n{"prompt_id": 0, "prompt": "a", "text": null}', r"'text' is null \(.*, line 2\): give a file in the published"),
+    ('{"prompt_id": 0, "prompt": "a", "text": [1, 2]}', r"'text' is \[1, 2\] \(.*, line 1\): it must be a text, or a list of texts"),
+    ('{"prompt_id": 0, "prompt": 7, "text": "a"}', "'prompt' is 7"), (b'{"a":\n"\xfc"}', "line 2, is not UTF-8 .*: save the file as UTF-8"),
     ('{"prompt_id": 0, "prompt": "a", "text": "b"}\n' * 2, "two prompts longtext-en-0: give each its own number")])
 def test_a_prompt_set_with_a_mistake_is_refused(content, message, tmp_path):
   path = tmp_path / "text_prompts.jsonl"
-  path.write_text(content, encoding="utf-8")
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(ValueError, match=message):
     prompts.longtext_bench(str(path), "en")
   with pytest.raises(ValueError, match="has the languages en, zh, not 'de'"):

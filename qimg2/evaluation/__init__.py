@@ -22,14 +22,15 @@ class Task:
   Attributes:
     prompt: the text.
     size: (height, width) of the canvas in px; a picture is drawn at the size of the nearest bucket of the stage.
-    sources: condition images [h, w, 3] uint8 in the order of the prompt; none for text to image.
+    sources: condition images [h, w, 3] uint8 in the order of the prompt, none for text to image: a tuple, or a sequence that reads them when they are
+      looked at.
     truth: what the score compares with; only the suite reads it.
     name: what the task is called in files, unique in its suite, of letters, digits, - and _; "" for its number.
     category: figures are given for each category too, where a suite has more than one.
   """
   prompt: str
   size: tuple[int, int]
-  sources: tuple[np.ndarray, ...] = ()
+  sources: Sequence[np.ndarray] = ()
   truth: Any = None
   name: str = ""
   category: str = ""
@@ -74,7 +75,8 @@ class Suite:
     is_slow: whether `score` takes long on the host and runs in a pool of processes; it is a function of a module then, or a partial of one.
     features: (tasks, pictures) -> [n, D] float32, kept for `of_set`.
     release: gives back device memory that scoring holds, such as a judge's weights; the next score fetches them again.
-    of_set: blocks of (names of tasks, features), all pictures once and in the order of the tasks -> figures of the whole set.
+    of_set: blocks of (names of tasks, features), all pictures once and in the order of the tasks -> figures of the whole set, and texts that say what
+      must be known of them. It raises nothing for what pictures look like.
   """
   tasks: Callable[[int, int], Sequence[Task]]
   score: Callable[[Task, np.ndarray], Mapping[str, Any]] | None = None
@@ -83,7 +85,7 @@ class Suite:
   score_batch: Callable[[Sequence[Task], Sequence[np.ndarray]], Sequence[Mapping[str, Any]]] | None = None
   is_slow: bool = False
   features: Callable[[Sequence[Task], Sequence[np.ndarray]], np.ndarray] | None = None
-  of_set: Callable[[Iterable[tuple[Sequence[str], np.ndarray]]], Mapping[str, float]] | None = None
+  of_set: Callable[[Iterable[tuple[Sequence[str], np.ndarray]]], Mapping[str, float | str]] | None = None
   release: Callable[[], None] = lambda: None
 
 

@@ -149,11 +149,10 @@ def _distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray
     yield rows, np.where(found < np.float32(_SAME) * lengths, np.float32(0), found)
 
 
-def diversity(names: Sequence[str], features: np.ndarray) -> tuple[float | None, int]:
-  """(one minus the mean cosine over pairs of pictures of the same name, averaged over names; number of names that have a pair).
+def diversities(names: Sequence[str], features: np.ndarray) -> dict[str, float]:
+  """{name: one minus the mean cosine over pairs of pictures of that name} of the names that have two pictures or more; their mean is the diversity.
 
-  0 where all pictures of a prompt have the same direction; None where no name has two pictures. With unit vectors u of s pictures the mean over pairs
-  is (|Σ u|² - s) / (s (s - 1)).
+  0 where all pictures of a prompt have the same direction. With unit vectors u of s pictures the mean over pairs is (|Σ u|² - s) / (s (s - 1)).
 
   Args:
     names: n names of prompts.
@@ -168,8 +167,7 @@ def diversity(names: Sequence[str], features: np.ndarray) -> tuple[float | None,
   rows: dict[str, list[int]] = {}
   for row, name in enumerate(names):
     rows.setdefault(name, []).append(row)
-  found = [1 - _mean_cosine(features[some]) for some in rows.values() if len(some) > 1]
-  return (math.fsum(found) / len(found) if found else None), len(found)
+  return {name: 1 - _mean_cosine(features[some]) for name, some in rows.items() if len(some) > 1}
 
 
 def _mean_cosine(x: np.ndarray) -> float:

@@ -19,6 +19,8 @@ import pathlib
 import re
 from typing import Any
 
+from qimg2.evaluation.prompt_files import numbered_lines, read_text
+
 DEFAULT_PX = 1024
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 YES_NO = ("yes", "no")
@@ -71,11 +73,9 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
   """The prompts of a file, in its order.
 
   Raises:
-    ValueError: no such file, no JSON, no prompts, a field of the wrong kind, or a name that is there twice. It names file and entry.
+    ValueError: no such file, not UTF-8, no JSON, no prompts, a field of the wrong kind, or a name that is there twice. It names file and entry.
   """
   path = pathlib.Path(path)
-  if not path.is_file():
-    raise ValueError(f"There is no file of prompts {path}: name a JSON list, or JSON lines, of objects with the field 'prompt'.")
   prompts, seen = [], set()
   for number, entry in enumerate(_entries(path)):
     try:
@@ -92,13 +92,17 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
 
 
 def _entries(path: pathlib.Path) -> list[Any]:
+  text = read_text(path, "a JSON list, or JSON lines, of objects with the field 'prompt'")
+  if text.lstrip().startswith("["):
+    return _parsed(text, str(path))
+  return [_parsed(line, f"{path}, line {number},") for number, line in numbered_lines(text)]
+
+
+def _parsed(text: str, where: str) -> Any:
   try:
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-      return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is neither a JSON list nor JSON lines ({error}): mend it.") from error
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{where} is neither a JSON list nor JSON lines ({error}): mend it.") from error
 
 
 def _prompt(entry: Any, number: int, folder: pathlib.Path) -> Prompt:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,8 @@ from absl import logging
 
 from qimg2.evaluation import Figure, fidelity
 from qimg2.evaluation.moments import Moments, check_features
+from qimg2.evaluation.statistics import Scores
+from qimg2.evaluation.statistics.intervals import clustered_t
 from qimg2.places import write_file
 
 # What the figures of a set are, for tables.
@@ -62,15 +65,17 @@ class ReferenceSet:
       raise ValueError(f"The reference features are of {self.network}, those of the pictures of {network}: make the reference anew with this network "
                        "and these settings.")
 
-  def figures(self, blocks: Iterable[tuple[Sequence[str], np.ndarray]]) -> Mapping[str, float]:
-    """`Suite.of_set`: {"fid", "fid_full_rank", "kid", "kid_deviation", "cmmd", "precision", "recall", "density", "coverage", "diversity",
-    "diverse_prompts"} of blocks of (names of prompts, features [b, D]).
+  def figures(self, blocks: Iterable[tuple[Sequence[str], np.ndarray]]) -> Mapping[str, float | str]:
+    """`Suite.of_set`: {"num_pictures", "num_reference", "fid", "fid_full_rank", "kid", "kid_deviation", "cmmd", "precision", "recall", "density",
+    "coverage", "diversity", "diversity_low", "diversity_high", "diverse_prompts", "notes"} of blocks of (names of prompts, features [b, D]).
 
-    "fid_full_rank" is 1 where both sets have more pictures than features have numbers. "diversity" is there where a prompt has two pictures, and the
-    support's four where both sets have more than three. What must be said beside them is logged.
+    The numbers of pictures are those that the figures are of. "fid_full_rank" is 1 where both sets have more pictures than features have numbers. The
+    ends of diversity are those of its 95 % interval over prompts. What pictures do not allow is missing: diversity where no prompt has two, its ends
+    where fewer than two prompts have, the support's four where a set has at most three, CMMD and diversity where a vector has only zeros, all where
+    fewer than two pictures were drawn, and what is not finite. "notes", a text, says so, and what else must be said; there is none for nothing.
 
     Raises:
-      ValueError: features of another width or that are not finite, or fewer than two pictures in a set.
+      ValueError: features of another width or that are not finite.
     """
     names, parts = [], []
     for some, features in blocks:
@@ -78,16 +83,48 @@ class ReferenceSet:
       parts.append(features)
     drawn = np.concatenate(parts) if parts else np.zeros((0, self.features.shape[1]), np.float32)
     parts.clear()
-    one, other = (Moments.of_blocks(x[start:start + 1024] for start in range(0, len(x), 1024)) for x in (drawn, self.features))
-    found = {"fid": fidelity.fid(one, other), "fid_full_rank": float(min(one.num, other.num) > drawn.shape[1])}
-    for note in fidelity.notes(one.num, other.num, drawn.shape[1]):
+    sizes = {"num_pictures": len(drawn), "num_reference": len(self.features)}
+    if len(drawn) < 2:
+      return sizes | {"notes": f"Distances between sets need at least two pictures, but {len(drawn)} has features: no figures."}
+    found, notes = self._distances(drawn)
+    diverse, more = _diversity(names, drawn)
+    found |= diverse
+    odd = [name for name, value in found.items() if not math.isfinite(value)]
+    notes += more + [f"Not finite, and left out: {', '.join(odd)}. Run the feature network in float32."] * bool(odd)
+    for note in notes:
       logging.warning("%s", note)
+    return sizes | {name: value for name, value in found.items() if name not in odd} | ({"notes": " ".join(notes)} if notes else {})
+
+  def _distances(self, drawn: np.ndarray) -> tuple[dict[str, float], list[str]]:
+    """(figures, notes) of at least two pictures against the reference."""
+    one, other = (Moments.of_blocks(x[start:start + 1024] for start in range(0, len(x), 1024)) for x in (drawn, self.features))
+    notes = fidelity.notes(one.num, other.num, drawn.shape[1])
+    found = {"fid": fidelity.fid(one, other), "fid_full_rank": float(min(one.num, other.num) > drawn.shape[1])}
     found["kid"], found["kid_deviation"] = fidelity.kid(drawn, self.features)
-    found["cmmd"] = fidelity.cmmd(drawn, self.features)
+    if zeros := _num_zeros(drawn) + _num_zeros(self.features):
+      notes.append(f"CMMD: the network gave {zeros} of the pictures and references only zeros, which have no direction: no figure.")
+    else:
+      found["cmmd"] = fidelity.cmmd(drawn, self.features)
     if min(one.num, other.num) > fidelity.NEIGHBOURS:
-      found |= fidelity.support(self.features, drawn)
-    diverse, found["diverse_prompts"] = fidelity.diversity(names, drawn)
-    return found if diverse is None else found | {"diversity": diverse}
+      return found | fidelity.support(self.features, drawn), notes
+    return found, notes + [f"Precision, recall, density and coverage need more than {fidelity.NEIGHBOURS} pictures in each set: no figures."]
+
+
+def _diversity(names: Sequence[str], drawn: np.ndarray) -> tuple[dict[str, float], list[str]]:
+  """(diversity with its interval, notes)."""
+  if zeros := _num_zeros(drawn):
+    return {}, [f"Diversity: the network gave {zeros} of the pictures only zeros, which have no direction: no figure."]
+  of_prompts = fidelity.diversities(names, drawn)
+  if not of_prompts:
+    return {"diverse_prompts": 0}, ["Diversity: no prompt has two pictures: no figure."]
+  interval = clustered_t(Scores(list(of_prompts.values()), None, list(of_prompts)))
+  found = {"diversity": interval.value, "diversity_low": interval.low, "diversity_high": interval.high, "diverse_prompts": len(of_prompts)}
+  return {name: value for name, value in found.items() if value is not None}, [f"Diversity: {interval.note}."] * bool(interval.note)
+
+
+def _num_zeros(features: np.ndarray) -> int:
+  """Number of vectors without a direction, as `fidelity` measures length."""
+  return int((np.einsum("nd,nd->n", features, features, dtype=np.float64).astype(np.float32) == 0).sum())
 
 
 def make_reference(pictures: Iterable[np.ndarray], features: Callable[..., np.ndarray], network: str, block: int = 32) -> ReferenceSet:

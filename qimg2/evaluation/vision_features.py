@@ -4,7 +4,7 @@ They need no file of the user's but the published folder that also draws. The to
 shows and writes rather than its textures. Figures compare among pictures of one folder and one `side_px` alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -20,9 +20,11 @@ SIDE_PX = 448
 class VisionFeatures:
   """(tasks, pictures [H, W, 3] uint8) -> [n, out_width] float32; one program, which is compiled at the first call."""
 
-  def __init__(self, cfg: VisionConfig, params: dict, side_px: int = SIDE_PX, dtype: str = "float32", batch_size: int = 8, shard: Shard = identity):
+  def __init__(self, cfg: VisionConfig, weights: Callable[[], dict], side_px: int = SIDE_PX, dtype: str = "float32", batch_size: int = 8,
+               shard: Shard = identity):
     """Args:
-      cfg, params: of the tower, such as `encoder.vision` and `weights["qwen3_vl"]["vision"]` of a published folder.
+      cfg: of the tower, such as `encoder.vision` of a published folder.
+      weights: gives those of the tower, on devices of this process; called for each batch.
       side_px: pictures are resized to this square by Pillow's antialiased bicubic filter.
       dtype: compute type.
       batch_size: pictures at a time.
@@ -33,7 +35,7 @@ class VisionFeatures:
     """
     if side_px < 1 or side_px % cfg.token_px:
       raise ValueError(f"The vision tower does not see squares of {side_px} px: their side must be a positive multiple of {cfg.token_px}.")
-    self._side_px, self._batch_size, self._params = side_px, batch_size, params
+    self._side_px, self._batch_size, self._weights = side_px, batch_size, weights
 
     @jax.jit
     def run(params, pixels):
@@ -47,5 +49,5 @@ class VisionFeatures:
     for start in range(0, len(pictures), self._batch_size):
       some = [np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BICUBIC)) for x in pictures[start:start + self._batch_size]]
       filled = some + some[-1:] * (self._batch_size - len(some))
-      found.append(np.asarray(self._run(self._params, np.stack(filled)))[:len(some)])
+      found.append(np.asarray(self._run(self._weights(), np.stack(filled)))[:len(some)])
     return np.concatenate(found)

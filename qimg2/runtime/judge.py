@@ -117,19 +117,24 @@ class Judge:
   def find_answers(self, answers: Sequence[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
     """For each choice, the ids of those ways to write it that are one token.
 
+    Digits are among them only where every number that is written in digits is one token: where "10" begins with the token of "1", that token speaks
+    for both, and digits for no choice.
+
     Raises:
       ValueError: a choice that is not one token in any way, a token of two choices, or more than `MAX_CHOICES`.
     """
     if len(answers) > MAX_CHOICES:
       raise ValueError(f"A question has {len(answers)} answers to choose from: {MAX_CHOICES} is the most.")
-    found = [{token for text in ways if (token := self.tokenizer.find_token(text)) is not None} for ways in answers]
-    for ways, tokens in zip(answers, found):
-      if not tokens:
-        raise ValueError(f"The tokenizer in {self.folder.processor} cuts the answer {ways[0]!r} into several tokens, and a judge answers with one: "
-                         "choose other answers.")
+    tokens = {text: self.tokenizer.find_token(text) for ways in answers for text in ways}
+    cut = [text for text, token in tokens.items() if token is None and text.isdigit()]
+    found = [{tokens[text] for text in ways if tokens[text] is not None and not (cut and text.isdigit())} for ways in answers]
+    if not all(found):
+      whole = [ways[0] for ways in answers if all(tokens[text] is None for text in ways)]
+      raise ValueError(f"The tokenizer in {self.folder.processor} cuts the answer {(whole or cut)[0]!r} into several tokens, and a judge answers "
+                       "with one: choose other answers.")
     if sum(map(len, found)) != len(set().union(*found)):
       raise ValueError(f"Two of the answers {[ways[0] for ways in answers]} begin with the same token: choose others.")
-    return tuple(tuple(sorted(tokens)) for tokens in found)
+    return tuple(tuple(sorted(ids)) for ids in found)
 
   def prepare(self, question: Question) -> Row:
     """The question in numbers.

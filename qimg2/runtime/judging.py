@@ -3,6 +3,7 @@
 The pictures of a call are judged together, and what one of them cannot be asked leaves out that one alone, with the reason.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -17,9 +18,11 @@ from qimg2.evaluation.judge_prompts import Prompt, read_prompts
 from qimg2.evaluation.judge_scores import EDIT, OVERALL, Preference, edit_scores, soft_tifa
 from qimg2.evaluation.rubrics import PAIRWISE, QUESTION, Rubric, find_rubric
 from qimg2.runtime.judge import Judge, Question
+from qimg2.runtime.rivals import Rivals
 
 EDIT_RUBRICS = ",".join(name for names in EDIT.values() for name in names)
 ORDERS = (("first", "second"), ("second", "first"))  # which picture takes which place
+MAX_STRETCH = 1.1  # by which the ratios of the sides of two pictures may differ
 Asked = Sequence[Question]
 
 open_judge = functools.lru_cache(maxsize=1)(Judge)  # suites of one judge share its weights
@@ -102,31 +105,26 @@ def tifa_suite(pretrained: str, prompts: str, rubric: str = "question", side_px:
 
 def pairwise_suite(pretrained: str, prompts: str, rivals: str, rival_seed: int = 0, rubric: str = PAIRWISE, side_px: int = 1024, batch_size: int = 8,
                    max_tokens: int = 8192) -> Suite:
-  """Pictures against those of another folder for the same prompts, in both orders, as `compare_pictures` scores them.
+  """Pictures against those of another evaluation for the same prompts, in both orders, as `compare_pictures` scores them.
 
   Args:
     pretrained, prompts, side_px, batch_size, max_tokens: as in `judge_suite`.
-    rivals: folder of the other pictures, <name of the prompt>_<seed>.png, such as pictures/judge of what `launch.evaluate --out` wrote.
-    rival_seed: which of them each picture is compared with.
+    rivals: folder of the other pictures, as `qimg2.runtime.rivals.Rivals` takes it.
+    rival_seed: which of them each picture is compared with, whatever its own seed.
     rubric: name or .toml file.
 
   Raises:
-    ValueError: as `judge_suite` and `compare_pictures`, or no such folder. A rival that is missing leaves its picture out, with this reason.
+    ValueError: as `judge_suite`, `compare_pictures` and `Rivals`. A rival that is missing, or was drawn for another prompt, leaves its picture out,
+      with this reason.
   """
-  judge, folder = open_judge(pretrained, side_px, batch_size, max_tokens), pathlib.Path(rivals)
+  judge, others = open_judge(pretrained, side_px, batch_size, max_tokens), Rivals(rivals, rival_seed)
   _pair_rubric(judge, rubric)
-  if not folder.is_dir():
-    raise ValueError(f"There is no folder {rivals} of pictures to compare with: name one, such as pictures/judge of another evaluation.")
 
   def score_batch(tasks: Sequence[Task], pictures: Sequence[np.ndarray]) -> list[Mapping[str, Any]]:
     pairs, results = [], [{} for _ in tasks]
     for number, (task, picture) in enumerate(zip(tasks, pictures, strict=True)):
-      rival = folder / f"{task.name}_{rival_seed}.png"
-      if not rival.is_file():
-        results[number] = {ERROR: f"{rivals} has no picture of this prompt with seed {rival_seed} to compare with"}
-        continue
       try:
-        pairs.append((number, picture, _open(rival)))
+        pairs.append((number, picture, others.read(task)))
       except ValueError as error:
         results[number] = {ERROR: str(error)}
     numbers, first, second = zip(*pairs) if pairs else ((), (), ())
@@ -142,13 +140,20 @@ def compare_pictures(judge: Judge, tasks: Sequence[Task], first: Sequence[np.nda
   """For each pair what `Suite.score_batch` would give: "win", the probability 0..1 that the first picture is better; "contradiction", 1.0 where the
   order decided; and as a list the probabilities of both orders. `qimg2.evaluation.judge_scores.pairwise_figures` sums up.
 
+  The judge sees both at one size: that of the first condition image, or of the first picture where there is none. Then pictures of other proportions,
+  whose sides differ in ratio by more than `MAX_STRETCH`, are not compared: one would be stretched.
+
   Raises:
     ValueError: no such rubric, or one with other answers than two.
   """
   asked, answers = _pair_rubric(judge, rubric)
 
   def questions(task: Task, pair: tuple[np.ndarray, np.ndarray]) -> Asked:
-    orders = [_pictures(judge, task, **dict(zip(places, pair))) for places in ORDERS]
+    (height, width), (rival_height, rival_width) = (one.shape[:2] for one in pair)
+    stretch = width * rival_height / (height * rival_width)
+    if not task.sources and max(stretch, 1 / stretch) > MAX_STRETCH:
+      raise ValueError(f"a picture of {width} x {height} px and one of {rival_width} x {rival_height} px have other proportions")
+    orders = [_pictures(judge, task, pair[0], **dict(zip(places, pair))) for places in ORDERS]
     return [Question(asked.fill({"prompt": task.prompt}, pictures), answers, asked.system) for pictures in orders]
 
   def scores(task: Task, found: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -181,14 +186,27 @@ def _bare(judge: Judge, rubric: Rubric) -> tuple[tuple[str, ...], ...]:
   return answers
 
 
-def _pictures(judge: Judge, task: Task, **pictures: np.ndarray) -> dict[str, Sequence[np.ndarray]]:
-  """{mark of a rubric: pictures as the judge sees them}; results of edits at the size of the first condition image."""
-  like = task.sources[0] if task.sources else None
+def _pictures(judge: Judge, task: Task, size_of: np.ndarray | None = None, **pictures: np.ndarray) -> dict[str, Sequence[np.ndarray]]:
+  """{mark of a rubric: pictures as the judge sees them}; results of edits at the size of the first condition image, others at that of `size_of`."""
+  like = task.sources[0] if task.sources else size_of
   return {"sources": [judge.fit(source) for source in task.sources], **{mark: [judge.fit(picture, like)] for mark, picture in pictures.items()}}
 
 
+@dataclasses.dataclass(frozen=True)
+class LazySources(Sequence):
+  """Condition images [h, w, 3] uint8 of a task, which are read from their files when they are looked at: those of many tasks need no memory."""
+  paths: tuple[pathlib.Path, ...]
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, place: Any) -> Any:
+    """The image of a place; of a slice a tuple. `ValueError` if its file is none."""
+    return tuple(map(_open, self.paths[place])) if isinstance(place, slice) else _open(self.paths[place])
+
+
 def _tasks(prompts: Sequence[Prompt], path: str, truth: Callable[[Prompt], Any] = lambda prompt: None) -> Callable[[int, int], list[Task]]:
-  """`Suite.tasks`: the first of the file's prompts in an order that the seed gives, all for 0. Condition images are read for these alone."""
+  """`Suite.tasks`: the first of the file's prompts in an order that the seed gives, all for 0."""
   if len({len(prompt.sources) for prompt in prompts}) > 1:
     raise ValueError(f"The prompts of {path} have different numbers of sources: write a file for each number.")
 
@@ -196,14 +214,17 @@ def _tasks(prompts: Sequence[Prompt], path: str, truth: Callable[[Prompt], Any] 
     if num > len(prompts):
       raise ValueError(f"{num} prompts are asked for, but {path} has {len(prompts)}: lower num_prompts.")
     chosen = [prompts[i] for i in np.random.RandomState(seed).permutation(len(prompts))[:num or None]]
-    return [Task(one.prompt, one.size, tuple(map(_open, one.sources)), truth(one), one.name, one.category) for one in chosen]
+    if missing := next((source for one in chosen for source in one.sources if not source.is_file()), None):
+      raise ValueError(f"There is no condition image {missing}, which {path} names: put it there.")
+    return [Task(one.prompt, one.size, LazySources(one.sources), truth(one), one.name, one.category) for one in chosen]
   return tasks
 
 
+@functools.lru_cache(maxsize=8)  # what is done with a task looks at its images several times
 def _open(path: pathlib.Path) -> np.ndarray:
-  if not path.is_file():
-    raise ValueError(f"There is no condition image {path}, which the file of prompts names: put it there.")
-  return decode_image(path.read_bytes(), str(path))
+  found = decode_image(path.read_bytes(), str(path))
+  found.flags.writeable = False
+  return found
 
 
 def _score_batch(judge: Judge, rubrics: Iterable[Rubric], questions: Callable[[Task, Any], Asked],

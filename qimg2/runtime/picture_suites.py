@@ -1,13 +1,17 @@
 """The evaluation suite of sets of pictures: how far they are from a reference set, and how different the pictures of one prompt are."""
 
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from data_pipelines.transforms import decode_image
 from qimg2.evaluation import Suite, Task
 from qimg2.evaluation.features import Features, OnnxConfig, OnnxFeatures
+from qimg2.evaluation.prompt_files import numbered_lines, read_text
 from qimg2.evaluation.reference_set import ReferenceSet, make_reference
 from qimg2.evaluation.vision_features import VisionFeatures
 from qimg2.networks import fingerprint
@@ -22,7 +26,7 @@ def fidelity_suite(reference: str, network: str, prompts: str = "", keep: str = 
   A picture has no score of its own. Diversity needs several seeds.
 
   Args:
-    reference: folder of pictures, or the .npz file that `keep` wrote.
+    reference: folder of pictures, or the .npz file that `keep` wrote. Features of a folder are computed at the first picture, by each process.
     network: an .onnx file; or a published folder, whose vision tower is taken.
     prompts: text file of a prompt a line; "" for the captions beside the pictures of the folder, NAME.txt beside NAME.png.
     keep: .npz file to write the reference's features into, "" for none.
@@ -30,25 +34,41 @@ def fidelity_suite(reference: str, network: str, prompts: str = "", keep: str = 
     input_px: side of the network's input; the vision tower takes a multiple of 32.
     mean, std: of pixels in 0..1, one number or three with + or a comma between; of an ONNX network.
     layout, output: "nchw" or "nhwc", and the name of the output that is taken, "" for the first; of an ONNX network.
-    batch_size: pictures that the network sees at a time.
+    batch_size: pictures that the network sees at a time; for the vision tower rounded up to a multiple of this process's devices.
 
   Raises:
-    ValueError: files or settings that do not fit, a reference of another network, or fewer than two pictures in it.
+    ValueError: files or settings that do not fit. At the first picture also a reference of another network, or fewer than two pictures in it.
   """
   texts = _read_prompts(prompts) if prompts else _captions(reference)
-  features, identity = _features(network, input_px, mean, std, layout, output, batch_size)
-  found = _reference(reference, features, identity)
-  if len(found.features) < 2:
-    raise ValueError(f"The reference {reference} has one picture: distances between sets need at least two.")
-  if keep:
-    found.save(keep)
+  features, identity, release = _features(network, input_px, mean, std, layout, output, batch_size)
+  kept = None if pathlib.Path(reference).is_dir() else ReferenceSet.load(reference)
+
+  @functools.cache  # at the first picture: what is finished needs no network
+  def found() -> ReferenceSet:
+    made = _reference(reference, features, identity()) if kept is None else kept
+    made.check_network(identity())
+    if len(made.features) < 2:
+      raise ValueError(f"The reference {reference} has one picture: distances between sets need at least two.")
+    if keep:
+      made.save(keep)
+    return made
+
+  def measure(some: Sequence[Task], pictures: Sequence[np.ndarray]) -> np.ndarray:
+    found()
+    return features(some, pictures)
+
+  def of_set(blocks: Iterable[tuple[Sequence[str], np.ndarray]]) -> Mapping[str, Any]:
+    return found().figures(blocks)
 
   def tasks(num: int, seed: int) -> list[Task]:
     if num > len(texts):
       raise ValueError(f"{num} prompts are asked for, but {prompts or reference} has {len(texts)}: ask for fewer, or give more.")
-    order = np.random.default_rng(seed).permutation(len(texts))[:num] if num else range(len(texts))
+    order = np.random.default_rng(seed).permutation(len(texts))[:num or None]
     return [Task(texts[i], (side_px, side_px), name=f"{i:06d}") for i in order]
-  return Suite(tasks, score=_no_scores, features=features, of_set=found.figures)
+
+  if kept is not None and isinstance(features, OnnxFeatures):  # both are at hand
+    found()
+  return Suite(tasks, score=_no_scores, features=measure, of_set=of_set, release=release)
 
 
 def _no_scores(task: Task, picture: np.ndarray) -> dict[str, float]:
@@ -57,18 +77,20 @@ def _no_scores(task: Task, picture: np.ndarray) -> dict[str, float]:
   return {}
 
 
-def _features(network: str, input_px: int, mean: str, std: str, layout: str, output: str, batch_size: int) -> tuple[Features, str]:
-  """(features, what names them)."""
+def _features(network: str, input_px: int, mean: str, std: str, layout: str, output: str,
+              batch_size: int) -> tuple[Features, Callable[[], str], Callable[[], None]]:
+  """(features, what names them, what gives back device memory). Each process has a vision tower of its own, on its own devices."""
   if not pathlib.Path(network).is_dir():
     made = OnnxFeatures(OnnxConfig(network, input_px, input_px, _numbers(mean, "mean"), _numbers(std, "std"), layout, output, batch_size))
-    return made, made.identity
-  pretrained = Pretrained(network)
+    return made, lambda: made.identity, lambda: None
+  pretrained = Pretrained(network, devices=jax.local_devices())
   vision = pretrained.nets.encoder.vision
   if vision is None:
     raise ValueError(f"The encoder of {network} has no vision tower: give an .onnx file, or another folder.")
-  params = pretrained.offloaded()["qwen3_vl"]["vision"]
-  made = VisionFeatures(vision, params, input_px, pretrained.nets.encoder.dtype, batch_size, pretrained.nets.shard)
-  return made, f"qwen3_vl vision {fingerprint(params)} {input_px} px"
+  weights = functools.cache(lambda: pretrained.offloaded()["qwen3_vl"]["vision"])
+  rows = pretrained.mesh.shape["data"] * pretrained.mesh.shape["fsdp"]
+  tower = VisionFeatures(vision, weights, input_px, pretrained.nets.encoder.dtype, -(-batch_size // rows) * rows, pretrained.nets.shard)
+  return tower, lambda: f"qwen3_vl vision {fingerprint(weights())} {input_px} px", weights.cache_clear
 
 
 def _numbers(text: str, name: str) -> tuple[float, float, float]:
@@ -82,18 +104,12 @@ def _numbers(text: str, name: str) -> tuple[float, float, float]:
   return found if len(found) == 3 else found * 3
 
 
-def _reference(place: str, features: Callable[..., np.ndarray], identity: str) -> ReferenceSet:
-  if pathlib.Path(place).is_dir():
-    return make_reference((decode_image(one.read(), one.name) for one in folder_pictures(place)), features, identity)
-  found = ReferenceSet.load(place)
-  found.check_network(identity)
-  return found
+def _reference(folder: str, features: Features, identity: str) -> ReferenceSet:
+  return make_reference((decode_image(one.read(), one.name) for one in folder_pictures(folder)), features, identity)
 
 
 def _read_prompts(path: str) -> list[str]:
-  if not pathlib.Path(path).is_file():
-    raise ValueError(f"There is no file of prompts {path}: give a text file of a prompt a line.")
-  found = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+  found = [line for _, line in numbered_lines(read_text(path, "a text file of a prompt a line"))]
   if not found:
     raise ValueError(f"The file {path} has no prompt: write one a line.")
   return found
@@ -109,5 +125,5 @@ def _captions(folder: str) -> list[str]:
     if not path.is_file():
       raise ValueError(f"The picture {one.name} of {folder} has no caption {path.name} beside it: write one, or give prompts, a text file of a "
                        "prompt a line.")
-    found.append(path.read_text(encoding="utf-8").strip())
+    found.append(read_text(path, "the caption").strip())
   return found

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from qimg2.evaluation.prompt_files import numbered_lines, read_text
 from qimg2.evaluation.text_benchmarks import LANGUAGES as LONGTEXT_LANGUAGES
 from qimg2.evaluation.text_benchmarks import cvtg_words
 
@@ -78,18 +79,20 @@ def longtext_bench(path: str, language: str) -> list[TextPrompt]:
   """The prompts of LongText-Bench in "en" or "zh", from its file text_prompts.jsonl or text_prompts_zh.jsonl.
 
   Raises:
-    ValueError: another language, no such file, a line that is no JSON object or lacks a field, or a prompt id that occurs twice.
+    ValueError: another language, no such file, one that is not UTF-8, a line that is no JSON object or lacks a field or has one of another kind, or a
+      prompt id that occurs twice.
   """
   if language not in LONGTEXT_LANGUAGES:
     raise ValueError(f"LongText-Bench has the languages {', '.join(LONGTEXT_LANGUAGES)}, not {language!r}.")
   prompts = []
-  for number, line in enumerate(_text_of(path, "LongText-Bench's text_prompts.jsonl or text_prompts_zh.jsonl").splitlines(), 1):
-    if line.strip():
-      where = f"{path}, line {number}"
-      fields = _fields(_parsed(line, where), ("prompt_id", "prompt", "text"), where)
-      texts = (fields["text"],) if isinstance(fields["text"], str) else tuple(fields["text"])
-      name = f"longtext-{language}-{_plain(fields['prompt_id'])}"
-      prompts.append(TextPrompt(name, fields["prompt"], texts, language, str(fields.get("category", ""))))
+  for number, line in numbered_lines(read_text(path, "LongText-Bench's text_prompts.jsonl or text_prompts_zh.jsonl")):
+    where = f"{path}, line {number}"
+    fields = _fields(_parsed(line, where), {"prompt_id": (str, int), "prompt": str, "text": (str, list)}, where)
+    texts = [fields["text"]] if isinstance(fields["text"], str) else fields["text"]
+    if not texts or not all(isinstance(text, str) for text in texts):
+      raise ValueError(f"The field 'text' is {texts!r} ({where}): it must be a text, or a list of texts.")
+    name = f"longtext-{language}-{_plain(fields['prompt_id'])}"
+    prompts.append(TextPrompt(name, fields["prompt"], tuple(texts), language, str(fields.get("category", ""))))
   return _checked(prompts, path)
 
 
@@ -97,7 +100,7 @@ def cvtg(path: str) -> list[TextPrompt]:
   """The prompts of CVTG-2K from its folder, or from one of its files.
 
   Raises:
-    ValueError: no such folder or file, one that is no JSON or lacks a field, or an index that occurs twice.
+    ValueError: no such folder or file, one that is not UTF-8 or no JSON, or lacks a field or has one of another kind, or an index that occurs twice.
   """
   root = pathlib.Path(path)
   files = [root] if root.is_file() else [root / part / f"{area}.json" for part in CVTG_PARTS for area in CVTG_AREAS]
@@ -105,19 +108,13 @@ def cvtg(path: str) -> list[TextPrompt]:
 
 
 def _read_cvtg(file: pathlib.Path) -> list[TextPrompt]:
-  content = _parsed(_text_of(str(file), "CVTG-2K's folder with CVTG/2.json to CVTG-Style/5.json, or one of these files"), str(file))
+  content = _parsed(read_text(file, "CVTG-2K's folder with CVTG/2.json to CVTG-Style/5.json, or one of these files"), str(file))
   part, area, prompts = file.parent.name, file.stem, []
-  for number, entry in enumerate(_fields(content, ("data_list",), str(file))["data_list"]):
-    fields = _fields(entry, ("index", "prompt"), f"{file}, entry {number} of data_list")
+  for number, entry in enumerate(_fields(content, {"data_list": list}, str(file))["data_list"]):
+    fields = _fields(entry, {"index": (str, int), "prompt": str}, f"{file}, entry {number} of data_list")
     name = "-".join(map(_plain, (part, area, fields["index"])))
     prompts.append(TextPrompt(name, fields["prompt"], tuple(cvtg_words(fields["prompt"])), "en", f"{part} {area}"))
   return prompts
-
-
-def _text_of(path: str, wanted: str) -> str:
-  if not pathlib.Path(path).is_file():
-    raise ValueError(f"There is no prompt file {path}: give the path of {wanted}.")
-  return pathlib.Path(path).read_text(encoding="utf-8")
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -127,10 +124,13 @@ def _parsed(text: str, where: str) -> Any:
     raise ValueError(f"The prompt set is no JSON ({where}: {error}): copy the file again.") from error
 
 
-def _fields(entry: Any, names: Sequence[str], where: str) -> Mapping[str, Any]:
-  missing = [name for name in names if not isinstance(entry, dict) or name not in entry]
-  if missing:
-    raise ValueError(f"The prompt set lacks the field {missing[0]!r} ({where}): give a file in the published format.")
+def _fields(entry: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str) -> Mapping[str, Any]:
+  """An entry that is an object with fields of these kinds."""
+  for name, kind in kinds.items():
+    if not isinstance(entry, dict) or name not in entry:
+      raise ValueError(f"The prompt set lacks the field {name!r} ({where}): give a file in the published format.")
+    if not isinstance(entry[name], kind):
+      raise ValueError(f"The field {name!r} is {json.dumps(entry[name])[:60]} ({where}): give a file in the published format.")
   return entry
 
 

@@ -11,6 +11,10 @@ the error that the prompts show (Korn and Graubard 1998; Dean and Pagano 2015, d
 
   n_eff = p (1 - p) / SE^2                                                                                                 (2)
 
+Where scores are counts, as 0 or 1 a picture or words right of those asked for, n_eff is at most the number of what is counted, the sum of the
+denominators: prompts that differ less than chance would make them, as where two of four pictures are right of every prompt, are no more pictures than
+there are. Scores between 0 and 1 may vary less than such counts do, and have no such bound.
+
 It stays in 0..1 and, near 0 and 1, is as lopsided as the truth. `figure` chooses among the three.
 """
 
@@ -71,7 +75,8 @@ def _clustered_t(sums: Sums, confidence: float) -> Estimate:
 def clustered_wilson(scores: Scores, confidence: float = 0.95) -> Estimate:
   """The ratio of sums of what lies in 0..1, and its Wilson interval at the effective number of pictures, equations 1 and 2.
 
-  Where the prompts show no spread, or everything is 0 or 1, each prompt counts as one picture, and the note says so.
+  Where the prompts show no spread, each prompt counts as one picture, and the note says so; but of counts that are neither none nor all, everything
+  that is counted does.
 
   Raises:
     ValueError: a numerator that is not between 0 and its denominator, scores that `by_prompt` refuses, or confidence is not in 0..1.
@@ -89,10 +94,13 @@ def _clustered_wilson(sums: Sums, confidence: float) -> Estimate:
   if note:
     return Estimate(sums.value, None, None, confidence, method, n, note)
   error, share = jackknife_error(sums.shifts()), sums.value
-  if is_constant(share, error):
-    size, note = n, f"all {n} prompts are equal: each counts as one picture"
+  most = float(sums.denominator.sum()) if sums.is_count else math.inf
+  if not is_constant(share, error):
+    size = min(share * (1 - share) / error**2, most)
+  elif sums.is_count and 0 < share < 1:
+    size, note = most, f"all {n} prompts are equal"
   else:
-    size = share * (1 - share) / error**2
+    size, note = n, f"all {n} prompts are equal: each counts as one picture"
   low, high = _wilson(share, size, student(confidence, sums.effective))
   return Estimate(share, low, high, confidence, method, n, note)
 

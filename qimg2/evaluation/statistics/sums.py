@@ -71,6 +71,7 @@ class Sums:
     numerator, denominator: [n] float64.
     pictures: [n] number of pictures of each.
     is_share: whether each picture's numerator lies between 0 and its denominator.
+    is_count: whether each picture's numerator and denominator are whole numbers.
     is_binary: whether all pictures are 0 or 1, out of 1.
   """
   prompt: np.ndarray
@@ -78,6 +79,7 @@ class Sums:
   denominator: np.ndarray
   pictures: np.ndarray
   is_share: bool
+  is_count: bool
   is_binary: bool
 
   @functools.cached_property
@@ -133,8 +135,9 @@ def by_prompt(scores: Scores) -> Sums:
   names, index = np.unique(prompt, return_inverse=True)
   total = functools.partial(np.bincount, index, minlength=len(names))
   is_share = bool(((numerator >= 0) & (numerator <= denominator)).all())
+  is_count = bool((np.mod(numerator, 1) == 0).all() and (np.mod(denominator, 1) == 0).all())
   is_binary = bool((np.isin(numerator, (0, 1)) & (denominator == 1)).all())
-  return Sums(names, total(numerator), total(denominator), total(), is_share, is_binary)
+  return Sums(names, total(numerator), total(denominator), total(), is_share, is_count, is_binary)
 
 
 def student(confidence: float, n: float) -> float:

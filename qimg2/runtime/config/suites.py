@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
                  "output": Setting(str), "batch_size": Setting()},
     "judge": JUDGE | {"rubrics": Setting(list)},
     "tifa": JUDGE | {"rubric": Setting(str)},
-    "pairwise": JUDGE | {"rivals": Setting(str, needed="the folder of the pictures to compare with, such as OUT/pictures/judge"),
+    "pairwise": JUDGE | {"rivals": Setting(str, needed="the folder of another evaluation, or of pictures to compare with"),
                          "rival_seed": Setting(least=0), "rubric": Setting(str)},
 }
 

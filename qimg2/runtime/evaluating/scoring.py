@@ -1,7 +1,7 @@
 """Scores of pictures: on the host, in a pool of processes while the device draws the next ones, or in batches on the device.
 
-A picture that cannot be scored has {"error": why}. That is a broken file, an answer of the suite, a metric that is not finite, and a scorer that was
-killed twice over the same picture. A mistake of the suite itself ends the evaluation.
+A picture that cannot be scored has {"error": why}. That is a broken file, an answer of the suite, a metric that is not finite, a score that takes too
+long, and a scorer that was killed twice over the same picture, the second time over it alone. A mistake of the suite itself ends the evaluation.
 """
 
 import concurrent.futures
@@ -9,6 +9,7 @@ import functools
 import math
 import multiprocessing
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -25,16 +26,17 @@ class Scorer:
   """Scores pictures with a suite; a context manager, which ends its processes."""
 
   def __init__(self, suite: Suite, num_workers: int = 0):
-    """Args: the suite; processes for one whose scores take long, 0 for one less than the machine has cores, at least one."""
+    """Args: the suite; processes for one whose scores take long, 0 for one less than `num_cores`, at least one."""
     self._suite = suite
-    self._num = num_workers or max(1, (os.cpu_count() or 1) - 1)
+    self._num = num_workers or max(1, num_cores() - 1)
     self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+    self._second: concurrent.futures.ProcessPoolExecutor | None = None  # of one process, for pictures whose first one ended
 
   def __enter__(self) -> "Scorer":
     return self
 
   def __exit__(self, *_: Any) -> None:
-    self._end_pool()
+    self._pool, self._second = _end(self._pool), _end(self._second)
 
   def begin(self, tasks: Sequence[Task], pictures: Sequence[np.ndarray | str]) -> "Pending":
     """Begins to score pictures of as many tasks; in place of one that could not be read stands why. A suite in processes goes on meanwhile."""
@@ -43,32 +45,33 @@ class Scorer:
     return Pending(self, list(tasks), list(pictures), futures)
 
   def _submit(self, task: Task, picture: np.ndarray) -> concurrent.futures.Future:
-    if self._pool is None:
-      self._pool = concurrent.futures.ProcessPoolExecutor(self._num, multiprocessing.get_context("spawn"), _begin)
+    self._pool = self._pool or _start(self._num)
     try:
       return self._pool.submit(_score, self._suite.score, task, picture)
     except BrokenProcessPool:
-      self._end_pool()
+      self._pool = _end(self._pool)
       return self._submit(task, picture)
 
-  def _end_pool(self) -> None:
-    if self._pool is not None:
-      self._pool.shutdown(cancel_futures=True)
-      self._pool = None
-
-  def _result(self, future: concurrent.futures.Future, task: Task, picture: np.ndarray, again: bool = True) -> Mapping[str, Any]:
+  def _result(self, future: concurrent.futures.Future, task: Task, picture: np.ndarray) -> Mapping[str, Any]:
     try:
       return future.result(LATE_S)
-    except BrokenProcessPool:  # of all that were under way; one of them may be the cause
-      if not again:
-        return {ERROR: "the process that scored it was killed, twice"}
-      self._end_pool()
-      return self._result(self._submit(task, picture), task, picture, again=False)
     except TimeoutError:
-      for process in list(self._pool._processes.values()) if self._pool else ():
-        process.kill()
-      self._end_pool()
-      return {ERROR: f"its score took more than {LATE_S:.0f} s"}
+      self._pool = _kill(self._pool)
+      return _late()
+    except (BrokenProcessPool, concurrent.futures.CancelledError):  # of all that were under way: another picture may be the cause
+      return self._again(task, picture)
+
+  def _again(self, task: Task, picture: np.ndarray) -> Mapping[str, Any]:
+    """The score from a process that has nothing else to do, so that only this picture can be the cause of its end."""
+    self._second = self._second or _start(1)
+    try:
+      return self._second.submit(_score, self._suite.score, task, picture).result(LATE_S)
+    except TimeoutError:
+      self._second = _kill(self._second)
+      return _late()
+    except BrokenProcessPool:
+      self._second = _end(self._second)
+      return {ERROR: "the process that scored it was killed, twice"}
 
   def finish(self, pending: "Pending") -> tuple[list[dict[str, Any]], np.ndarray | None]:
     """(scores, features [n, D] float32 or None) of what was begun; the row of a picture without a score is NaN."""
@@ -105,6 +108,43 @@ def score_all(suite: Suite, tasks: Sequence[Task], pictures: Sequence[np.ndarray
   """The scores of pictures, in this process."""
   with Scorer(Suite(suite.tasks, suite.score, score_batch=suite.score_batch)) as scorer:
     return scorer.begin(tasks, pictures).finish()[0]
+
+
+def num_cores(cgroup: pathlib.Path = pathlib.Path("/proc/self/cgroup"), root: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
+  """Number of cores that this process may use, at least one: by its affinity and, on Linux, by `cpu.max` of its control group (version 2) and of
+  those that this one is in.
+
+  Args: what names the group of this process; where groups are mounted.
+  """
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  names = [line[3:] for line in cgroup.read_text().split("\n") if line.startswith("0::")] if cgroup.is_file() else []
+  place = root / names[0].lstrip("/") if names else root
+  for folder in (place, *place.parents):
+    if folder.is_relative_to(root) and (folder / "cpu.max").is_file():
+      quota, period = (folder / "cpu.max").read_text().split()
+      cores = cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
+  return max(1, cores)
+
+
+def _start(num: int) -> concurrent.futures.ProcessPoolExecutor:
+  return concurrent.futures.ProcessPoolExecutor(num, multiprocessing.get_context("spawn"), _begin)
+
+
+def _end(pool: concurrent.futures.ProcessPoolExecutor | None) -> None:
+  """Ends a pool; what waits there is cancelled."""
+  if pool is not None:
+    pool.shutdown(cancel_futures=True)
+
+
+def _kill(pool: concurrent.futures.ProcessPoolExecutor | None) -> None:
+  """Ends a pool without waiting for what it is at."""
+  for process in list(pool._processes.values()) if pool else ():
+    process.kill()
+  _end(pool)
+
+
+def _late() -> dict[str, Any]:
+  return {ERROR: f"its score took more than {LATE_S:.0f} s"}
 
 
 def _begin() -> None:
