@@ -12,7 +12,7 @@ from qimg2.evaluation import ERROR, Suite, Task
 from qimg2.places import write_file
 from qimg2.runtime import html_parts
 from qimg2.runtime.evaluating import folder as files
-from qimg2.runtime.evaluating.summary import figures_of, in_words, scores_of
+from qimg2.runtime.evaluating.summary import figures_of, in_words, of_set_in_words, scores_of
 from qimg2.runtime.sheets import strips
 
 NUM_SHOWN = 6  # pictures of each end of a metric
@@ -60,7 +60,7 @@ def _figures(found: Mapping[str, Any]) -> str:
 
 
 def _of_set(found: Mapping[str, Any]) -> str:
-  rows = [(name, f"{value:.4g}" if isinstance(value, (int, float)) else str(value)) for name, value in found.get("of_set", {}).items()]
+  rows = [(name, of_set_in_words(value)) for name, value in found.get("of_set", {}).items()]
   return f"<h3>Of all pictures together</h3>{html_parts.table(('figure', 'value'), rows)}" if rows else ""
 
 

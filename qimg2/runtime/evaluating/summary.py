@@ -113,13 +113,18 @@ def in_words(found: Mapping[str, Any], with_interval: bool = True) -> str:
   return f"{text} [{found['low'] * factor:.{digits}f}, {found['high'] * factor:.{digits}f}]"
 
 
+def of_set_in_words(value: Any) -> str:
+  """A figure of a whole set, or a text about it."""
+  return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
+
+
 def describe(summary: Mapping[str, Any]) -> str:
   """The figures of an evaluation, a line for each, with what was left out."""
   found = []
   for name, suite in summary["suites"].items():
     found.append(f"{name}: {suite['num_prompts']} prompts, {suite['num_pictures']} pictures{_left_out(suite)}")
     found += [f"  {figure}: {in_words(value)}" for figure, value in suite["figures"].items()]
-    found += [f"  {figure}: {value:.4g}" for figure, value in suite.get("of_set", {}).items() if isinstance(value, (int, float))]
+    found += [f"  {figure}: {of_set_in_words(value)}" for figure, value in suite.get("of_set", {}).items() if value != ""]
   return "\n".join(found)
 
 
