@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -182,6 +183,12 @@ for _ in loader.iterate():
 """
 
 
+def mapped(pids):
+  """Names in /dev/shm of what these processes have in their memory; those of other tests are none of theirs."""
+  maps = [path.read_text() for pid in pids if (path := pathlib.Path(f"/proc/{pid}/maps")).exists()]
+  return {name for text in maps for name in re.findall(r"/dev/shm/(psm_\w+)", text)}
+
+
 def gone_soon(left, what):
   """Waits until `left()` is empty."""
   limit = time.monotonic() + 60
@@ -223,16 +230,19 @@ def test_a_worker_ends_when_all_is_sent_and_says_what_went_wrong(tmp_path):
 
 @pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed_and_leave_nothing(data):
-  before = set(os.listdir("/dev/shm"))
+  own = set()
   with subprocess.Popen([sys.executable, "-c", FOREVER.format(folder=str(data[0]))], cwd=commands.ROOT, stdout=subprocess.PIPE,
                         stderr=subprocess.PIPE, text=True) as one:
     assert one.stdout.readline() == "read\n"
     children = [int(pid) for path in pathlib.Path(f"/proc/{one.pid}/task").glob("*/children") for pid in path.read_text().split()]
     assert len(children) >= 2, "a worker, and the tracker of its shared memory"
+    for _ in range(50):
+      own |= mapped([one.pid, *children])
+    assert own
     one.kill()
     gone_soon(lambda: [pid for pid in children if os.path.exists(f"/proc/{pid}")], "a child")
     assert "leaked" not in one.stderr.read()
-  gone_soon(lambda: set(os.listdir("/dev/shm")) - before, "shared memory")
+  gone_soon(lambda: own & set(os.listdir("/dev/shm")), "shared memory")
 
 
 def test_edits_bring_their_source_and_instruction(data, tokenizer):

@@ -111,8 +111,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
 
   `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` and `allow_config_change` as for `train`, `tracker` as for `Stage`.
   """
-  if processes.is_first():
-    _forget_evaluations(run, config.name)
+  _forget_evaluations(run, config.name)
   frozen_steps = run.frozen_steps(config)  # before they are read, so that a step which is saved meanwhile is noticed, not missed
   if frozen_steps and allow_config_change:
     logging.warning("Stage %s goes on with %s, whatever it began with.", config.name, frozen_steps)
@@ -142,9 +141,11 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
 
 
 def _forget_evaluations(run: Run, name: str) -> None:
-  """Removes the results of weights that are about to change: the run's, and those of steps of a stage that it comes to again."""
+  """Removes the results of weights that are about to change: the run's, and those of steps of a stage that it comes to again. All processes call it."""
+  begin = newest_step(run.workdir / name / "checkpoints") or 0  # which all processes ask together
+  if not processes.is_first():
+    return
   (run.workdir / "evaluation.json").unlink(missing_ok=True)
-  begin = newest_step(run.workdir / name / "checkpoints") or 0
   for path in list((run.workdir / name).glob("evaluation_*")):
     step = path.stem.removeprefix("evaluation_")
     if step.isdecimal() and int(step) > begin and path.is_file():
