@@ -141,7 +141,8 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
 
 
 def _forget_evaluations(run: Run, name: str) -> None:
-  """Removes the results of weights that are about to change: the run's, and those of steps of a stage that it comes to again. All processes call it."""
+  """Removes the results of weights that are about to change: the run's, and those of steps of a stage that it comes to again; called by all
+  processes."""
   begin = newest_step(run.workdir / name / "checkpoints") or 0  # which all processes ask together
   if not processes.is_first():
     return
