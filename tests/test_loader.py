@@ -235,10 +235,8 @@ def test_workers_end_with_a_process_that_is_killed_and_leave_nothing(data):
                         stderr=subprocess.PIPE, text=True) as one:
     assert one.stdout.readline() == "read\n"
     children = [int(pid) for path in pathlib.Path(f"/proc/{one.pid}/task").glob("*/children") for pid in path.read_text().split()]
-    assert len(children) >= 2, "a worker, and the tracker of its shared memory"
-    for _ in range(50):
-      own |= mapped([one.pid, *children])
-    assert own
+    own.update(*(mapped([one.pid, *children]) for _ in range(50)))
+    assert len(children) >= 2 and own, "a worker, the tracker of its shared memory, and what that is"
     one.kill()
     gone_soon(lambda: [pid for pid in children if os.path.exists(f"/proc/{pid}")], "a child")
     assert "leaked" not in one.stderr.read()
