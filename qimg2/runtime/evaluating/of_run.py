@@ -154,7 +154,9 @@ def figures_of(result: dict, with_intervals: bool = False) -> list[tuple[str, st
     for name, share in facts["shares"].items() if "figures" not in facts else ():
       found.append((_called(suite, name), f"{share:.1%}"))
     for name, figure in facts.get("figures", {}).items():
-      found.append((_called(suite, name) if figure["figure"]["is_share"] else name, in_words(figure, with_intervals)))
+      is_share = figure["figure"]["is_share"]
+      short = is_share and not with_intervals and figure["value"] is not None
+      found.append((_called(suite, name) if is_share else name, f"{figure['value']:.1%}" if short else in_words(figure, with_intervals)))
   return found
 
 
