@@ -14,9 +14,12 @@ from etils import epath
 from kill_points import assert_same_bits
 from many import PATIENCE_S, UNHURRIED_S, ends, start, together, toy
 from test_checkpoint import assert_equal, make, specs
+from test_evaluating import REQUEST, files, with_features, work
 
 from qimg2 import places
 from qimg2.runtime import lock
+from qimg2.runtime.evaluating import folder as evaluating
+from qimg2.runtime.evaluating.job import Share, evaluate_into, work_of_images
 from qimg2.training import checkpoint, faults, manifest, metrics
 
 pytestmark = pytest.mark.slow  # a minute together
@@ -255,3 +258,17 @@ def ended_alike(one, folder):
   assert_same_bits(folder / "disk", folder / "cut")
   assert checkpoint.Checkpoints(folder / "cut" / "toy" / "checkpoints").latest_step() == 4
   return json.loads((folder / "cut" / "toy" / "checkpoints" / "4" / manifest.NAME).read_text())["content"]["files"]
+
+
+def test_an_evaluation_in_a_bucket_writes_the_files_of_one_on_a_disk(bucket, folder, tmp_path):
+  """In three shares, scored by their features too; what is there is not drawn again, and its pictures are read from the bucket."""
+  suite, tasks = with_features()
+  one = evaluate_into(evaluating.Folder(tmp_path / "out"), REQUEST, [work(evaluating.Folder(tmp_path / "out"), suite, tasks)])
+  out = evaluating.Folder(str(folder))
+  assert [evaluate_into(out, REQUEST, [work(out, suite, tasks)], Share(index, 3)) for index in range(3)] == [None, None, one]
+  assert evaluate_into(out, REQUEST, [work(out, suite, tasks, most=0)]) == one
+  bucket.download(tmp_path / "down")
+  assert files(tmp_path / "down" / folder.name) == files(tmp_path / "out")
+  images = places.find_place(str(folder), "--images")
+  again = evaluate_into(evaluating.Folder(tmp_path / "again"), REQUEST, [work_of_images(images, "toy", suite, tasks)])
+  assert again["suites"] == one["suites"]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import os
@@ -89,6 +90,8 @@ def test_files_say_what_was_drawn_and_found(whole):
                      "file": "pictures/toy/00003_1.png", "metrics": {"bright": picture.mean() / 255, "words": 8.0},
                      "details": {"recognised": "prompt 3 ☃\u2028"}}
   assert len([name for name in whole if name.endswith(".png")]) == 14 and not [name for name in whole if name.startswith("parts")]
+  features = np.load(io.BytesIO(whole["features/toy.npy"]))
+  np.testing.assert_allclose(features.mean(1) / 255, [row["metrics"]["bright"] for row in rows], rtol=1e-5)  # a row for each line
   found = json.loads(whole["summary.json"])["suites"]["toy"]
   brightness = [row["metrics"]["bright"] for row in rows]
   assert found["figures"]["bright"]["value"] == pytest.approx(np.mean(brightness)) and found["num_prompts"] == 7 and found["num_pictures"] == 14
@@ -153,9 +156,10 @@ def test_another_evaluation_is_refused(whole, tmp_path):
 
 def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path):
   out = Folder(tmp_path / "out")
-  suite, tasks = toy(truths={1: "refuse", 2: "nan"})
+  released = []
+  suite, tasks = toy(truths={1: "refuse", 2: "nan"}, release=lambda: released.append(1))
   found = evaluate_into(out, REQUEST, [work(out, suite, tasks)])["suites"]["toy"]
-  assert found["num_left_out"] == 4 and found["left_out"] == {"nothing can be read in it": 2, "bright is not finite": 2}
+  assert found["num_left_out"] == 4 and found["left_out"] == {"nothing can be read in it": 2, "bright is not finite": 2} and released
   rows = out.rows()
   assert found["figures"]["bright"]["value"] == pytest.approx(np.mean([row["metrics"]["bright"] for row in rows if "error" not in row]))
   assert "4 left out, 2 because: nothing can be read in it" in summary.describe({"suites": {"toy": found}})

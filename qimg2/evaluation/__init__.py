@@ -92,8 +92,3 @@ class Suite:
 def metrics_of(scores: Mapping[str, Any]) -> dict[str, float]:
   """Of what `Suite.score` gave, what is a number."""
   return {name: float(value) for name, value in scores.items() if isinstance(value, (bool, int, float, np.number))}
-
-
-def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  """{metric: mean over tasks} of the scores of at least one task."""
-  return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}

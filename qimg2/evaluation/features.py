@@ -4,7 +4,7 @@ A picture is composited on nothing (it is RGB), resized to the network's square 
 as clean-fid does (arXiv 2104.11222), scaled to 0..1 and normalised by mean and deviation per channel. What the network gives must be [n, D], or
 [n, D, h, w], of which the mean over h and w is taken.
 
-onnxruntime is not among the packages that every run needs; it is in requirements-data.txt.
+onnxruntime is imported where a network is opened: who needs none of it waits for none.
 """
 
 import dataclasses

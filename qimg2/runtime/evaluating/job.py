@@ -5,6 +5,7 @@ killed goes on, and parts of it may be other jobs' (`Share`). Processes of one j
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -32,7 +33,7 @@ from qimg2.runtime.sheets import save_picture
 IMAGES_AT_ONCE = 32  # of a folder of pictures, a chunk
 AHEAD = 4  # chunks that are drawn while the scores of an earlier one are under way
 BLOCK = 1024  # rows of features at a time
-PACKAGES = ("jax", "numpy", "scipy", "Pillow", "onnxruntime", "rapidocr", "rapidocr_onnxruntime", "rapidfuzz")
+PACKAGES = ("jax", "numpy", "scipy", "Pillow", "onnxruntime", "rapidocr", "rapidfuzz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,16 @@ class Work:
   path: Callable[[int, int], Place]
   num_missing: int = 0
   notes: Sequence[str] = ()
+
+  @functools.cached_property
+  def names(self) -> list[str]:
+    """What each task is called in files."""
+    return files.task_names(self.name, self.tasks)
+
+  @functools.cached_property
+  def clusters(self) -> list[str]:
+    """For each task the prompt that it is of, see `summary.clusters`: it looks at every condition image."""
+    return clusters(self.names, self.tasks)
 
 
 def work_of_painter(out: Folder, name: str, suite: Suite, tasks: Sequence[Task], painter: Painter, seeds: Sequence[int]) -> Work:
@@ -149,6 +160,7 @@ def _do(out: Folder, work: Work, share: Share, num_workers: int) -> None:
           _keep(out, work, *pending.pop(0))
     for number, begun in pending:
       _keep(out, work, number, begun)
+  work.suite.release()  # the next suite needs the memory
 
 
 def _pictures(work: Work, number: int, is_mine: bool) -> list[np.ndarray | str]:
@@ -179,10 +191,8 @@ def _keep(out: Folder, work: Work, number: int, begun: Pending) -> None:
   scores, features = begun.finish()
   if features is not None:
     scores = [found if ERROR in found or np.isfinite(one).all() else {ERROR: "its features are not finite"} for found, one in zip(scores, features)]
-  names = files.task_names(work.name, work.tasks)
-  prompts = clusters(names, work.tasks)
   out.write_part(work.name, number, [
-      row_of(work.name, names[task], work.tasks[task], seed, _file(out, work.path(task, seed)), found, prompts[task])
+      row_of(work.name, work.names[task], work.tasks[task], seed, _file(out, work.path(task, seed)), found, work.clusters[task])
       for (task, seed), found in zip(work.chunks[number], scores)], features)
 
 

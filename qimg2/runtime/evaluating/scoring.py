@@ -104,12 +104,6 @@ class Pending:
     return self._scorer.finish(self)
 
 
-def score_all(suite: Suite, tasks: Sequence[Task], pictures: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-  """The scores of pictures, in this process."""
-  with Scorer(Suite(suite.tasks, suite.score, score_batch=suite.score_batch)) as scorer:
-    return scorer.begin(tasks, pictures).finish()[0]
-
-
 def num_cores(cgroup: pathlib.Path = pathlib.Path("/proc/self/cgroup"), root: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
   """Number of cores that this process may use, at least one: by its affinity and, on Linux, by `cpu.max` of its control group (version 2) and of
   those that this one is in.
