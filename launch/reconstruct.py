@@ -14,7 +14,7 @@ from launch import cli
 from qimg2.places import write_file
 from qimg2.runtime import processes
 from qimg2.runtime import reconstruction as of_vae
-from qimg2.runtime.evaluating.folder import lines
+from qimg2.runtime.evaluating.folder import lines, make_folder
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.run import load_run
 
@@ -47,6 +47,8 @@ def main(_) -> None:
     raise ValueError("Give one of --workdir and --pretrained: whose VAE?")
   if bool(args.pictures) == bool(args.dataset):
     raise ValueError("Give one of --pictures and --dataset: which pictures?")
+  out = pathlib.Path(args.out)
+  make_folder(out)
   source = load_run(args.workdir, args.dtype) if args.workdir else Pretrained(args.pretrained, args.dtype)
   stage, weights = of_vae.vae_weights(source, args.stage, args.step)
   net, distance = of_vae.lpips_distance(args.lpips) if args.lpips else ("", None)
@@ -55,7 +57,6 @@ def main(_) -> None:
   rows = list(of_vae.reconstruct(source, weights, chosen, args.batch_size, args.vae_tile, distance, of_vae.read_text if args.ocr else None))
   result = {"workdir": args.workdir, "pretrained": args.pretrained, "stage": stage, "lpips": net, **of_vae.summary(rows)}
   if processes.is_first():
-    out = pathlib.Path(args.out)
     write_file(out / "scores.jsonl", lines(sorted(rows, key=lambda row: row["task"])))
     write_file(out / "summary.json", json.dumps(result, indent=1, ensure_ascii=False))
     print(of_vae.in_words(result))

@@ -150,8 +150,9 @@ def test_another_evaluation_is_refused(whole, tmp_path):
     evaluate_into(out, REQUEST | {"model": {"run": "other"}}, [work(out, suite, tasks)])
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.tex").touch()
-  with pytest.raises(ValueError, match="holds other files, and no evaluation"):
-    evaluate_into(Folder(tmp_path / "mine"), REQUEST, [])
+  for place, message in (("mine", "holds other files, and no evaluation"), ("mine/thesis.tex/out", "cannot be made, because .* is a file, or below")):
+    with pytest.raises(ValueError, match=message):
+      evaluate_into(Folder(tmp_path / place), REQUEST, [])
 
 
 def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path):

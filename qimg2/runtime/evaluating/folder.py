@@ -44,9 +44,10 @@ class Folder:
     """Writes down what is evaluated.
 
     Raises:
-      ValueError: the folder holds another evaluation.
+      ValueError: the folder holds another evaluation or other files, or cannot be made.
     """
     path = self.place / REQUEST
+    make_folder(self.place)
     if not path.exists():
       others = self.place.is_dir() and [one for one in self.place.iterdir() if not one.name.startswith(REQUEST)]
       if others and not path.exists():  # of several jobs another one may have begun meanwhile
@@ -131,6 +132,20 @@ class Folder:
     if not (self.place / SUMMARY).exists():
       raise ValueError(f"{self.place} holds no finished evaluation: run launch.evaluate with --out={self.place} to its end first.")
     return read_json(self.place / SUMMARY)
+
+
+def make_folder(place: Place) -> None:
+  """Makes the folder of --out where there is none; in a bucket it comes with its first file.
+
+  Raises:
+    ValueError: it, or a part of its path, is a file.
+  """
+  if is_remote(place):
+    return
+  try:
+    place.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError) as error:
+    raise ValueError(f"--out={place} cannot be made, because {error.filename} is a file, or below one: name another folder.") from error
 
 
 def read_picture(path: Place) -> np.ndarray:
