@@ -9,7 +9,7 @@ Everything here is declared; `qimg2.training` runs it. Left out on purpose: when
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,6 +114,36 @@ class Rollout:
   def __post_init__(self):
     if not self.rewards or "left_out" in self.rewards:
       raise ValueError("A rollout needs the names of its rewards, and reward/left_out is the share of samples without a finite one.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+  """The rewards of a stage, as a method sees them: it does not know what is behind them.
+
+  Attributes:
+    names: of all of them.
+    score: on the host, `score(pictures [B, H, W, C] uint8, tasks)` -> {name: [B] float32}, NaN for what could not be scored, never 0. `tasks` has one
+      mapping per picture: "prompt", "category" and what the record's truth holds.
+    weights: one row for each prompt category, one number for each name: what its normalised reward counts in the advantage. A reward of weight
+      0 in all of them is watched and not learned from ("gold"). () counts all alike in one category.
+
+  Raises:
+    ValueError: no names, or weights of another shape.
+  """
+  names: tuple[str, ...]
+  score: Callable[[Any, Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+  weights: tuple[tuple[float, ...], ...] = ()
+
+  def __post_init__(self):
+    if not self.names or len(set(self.names)) < len(self.names):
+      raise ValueError(f"Rewards {', '.join(self.names)}: there must be one, each with a name of its own.")
+    if any(len(row) != len(self.names) for row in self.weights):
+      raise ValueError(f"Rewards {', '.join(self.names)}: each category needs {len(self.names)} weights, one for each of them.")
+
+  @property
+  def gold(self) -> tuple[str, ...]:
+    """Names of the rewards that are watched and not learned from."""
+    return tuple(name for place, name in enumerate(self.names) if self.weights and not any(row[place] for row in self.weights))
 
 
 @dataclasses.dataclass(frozen=True)
