@@ -65,8 +65,9 @@ class Update:
     if not self.roles or self.every < 1:
       raise ValueError(f"Update of roles {self.roles}: it needs a role, and every={self.every} must be at least 1.")
     object.__setattr__(self, "name", self.name or "+".join(self.roles))
-    if "/" in self.name or self.name == "reward":
-      raise ValueError(f"An update cannot be named {self.name!r}: its name and a / stand before its metrics, and reward/ before those of rewards.")
+    if "/" in self.name or self.name in ("reward", "pictures"):
+      raise ValueError(f"An update cannot be named {self.name!r}: its name and a / stand before its metrics, and reward/ and pictures/ before those "
+                       "of rollouts.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +94,18 @@ class Rollout:
 
   Attributes:
     generate: jitted `generate(params, nets, batch, key) -> samples`, a dict of [B, ...]; B may be a multiple of the batch's rows, those of one row
-      then side by side (`jnp.repeat`, not `jnp.tile`), because each process scores the samples of its own rows.
+      then side by side (`jnp.repeat`, not `jnp.tile`), because each process scores the samples of its own rows. Where samples
+      have "pictures" [B, H, W, C] uint8, figures of them are logged (`qimg2.training.pictures`).
     score: on the host `score(samples, batch) -> {reward: [B] float32}` over this process's rows, as numpy arrays; any exception ends the stage.
       With `on_device`, when the judge is a frozen role, jitted `score(params, nets, samples, batch)`. A reward that is not finite leaves its
-      sample out.
+      sample out, unless it is one of `gold`.
     rewards: names of what `score` gives.
     minibatches: jitted `minibatches(samples, key) -> dict of [K, B', ...]` with K = `num_minibatches`, where `samples` has got "rewards",
       {reward: [B]} with 0 for what is not finite, and "weight" [B], 0 for what is left out. The compiled step scans over K,
       with every update that is due in each.
     num_minibatches: K, optimizer steps per update and step.
     on_device: see `score`.
+    gold: names of rewards that are watched and not learned from: one that is not finite leaves nothing out.
   """
   generate: Callable[[Weights, Any, dict, jax.Array], dict]
   score: Callable[..., Mapping[str, Any]]
@@ -110,10 +113,14 @@ class Rollout:
   minibatches: Callable[[dict, jax.Array], dict]
   num_minibatches: int = 1
   on_device: bool = False
+  gold: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.rewards or "left_out" in self.rewards:
       raise ValueError("A rollout needs the names of its rewards, and reward/left_out is the share of samples without a finite one.")
+    if not set(self.gold) < set(self.rewards):
+      raise ValueError(f"Of the rewards {', '.join(self.rewards)}, {', '.join(self.gold)} are only watched: at least one must be learned from, and "
+                       "each that is watched must be one of them.")
 
 
 @dataclasses.dataclass(frozen=True)

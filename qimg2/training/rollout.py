@@ -24,6 +24,7 @@ from qimg2.sharding import (
   replicated,
   stacked_batch_sharding,
 )
+from qimg2.training import pictures
 from qimg2.training.state import TrainState
 
 _FOLD = 2**31 - 1  # no step, so that the rollout draws other numbers than the updates
@@ -36,20 +37,21 @@ class Programs:
   Attributes:
     generate: (state, frozen, batch) -> samples.
     score: the method's own, on the host; or compiled (state, frozen, samples, batch) -> rewards.
-    minibatches: (state, samples, rewards) -> (data of the step [K, B', ...], metrics).
+    minibatches: (state, samples, rewards) -> (data of the step [K, B', ...], metrics, {metric: its value for each sample [B]}).
     data: abstract data.
   """
   generate: Callable[..., dict]
   score: Callable[..., Any]
-  minibatches: Callable[..., tuple[dict, dict]]
+  minibatches: Callable[..., tuple[dict, dict, dict]]
   data: dict
   rewards: tuple[str, ...]
   on_device: bool
   mesh: jax.sharding.Mesh
   rules: Rules
 
-  def __call__(self, state: TrainState, frozen: dict, batch: dict, rows: dict) -> tuple[dict, dict]:
-    """(data of the step, metrics) of one batch: global arrays `batch`, and `rows`, this process's rows of it as numpy arrays.
+  def __call__(self, state: TrainState, frozen: dict, batch: dict, rows: dict) -> tuple[dict, dict, dict]:
+    """(data of the step, metrics, {metric: its value for each sample [B]}, NaN for none) of one batch: global arrays `batch`, and `rows`, this
+    process's rows of it as numpy arrays.
 
     Raises:
       ValueError: rewards that are not one number for each sample.
@@ -84,11 +86,14 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
 
   def minibatches(state, samples, rewards):
     finite = {name: jnp.isfinite(x) for name, x in rewards.items()}
-    weight = jnp.prod(jnp.stack([x.astype(jnp.float32) for x in finite.values()]), axis=0)
+    weight = jnp.prod(jnp.stack([finite[name].astype(jnp.float32) for name in rollout.rewards if name not in rollout.gold]), axis=0)
+    values = {f"reward/{name}": jnp.where(finite[name], x, jnp.nan) for name, x in rewards.items()}
     rewards = {name: jnp.where(finite[name], x, 0.0) for name, x in rewards.items()}
     data = rollout.minibatches({**samples, "rewards": rewards, "weight": weight}, jax.random.fold_in(key(state), 1))
     means = {f"reward/{name}": jnp.sum(x) / jnp.sum(finite[name]) for name, x in rewards.items()}
-    return data, {**means, "reward/left_out": 1.0 - jnp.mean(weight)}
+    figures = {f"pictures/{name}": x for name, x in pictures.statistics(samples["pictures"]).items()} if "pictures" in samples else {}
+    means |= {name: jnp.mean(x) for name, x in figures.items()}
+    return data, {**means, "reward/left_out": 1.0 - jnp.mean(weight)}, values | figures
 
   def build(fn, shardings, *arguments):
     return jax.jit(fn, out_shardings=shardings).lower(*arguments).compile(compiler_options=options)
@@ -119,7 +124,7 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
     raise ValueError(f"The rollout gives arrays of {', '.join(map(str, sorted(found)))} minibatches, but declares {rollout.num_minibatches}.")
   check_rows("minibatches", data, 1)
   return Programs(build(generate, rows, abstract, frozen, batch), score,
-                  build(minibatches, (stacked_batch_sharding(mesh, rules), everywhere), abstract, samples, given), data, rollout.rewards,
+                  build(minibatches, (stacked_batch_sharding(mesh, rules), everywhere, everywhere), abstract, samples, given), data, rollout.rewards,
                   rollout.on_device, mesh, rules)
 
 

@@ -22,6 +22,7 @@ from qimg2.runtime.config.suites import ALONE, SETTINGS, check_settings
 from qimg2.runtime.methods import METHODS, make_algorithm
 from qimg2.training import faults, optim
 from qimg2.training.state import check_due, check_split
+from qimg2.training.watch import Settings as WatchSettings
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
 
@@ -117,6 +118,7 @@ class StageConfig:
     start_from, frozen: where weights come from, see `qimg2.runtime.config.sources`.
     mixture: the data sets, each with the run's `data_dir`.
     optimizer, optimizers: the settings of every update, and in their place those of the updates that are named.
+    watch: rules that end the stage early, see `qimg2.training.watch`.
   """
   name: str
   algorithm: AlgorithmConfig
@@ -144,6 +146,7 @@ class StageConfig:
   keep_every_steps: int = 0
   evals_every_steps: int = 0
   evals_num_prompts: int = 16
+  watch: WatchSettings = WatchSettings()
 
   def __post_init__(self):
     for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
