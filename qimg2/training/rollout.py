@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qimg2.algorithms import Algorithm
+from qimg2.algorithms import Algorithm, Rollout
 from qimg2.sharding import (
   Rules,
   batch_sharding,
@@ -86,7 +86,7 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
 
   def minibatches(state, samples, rewards):
     finite = {name: jnp.isfinite(x) for name, x in rewards.items()}
-    weight = jnp.prod(jnp.stack([finite[name].astype(jnp.float32) for name in rollout.rewards if name not in rollout.gold]), axis=0)
+    weight = jnp.prod(jnp.stack([(x | ~_counts(rollout, name, samples)).astype(jnp.float32) for name, x in finite.items()]), axis=0)
     values = {f"reward/{name}": jnp.where(finite[name], x, jnp.nan) for name, x in rewards.items()}
     rewards = {name: jnp.where(finite[name], x, 0.0) for name, x in rewards.items()}
     data = rollout.minibatches({**samples, "rewards": rewards, "weight": weight}, jax.random.fold_in(key(state), 1))
@@ -126,6 +126,12 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
   return Programs(build(generate, rows, abstract, frozen, batch), score,
                   build(minibatches, (stacked_batch_sharding(mesh, rules), everywhere, everywhere), abstract, samples, given), data, rollout.rewards,
                   rollout.on_device, mesh, rules)
+
+
+def _counts(rollout: Rollout, name: str, samples: dict) -> jax.Array | bool:
+  """Whether a sample without a finite reward of this name is left out, for all or [B]: not where its weight is 0."""
+  column = [row[rollout.rewards.index(name)] != 0 for row in rollout.weights] or [True]
+  return jnp.asarray(column)[samples["category"]] if len(column) > 1 else jnp.asarray(column)
 
 
 def _checked(rewards: Any, names: tuple[str, ...], samples: dict) -> dict[str, np.ndarray]:
