@@ -22,7 +22,8 @@ from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.shapes import SYSTEM_TOKENS, Choice, Shapes, find_tokenizer
 from qimg2.runtime.rehearsal.table import EVALUATION, STEP, Row
-from qimg2.training.stage import Part, Stage, step_parts
+from qimg2.training.programs import Part
+from qimg2.training.stage import Stage, step_parts
 from qimg2.training.state import TrainState, abstract_state, make_optimizers
 from qimg2.training.validation import bin_sums
 
