@@ -9,8 +9,8 @@ or, without compiling anything, from those of an earlier one's --json file, --co
 
 With --num_prompts what `launch.evaluate` would take with the config's networks, and a judge of its encoder's size (docs/evaluation.md).
 
-A stage of a method with rollouts has a row for each phase of its step: what draws, a judge on the device, what makes minibatches, and the updates; the
-last lines say what an iteration takes, and which pictures/s rewards on the host must bear.
+A stage of a method with rollouts has a row for each phase of its step: what draws, a judge on the device, what makes minibatches, and the updates;
+the last lines say what an iteration takes, and which pictures/s rewards on the host must bear.
 
 With --whole the evaluation and what draws samples are compiled, too. Each row counts what else is on the device meanwhile, and the last lines how
 many programs a stage compiles.
