@@ -50,7 +50,8 @@ class Update:
     roles: moved together, under one norm of the gradient: a VAE and a projector, an adapter and a head.
     loss: `loss(trained, params, nets, batch, key) -> (per example [B], metrics)`. `trained` maps `roles` to the weights to differentiate by;
       `params` maps every role and average to its weights. Metrics are scalars or [B]. The mean is taken over examples, weighted by
-      batch["weight"] [B] where there is one: 0 leaves an example out, a negative one skips the update (advantages belong in the loss). Rows that
+      batch["weight"] [B] where there is one: 0 leaves an example out, a negative one skips the update (advantages belong in the loss). Before that
+      it is multiplied by batch["loss_weight"] [B] where there is one, and no mean is divided by that. Rows that
       are left out hold a copy of another row, so anything but a per-example result must look at `weight` itself.
     every: due at the end of every `every` steps, so that a row logged at a multiple sees it. Its schedule counts its own updates.
     optimizer: settings of its own (`qimg2.training.optim.Config`); None takes the stage's.
@@ -194,6 +195,7 @@ class Algorithm:
     deploy: `deploy(weights) -> {network: weights}` of all roles and averages: which weights draw, are judged and are exported; None for each
       role's own network, where no two roles share one.
     unconditional: whether batches carry the unconditional prompt, "null_tokens" and "null_token_count", for guidance inside the method.
+    pairs: whether batches carry "rejected", or "rejected_latents", the worse picture of each row's prompt.
     tasks: whether batches carry "tasks" for a score of the method's own; where the stage has rewards they do anyway.
 
   Raises:
@@ -209,6 +211,7 @@ class Algorithm:
   deploy: DeployFn | None = None
   unconditional: bool = False
   tasks: bool = False
+  pairs: bool = False
 
   def __post_init__(self):
     names = [update.name for update in self.updates]

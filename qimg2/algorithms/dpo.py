@@ -1,0 +1,103 @@
+"""Direct preference optimisation of a flow: of two pictures of one prompt, the better one w and the worse one l (Qwen-Image report, arXiv 2508.02324;
+Diffusion-DPO, arXiv 2311.12908).
+
+One time t and one noise for both sides of a pair. With v^k = noise - x_0^k and the frozen reference r, which is the model at the stage's start:
+
+  e_θ^k = mean over dimensions of (v_θ(x_t^k, t, c) - v^k)²,   k = w, l, and e_r^k the same of the reference                  (1)
+  reward^k = -β/2 (e_θ^k - e_r^k)                                                                                           (2)
+  loss = -log sigmoid(reward^w - reward^l)                                                                                   (3)
+
+β belongs to the mean over dimensions: with the sum it would be smaller by their number. Public trainings that take the mean have 100 to 2,000 with the
+factor 1/2 as here, which the report's formula has not. At the start all rewards are 0 and the loss is log 2 (up to rounding, where the reference is
+stored in bfloat16). It falls as well where both errors grow, that of w less: watch `error_chosen`.
+
+Where a pair comes from is the difference between the two methods here. `dpo` reads it from the data set ("rejected", or "rejected_latents", of a
+batch). `online_dpo` draws a group of pictures for each prompt by the ODE, with guidance in the rollout alone, and takes the best and the worst of
+them by the stage's rewards; a prompt whose best picture is not better than its worst has weight 0. Left out: a term of supervised learning on w.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from qimg2 import flow
+from qimg2.algorithms import COMPUTE, Algorithm, Average, Role, Update
+from qimg2.algorithms.flow_matching import NUM_TIME_BINS, VALIDATION_SEED, latents_and_condition, squared_error, time_bins
+from qimg2.sampler import sample_noise
+
+
+def dpo(schedule: flow.Schedule, beta: float = 2000.0, ema_decay: float = 0.999) -> Algorithm:
+  """The algorithm that trains role "model" on stored pairs, with frozen "ref", "encoder" and "vae".
+
+  Args:
+    schedule: gives the times of training and validation.
+    beta: β of equation 2, above 0; a lower one lets the model go further from the reference.
+    ema_decay: decay per step of the averaged weights "ema"; 0 keeps none.
+
+  Raises:
+    ValueError: β is not above 0.
+  """
+  check_beta(beta)
+
+  def compare(model, params, nets, batch, t_of, noise_of):
+    """(loss [B], metrics) under the generator's weights `model`; `t_of` and `noise_of` draw for latents of a shape."""
+    x_0, cond = latents_and_condition(params, nets, batch)
+    x_l = nets.target_latents(params, rejected(batch))
+    return preference(nets, model, params["ref"], x_0, x_l, cond, t_of(x_0.shape), noise_of(x_0.shape), beta)
+
+  def loss(trained, params, nets, batch, key):
+    key_time, key_noise = jax.random.split(key)
+    return compare(trained["model"], params, nets, batch, lambda shape: schedule.training_times(key_time, shape[0], shape[1] * shape[2]),
+                   lambda shape: jax.random.normal(key_noise, shape))
+
+  def validation(params, nets, batch, key):
+    del key  # every draw depends on sample_id alone
+    bins, ids = time_bins(batch["sample_id"]), batch["sample_id"]
+    loss, metrics = compare(params["model"], params, nets, batch, lambda shape: schedule.validation_times(bins, NUM_TIME_BINS, shape[1] * shape[2]),
+                            lambda shape: sample_noise(jax.random.key(VALIDATION_SEED), ids, shape[1:]))
+    return {"loss": loss, **metrics}, bins
+
+  return Algorithm(roles(), (Update(("model",), loss),), averages(ema_decay), validation=validation, num_bins=NUM_TIME_BINS, deploy=deploy,
+                   pairs=True)
+
+
+def preference(nets, model: dict, reference: dict, x_w: jax.Array, x_l: jax.Array, cond, t: jax.Array, noise: jax.Array,
+               beta: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """(loss [B] of equation 3, metrics [B]) of pairs of latents `x_w`, `x_l` [B, h, w, C] at times `t` [B] with one `noise` [B, h, w, C] for both.
+
+  The metrics: `reward_chosen` and `reward_rejected`, equation 2; their difference `margin`; `accuracy`, 1 where that is above 0; the model's own
+  errors, equation 1, `error_chosen` and `error_rejected`.
+  """
+  error = lambda weights, x_0: squared_error(nets, weights, x_0, cond, t, noise)
+  frozen = lambda x_0: jax.lax.stop_gradient(error(reference, x_0))
+  chosen, rejected = error(model, x_w), error(model, x_l)
+  reward_w, reward_l = -beta / 2 * (chosen - frozen(x_w)), -beta / 2 * (rejected - frozen(x_l))
+  margin = reward_w - reward_l
+  metrics = {"reward_chosen": reward_w, "reward_rejected": reward_l, "margin": margin, "accuracy": (margin > 0).astype(jnp.float32),
+             "error_chosen": chosen, "error_rejected": rejected}
+  return -jax.nn.log_sigmoid(margin), metrics
+
+
+def rejected(batch: dict) -> dict:
+  """`batch` with its rejected pictures, or their latents, in the place of the target."""
+  return {"latents": batch["rejected_latents"]} if "rejected_latents" in batch else {"target": batch["rejected"]}
+
+
+def check_beta(beta: float) -> None:
+  """Raises a `ValueError` unless β is above 0."""
+  if not beta > 0:
+    raise ValueError(f"algorithm.beta is {beta}: give a number above 0, such as 2000.")
+
+
+def roles() -> dict[str, Role]:
+  """The trained model, the reference that it started as, and the frozen networks around them."""
+  return {"model": Role("mmdit"), "ref": Role("mmdit", start="model", dtype=COMPUTE), "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
+
+
+def averages(ema_decay: float) -> dict[str, Average]:
+  """The averaged weights "ema" of the model; none for a decay of 0."""
+  return {"ema": Average("model", ema_decay)} if ema_decay else {}
+
+
+def deploy(weights: dict) -> dict:
+  """The averaged weights where there are some, and the frozen networks."""
+  return {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
