@@ -74,7 +74,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       resolutions=(RESOLUTION,),
       mixture=(part("glyphs"),),
       evaluation=dict(split="validation", num_samples=256),  # of the mixture's data sets, per task
-      caption_dropout=0.1 if generator else 0.0,
+      caption_dropout=0.1 if generator and not METHODS[method].takes_rewards else 0.0,
       max_crop=0.2,  # largest share of a picture that fitting it to a bucket may cut off
       max_programs=64,  # most buckets, each of which is a compiled step; more shapes than that share them. 0: one for each shape
       min_bucket_records=0,  # buckets with fewer records are merged into others, and what fits nowhere is left out
@@ -86,13 +86,15 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200,
       save_every_s=0.0,  # seconds after a save when another is due, where a step is long; 0: by steps alone
       keep=2,  # newest checkpoints, and as many of the newest at multiples of save_every_steps
+      rewards={},  # of a method that learns from its own pictures, see docs/rewards.md: {"glyph": dict(weight=1.0)}
+      reward_workers=0,  # processes that score pictures on each machine; 0: one less than there are cores
       evals_every_steps=0, evals_num_prompts=16,  # config.evals on so many prompts while the stage trains, how often; 0: only at the run's end
       keep_every_steps=0,  # checkpoints at multiples of this stay for good; a multiple of save_every_steps, 0: none
   ))
   for key, value in changes.items():
     if key not in cfg:
       raise ValueError(f"A stage has no key {key!r}: it has {', '.join(sorted(cfg))}.")
-    if isinstance(cfg[key], ConfigDict) and key not in ("frozen", "optimizers"):
+    if isinstance(cfg[key], ConfigDict) and key not in ("frozen", "optimizers", "rewards"):
       unknown = sorted(set(value) - set(cfg[key]))
       if unknown:
         raise ValueError(f"The section {key!r} of a stage has no key {unknown[0]!r}: it has {', '.join(sorted(cfg[key]))}.")

@@ -12,6 +12,7 @@ Reading order:
   published/                  published tensors <-> our weights, a whole folder read and written
   analysis/                   operations that a step asks for; what a compiled one does; the fastest it could be on a chip
   evaluation/                 evaluation suites: the contract, metrics of pictures and texts, a judge, statistics
+  rewards/                    what a picture is worth: pure functions of it and of what was asked for, and the processes that compute them
   runtime/                    config, data and networks joined: what the launchers and notebooks call
   flax_module                 the generator as a linen module
 

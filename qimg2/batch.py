@@ -9,8 +9,11 @@
 | `sample_id` | B int64 | stable id: validation noise and time are functions of it |
 | `weight` | B float32 | only in evaluation batches: 1, or 0 for a row that fills the last batch or stands for a broken record |
 
-The loaders here give these. A method may learn from other arrays: the trainer asks for `sample_id` alone, takes `weight` where there is one, and
-`loss_mask` B M bool is the name for the tokens that a language model learns to say.
+| `tasks` | tuple of B mappings | only where rewards ask for it, and on the host alone: prompt, category and truth of each row |
+| `category` | B int32 | only where rewards count by category: an index of `qimg2.algorithms.Rewards.weights` |
+
+The loaders here give these, and the runtime makes `category` of `tasks`. A method may learn from other arrays: the trainer asks for `sample_id`
+alone, takes `weight` where there is one, and `loss_mask` B M bool is the name for the tokens that a language model learns to say.
 
 A method that needs guidance inside its step asks for the unconditional prompt (`qimg2.algorithms.Algorithm.unconditional`): `null_tokens`,
 `null_token_count` and, where there are `features`, `null_features` are the empty prompt around the same condition images, shaped as without
@@ -31,6 +34,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Grid = tuple[int, int]  # (rows, columns) of latents
+HOST_ONLY = ("tasks",)  # keys of a batch that never go to a device
 
 
 def num_rows(batch: Mapping[str, Any]) -> int:
@@ -53,6 +57,11 @@ def source_grids(batch: Mapping[str, Any], factor: int) -> tuple[Grid, ...]:
 def unconditional(batch: Mapping[str, Any]) -> dict[str, Any]:
   """`batch` with the unconditional prompt in place of its own."""
   return {**batch, **{name.removeprefix("null_"): x for name, x in batch.items() if name.startswith("null_")}}
+
+
+def for_device(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """`batch` without what stays on the host."""
+  return {name: x for name, x in batch.items() if name not in HOST_ONLY}
 
 
 def _grid(x: Any, factor: int = 1) -> Grid:

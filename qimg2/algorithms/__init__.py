@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qimg2 import params as P
 
@@ -103,6 +104,7 @@ class Rollout:
       with every update that is due in each.
     num_minibatches: K, optimizer steps per update and step.
     on_device: see `score`.
+    weights: those of `Rewards`. A reward of weight 0 in a sample's category, samples["category"] [B], may be missing and leaves nothing out.
   """
   generate: Callable[[Weights, Any, dict, jax.Array], dict]
   score: Callable[..., Mapping[str, Any]]
@@ -110,6 +112,7 @@ class Rollout:
   minibatches: Callable[[dict, jax.Array], dict]
   num_minibatches: int = 1
   on_device: bool = False
+  weights: tuple[tuple[float, ...], ...] = ()
 
   def __post_init__(self):
     if not self.rewards or "left_out" in self.rewards:
@@ -126,6 +129,8 @@ class Rewards:
       mapping per picture: "prompt", "category" and what the record's truth holds.
     weights: one row for each prompt category, one number for each name: what its normalised reward counts in the advantage. A reward of weight
       0 in all of them is watched and not learned from ("gold"). () counts all alike in one category.
+    categories: the names of the rows of `weights`, the last of them for every category that has no row of its own; () for one row for all, and then
+      batches have no "category".
 
   Raises:
     ValueError: no names, or weights of another shape.
@@ -133,17 +138,42 @@ class Rewards:
   names: tuple[str, ...]
   score: Callable[[Any, Sequence[Mapping[str, Any]]], Mapping[str, Any]]
   weights: tuple[tuple[float, ...], ...] = ()
+  categories: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.names or len(set(self.names)) < len(self.names):
       raise ValueError(f"Rewards {', '.join(self.names)}: there must be one, each with a name of its own.")
     if any(len(row) != len(self.names) for row in self.weights):
       raise ValueError(f"Rewards {', '.join(self.names)}: each category needs {len(self.names)} weights, one for each of them.")
+    if self.categories and len(self.categories) != len(self.weights):
+      raise ValueError(f"Rewards {', '.join(self.names)}: {len(self.categories)} categories need as many rows of weights, not {len(self.weights)}.")
 
   @property
   def gold(self) -> tuple[str, ...]:
     """Names of the rewards that are watched and not learned from."""
     return tuple(name for place, name in enumerate(self.names) if self.weights and not any(row[place] for row in self.weights))
+
+  def find_category(self, task: Mapping[str, Any]) -> int:
+    """The row of `weights` that a task's prompt has: of its category, or else the last one."""
+    return self.categories.index(task["category"]) if task["category"] in self.categories else max(0, len(self.categories) - 1)
+
+  def rollout(self, generate: Callable[[Weights, Any, dict, jax.Array], dict], minibatches: Callable[[dict, jax.Array], dict],
+              num_minibatches: int = 1) -> Rollout:
+    """A rollout whose pictures, samples["pictures"] [B, H, W, C] uint8, get these rewards; the arguments are those of `Rollout`.
+
+    Each row's pictures are side by side and have its task. Samples have "category" [B] int32 where the batch has.
+    """
+    def generate_with_category(params, nets, batch, key):
+      samples = generate(params, nets, batch, key)
+      if "category" not in batch:
+        return samples
+      return {**samples, "category": jnp.repeat(batch["category"], samples["pictures"].shape[0] // batch["category"].shape[0])}
+
+    def score(samples, batch):
+      group = len(samples["pictures"]) // len(batch["tasks"])
+      return self.score(samples["pictures"], [task for task in batch["tasks"] for _ in range(group)])
+
+    return Rollout(generate_with_category, score, self.names, minibatches, num_minibatches, weights=self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +192,7 @@ class Algorithm:
     deploy: `deploy(weights) -> {network: weights}` of all roles and averages: which weights draw, are judged and are exported; None for each
       role's own network, where no two roles share one.
     unconditional: whether batches carry the unconditional prompt, "null_tokens" and "null_token_count", for guidance inside the method.
+    tasks: whether batches carry "tasks" for a score of the method's own; where the stage has rewards they do anyway.
 
   Raises:
     ValueError: names that do not fit each other.
@@ -175,6 +206,7 @@ class Algorithm:
   finalize: FinalizeFn | None = None
   deploy: DeployFn | None = None
   unconditional: bool = False
+  tasks: bool = False
 
   def __post_init__(self):
     names = [update.name for update in self.updates]

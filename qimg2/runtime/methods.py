@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qimg2 import flow
-from qimg2.algorithms import Algorithm
+from qimg2.algorithms import Algorithm, Rewards
 from qimg2.algorithms.flow_matching import flow_matching
 from qimg2.algorithms.reconstruction import reconstruction
 
 KINDS = ("autoencoder", "generator")
-GIVEN = ("schedule",)  # arguments of a constructor that are the run's, not the stage's
+GIVEN = ("schedule", "rewards")  # arguments of a constructor that are the run's, not the stage's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,16 @@ class Method:
     defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
     return {name: hints.get(name, Any) for name in parameters}, defaults
 
+  @property
+  def takes_rewards(self) -> bool:
+    """Whether a stage of it may have rewards."""
+    return "rewards" in inspect.signature(self.make).parameters
+
+  @property
+  def needs_rewards(self) -> bool:
+    """Whether a stage of it must have some."""
+    return self.takes_rewards and inspect.signature(self.make).parameters["rewards"].default is inspect.Parameter.empty
+
 
 METHODS = {
     "flow_matching": Method("generator", flow_matching),
@@ -39,8 +49,8 @@ METHODS = {
 }
 
 
-def make_algorithm(name: str, settings: Mapping[str, Any], schedule: flow.Schedule) -> Algorithm:
-  """The algorithm of the method `name` with a stage's settings, and with the run's schedule where it asks for one."""
+def make_algorithm(name: str, settings: Mapping[str, Any], schedule: flow.Schedule, rewards: Rewards | None = None) -> Algorithm:
+  """The algorithm of the method `name` with a stage's settings, and with the run's schedule and the stage's rewards where it asks for them."""
   make = METHODS[name].make
-  given = {"schedule": schedule}
+  given = {"schedule": schedule, "rewards": rewards}
   return make(**{key: value for key, value in given.items() if key in inspect.signature(make).parameters}, **settings)

@@ -140,7 +140,7 @@ def _functions(rollout: Rollout, nets: Any) -> tuple[Callable, Callable, Callabl
 
   def minibatches(state, samples, rewards):
     finite = {name: jnp.isfinite(x) for name, x in rewards.items()}
-    weight = jnp.prod(jnp.stack([x.astype(jnp.float32) for x in finite.values()]), axis=0)
+    weight = jnp.prod(jnp.stack([(x | ~_counts(rollout, name, samples)).astype(jnp.float32) for name, x in finite.items()]), axis=0)
     rewards = {name: jnp.where(finite[name], x, 0.0) for name, x in rewards.items()}
     data = rollout.minibatches({**samples, "rewards": rewards, "weight": weight}, jax.random.fold_in(key(state), 1))
     means = {f"reward/{name}": jnp.sum(x) / jnp.sum(finite[name]) for name, x in rewards.items()}
@@ -155,6 +155,12 @@ def _check_rows(what: str, tree: dict, dim: int, mesh: jax.sharding.Mesh, rules:
   if odd:
     raise ValueError(f"The rollout's {what} have {odd[0]} rows, which the {num_parts} parts of the mesh's batch axes do not divide: change the "
                      "batch size, the samples per prompt or the mesh.")
+
+
+def _counts(rollout: Rollout, name: str, samples: dict) -> jax.Array | bool:
+  """Whether a sample without a finite reward of this name is left out, for all or [B]: not where its weight is 0."""
+  column = [row[rollout.rewards.index(name)] != 0 for row in rollout.weights] or [True]
+  return jnp.asarray(column)[samples["category"]] if len(column) > 1 else jnp.asarray(column)
 
 
 def _checked(rewards: Any, names: tuple[str, ...], samples: dict) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ import jax
 from absl import logging
 
 from qimg2.algorithms import Algorithm
+from qimg2.batch import for_device
 from qimg2.sharding import Rules, gather_ids, put_batch
 from qimg2.training.changes import check_frozen, warn_of_another_order
 from qimg2.training.checkpoint import Checkpoints
@@ -124,7 +125,7 @@ def _train(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rul
     output.writer.write_timing(step, recorder.row())
     with (contextlib.closing(loader.iterate(step)) as batches, contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler,
           SaveClock(stage.save_every_s) as is_save_due):
-      feed = Feed(batches, lambda batch: put_batch(batch, mesh, rules))
+      feed = Feed(batches, lambda batch: put_batch(for_device(batch), mesh, rules))
       return _loop(stage, state, frozen, programs, rollouts, feed, output, stop, profiler, is_save_due)
 
 

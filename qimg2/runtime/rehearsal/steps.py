@@ -16,6 +16,7 @@ from qimg2 import params as P
 from qimg2.analysis import flops, hlo, roofline
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal import table
@@ -78,7 +79,7 @@ class Rehearsal(Shapes):
 
   def _stage(self, config: StageConfig, bucket: Bucket, program: str) -> Stage:
     """What training has for the bucket alone."""
-    algorithm = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule)
+    algorithm = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule, declare(config.rewards))
     shards = self.nets.shard.parts("batch")
     remat, accumulate = self.cfg.model.remat, config.optimizer.accumulate
     if program != STEP:
