@@ -3,8 +3,9 @@
 Sections are complete, in every stage too, so that a stage can be read alone and any key can be overridden on the command line:
   --config.stages[1].num_steps=10 --config.stages[1].faults.max_skipped=3
 A section that is a class of its own has that class's defaults, and its keys are explained there: `schedule` is `qimg2.flow.Schedule`, `optimizer`
-`qimg2.training.optim.Config`, `faults` `qimg2.training.faults.Settings`, `mixture` and `resolutions` `DatasetSpec` and `Resolution` of
-data_pipelines/specs.py (squares alone, unless a stage says otherwise), and `algorithm` has the arguments of its method in `qimg2.algorithms`.
+`qimg2.training.optim.Config`, `faults` and `watch` the `Settings` of the modules of these names in `qimg2.training`, `mixture` and `resolutions`
+`DatasetSpec` and `Resolution` of data_pipelines/specs.py (squares alone, unless a stage says otherwise), and `algorithm` has the arguments of its
+method in `qimg2.algorithms`.
 The sections of the three networks (configs/sizes.py) are the exception: what they do not name has the default of the network's class.
 
 Where weights come from, in `start_from` and `frozen`:
@@ -24,7 +25,7 @@ from qimg2 import flow
 from qimg2.runtime.config import plain
 from qimg2.runtime.config.sources import DIFFUSERS
 from qimg2.runtime.methods import METHODS
-from qimg2.training import faults, optim
+from qimg2.training import faults, optim, watch
 
 RESOLUTION = plain(Resolution(base_px=64, batch_size=32, ratios=("1:1",)))
 
@@ -83,6 +84,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}
       faults=plain(faults.Settings()),
+      watch=plain(watch.Settings()),  # rules about metrics that end the stage early: {"bands": {"pictures/dark": (0.0, 0.5)}}
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200,
       save_every_s=0.0,  # seconds after a save when another is due, where a step is long; 0: by steps alone
       keep=2,  # newest checkpoints, and as many of the newest at multiples of save_every_steps

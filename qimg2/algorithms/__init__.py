@@ -66,8 +66,9 @@ class Update:
     if not self.roles or self.every < 1:
       raise ValueError(f"Update of roles {self.roles}: it needs a role, and every={self.every} must be at least 1.")
     object.__setattr__(self, "name", self.name or "+".join(self.roles))
-    if "/" in self.name or self.name == "reward":
-      raise ValueError(f"An update cannot be named {self.name!r}: its name and a / stand before its metrics, and reward/ before those of rewards.")
+    if "/" in self.name or self.name in ("reward", "pictures"):
+      raise ValueError(f"An update cannot be named {self.name!r}: its name and a / stand before its metrics, and reward/ and pictures/ before those "
+                       "of rollouts.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +95,11 @@ class Rollout:
 
   Attributes:
     generate: jitted `generate(params, nets, batch, key) -> samples`, a dict of [B, ...]; B may be a multiple of the batch's rows, those of one row
-      then side by side (`jnp.repeat`, not `jnp.tile`), because each process scores the samples of its own rows.
+      then side by side (`jnp.repeat`, not `jnp.tile`), because each process scores the samples of its own rows. Where samples
+      have "pictures" [B, H, W, C] uint8, figures of them are logged (`qimg2.training.pictures`).
     score: on the host `score(samples, batch) -> {reward: [B] float32}` over this process's rows, as numpy arrays; any exception ends the stage.
       With `on_device`, when the judge is a frozen role, jitted `score(params, nets, samples, batch)`. A reward that is not finite leaves its
-      sample out.
+      sample out, unless its weight is 0.
     rewards: names of what `score` gives.
     minibatches: jitted `minibatches(samples, key) -> dict of [K, B', ...]` with K = `num_minibatches`, where `samples` has got "rewards",
       {reward: [B]} with 0 for what is not finite, and "weight" [B], 0 for what is left out. The compiled step scans over K,

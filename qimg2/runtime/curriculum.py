@@ -134,7 +134,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
       (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None,
-      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker)
+      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker, config.watch)
   if processes.is_first():
     report.save_counts(run, config, loader)
     left_out.say(config, loader, run.workdir / config.name)

@@ -24,6 +24,7 @@ from qimg2.sharding import (
   replicated,
   stacked_batch_sharding,
 )
+from qimg2.training import pictures
 from qimg2.training.programs import Part
 from qimg2.training.state import TrainState
 
@@ -37,20 +38,21 @@ class Programs:
   Attributes:
     generate: (state, frozen, batch) -> samples.
     score: the method's own, on the host; or compiled (state, frozen, samples, batch) -> rewards.
-    minibatches: (state, samples, rewards) -> (data of the step [K, B', ...], metrics).
+    minibatches: (state, samples, rewards) -> (data of the step [K, B', ...], metrics, {metric: its value for each sample [B]}).
     data: abstract data.
   """
   generate: Callable[..., dict]
   score: Callable[..., Any]
-  minibatches: Callable[..., tuple[dict, dict]]
+  minibatches: Callable[..., tuple[dict, dict, dict]]
   data: dict
   rewards: tuple[str, ...]
   on_device: bool
   mesh: jax.sharding.Mesh
   rules: Rules
 
-  def __call__(self, state: TrainState, frozen: dict, batch: dict, rows: dict) -> tuple[dict, dict]:
-    """(data of the step, metrics) of one batch: global arrays `batch`, and `rows`, this process's rows of it as numpy arrays.
+  def __call__(self, state: TrainState, frozen: dict, batch: dict, rows: dict) -> tuple[dict, dict, dict]:
+    """(data of the step, metrics, {metric: its value for each sample [B]}, NaN for none) of one batch: global arrays `batch`, and `rows`, this
+    process's rows of it as numpy arrays.
 
     Raises:
       ValueError: rewards that are not one number for each sample.
@@ -124,7 +126,7 @@ def rollout_parts(algorithm: Algorithm, nets: Any, abstract: TrainState, frozen:
   return RolloutParts(
       Part(jit(generate, rows), (abstract, frozen, batch)),
       Part(jit(judge, rows), (abstract, frozen, samples, batch)) if rollout.on_device else None,
-      Part(jit(minibatches, (stacked, replicated(mesh))), (abstract, samples, given), beside=(frozen, batch)), data, num)
+      Part(jit(minibatches, (stacked, replicated(mesh), replicated(mesh))), (abstract, samples, given), beside=(frozen, batch)), data, num)
 
 
 def _functions(rollout: Rollout, nets: Any) -> tuple[Callable, Callable, Callable]:
@@ -141,10 +143,13 @@ def _functions(rollout: Rollout, nets: Any) -> tuple[Callable, Callable, Callabl
   def minibatches(state, samples, rewards):
     finite = {name: jnp.isfinite(x) for name, x in rewards.items()}
     weight = jnp.prod(jnp.stack([(x | ~_counts(rollout, name, samples)).astype(jnp.float32) for name, x in finite.items()]), axis=0)
+    values = {f"reward/{name}": jnp.where(finite[name], x, jnp.nan) for name, x in rewards.items()}
     rewards = {name: jnp.where(finite[name], x, 0.0) for name, x in rewards.items()}
     data = rollout.minibatches({**samples, "rewards": rewards, "weight": weight}, jax.random.fold_in(key(state), 1))
     means = {f"reward/{name}": jnp.sum(x) / jnp.sum(finite[name]) for name, x in rewards.items()}
-    return data, {**means, "reward/left_out": 1.0 - jnp.mean(weight)}
+    figures = {f"pictures/{name}": x for name, x in pictures.statistics(samples["pictures"]).items()} if "pictures" in samples else {}
+    means |= {name: jnp.mean(x) for name, x in figures.items()}
+    return data, {**means, "reward/left_out": 1.0 - jnp.mean(weight)}, values | figures
 
   return generate, judge, minibatches
 

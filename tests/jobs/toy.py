@@ -25,6 +25,7 @@ from qimg2.runtime import processes
 from qimg2.training import faults, optim, trainer
 from qimg2.training.state import make_optimizers
 from qimg2.training.validation import Evaluator
+from qimg2.training.watch import Settings as WatchSettings
 from tests.jobs.toy_methods import HEAPS, LABELS, METHODS, VOCABULARY, Nets
 
 ROWS = 16
@@ -87,6 +88,7 @@ class Job:
   description: dict = dataclasses.field(default_factory=lambda: {"seed": 0})
   save_every_s: float = 0.0
   local_copies: tuple = ("", 0.0)
+  watch: WatchSettings = WatchSettings()
 
   def loader(self, mesh, rules):
     """The loader of the method's data."""
@@ -111,7 +113,8 @@ def stage_of(job):
   shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
-                       job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies), mesh, rules
+                       job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies,
+                       watch=job.watch), mesh, rules
 
 
 def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):

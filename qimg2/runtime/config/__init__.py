@@ -23,6 +23,7 @@ from qimg2.runtime.config.suites import ALONE, SETTINGS, check_settings
 from qimg2.runtime.methods import METHODS, make_algorithm
 from qimg2.training import faults, optim
 from qimg2.training.state import check_due, check_split
+from qimg2.training.watch import Settings as WatchSettings
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
 
@@ -118,6 +119,7 @@ class StageConfig:
     start_from, frozen: where weights come from, see `qimg2.runtime.config.sources`.
     mixture: the data sets, each with the run's `data_dir`.
     optimizer, optimizers: the settings of every update, and in their place those of the updates that are named.
+    watch: rules that end the stage early, see `qimg2.training.watch`.
     rewards: name -> reward of a method that learns from its own pictures.
   """
   name: str
@@ -146,6 +148,7 @@ class StageConfig:
   keep_every_steps: int = 0
   evals_every_steps: int = 0
   evals_num_prompts: int = 16
+  watch: WatchSettings = WatchSettings()
   rewards: Mapping[str, RewardConfig] = dataclasses.field(default_factory=dict)
   reward_workers: int = 0
 
