@@ -107,7 +107,7 @@ class SDE:
 def log_probability(x_next: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
   """[B] log-density of `x_next` [B, ...] under N(mean, deviation²), the mean over dimensions; `deviation` [B] is positive."""
   scale = expand(deviation, mean)
-  return _per_row(-0.5 * jnp.square((x_next - mean) / scale) - jnp.log(scale) - 0.5 * np.float32(np.log(2 * np.pi)))
+  return row_mean(-0.5 * jnp.square((x_next - mean) / scale) - jnp.log(scale) - 0.5 * np.float32(np.log(2 * np.pi)))
 
 
 def log_ratio(difference: jax.Array, noise: jax.Array, deviation: jax.Array) -> jax.Array:
@@ -118,15 +118,16 @@ def log_ratio(difference: jax.Array, noise: jax.Array, deviation: jax.Array) -> 
     noise: [B, ...] e, what was drawn: (x_next - mean) / deviation.
     deviation: [B], positive.
   """
-  return -divergence(difference, deviation) - _per_row(difference * noise) / deviation
+  return -divergence(difference, deviation) - row_mean(difference * noise) / deviation
 
 
 def divergence(difference: jax.Array, deviation: jax.Array) -> jax.Array:
   """[B] Kullback-Leibler divergence of two normal distributions whose means differ by `difference` [B, ...], the mean over dimensions."""
-  return _per_row(jnp.square(difference)) / (2 * jnp.square(deviation))
+  return row_mean(jnp.square(difference)) / (2 * jnp.square(deviation))
 
 
-def _per_row(x: jax.Array) -> jax.Array:
+def row_mean(x: jax.Array) -> jax.Array:
+  """[B] the mean over the other dimensions."""
   return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
