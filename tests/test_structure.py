@@ -30,7 +30,8 @@ ALLOWED = {
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
 ORDER = [["params", "products", "places"], ["sharding", "batch"], ["layers"], ["attention"], ["models"], ["layout", "flax_module"],
-         ["networks", "flow"], ["sampler"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["rewards"], ["runtime"]]
+         ["networks", "flow"], ["sampler"], ["sde"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["rewards"],
+         ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.
 ABOVE_RUNTIME = {"configs", "launch", "notebooks", "benchmarks", "tests"}
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))

@@ -56,12 +56,14 @@ class Update:
     every: due at the end of every `every` steps, so that a row logged at a multiple sees it. Its schedule counts its own updates.
     optimizer: settings of its own (`qimg2.training.optim.Config`); None takes the stage's.
     name: of its metrics and optimizer state; "" for its roles, joined by "+".
+    limits: metric -> its largest value, for what the method promises of itself: a step with more ends the stage, and is never saved.
   """
   roles: tuple[str, ...]
   loss: LossFn
   every: int = 1
   optimizer: Any = None
   name: str = ""
+  limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if not self.roles or self.every < 1:
@@ -235,6 +237,11 @@ class Algorithm:
   def frozen(self) -> tuple[str, ...]:
     """Names of the roles that are read and never updated."""
     return tuple(role for role in self.roles if role not in self.trained)
+
+  @property
+  def limits(self) -> dict[str, float]:
+    """Name of a metric, as a step gives it -> its largest value."""
+    return {name if len(self.updates) == 1 else f"{update.name}/{name}": limit for update in self.updates for name, limit in update.limits.items()}
 
   def deployed(self, weights: Weights) -> Weights:
     """{network: weights} that draw, are judged and are exported, from the weights of all roles and averages."""

@@ -102,7 +102,7 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
       raise watch.reason(stage.name, step)
     writer = MetricsWriter(folder, step, first, meta.get("hooks_due", False), stage.tracker,
                            stage.faults.wait_for_space_s if jax.process_count() == 1 else 0.0)  # the others would wait in a collective
-    monitor = StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids)
+    monitor = StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids, stage.algorithm.limits)
     output = StageOutput(writer, checkpoints, monitor, recorder, copies, progress, watch)
     if step > (checkpoints.latest_step() or 0):  # it is from a copy, which may be lost with a machine
       _save(stage, state, step, output, meta["hooks_due"], can_continue=True)

@@ -20,6 +20,7 @@ from absl import flags
 from launch import cli
 from qimg2 import params as P
 from qimg2 import sharding
+from qimg2.batch import for_device
 from qimg2.places import find_place
 from qimg2.runtime import processes
 from qimg2.training import faults, optim, trainer
@@ -35,7 +36,7 @@ SETTINGS = optim.Config(learning_rate=3e-3, warmup_steps=3, schedule="cosine", w
 def points(rng):
   """A batch of points around four heaps."""
   label = rng.integers(0, LABELS, ROWS).astype(np.int32)
-  return {"x": (HEAPS[label] + 0.3 * rng.normal(size=(ROWS, 2))).astype(np.float32), "label": label}
+  return {"x": (HEAPS[label] + 0.3 * rng.normal(size=(ROWS, 2))).astype(np.float32), "label": label, "null_label": np.full_like(label, LABELS)}
 
 
 def sentences(rng):
@@ -59,7 +60,8 @@ class Loader:
     """This process's rows of batch k."""
     whole = self._make(np.random.default_rng(k)) | {"sample_id": ROWS * k + np.arange(ROWS, dtype=np.int64)}
     size = ROWS // self._num
-    return {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
+    rows = {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
+    return rows | {"tasks": tuple({"prompt": "", "category": "", "label": label} for label in rows.get("label", ()))}
 
   def iterate(self, start):
     """(bucket, batch) from `start` on."""
@@ -110,7 +112,7 @@ def stage_of(job):
   specs = algorithm.specs(Nets().specs(), {})
   example = job.loader(mesh, rules).batch(0)
   rows = sharding.batch_sharding(mesh, rules)
-  shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
+  shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in for_device(example).items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
                        job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies,
@@ -122,7 +124,7 @@ def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
   stage, mesh, rules = stage_of(job)
   algorithm, loader = stage.algorithm, job.loader(mesh, rules)
   frozen = {role: weights(job, role, algorithm, mesh, rules) for role in algorithm.frozen}
-  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **loader.batch(2**20)}
+  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **for_device(loader.batch(2**20))}
   batches = [sharding.put_batch(held_out, mesh, rules)]
   evaluator = Evaluator(algorithm, Nets(), batches)
   stage = dataclasses.replace(stage, hooks=((job.eval_every, lambda params, step, writer: evaluator(params)),))

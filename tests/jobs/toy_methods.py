@@ -8,8 +8,8 @@
   adapter      a low-rank adapter on a frozen base, merged for use; the judge of its rollout is a frozen role on the device
   language     next tokens after a prompt; the mean over tokens, not over rows
 
-The network of the first six is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B], and no
-pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
+The network of the first six is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B] and
+`null_label` [B], which is none of the labels, and `tasks`, which say the label to the host; no pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
 """
 
 import dataclasses
@@ -41,11 +41,32 @@ class Nets:
     low_rank = {"down": P.Param((WIDTH, RANK), (None, None), P.normal(0.3)), "up": P.Param((RANK, WIDTH), (None, None), P.zeros)}
     language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), P.normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
                 "out": P.Param((WIDTH, VOCABULARY), (None, None), P.normal(0.1))}
-    return {"mlp": mlp, "lora/mlp": low_rank, "judge": {"centre": P.Param((2,), (None,), P.ones)}, "language": language}
+    one = {"one": P.Param((1,), (None,), P.ones)}
+    return {"mlp": mlp, "lora/mlp": low_rank, "judge": {"centre": P.Param((2,), (None,), P.ones)}, "language": language,
+            "mmdit": mlp, "qwen3_vl": one, "vae": one}
 
   def velocity(self, params, x, t, label):
-    inputs = jnp.concatenate([x, t[:, None], jax.nn.one_hot(label, LABELS)], axis=1)
-    return jnp.tanh(jnp.tanh(inputs @ params["in"]) @ params["hidden"]) @ params["out"]
+    inputs = jnp.concatenate([x.reshape(-1, 2), t[:, None], jax.nn.one_hot(label, LABELS)], axis=1)
+    return (jnp.tanh(jnp.tanh(inputs @ params["in"]) @ params["hidden"]) @ params["out"]).reshape(x.shape)
+
+  # As `qimg2.networks.Networks`, for methods that draw pictures: latents [B, 1, 1, 2] are the points, and a label is all that a prompt says.
+
+  def compute_dtypes(self):
+    return {"mmdit": "float32"}
+
+  def target_latents(self, params, batch):
+    return batch["latents"] if "latents" in batch else batch["x"][:, None, None]
+
+  def encoded(self, params, batch):
+    return {"label": batch["label"]}
+
+  def condition(self, params, batch):
+    return batch["label"]
+
+  def decode(self, params, latents):
+    """Two by two px whose red and green are the coordinates, from -4 to 4."""
+    shade = jnp.clip(jnp.round(255 * (latents / 8 + 0.5)), 0, 255)
+    return jnp.broadcast_to(jnp.concatenate([shade, shade[..., :1]], axis=3), (latents.shape[0], 2, 2, 3)).astype(jnp.uint8)
 
   def merged(self, params, adapter):
     return {**params, "hidden": params["hidden"] + adapter["down"] @ adapter["up"]}
