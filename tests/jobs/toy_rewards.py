@@ -1,4 +1,9 @@
-"""Rewards of the toy method `rewarded`, for processes without jax: a picture is a point, [1, 2, 1] uint8, from -4 to 4."""
+"""Rewards for processes without jax: those of the toy method `rewarded`, whose picture is a point, [1, 2, 1] uint8, from -4 to 4; and some for tests
+of the processes themselves."""
+
+import os
+import sys
+import time
 
 import numpy as np
 
@@ -17,3 +22,25 @@ def odd(picture, task):
   if task["sample_id"] % 4 == 3:
     raise ValueError("there is nothing to see")
   return 1.0
+
+
+def trouble(picture, task):
+  """What a task says: a number, or what goes wrong."""
+  if task["do"] == "sleep":
+    time.sleep(60)
+  if task["do"] == "die":
+    os._exit(3)
+  if task["do"] == "raise":
+    raise ZeroDivisionError("a mistake in the function")
+  return task["do"]
+
+
+def pixel(picture, task):
+  """The first level of a picture; late pictures come first."""
+  time.sleep(0.02 * (4 - int(picture[0, 0, 0])))
+  return picture[0, 0, 0]
+
+
+def knows_jax(picture, task):
+  """Whether the process has imported jax, or was told which pictures its task has."""
+  return float("jax" in sys.modules) + 2 * float("sources" in task)
