@@ -130,9 +130,14 @@ class Rollout:
                        "judge with the names, among the rewards, of what it gives.")
 
   @property
-  def on_host(self) -> tuple[str, ...]:
+  def by_device(self) -> tuple[str, ...]:
+    """Names of the rewards that the device gives."""
+    return self.rewards if self.on_device else self.judged
+
+  @property
+  def by_host(self) -> tuple[str, ...]:
     """Names of the rewards that the host gives."""
-    return () if self.on_device else tuple(name for name in self.rewards if name not in self.judged)
+    return tuple(name for name in self.rewards if name not in self.by_device)
 
 
 @dataclasses.dataclass(frozen=True)
