@@ -7,9 +7,9 @@ One time t and one noise for both sides of a pair. With v^k = noise - x_0^k and 
   reward^k = -β/2 (e_θ^k - e_r^k)                                                                                           (2)
   loss = -log sigmoid(reward^w - reward^l)                                                                                   (3)
 
-β belongs to the mean over dimensions: with the sum it would be smaller by their number. Public trainings that take the mean have 100 to 2,000 with the
-factor 1/2 as here, which the report's formula has not. At the start all rewards are 0 and the loss is log 2 (up to rounding, where the reference is
-stored in bfloat16). It falls as well where both errors grow, that of w less: watch `error_chosen`.
+β belongs to the mean over dimensions: with the sum it would be smaller by their number. Public trainings that take the mean have 100 to 2,000, with
+the factor 1/2 as here, which the report's formula has not. At the start all rewards are 0 and the loss is log 2 (up to rounding, where the reference
+is stored in bfloat16). It falls as well where both errors grow, that of w less: watch `error_chosen`.
 
 Where a pair comes from is the difference between the two methods here. `dpo` reads it from the data set ("rejected", or "rejected_latents", of a
 batch). `online_dpo` draws a group of pictures for each prompt by the ODE, with guidance in the rollout alone, and takes the best and the worst of
