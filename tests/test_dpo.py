@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qimg2.algorithms.dpo import dpo, preference
+from qimg2.algorithms import Rewards
+from qimg2.algorithms.dpo import best_and_worst, dpo, online_dpo, preference
 from qimg2.flow import Schedule
+from qimg2.training.metrics import read_rows
+from tests.jobs import toy
 
 SCHEDULE = Schedule(shift="none")
 BETA, SHAPE = 50.0, (6, 2, 3, 4)
@@ -121,3 +124,57 @@ def test_the_algorithm_asks_for_pairs_and_for_a_reference():
   assert dataclasses.replace(algorithm.roles["ref"], dtype="float32") == dataclasses.replace(algorithm.roles["model"], start="model")
   with pytest.raises(ValueError, match="algorithm.beta is -1.0: give a number above 0"):
     dpo(SCHEDULE, beta=-1.0)
+
+
+# ---- pairs of the model's own pictures ----
+
+
+def samples_of(rewards, weight=None):
+  """Samples of three prompts with four pictures each, whose latents are their numbers."""
+  number = jnp.arange(12.0)
+  weight = jnp.ones(12) if weight is None else jnp.asarray(weight, jnp.float32)
+  return {"prompts": {"label": number // 4}, "latents": number[:, None, None, None], "weight": weight,
+          "rewards": {name: jnp.asarray(x, jnp.float32) for name, x in rewards.items()}}
+
+
+def test_a_pair_is_the_best_and_the_worst_of_a_prompt_by_hand():
+  some = samples_of({"good": [1, 3, 2, 0, 5, 5, 5, 5, 9, 0, 4, 4]}, [1] * 8 + [0, 0, 1, 1])  # the second and third prompt show no difference
+  pairs = best_and_worst(Rewards(("good",), None), some, 4)
+  np.testing.assert_array_equal(pairs["weight"], [1, 0, 0])
+  assert (pairs["latents"][0].item(), pairs["rejected_latents"][0].item()) == (1, 3)
+  np.testing.assert_array_equal(pairs["prompts"]["label"], [0, 1, 2])
+  np.testing.assert_array_equal(best_and_worst(Rewards(("good",), None), some, 4, min_spread=3.0)["weight"], [0, 0, 0])
+
+
+def test_what_is_only_watched_chooses_nothing_and_rewards_are_weighed_after_they_are_normalised():
+  rewards = {"one": [0, 1, 2, 3] * 3, "wide": [0, -100, -300, -900] * 3, "gold": [7, 0, 0, 0] * 3}
+  choose = lambda *weights: best_and_worst(Rewards(tuple(rewards), None, (weights,)), samples_of(rewards), 4)
+  assert (choose(1.0, 0.0, 0.0)["latents"][0].item(), choose(1.0, 0.0, 0.0)["rejected_latents"][0].item()) == (3, 0)
+  assert choose(0.0, 1.0, 0.0)["latents"][0].item() == 0
+  z = [(np.asarray(x[:4]) - np.mean(x[:4])) / np.std(x[:4]) for x in rewards.values()]
+  both = choose(2.0, 1.0, 0.0)
+  assert both["latents"][0].item() == np.argmax(2 * z[0] + z[1]) and both["rejected_latents"][0].item() == np.argmin(2 * z[0] + z[1])
+
+
+def left(pictures, tasks):
+  """How far to the left the point of a picture is; a judge that fails now and then."""
+  reward = 1 - pictures[:, 0, 0, 0].astype(np.float32) / 255
+  reward[pictures[:, 0, 0, 1] % 16 == 5] = np.nan
+  return {"left": reward}
+
+
+def test_a_run_learns_from_its_own_pairs(tmp_path):
+  """Points move to where the reward is, while the reference holds them."""
+  algorithm = online_dpo(SCHEDULE, Rewards(("left",), left), group=4, num_steps=4, guidance=1.0, beta=5.0, num_minibatches=2, ema_decay=0.0)
+  settings = dataclasses.replace(toy.SETTINGS, learning_rate=0.01, schedule="constant")
+  toy.run(toy.Job("pictures", 30, algorithm=algorithm, num_devices=1, settings=settings, save_every=100, eval_every=100), tmp_path)
+  rows = [row for row in read_rows(tmp_path / "toy" / "metrics.jsonl") if "margin" in row]
+  mean = lambda name, some: np.mean([row[name] for row in some])
+  assert mean("reward/left", rows[-5:]) > mean("reward/left", rows[:5]) + 0.1
+  assert mean("accuracy", rows[-10:]) > 0.6 and mean("margin", rows[-10:]) > 0
+  assert all(0 <= row["without_spread"] < 1 and row["skipped"] == 0 for row in rows)
+
+
+def test_numbers_that_make_no_pairs_are_refused():
+  with pytest.raises(ValueError, match="algorithm.group is 1"):
+    online_dpo(SCHEDULE, Rewards(("left",), left), group=1)
