@@ -46,11 +46,11 @@ class Method:
 
 
 METHODS = {
+    "flow_matching": Method("generator", flow_matching),
+    "reconstruction": Method("autoencoder", reconstruction),
     "dpo": Method("generator", dpo),
     "online_dpo": Method("generator", online_dpo),
     "flow_grpo": Method("generator", flow_grpo),
-    "flow_matching": Method("generator", flow_matching),
-    "reconstruction": Method("autoencoder", reconstruction),
 }
 
 
