@@ -89,7 +89,8 @@ def test_each_line_of_the_table(form, files, source, samples, tmp_path):
     images, _, captions = text.partition(":")
     target, _, sources = images.partition(" from ")
     target, _, worse = target.partition(" over ")
-    expected.append((picture(target), picture(worse) if worse else b"", list(map(picture, filter(None, sources.split(", ")))), list(filter(None, captions.strip().split(" + ")))))
+    expected.append((picture(target), picture(worse) if worse else b"",
+                     list(map(picture, filter(None, sources.split(", ")))), list(filter(None, captions.strip().split(" + ")))))
   got = [(sample.image, sample.rejected, sample.sources, [caption.text for caption in sample.captions]) for sample in found]
   assert sorted(got, key=str) == sorted(expected, key=str) and expected, [sample.error for sample in found]
   assert not any(sample.error for sample in found) and not left_out

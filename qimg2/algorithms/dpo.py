@@ -21,12 +21,15 @@ import jax
 import jax.numpy as jnp
 
 from qimg2 import flow
-from qimg2.algorithms import COMPUTE, Algorithm, Average, Rewards, Role, Update, advantages
+from qimg2.algorithms import Algorithm, Rewards, Update, advantages
 from qimg2.algorithms.flow_matching import (
   NUM_TIME_BINS,
   VALIDATION_SEED,
+  deploy_generator,
   flow_matching,
+  generator_roles,
   latents_and_condition,
+  model_averages,
   squared_error,
   time_bins,
 )
@@ -65,8 +68,8 @@ def dpo(schedule: flow.Schedule, beta: float = 2000.0, ema_decay: float = 0.999)
                             lambda shape: sample_noise(jax.random.key(VALIDATION_SEED), ids, shape[1:]))
     return {"loss": loss, **metrics}, bins
 
-  return Algorithm(roles(), (Update(("model",), loss),), averages(ema_decay), validation=validation, num_bins=NUM_TIME_BINS, deploy=deploy,
-                   pairs=True)
+  return Algorithm(generator_roles("ref"), (Update(("model",), loss),), model_averages(ema_decay), validation=validation, num_bins=NUM_TIME_BINS,
+                   deploy=deploy_generator, pairs=True)
 
 
 def online_dpo(schedule: flow.Schedule, rewards: Rewards, group: int = 8, num_steps: int = 10, guidance: float = 4.0, beta: float = 2000.0,
@@ -108,8 +111,9 @@ def online_dpo(schedule: flow.Schedule, rewards: Rewards, group: int = 8, num_st
     value, metrics = preference(nets, trained["model"], params["ref"], x_w, x_l, cond, t, jax.random.normal(key_noise, x_w.shape), beta)
     return value, {**metrics, "without_spread": jnp.mean(batch["weight"] == 0)}
 
-  return Algorithm(roles(), (Update(("model",), loss),), averages(ema_decay), rewards.rollout(generate, minibatches, num_minibatches),
-                   flow_matching(schedule).validation, NUM_TIME_BINS, deploy=deploy, unconditional=sampling.is_guided)
+  return Algorithm(generator_roles("ref"), (Update(("model",), loss),), model_averages(ema_decay),
+                   rewards.rollout(generate, minibatches, num_minibatches), flow_matching(schedule).validation, NUM_TIME_BINS,
+                   deploy=deploy_generator, unconditional=sampling.is_guided)
 
 
 def best_and_worst(rewards: Rewards, samples: dict, group: int, min_spread: float = 0.0) -> dict:
@@ -163,18 +167,3 @@ def check_beta(beta: float) -> None:
   """Raises a `ValueError` unless β is above 0."""
   if not beta > 0:
     raise ValueError(f"algorithm.beta is {beta}: give a number above 0, such as 2000.")
-
-
-def roles() -> dict[str, Role]:
-  """The trained model, the reference that it started as, and the frozen networks around them."""
-  return {"model": Role("mmdit"), "ref": Role("mmdit", start="model", dtype=COMPUTE), "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
-
-
-def averages(ema_decay: float) -> dict[str, Average]:
-  """The averaged weights "ema" of the model; none for a decay of 0."""
-  return {"ema": Average("model", ema_decay)} if ema_decay else {}
-
-
-def deploy(weights: dict) -> dict:
-  """The averaged weights where there are some, and the frozen networks."""
-  return {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
