@@ -357,7 +357,8 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   The index: height, width, quality, sample_id, stage, has_text; has_rejected, but for data sets of earlier versions; source_sizes
   [n, most sources, 2] int32, (height, width) in px of each condition image and zeros where there is none; num_captions, and for all captions one
   after the other caption_language (a place in language_names), caption_kind (a place in KINDS) and caption_tokens, the length of the whole prompt
-  without image slots by the tokenizer whose fingerprint is `tokenizer`. Texts come as UTF-8 bytes and images as encoded files. `ValueError` if the data set or the split is not there.
+  without image slots by the tokenizer whose fingerprint is `tokenizer`. Texts come as UTF-8 bytes and images as encoded files. `ValueError` if the
+  data set or the split is not there.
   """
   folder = os.path.join(data_dir, name)
   if not os.path.isdir(folder):
