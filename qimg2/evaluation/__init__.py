@@ -45,11 +45,14 @@ class Figure:
     denominator: another, such as the number of words that were asked for; "" for the number of pictures.
     is_share: whether it lies in 0..1 and is printed in per cent.
     lower_is_better: whether less of it is better.
+    null: what it would be if nothing were to be found, such as 1/2 of two models that are alike: a sign test over prompts is stated beside it; None
+      for no test.
   """
   numerator: str
   denominator: str = ""
   is_share: bool = True
   lower_is_better: bool = False
+  null: float | None = None
 
 
 def show(task: Task, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
