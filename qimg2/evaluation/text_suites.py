@@ -35,8 +35,8 @@ def text_suite(languages: str = ",".join(LANGUAGES), kinds: str = ",".join(KINDS
   """
   if by not in ("language", "kind"):
     raise ValueError(f"The figures of the text suite are given by language or by kind, not by {by!r}.")
-  chosen = prompts.written(_listed(languages), _listed(kinds))
-  sizes = [_size(side_px, *RATIOS[prompt.category]) for prompt in chosen]
+  chosen = prompts.written(listed(languages), listed(kinds))
+  sizes = [size_of_ratio(side_px, *RATIOS[prompt.category]) for prompt in chosen]
   chosen = [prompt._replace(category=prompt.language) for prompt in chosen] if by == "language" else chosen
   return _suite(chosen, sizes, score_text, model, FIGURES)
 
@@ -63,11 +63,12 @@ def cvtg_suite(path: str, model: str = "", side_px: int = 1024) -> Suite:
   return _suite(chosen, [(side_px, side_px)] * len(chosen), _cvtg, model, figures)
 
 
-def _listed(text: str) -> list[str]:
+def listed(text: str) -> list[str]:
+  """The names in a text, between commas."""
   return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _size(side_px: int, width: int, height: int) -> tuple[int, int]:
+def size_of_ratio(side_px: int, width: int, height: int) -> tuple[int, int]:
   """(height, width) in px of a ratio, multiples of 16, of the area of a square."""
   return tuple(round(side_px * (one / other) ** 0.5 / 16) * 16 for one, other in ((height, width), (width, height)))
 

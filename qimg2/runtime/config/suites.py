@@ -31,6 +31,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "emoji": {"num_prompts": Setting(default=100), "num_candidates": Setting(default=100), "num_examples": Setting(least=0)},
     "emoji_edits": {"num_prompts": Setting(default=100)},
     "text": {"num_prompts": ALL, "languages": Setting(list), "kinds": Setting(list), "model": Setting(str), "side_px": Setting(), "by": Setting(str)},
+    "text_edits": {"num_prompts": Setting(default=96), "languages": Setting(list), "changes": Setting(list), "model": Setting(str),
+                   "side_px": Setting(), "by": Setting(str), "fonts": Setting(str)},
     "longtext_bench": {"num_prompts": ALL, "path": Setting(str, needed="LongText-Bench's file of prompts"), "language": Setting(str),
                        "model": Setting(str), "side_px": Setting()},
     "cvtg": {"num_prompts": ALL, "path": Setting(str, needed="CVTG-2K's folder or one of its files"), "model": Setting(str), "side_px": Setting()},

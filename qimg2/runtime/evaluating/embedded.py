@@ -34,7 +34,7 @@ def glyph_edit_suite(prepare: PrepareConfig) -> Suite:
     target, source = task.truth
     clean = [glyphs.render(one, *picture.shape[:2]) for one in (source, target)]
     scores = _with_everything({**glyphs.score(picture, target), "change": _is_nearer(picture, *clean)})
-    return {f"edit: {name}": value for name, value in {**scores, **_kept(picture, *clean)}.items()}
+    return {f"edit: {name}": value for name, value in {**scores, **editing.scores_where_kept(picture, *clean)}.items()}
   figures = {name: Figure(name) for name in (*SHARES, "everything")} | editing.FIGURES
   return Suite(tasks, score, _show_glyphs("edit: "), {f"edit: {name}": _prefixed(figure) for name, figure in figures.items()})
 
@@ -48,14 +48,6 @@ def _is_nearer(picture: np.ndarray, source: np.ndarray, target: np.ndarray) -> b
   """Whether a picture is nearer to the clean result than to the clean source: something was done."""
   far = [np.square(picture.astype(float) - one).sum() for one in (target, source)]
   return bool(far[0] < far[1])
-
-
-def _kept(picture: np.ndarray, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
-  """How well what an edit should leave alone was left alone, see `qimg2.evaluation.editing`; nothing for an edit that may change everything."""
-  try:
-    return editing.kept_scores(picture, source, editing.kept_region(source, target))
-  except ValueError:
-    return {}
 
 
 def _with_everything(right: Mapping[str, bool]) -> dict[str, float]:
