@@ -63,6 +63,22 @@ def show(task: Task, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tup
 
 
 @dataclasses.dataclass(frozen=True)
+class Reference:
+  """Pictures that a set is compared with. Their features are computed once for an evaluation, in blocks that its jobs and processes share.
+
+  Attributes:
+    name: of letters and digits, another one for other pictures: blocks that are kept under another name are not taken.
+    num_blocks: how many there are.
+    block: number of a block -> the features [n, D] float32 of its pictures. `ValueError` for one that cannot be read.
+    take: takes the features [N, D] of all blocks, before `Suite.of_set` is called.
+  """
+  name: str
+  num_blocks: int
+  block: Callable[[int], np.ndarray]
+  take: Callable[[np.ndarray], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Suite:
   """Prompts and the scores of pictures.
 
@@ -80,6 +96,7 @@ class Suite:
     release: gives back device memory that scoring holds, such as a judge's weights; the next score fetches them again.
     of_set: blocks of (names of tasks, features), all pictures once and in the order of the tasks -> figures of the whole set, and texts that say what
       must be known of them. It raises nothing for what pictures look like.
+    reference: what `of_set` compares with, where it is still to be computed.
   """
   tasks: Callable[[int, int], Sequence[Task]]
   score: Callable[[Task, np.ndarray], Mapping[str, Any]] | None = None
@@ -89,6 +106,7 @@ class Suite:
   is_slow: bool = False
   features: Callable[[Sequence[Task], Sequence[np.ndarray]], np.ndarray] | None = None
   of_set: Callable[[Iterable[tuple[Sequence[str], np.ndarray]]], Mapping[str, float | str]] | None = None
+  reference: Reference | None = None
   release: Callable[[], None] = lambda: None
 
 

@@ -3,6 +3,7 @@
   <out>/request.json     what is evaluated, and on what; another request is refused there
         pictures/<suite>/<task>_<seed>.png
         parts/<suite>/<number>.jsonl .npy      scores and features of a chunk; removed when the files below are written
+        parts/<suite>.reference/<name>-<number>.npy      features of a block of reference pictures; likewise
         manifest.jsonl   a line per picture: file, suite, task, prompt, seed. With it, --images=<out> scores the pictures again
         scores.jsonl     a line per picture: suite, task, category, prompt, seed, file, metrics, details; or "error" in place of the last two
         features/<suite>.npy
@@ -80,9 +81,7 @@ class Folder:
     """Keeps what was found of a chunk. Features come first: a part is there when its scores are."""
     path = self.part(suite, number)
     if features is not None:
-      content = io.BytesIO()
-      np.save(content, features)
-      write_file(path.with_suffix(".npy"), content.getvalue())
+      write_array(path.with_suffix(".npy"), features)
     write_file(path, lines(rows))
 
   def write_features(self, suite: str, num: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -107,6 +106,10 @@ class Folder:
       with open(local, "rb") as file, path.open("wb") as there:
         shutil.copyfileobj(file, there)
       return np.load(local, mmap_mode="r")  # the file may be gone from its folder, but not while it is looked into
+
+  def reference_part(self, suite: str, name: str, number: int) -> Place:
+    """Where the features of a block of a suite's reference are until all are there."""
+    return self.place / "parts" / f"{suite}.reference" / f"{name}-{number:06d}.npy"
 
   def done_parts(self, suite: str) -> set[int]:
     """Numbers of the chunks whose scores are there."""
@@ -146,6 +149,18 @@ def make_folder(place: Place) -> None:
     place.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:
     raise ValueError(f"--out={place} cannot be made, because {error.filename} is a file, or below one: name another folder.") from error
+
+
+def write_array(path: Place, array: np.ndarray) -> None:
+  """Writes an .npy file, whole or not at all."""
+  content = io.BytesIO()
+  np.save(content, array)
+  write_file(path, content.getvalue())
+
+
+def read_array(path: Place) -> np.ndarray:
+  """The array of an .npy file. `FileNotFoundError` where there is none."""
+  return np.load(io.BytesIO(path.read_bytes()))
 
 
 def read_picture(path: Place) -> np.ndarray:
