@@ -29,6 +29,7 @@ import numpy as np
 
 from data_pipelines.transforms import decode_image
 from qimg2.evaluation import Task
+from qimg2.evaluation.prompt_files import decode_text, numbered_lines
 from qimg2.places import Place, find_place, is_remote, write_file
 
 REQUEST, MANIFEST, SCORES, SUMMARY, REPORT = "request.json", "manifest.jsonl", "scores.jsonl", "summary.json", "report.html"
@@ -196,19 +197,14 @@ def read_lines(path: Place) -> list[dict[str, Any]]:
   """The rows of a file that `lines` wrote.
 
   Raises:
-    ValueError: a line is no JSON.
+    FileNotFoundError: there is none.
+    ValueError: it is not UTF-8, or a line is no JSON.
   """
-  try:
-    text = path.read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not written in UTF-8 ({error}): save it in that encoding.") from error
-  return list(_parsed(path, text.split("\n")))
+  return list(_parsed(path, decode_text(path.read_bytes(), str(path))))
 
 
-def _parsed(path: Place, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
-  for number, text in enumerate(texts, 1):
-    if not text.strip():
-      continue
+def _parsed(path: Place, content: str) -> Iterator[dict[str, Any]]:
+  for number, text in numbered_lines(content):
     try:
       row = json.loads(text)
     except ValueError as error:
