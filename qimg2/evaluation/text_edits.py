@@ -56,7 +56,7 @@ def text_edits_suite(languages: str = "en,de", changes: str = ",".join(CHANGES),
                      fonts: str = "") -> Suite:
   """Edits of signs and menus; as many as are asked for, languages, changes and kinds of page in turn.
 
-  Args: languages and changes of `text_pages`, separated by commas; path of another recogniser, "" for the one that comes with the OCR; side of a
+  Args: languages and changes of `text_pages`, separated by commas; recognisers, see `ocr.recogniser_for`; side of a
   square of a picture's area; whether categories are those of "change", "language" or "kind"; folder with more fonts.
 
   Raises:
@@ -80,7 +80,7 @@ def _check(language: str, model: str, fonts: str) -> None:
   """Whether there is a font with all letters of a language's pages and a recogniser for them: said before anything is drawn."""
   found = text_pages.wordings()[language]
   letters = "".join((str(found["signs"]), *found["titles"], *found["items"]))
-  if missing := ocr.unreadable(letters, model):
+  if missing := ocr.recogniser_for(letters, model)[1]:
     raise ValueError(f"The OCR cannot read the characters {missing[:10]} of edits in {language}: give a recogniser for them as `model`, or leave the "
                      "language out.")
   text_pages.find_font(letters, fonts)
@@ -104,7 +104,8 @@ def score_edit(task: Task, picture: np.ndarray, model: str = "", fonts: str = ""
   """
   edit = task.truth
   clean = text_pages.render(edit, edit.pages, *picture.shape[:2], fonts)
-  lines = [line.text for line in ocr.read(picture, model)]
+  recogniser, _ = ocr.recogniser_for(" ".join(sum((page.texts for page in edit.pages), [])), model)
+  lines = [line.text for line in ocr.read(picture, recogniser)]
   return {"nearest": float(editing.nearest(picture, clean) == 0), "nearest by chance": 1 / len(clean), **_read(edit, lines),
           **editing.scores_where_kept(picture, clean[1], clean[0], editing.outside_of_box), "expected": edit.target.texts, "recognised": lines}
 
