@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import everything, growth, kernels, mixture, networks, sampler, scoring, start, step, timing
+from benchmarks import everything, growth, kernels, merging, mixture, networks, sampler, scoring, start, step, timing
 from configs import pretrain
 from qimg2 import params as P
 from qimg2.models import mmdit
 from qimg2.runtime.config import parse
 from qimg2.runtime.evaluating import scoring as pool
+from qimg2.runtime.evaluating.folder import Folder
 
 TINY = step.Size(step._sized(32, 2, head_dim=16), 4, 12)
 
@@ -132,3 +133,13 @@ def test_scores_beside_a_device_that_draws(monkeypatch):
   monkeypatch.setattr(scoring, "SLOWER", 0.0)
   assert scoring.measure("toy", tasks, pictures, 2, scoring.Device(side=64)).waits > 0.5  # one that takes no time waits for nearly all of it
   assert scoring.of_device(64, 4) > 0
+
+
+def test_a_made_up_evaluation_is_merged(tmp_path):
+  out = Folder(tmp_path / "out")
+  work = merging.made_up(out, 40, 2, 5)
+  assert len(out.done_parts("made_up")) == 3 and not (out.place / "summary.json").exists()
+  summary, seconds, peak = merging.merge(out, work)
+  found = summary["suites"]["made_up"]
+  assert (found["num_prompts"], found["num_pictures"], len(out.rows())) == (40, 80, 80) and seconds > 0 and peak > 0.05
+  assert found["figures"]["right"]["n"] == 40 and 0 < found["of_set"]["fid"] < 5 and not out.done_parts("made_up")
