@@ -131,8 +131,9 @@ def _rehearse_evaluation(args: flags.FlagValues, cfg: RunConfig, devices: list, 
   suites = tuple(args.suite) or ("judge",) * bool(args.num_questions)
   wanted = evaluation.Wanted(args.num_prompts or 1000, args.num_seeds, args.side_px, args.side_px, args.num_steps, args.guidance, args.batch_size,
                              num_questions=max(1, args.num_questions), suites=suites)
+  rates = evaluation.host_rates(wanted)  # first: it says what is missing, and compiling takes minutes
   lines = evaluation.rehearse_evaluation(cfg, wanted, devices, chip, child)
-  print(evaluation.describe(lines, wanted, evaluation.host_rates(wanted)))
+  print(evaluation.describe(lines, wanted, rates))
   if missing := [f"{line.suite} {line.name}" for line in lines if line.fits is False]:
     print(f"Does not fit: {', '.join(missing)}.", file=sys.stderr)
     sys.exit(1)

@@ -78,8 +78,7 @@ def text_edits_suite(languages: str = "en,de", changes: str = ",".join(CHANGES),
 
 def _check(language: str, model: str, fonts: str) -> None:
   """Whether there is a font with all letters of a language's pages and a recogniser for them: said before anything is drawn."""
-  found = text_pages.wordings()[language]
-  letters = "".join((str(found["signs"]), *found["titles"], *found["items"]))
+  letters = text_pages.letters(language)
   if missing := ocr.recogniser_for(letters, model)[1]:
     raise ValueError(f"The OCR cannot read the characters {missing[:10]} of edits in {language}: give a recogniser for them as `model`, or leave the "
                      "language out.")

@@ -141,6 +141,14 @@ def wordings() -> Mapping[str, Any]:
   return json.loads((pathlib.Path(__file__).parent / "prompts" / "edits.json").read_text(encoding="utf-8"))
 
 
+def letters(language: str) -> str:
+  """All that pages of a language may have letters of, as one text."""
+  words = wordings()[language]
+  pools = [pool for form in words["signs"] for pool in form["pools"] if pool != "number"]
+  texts = [form["text"] for form in words["signs"]] + [words["price"], "0123456789"]
+  return "".join(sum([*pools, words["titles"], words["items"]], texts)).replace("{}", "")
+
+
 def _sign(words: Mapping[str, Any], change: str, rng: np.random.Generator) -> list[_Row]:
   has = {"word": lambda pool: pool != "number", "number": lambda pool: pool == "number"}.get(change, lambda pool: True)
   forms = [form for form in words["signs"] if any(map(has, form["pools"]))]
