@@ -59,7 +59,7 @@ class Shapes:
         for ratio in _ratios(resolution.ratios, choice):
           sources = (bucket_size(resolution.base_px, ratio, 32),) if task == "ti2i" else ()
           size = bucket_size(resolution.base_px, ratio, resolution.multiple)
-          classes = [Bucket(task, *size, sources, num_tokens=words + self._image_tokens(source_grids(sources)), batch_size=resolution.batch_size,
+          classes = [Bucket(task, *size, sources, num_tokens=words + self.image_tokens(source_grids(sources)), batch_size=resolution.batch_size,
                             pairs=algorithm.pairs)
                      for words in (self.cfg.num_tokens, *sorted(self.cfg.prompt_classes, reverse=True))]
           found |= dict.fromkeys(self._heaviest(config, classes))
@@ -114,7 +114,7 @@ class Shapes:
 
   def held_out(self, config: StageConfig, bucket: Bucket) -> Bucket:
     """`bucket` with as many rows as a held-out batch of its shape has."""
-    rows = micro_batches.held_out_rows(self.cfg, config, bucket.task, resolution_of(config, bucket), self._image_tokens, self._parts)
+    rows = micro_batches.held_out_rows(self.cfg, config, bucket.task, resolution_of(config, bucket), self.image_tokens, self._parts)
     return dataclasses.replace(bucket, batch_size=rows)
 
   def beside_the_step(self, config: StageConfig, buckets: Sequence[Bucket]) -> list[tuple[str, Bucket]]:
@@ -141,7 +141,7 @@ class Shapes:
     one = Loader.example(dataclasses.replace(bucket, batch_size=1))
     return -(-bucket.batch_size // self._parts) * sum(x.nbytes for x in _leaves(one))
 
-  def _image_tokens(self, grids: Sequence[tuple[int, int]]) -> int:
+  def image_tokens(self, grids: Sequence[tuple[int, int]]) -> int:
     return self.tokenizer.num_image_tokens(grids) if self.tokenizer else sum(h * w + WORDS_PER_IMAGE for h, w in grids)
 
 
