@@ -104,8 +104,9 @@ class Job:
 def weights(job, role, algorithm, mesh, rules):
   """Random weights of a role: those of the role that it starts as."""
   specs = algorithm.specs(Nets().specs(), {})[role]
-  key = jax.random.key(zlib.crc32((algorithm.roles[role].start or role).encode()))
-  return jax.jit(lambda: P.init(specs, key), out_shardings=sharding.param_shardings(specs, mesh, rules))()
+  rng = np.random.default_rng(zlib.crc32((algorithm.roles[role].start or role).encode()))
+  drawn = P.map_with_path(lambda path, p: p.init(rng, p.shape, p.dtype), specs)
+  return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, sharding.param_shardings(specs, mesh, rules))
 
 
 def stage_of(job):

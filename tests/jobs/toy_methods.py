@@ -42,13 +42,15 @@ class Nets:
   """The toy networks: a velocity, an adapter's merge, a judge, a language model."""
 
   def specs(self):
-    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), P.fan_in(n))
-    mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), P.normal(0.1))}
-    low_rank = {"down": P.Param((WIDTH, RANK), (None, None), P.normal(0.3)), "up": P.Param((RANK, WIDTH), (None, None), P.zeros)}
-    language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), P.normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
-                "out": P.Param((WIDTH, VOCABULARY), (None, None), P.normal(0.1))}
-    one = {"one": P.Param((1,), (None,), P.ones)}
-    return {"mlp": mlp, "lora/mlp": low_rank, "judge": {"centre": P.Param((2,), (None,), P.ones)}, "language": language,
+    normal = lambda scale: lambda rng, shape, dtype: (scale * rng.normal(size=shape)).astype(dtype)  # drawn by numpy, which compiles nothing
+    constant = lambda value: lambda rng, shape, dtype: np.full(shape, value, dtype)
+    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), normal(n**-0.5))
+    mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), normal(0.1))}
+    low_rank = {"down": P.Param((WIDTH, RANK), (None, None), normal(0.3)), "up": P.Param((RANK, WIDTH), (None, None), constant(0.0))}
+    language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
+                "out": P.Param((WIDTH, VOCABULARY), (None, None), normal(0.1))}
+    one = {"one": P.Param((1,), (None,), constant(1.0))}
+    return {"mlp": mlp, "lora/mlp": low_rank, "judge": {"centre": P.Param((2,), (None,), constant(1.0))}, "language": language,
             "mmdit": mlp, "qwen3_vl": one, "vae": one}
 
   def velocity(self, params, x, t, label):
