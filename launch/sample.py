@@ -3,6 +3,7 @@
   python -m launch.sample --workdir=runs/quickstart --prompt="a large green K on yellow paper, centered" --out=grid.png
   python -m launch.sample --workdir=runs/quickstart --image=k.png --prompt="make it red" --out=edited.png
   python -m launch.sample --pretrained=DIR --prompt="a poster" --output_resolution=1024 --out=poster.png
+  python -m launch.sample --pretrained=DIR --lora=style.safetensors,0.8 --prompt="a poster" --out=poster.png
   python -m launch.sample --pretrained=DIR --prompt="a poster" --offload --vae_tile=256 --plan=v5e:1x1
 """
 
@@ -29,6 +30,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("transformer", "", "File with the generator's weights, .safetensors or .gguf, in place of those of --pretrained.")
+  flags.DEFINE_multi_string("lora", [], "A LoRA on the generator, FILE or FILE,SCALE such as style.safetensors,0.8; repeat the flag for more.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
   cli.define_step_flag()
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
@@ -99,7 +101,8 @@ def main(_) -> None:
     raise ValueError("--transformer names the generator alone: give --pretrained too, a folder that has the encoder and the VAE.")
   if args.pretrained and (args.stage or args.average != DEPLOYED or args.step is not None):
     raise ValueError("--stage, --step and --average choose among a run's weights: leave them out with --pretrained.")
-  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer, args.step)
+  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer, args.step,
+                  tuple(args.lora))
   if args.plan:
     print_plan(drawer, request, args)
     return

@@ -12,6 +12,7 @@ from typing import Any
 
 from qimg2 import flow
 from qimg2.algorithms import Algorithm
+from qimg2.algorithms.adapter import with_adapter
 from qimg2.algorithms.flow_matching import flow_matching
 from qimg2.algorithms.reconstruction import reconstruction
 
@@ -44,3 +45,13 @@ def make_algorithm(name: str, settings: Mapping[str, Any], schedule: flow.Schedu
   make = METHODS[name].make
   given = {"schedule": schedule}
   return make(**{key: value for key, value in given.items() if key in inspect.signature(make).parameters}, **settings)
+
+
+def stage_algorithm(stage: Any, schedule: flow.Schedule) -> Algorithm:
+  """The algorithm of a stage (`qimg2.runtime.config.StageConfig`), with its adapter where it has one.
+
+  Raises:
+    ValueError: settings that the method refuses, or a method that can have no adapter.
+  """
+  algorithm = make_algorithm(stage.algorithm.name, stage.algorithm.settings, schedule)
+  return with_adapter(algorithm, stage.adapter, stage.frozen) if stage.adapter.rank else algorithm

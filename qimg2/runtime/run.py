@@ -39,7 +39,7 @@ from qimg2.runtime.config.records import FORMAT, read_record, read_section
 from qimg2.runtime.config.sources import check_source
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.kept_data import KEPT, data_changes, identify_data, run_tokenizer, tokenizer_path
-from qimg2.runtime.methods import make_algorithm
+from qimg2.runtime.methods import stage_algorithm
 from qimg2.runtime.processes import barrier, from_first, in_turn, is_first
 from qimg2.runtime.weights import StageWeights
 from qimg2.training.changes import differences
@@ -225,7 +225,7 @@ class Run(StageWeights):
 
   def algorithm(self, stage: StageConfig) -> Algorithm:
     """The stage's algorithm."""
-    return make_algorithm(stage.algorithm.name, stage.algorithm.settings, self.schedule)
+    return stage_algorithm(stage, self.schedule)
 
   def sampler_settings(self) -> dict[str, Any]:
     """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`, as the config says."""

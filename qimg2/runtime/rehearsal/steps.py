@@ -17,7 +17,7 @@ from qimg2.analysis import flops, hlo, roofline
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.generator import Generator, Size
-from qimg2.runtime.methods import make_algorithm
+from qimg2.runtime.methods import stage_algorithm
 from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.shapes import SYSTEM_TOKENS, Choice, Shapes, find_tokenizer
@@ -73,7 +73,7 @@ class Rehearsal(Shapes):
 
   def _stage(self, config: StageConfig, bucket: Bucket, program: str) -> Stage:
     """What training has for the bucket alone."""
-    algorithm = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule)
+    algorithm = stage_algorithm(config, self.cfg.schedule)
     shards = self.nets.shard.parts("batch")
     remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards) if program == STEP else (self.cfg.model.remat, 1)
     if bucket.batch_size % (shards * accumulate):
