@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from qimg2 import adapters, sharding
 from qimg2 import params as P
-from qimg2.algorithms.adapter import ADAPTER
+from qimg2.algorithms.adapter import ADAPTER, BASE
 from qimg2.places import Place
 from qimg2.published.lora import open_lora
 from qimg2.runtime.config import StageConfig
@@ -40,8 +40,8 @@ class Held:
 class HeldAdapters:
   """What `qimg2.runtime.weights.StageWeights` knows of sources with adapters; see there for its attributes."""
 
-  def held_adapter(self, source: Source) -> Held | None:
-    """The adapter of a source; None where it holds none."""
+  def held_adapter(self, source: Source, network: str) -> Held | None:
+    """The adapter of a network that a source holds; None where it holds none."""
     if source.lora:
       lora = open_lora(source.lora, self.nets.model)
       specs = lora.specs()
@@ -50,7 +50,7 @@ class HeldAdapters:
     settings = self._adapter_settings(source)
     if not settings.rank:
       return None
-    specs = adapters.specs(self.nets.specs()["mmdit"], settings)
+    specs = adapters.specs(self.nets.specs()[network], settings)
     item = f"average.{source.average}" if source.average else f"params.{ADAPTER}"
     *_, root = self.adapter_chain(source)
     return Held(specs, dataclasses.replace(root, lora=""), lambda scale: self._item(source, item, specs), settings)
@@ -73,7 +73,8 @@ class HeldAdapters:
     Raises:
       ValueError: it has another rank, alpha or other targets than the stage's.
     """
-    held, specs, where = self.held_adapter(source), adapters.specs(self.nets.specs()["mmdit"], stage.adapter), source.lora or source.name
+    network = self.algorithm(stage).roles[BASE].network
+    held, specs, where = self.held_adapter(source, network), self.role_specs(stage)[ADAPTER], source.lora or source.name
     if held is None:
       return None
     if held.settings not in (None, stage.adapter):

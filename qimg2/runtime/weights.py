@@ -81,7 +81,8 @@ class StageWeights(HeldAdapters):
   def frozen_steps(self, stage: StageConfig, intact: bool = True) -> dict[str, tuple[str, int]]:
     """{frozen role: (folder, newest intact step)} of those that are read from a stage of another run, which may train on meanwhile. Where it need not
     be `intact`, no byte of a checkpoint is read."""
-    sources = {role: self._base_of(stage, role, self._frozen_source(stage, role)) for role in self.algorithm(stage).frozen}
+    sources = {role: self._frozen_source(stage, role) for role in self.algorithm(stage).frozen}
+    sources |= {role: list(self.adapter_chain(source))[-1] for role, source in sources.items() if self._is_base(stage, role)}
     folders = {role: self._folder(source) / "checkpoints" for role, source in sources.items() if source.kind == "folder"}
     newest = lambda folder: Checkpoints(folder).latest_step() if intact else newest_step(folder)
     return {role: (str(folder.parent), newest(folder)) for role, folder in folders.items() if folder.is_dir()}
@@ -164,7 +165,8 @@ class StageWeights(HeldAdapters):
     algorithm, specs, weights = self.algorithm(self.stages[name]), self.role_specs(self.stages[name]), self.stage_weights(name, step)
     known = LazyWeights({one: (lambda one=one: self._abstract(specs[one])) if one in algorithm.frozen else (lambda one=one: weights[one])
                          for one in weights})
-    return adapters.taken(algorithm.deployed(choose_average(algorithm, known, name, average))["mmdit"])
+    deployed = algorithm.deployed(choose_average(algorithm, known, name, average))
+    return adapters.taken(deployed[algorithm.roles[BASE].network])
 
   def offloaded_weights(self, name: str, average: str = DEPLOYED, step: int | None = None) -> Offloaded:
     """`deployed_weights` in host memory: read role by role, and put onto the devices network by network, whenever one is needed."""
@@ -190,21 +192,19 @@ class StageWeights(HeldAdapters):
     if one.adapter:
       found = self.start_adapter(stage, source)
       return self.random_weights(stage, role) if found is None else found
-    base, name = self._base_of(stage, role, source), one.start or role
-    if base != source:
-      return self._read(stage, role, base)
-    if name == BASE and (held := self.held_adapter(source)):
-      return held.merge_into(self._read(stage, role, held.base))
+    name, held = one.start or role, self.held_adapter(source, one.network) if BASE in (role, one.start) else None
+    if held:
+      base = self._read(stage, role, held.base)
+      return base if self._is_base(stage, role) else held.merge_into(base)
     if source.kind == "scratch":
       return self.random_weights(stage, role)
     if source.kind == "diffusers":
       return self._published(source, one.network, specs)
     return self._item(source, f"average.{source.average}" if source.average else f"params.{name}", specs)
 
-  def _base_of(self, stage: StageConfig, role: str, source: Source) -> Source:
-    """Where a role's weights come from: `source`, or for the frozen base of a stage's adapter what the adapter in that source is for."""
-    held = self.held_adapter(source) if stage.adapter.rank and role == BASE else None
-    return held.base if held else source
+  def _is_base(self, stage: StageConfig, role: str) -> bool:
+    """Whether a role of a stage is what its adapter is for."""
+    return bool(stage.adapter.rank) and role == BASE
 
   def _folder(self, source: Source) -> Place:
     return self.workdir / source.name if source.kind == "stage" else find_place(source.name, "start_from")
