@@ -9,6 +9,9 @@ or, without compiling anything, from those of an earlier one's --json file, --co
 
 With --num_prompts what `launch.evaluate` would take with the config's networks, and a judge of its encoder's size (docs/evaluation.md).
 
+A stage of a method with rollouts has a row for each phase of its step: what draws, a judge on the device, what makes minibatches, and the updates;
+the last lines say what an iteration takes, and which pictures/s rewards on the host must bear.
+
 With --whole the evaluation and what draws samples are compiled, too. Each row counts what else is on the device meanwhile, and the last lines how
 many programs a stage compiles.
 
@@ -112,6 +115,7 @@ def main(_) -> None:
     shapes = Rehearsal(cfg, devices)
     for stage in chosen_stages(cfg, choice):
       if some := [row for row in rows if row.stage == stage.name]:
+        print(table.phases(some) or "", end="\n" * any(row.num_samples for row in some))
         print(table.summary(stage, some, *shapes.num_programs(stage, choice), to_the_end=child is None))
   if args.cost and not missing:
     print()

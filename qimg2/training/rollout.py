@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qimg2.algorithms import Algorithm
+from qimg2.algorithms import Algorithm, Rollout
 from qimg2.sharding import (
   Rules,
   batch_sharding,
@@ -24,6 +24,7 @@ from qimg2.sharding import (
   replicated,
   stacked_batch_sharding,
 )
+from qimg2.training.programs import Part
 from qimg2.training.state import TrainState
 
 _FOLD = 2**31 - 1  # no step, so that the rollout draws other numbers than the updates
@@ -64,15 +65,70 @@ class Programs:
     return self.minibatches(state, samples, rewards)
 
 
+@dataclasses.dataclass(frozen=True)
+class RolloutParts:
+  """The programs of one bucket's rollout that are not compiled yet, see `Programs`; `judge` is None for a score on the host.
+
+  Attributes:
+    data: abstract data of the step.
+    num_samples: B, what the method's own score is asked for over all processes.
+  """
+  generate: Part
+  judge: Part | None
+  minibatches: Part
+  data: dict
+  num_samples: int
+
+
 def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, frozen: dict, batch: dict, mesh: jax.sharding.Mesh,
                     rules: Rules) -> Programs:
   """The programs of one bucket, compiled from abstract arguments.
 
   Raises:
-    ValueError: rewards, or minibatches, that are not those that the method declares, or rows that the mesh does not divide.
+    ValueError: as `rollout_parts`.
   """
   rollout, options = algorithm.rollout, compile_options(mesh)
-  rows, everywhere = batch_sharding(mesh, rules), replicated(mesh)
+  parts = rollout_parts(algorithm, nets, abstract, frozen, batch, mesh, rules)
+  score = parts.judge.compile(options) if parts.judge else rollout.score
+  return Programs(parts.generate.compile(options), score, parts.minibatches.compile(options), parts.data, rollout.rewards, rollout.on_device, mesh,
+                  rules)
+
+
+def rollout_parts(algorithm: Algorithm, nets: Any, abstract: TrainState, frozen: dict, batch: dict, mesh: jax.sharding.Mesh,
+                  rules: Rules) -> RolloutParts:
+  """What a rollout of one bucket compiles, from abstract arguments.
+
+  Raises:
+    ValueError: rewards, or minibatches, that are not those that the method declares, or rows that the mesh does not divide.
+  """
+  rollout, rows, stacked = algorithm.rollout, batch_sharding(mesh, rules), stacked_batch_sharding(mesh, rules)
+  generate, judge, minibatches = _functions(rollout, nets)
+
+  def shapes(fn, sharding, *arguments):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(fn, *arguments))
+
+  samples = shapes(generate, rows, abstract, frozen, batch)
+  _check_rows("samples", samples, 0, mesh, rules)
+  num = jax.tree.leaves(samples)[0].shape[0]
+  if rollout.on_device:
+    given = shapes(judge, rows, abstract, frozen, samples, batch)
+    if set(given) != set(rollout.rewards):
+      raise ValueError(f"The score gives the rewards {', '.join(sorted(given))}, but the method declares {', '.join(rollout.rewards)}.")
+  else:
+    given = {name: jax.ShapeDtypeStruct((num,), jnp.float32, sharding=rows) for name in rollout.rewards}
+  data = shapes(lambda *args: minibatches(*args)[0], stacked, abstract, samples, given)
+  if (found := {x.shape[0] for x in jax.tree.leaves(data)}) != {rollout.num_minibatches}:
+    raise ValueError(f"The rollout gives arrays of {', '.join(map(str, sorted(found)))} minibatches, but declares {rollout.num_minibatches}.")
+  _check_rows("minibatches", data, 1, mesh, rules)
+  jit = lambda fn, shardings: jax.jit(fn, out_shardings=shardings)
+  return RolloutParts(
+      Part(jit(generate, rows), (abstract, frozen, batch)),
+      Part(jit(judge, rows), (abstract, frozen, samples, batch)) if rollout.on_device else None,
+      Part(jit(minibatches, (stacked, replicated(mesh))), (abstract, samples, given), beside=(frozen, batch)), data, num)
+
+
+def _functions(rollout: Rollout, nets: Any) -> tuple[Callable, Callable, Callable]:
+  """What `Programs` has compiled, as functions of state and frozen weights: (generate, score on the device, minibatches)."""
   key = lambda state: jax.random.fold_in(jax.random.fold_in(state.key, state.step), _FOLD)
   weights = lambda state, frozen: {**frozen, **state.averages, **state.params}
 
@@ -90,37 +146,15 @@ def compile_rollout(algorithm: Algorithm, nets: Any, abstract: TrainState, froze
     means = {f"reward/{name}": jnp.sum(x) / jnp.sum(finite[name]) for name, x in rewards.items()}
     return data, {**means, "reward/left_out": 1.0 - jnp.mean(weight)}
 
-  def build(fn, shardings, *arguments):
-    return jax.jit(fn, out_shardings=shardings).lower(*arguments).compile(compiler_options=options)
+  return generate, judge, minibatches
 
-  def shapes(fn, sharding, *arguments):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(fn, *arguments))
 
+def _check_rows(what: str, tree: dict, dim: int, mesh: jax.sharding.Mesh, rules: Rules) -> None:
   num_parts = math.prod(mesh.shape[axis] for axis in rules["batch"])
-
-  def check_rows(what, tree, dim):
-    odd = [x.shape[dim] for x in jax.tree.leaves(tree) if x.shape[dim] % num_parts]
-    if odd:
-      raise ValueError(f"The rollout's {what} have {odd[0]} rows, which the {num_parts} parts of the mesh's batch axes do not divide: change the "
-                       "batch size, the samples per prompt or the mesh.")
-
-  samples = shapes(generate, rows, abstract, frozen, batch)
-  check_rows("samples", samples, 0)
-  num = jax.tree.leaves(samples)[0].shape[0]
-  if rollout.on_device:
-    given = shapes(judge, rows, abstract, frozen, samples, batch)
-    if set(given) != set(rollout.rewards):
-      raise ValueError(f"The score gives the rewards {', '.join(sorted(given))}, but the method declares {', '.join(rollout.rewards)}.")
-    score = build(judge, rows, abstract, frozen, samples, batch)
-  else:
-    given, score = {name: jax.ShapeDtypeStruct((num,), jnp.float32, sharding=rows) for name in rollout.rewards}, rollout.score
-  data = shapes(lambda *args: minibatches(*args)[0], stacked_batch_sharding(mesh, rules), abstract, samples, given)
-  if (found := {x.shape[0] for x in jax.tree.leaves(data)}) != {rollout.num_minibatches}:
-    raise ValueError(f"The rollout gives arrays of {', '.join(map(str, sorted(found)))} minibatches, but declares {rollout.num_minibatches}.")
-  check_rows("minibatches", data, 1)
-  return Programs(build(generate, rows, abstract, frozen, batch), score,
-                  build(minibatches, (stacked_batch_sharding(mesh, rules), everywhere), abstract, samples, given), data, rollout.rewards,
-                  rollout.on_device, mesh, rules)
+  odd = [x.shape[dim] for x in jax.tree.leaves(tree) if x.shape[dim] % num_parts]
+  if odd:
+    raise ValueError(f"The rollout's {what} have {odd[0]} rows, which the {num_parts} parts of the mesh's batch axes do not divide: change the "
+                     "batch size, the samples per prompt or the mesh.")
 
 
 def _checked(rewards: Any, names: tuple[str, ...], samples: dict) -> dict[str, np.ndarray]:

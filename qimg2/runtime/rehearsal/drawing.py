@@ -20,7 +20,7 @@ from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measu
 from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import Request, prepare, pretrained_defaults, run_defaults, sampling_stage
 from qimg2.runtime.weights import DEPLOYED
-from qimg2.training.stage import Part
+from qimg2.training.programs import Part
 
 HERE = "here"  # in place of a topology: the devices of this machine
 TILE_PX = 256

@@ -21,7 +21,7 @@ from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.judging import Batch, judge_part
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.steps import Rehearsal
-from qimg2.training.stage import Part
+from qimg2.training.programs import Part
 
 RULES, DTYPE, JUDGE = "fsdp_tensor", "bfloat16", "judge"
 WORDS = 256  # tokens of a rubric and a prompt beside the picture's

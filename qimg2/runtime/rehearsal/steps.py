@@ -21,8 +21,10 @@ from qimg2.runtime.methods import stage_algorithm
 from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.shapes import SYSTEM_TOKENS, Choice, Shapes, find_tokenizer
-from qimg2.runtime.rehearsal.table import EVALUATION, STEP, Row
-from qimg2.training.stage import Part, Stage, step_parts
+from qimg2.runtime.rehearsal.table import EVALUATION, GENERATE, JUDGE, MINIBATCHES, ROLLOUT, STEP, Row
+from qimg2.training.programs import Part
+from qimg2.training.rollout import RolloutParts, rollout_parts
+from qimg2.training.stage import Stage, step_parts
 from qimg2.training.state import TrainState, abstract_state, make_optimizers
 from qimg2.training.validation import bin_sums
 
@@ -62,26 +64,31 @@ class Rehearsal(Shapes):
     if key not in self._measured:
       self._measured[key] = self._measure(stage, config, bucket, program)
     networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
-    counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch) if program == STEP else {}
+    rollout, counts = self._rollout(stage, *self._arrays(stage)), {}
+    if program == STEP and not rollout:
+      counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch)
     measured = dict(self._measured[key])
     beside = measured.pop("idle_bytes") + self.beside_bytes(config, choice, program)
     row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=accumulate, num_devices=self.mesh.size,
               mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=nets.model.remat,
-              model_flops={role: n / self.mesh.size for role, n in counts.items()}, program=program, beside_bytes=beside, **measured)
+              model_flops={role: n / self.mesh.size for role, n in counts.items()}, program=program,
+              num_samples=rollout.num_samples if rollout else 0, beside_bytes=beside, **measured)
     return table.with_bound(row, self.chip, self.mesh)
 
   def _stage(self, config: StageConfig, bucket: Bucket, program: str) -> Stage:
     """What training has for the bucket alone."""
     algorithm = stage_algorithm(config, self.cfg.schedule)
     shards = self.nets.shard.parts("batch")
-    remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards) if program == STEP else (self.cfg.model.remat, 1)
-    if bucket.batch_size % (shards * accumulate):
+    remat, accumulate = self.cfg.model.remat, config.optimizer.accumulate
+    if program != STEP:
+      accumulate = 1
+    elif algorithm.rollout is None:
+      remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards)
+    if bucket.batch_size % (shards * (accumulate if algorithm.rollout is None else 1)):  # minibatches have rows of their own
       raise ValueError(f"Stage {config.name!r}: a batch of {bucket.batch_size} cannot be divided over {shards} devices of the axes data and fsdp "
                        f"in {accumulate} micro-batches: change config.mesh, batch_size, or optimizer.accumulate or "
                        "config.micro_batches.")
-    if algorithm.rollout is not None:
-      raise ValueError(f"Stage {config.name!r} has a rollout, and a rehearsal knows steps alone: leave the stage out with --stage.")
     specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
     optimizers = make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers)
     batch, variant = self._batch(bucket, algorithm.unconditional), (micro_batches.with_remat(self.nets, remat), accumulate)
@@ -104,8 +111,12 @@ class Rehearsal(Shapes):
     them that no program reads)."""
     state, frozen = self._arrays(stage)
     held = bytes_of((state, frozen))
+    rollout = self._rollout(stage, state, frozen)
     if program == STEP:
-      return step_parts(stage, self.nets, state, frozen, self.mesh)(0), held, 0.0
+      return step_parts(stage, self.nets, state, frozen, self.mesh, rollout and [rollout])(0), held, 0.0
+    if program in ROLLOUT:
+      part = {GENERATE: rollout.generate, JUDGE: rollout.judge, MINIBATCHES: rollout.minibatches}[program]
+      return (part,), held, 0.0
     if program == EVALUATION:
       read = {**frozen, **state.params}
       batch = stage.batch_shapes[0] | {"weight": jax.ShapeDtypeStruct((bucket.batch_size,), jnp.float32)}
@@ -115,6 +126,18 @@ class Rehearsal(Shapes):
       size = Size(bucket.height, bucket.width, bucket.num_tokens, bucket.source_sizes, bucket.batch_size)
       return tuple(part for _, part in Generator(self, size, **self.cfg.sampling.settings()).parts(read)), held, held - bytes_of(read)
     return (part,), held, held - bytes_of(read)
+
+  def _rollout(self, stage: Stage, state: TrainState, frozen: dict) -> RolloutParts | None:
+    """What the stage does before its step."""
+    if stage.algorithm.rollout is None:
+      return None
+    nets, _ = stage.variants[0]
+    return rollout_parts(stage.algorithm, nets, state, frozen, stage.batch_shapes[0], self.mesh, self.rules)
+
+  def programs_of_step(self, config: StageConfig) -> tuple[str, ...]:
+    """The programs that a step of a stage is, in their order."""
+    rollout = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule).rollout
+    return (STEP,) if rollout is None else (GENERATE, *(JUDGE,) * rollout.on_device, MINIBATCHES, STEP)
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit. "idle_bytes" are weights and state that it does not read."""
@@ -140,7 +163,7 @@ class Rehearsal(Shapes):
       stages = tuple(config if one.name == config.name else one for one in self.cfg.stages)
       arguments = dataclasses.replace(self.cfg, stages=stages), config.name, bucket, program, number
       child = Child(self.child, f"stage {config.name!r}", _answer, arguments)
-    options = sharding.compile_options(self.mesh) if program == STEP else {}
+    options = sharding.compile_options(self.mesh) if program in (STEP, *ROLLOUT) else {}
     return measure(part, self.mesh.size, self.chip.hbm_bytes if self.chip else None, options, child)
 
   def measure_part(self, config: StageConfig, bucket: Bucket, program: str, number: int) -> dict:
