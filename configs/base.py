@@ -81,6 +81,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       min_bucket_records=0,  # buckets with fewer records are merged into others, and what fits nowhere is left out
       too_long="drop",  # records with a caption longer than num_tokens are left out, or with "truncate" its end is; a VAE reads none and takes all
       max_faulty=0.01,  # largest share of records that may be broken
+      offload_frozen=False,  # with latent caches: whether encoder and VAE, which no step then reads, are in the host's memory (qimg2/runtime/idle.py)
       adapter=plain(adapters.Settings()),  # LoRA: with rank=32 the generator stays as it is, and a small adapter is trained; 0: all weights
       optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}

@@ -147,6 +147,7 @@ class StageConfig:
   evals_every_steps: int = 0
   evals_num_prompts: int = 16
   adapter: adapters.Settings = adapters.Settings()
+  offload_frozen: bool = False
 
   def __post_init__(self):
     for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
