@@ -1,12 +1,12 @@
 """A style or a subject from 5 to 50 pictures of your own: a LoRA on a generator that is trained already.
 
 What to expect. The generator stays as it is, in bfloat16, and an adapter of rank 32 on all linear maps of its blocks learns the pictures: 84M weights
-for the published generator of 7B, a file of 167 MB that diffusers and ComfyUI load. Captions say what is on each picture, and for a subject all hold
+for the published generator of 7B, a file of 168 MB that diffusers and ComfyUI load. Captions say what is on each picture, and for a subject all hold
 one rare word that stands for it ("a photo of zwx dog"). A few hundred steps are enough for a style; look at the sheets in samples/, and stop when
 pictures begin to copy yours. docs/lora.md says how to choose.
 
-A subject drags its class with it: after a while every dog is your dog. Prior preservation (arXiv 2208.12242) holds it back: pictures of the class that
-the generator drew before are a second data set, half of each batch. Draw 100 or more of them, and name both data sets with a + between:
+A subject drags its class with it: after a while every dog is your dog. Prior preservation (arXiv 2208.12242) holds it back: pictures of the class
+that the generator drew before are a second data set, half of each batch. Draw 100 or more of them, and name both data sets with a + between:
 
   python -m launch.sample --pretrained=DIR --prompt="a photo of a dog" --num_images_per_prompt=100 --pictures=CLASS --captions
   python -m launch.prepare_data --source=CLASS --name=dogs --out=runs/data --config=configs/curation.py:small
@@ -72,8 +72,8 @@ def get_config(arg: str = "") -> ConfigDict:
   name, _, rest = arg.partition(":")
   plan, _, source = rest.partition(":") if rest.partition(":")[0] in PLANS else ("", "", rest)
   if source and not source.startswith((DIFFUSERS, RUN)) or name != "smoke" and not (source or plan):
-    raise ValueError(f"--config=configs/lora.py:{arg} is not understood: say NAME:diffusers:DIR or NAME:run:RUN, with one of {', '.join(PLANS)} and a "
-                     "colon before the source for a plan, or smoke.")
+    raise ValueError(f"--config=configs/lora.py:{arg} is not understood: say NAME:diffusers:DIR or NAME:run:RUN, with one of {', '.join(PLANS)} and "
+                     "a colon before the source for a plan, or smoke.")
   cfg = base.base()
   cfg.num_tokens, cfg.prompt_classes = 512, (64, 128)
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_7b(), sizes.qwen3_vl("8B"), sizes.vae_f16c64(image_channels=4)
@@ -120,7 +120,7 @@ def from_run(cfg: ConfigDict, workdir: str) -> None:
   last = next((one for one in reversed(run.stages) if one.kind == "generator"), None)
   if last is None:
     raise ValueError(f"The run in {workdir} trains no generator: name another one.")
-  for key in ("model", "encoder", "vae", "schedule", "sampling"):
+  for key in ("model", "encoder", "vae", "schedule", "sampling", "prepare"):
     cfg[key] = ConfigDict(plain(getattr(run, key)))
   cfg.num_tokens, cfg.prompt_classes, cfg.random_frozen = run.num_tokens, run.prompt_classes, run.random_frozen
   cfg.tokenizer = f"{workdir}/tokenizer.json"

@@ -20,7 +20,8 @@ from qimg2.runtime.weights import DEPLOYED
 def define_flags() -> None:
   """The flags of this launcher."""
   flags.DEFINE_string("workdir", None, "Folder of the run, as given to launch.train.", required=True)
-  flags.DEFINE_string("out", None, "Folder to write, or with --transformer_only, --comfyui or --lora a .safetensors file; must not exist.", required=True)
+  flags.DEFINE_string("out", None, "Folder to write, or with --transformer_only, --comfyui or --lora a .safetensors file; must not exist.",
+                      required=True)
   flags.DEFINE_string("stage", "", "Stage whose generator to write; the last trained one when empty.")
   cli.define_step_flag()
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")

@@ -27,8 +27,8 @@ def idle_roles(config: StageConfig, algorithm: Algorithm, buckets: Sequence[Buck
     return ()
   held = set(MADE_BY).intersection(*(bucket.cache.roles if bucket.cache else () for bucket in buckets))
   if not held:
-    raise ValueError(f"config.stages[{config.name}].offload_frozen is for data that hold what frozen networks give, but a data set of the stage holds "
-                     "pixels: write it anew with launch.cache_latents --features, or set it to False.")
+    raise ValueError(f"config.stages[{config.name}].offload_frozen is for data that hold what frozen networks give, but a data set of the stage "
+                     "holds pixels: write it anew with launch.cache_latents --features, or set it to False.")
   networks = {MADE_BY[name] for name in held}
   return tuple(role for role in algorithm.frozen if algorithm.roles[role].network in networks)
 

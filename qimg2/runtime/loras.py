@@ -1,7 +1,7 @@
 """LoRA files on the generator of whatever draws: a run or a published folder.
 
-They are applied as they are trained, x W + s (x A) B: the generator's weights are neither copied nor changed, and drawing takes the few operations more
-that A and B cost. Several files are added one after the other.
+They are applied as they are trained, x W + s (x A) B: the generator's weights are neither copied nor changed, and drawing takes the few operations
+more that A and B cost. Several files are added one after the other.
 """
 
 from collections.abc import Mapping, Sequence

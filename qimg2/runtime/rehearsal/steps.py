@@ -62,7 +62,8 @@ class Rehearsal(Shapes):
     stage = self._stage(config, bucket, program)
     algorithm, (nets, accumulate), (batch,) = stage.algorithm, *stage.variants, stage.batch_shapes
     types = {name: (own.mu_dtype, own.gradient_dtype) for name, own in ({"": config.optimizer} | dict(config.optimizers)).items()}
-    key = str((plain(config.algorithm), plain(config.adapter), config.offload_frozen, bucket, nets.model.remat, accumulate, types, stage.faults.stop_after, program))
+    key = str((plain(config.algorithm), plain(config.adapter), config.offload_frozen, bucket,
+               nets.model.remat, accumulate, types, stage.faults.stop_after, program))
     if key not in self._measured:
       self._measured[key] = self._measure(stage, config, bucket, program)
     networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
