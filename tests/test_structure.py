@@ -27,7 +27,7 @@ ALLOWED = {
     "configs": {"configs", "qimg2", "data_pipelines", "ml_collections"},
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
-ORDER = [["params", "products", "places"], ["sharding", "batch"], ["layers"], ["attention"], ["models"], ["layout", "flax_module"],
+ORDER = [["params", "products", "places"], ["sharding", "batch", "adapters"], ["layers"], ["attention"], ["models"], ["layout", "flax_module"],
          ["networks", "flow"], ["sampler"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.
 ABOVE_RUNTIME = {"configs", "launch", "notebooks", "benchmarks", "tests"}

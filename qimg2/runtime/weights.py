@@ -6,7 +6,7 @@ are those of `qimg2.runtime.config.sources`. A role that starts as another, such
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -63,8 +63,8 @@ class StageWeights(HeldAdapters):
     return params, {name: self._item(source, f"average.{name}", specs[average.role])
                     for name, average in algorithm.averages.items() if {f"average.{name}", f"params.{average.role}"} <= set(held)}
 
-  def frozen_weights(self, stage: StageConfig) -> dict[str, dict]:
-    """The weights of the stage's frozen roles.
+  def frozen_weights(self, stage: StageConfig, networks: Collection[str] = ()) -> dict[str, dict]:
+    """The weights of the stage's frozen roles, or of those of some networks alone.
 
     A role without a source of its own that starts as another one is read where the stage's weights start. Any other one comes from the published
     folder that the stage, or the stages before it, started from; without such a folder its weights are drawn from the seed, saved with the run, and
@@ -73,7 +73,9 @@ class StageWeights(HeldAdapters):
     Raises:
       ValueError: weights that are not there, or a latent cache in the stage's mixture that other weights made.
     """
-    weights = {role: self._frozen_role(stage, role) for role in self.algorithm(stage).frozen}
+    algorithm = self.algorithm(stage)
+    wanted = [role for role in algorithm.frozen if not networks or algorithm.roles[role].network in networks]
+    weights = {role: self._frozen_role(stage, role) for role in wanted}
     if not self._trained:
       self.check_data(stage, weights)
     return weights
