@@ -1,6 +1,5 @@
 """Policy gradients: losses and their gradients against numpy, and runs of the toy job whose ratio is 1 where it must be."""
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp

@@ -104,9 +104,12 @@ class Job:
 def weights(job, role, algorithm, mesh, rules):
   """Random weights of a role: those of the role that it starts as."""
   specs = algorithm.specs(Nets().specs(), {})[role]
-  rng = np.random.default_rng(zlib.crc32((algorithm.roles[role].start or role).encode()))
+  places, seed = sharding.param_shardings(specs, mesh, rules), zlib.crc32((algorithm.roles[role].start or role).encode())
+  if algorithm.roles[role].network.startswith("lora/"):  # as runs draw them
+    return jax.jit(lambda: P.init(specs, jax.random.key(seed)), out_shardings=places)()
+  rng = np.random.default_rng(seed)
   drawn = P.map_with_path(lambda path, p: p.init(rng, p.shape, p.dtype), specs)
-  return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, sharding.param_shardings(specs, mesh, rules))
+  return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, places)
 
 
 def stage_of(job):
