@@ -1,0 +1,1 @@
+"""Texts set in type: pictures whose every letter is known."""
