@@ -12,6 +12,7 @@ from typing import Any
 
 from qimg2 import flow
 from qimg2.algorithms import Algorithm, Rewards
+from qimg2.algorithms.diffusion_nft import diffusion_nft
 from qimg2.algorithms.flow_grpo import flow_grpo
 from qimg2.algorithms.flow_matching import flow_matching
 from qimg2.algorithms.reconstruction import reconstruction
@@ -45,9 +46,10 @@ class Method:
 
 
 METHODS = {
-    "flow_grpo": Method("generator", flow_grpo),
     "flow_matching": Method("generator", flow_matching),
     "reconstruction": Method("autoencoder", reconstruction),
+    "flow_grpo": Method("generator", flow_grpo),
+    "diffusion_nft": Method("generator", diffusion_nft),
 }
 
 

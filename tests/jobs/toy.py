@@ -110,9 +110,9 @@ def stage_of(job):
   mesh, rules = sharding.make_mesh(job.mesh, devices), sharding.RULES["fsdp_tensor"]
   algorithm = job.algorithm or METHODS[job.method]()
   specs = algorithm.specs(Nets().specs(), {})
-  example = job.loader(mesh, rules).batch(0)
+  example = for_device(job.loader(mesh, rules).batch(0))
   rows = sharding.batch_sharding(mesh, rules)
-  shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in for_device(example).items()}
+  shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
                        job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies,

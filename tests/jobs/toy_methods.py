@@ -9,7 +9,8 @@
   language     next tokens after a prompt; the mean over tokens, not over rows
 
 The network of the first six is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B] and
-`null_label` [B], which is none of the labels, and `tasks`, which say the label to the host; no pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
+`null_label` [B], which is none of the labels, and `tasks`, which say the label to the host; no pictures. That of `language` has `tokens` [B, M],
+`loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
 """
 
 import dataclasses
