@@ -160,7 +160,7 @@ class Run(StageWeights):
       if cache and weights:
         made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
-    rewards.check_truths(stage)
+    rewards.check_rewards(stage)
 
   # Data.
 
