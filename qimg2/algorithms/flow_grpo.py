@@ -14,9 +14,9 @@ What is learned under guidance. Pictures are drawn by the guided velocity v = v_
 Why the ratio is 1. A ratio compares one policy under the weights of the rollout and under those of now, from the velocities of both at the same
 latents, never from two rounded densities (equation 6 of `qimg2.sde`). In the first minibatch of a step no weight has moved: there the velocity of
 now, without gradient, is taken for the old one, so that the ratio is exactly 1 and the divergence exactly 0 in any type. Later minibatches compare
-with the velocity that the rollout computed. Rollout and update are different programs and round differently: `TYPE_off` is how far the two velocities are
-apart in the first minibatch, relative and root mean square. With float32 a step where it exceeds 1e-3, or where the ratio is not 1, ends the stage,
-because rollout and update do not compute the same policy; with bfloat16 it is logged. The reference's velocity is computed beside the model's.
+with the velocity that the rollout computed. Rollout and update are different programs and round differently: `TYPE_off` is how far the two velocities
+are apart in the first minibatch, relative and root mean square. With float32 a step where it exceeds 1e-3, or where the ratio is not 1, ends the
+stage, because rollout and update do not compute the same policy; with bfloat16 it is logged. The reference's velocity is computed beside the model's.
 
 Memory: a sample keeps, per step that is learned from, three arrays of its latents in float32 (`qimg2.sde.Path`): 3 MiB at 1,024 px with 64 x 64
 latents of 64 channels, so 3.4 GiB per step of 48 groups of 24 over all devices; besides its picture in uint8, the prompt's states

@@ -9,9 +9,9 @@
   language     next tokens after a prompt; the mean over tokens, not over rows
   rewarded     grpo in two chunks, whose rewards come from a process of their own and from a judge on the device, one of them in one category
 
-The network of all but `language` is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B] and
-`null_label` [B], which is none of the labels, and no pictures; `tasks` say the label to the host where a method asks for them. That of `language` has
-`tokens` [B, M], `loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
+The network of all but `language` is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B]
+and `null_label` [B], which is none of the labels, and no pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be
+learned, and as `weight` [B] how many tokens that is.
 """
 
 import atexit
