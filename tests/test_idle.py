@@ -32,7 +32,7 @@ def test_who_is_idle_follows_from_what_all_data_hold():
   assert idle_roles(offloading, METHOD, [bucket(8), bucket(8)]) == ("encoder", "vae")
   assert idle_roles(offloading, METHOD, [bucket(8), bucket(0)]) == ("vae",)  # the second holds no states
   assert idle_roles(stage(), METHOD, [bucket(8)]) == ()
-  with pytest.raises(ValueError, match=r"stages\[lora\].offload_frozen is for data that hold .* holds pixels: write it anew with launch.cache"):
+  with pytest.raises(ValueError, match=r"stages\[lora\].offload_frozen is for data .* holds pixels: write it anew with launch.cache_latents"):
     idle_roles(offloading, METHOD, [bucket(8), bucket()])
 
 
