@@ -75,8 +75,8 @@ def main(_: Sequence[str]) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     summary, seconds, processor, peak = merge(out, work)
     found = summary["suites"]["made_up"]
-    print(f"{found['num_pictures']} pictures of {found['num_prompts']} prompts, features of {f.dim} numbers: {seconds:.1f} s, {processor:.1f} s of processor time, peak "
-          f"{peak:.2f} GiB ({before:.2f} GiB before)")
+    print(f"{found['num_pictures']} pictures of {found['num_prompts']} prompts, features of {f.dim} numbers: {seconds:.1f} s, {processor:.1f} s of "
+          f"processor time, peak {peak:.2f} GiB ({before:.2f} GiB before)")
 
 
 def define_flags() -> None:
