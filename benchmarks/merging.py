@@ -59,11 +59,11 @@ def _distance(dim: int, blocks: Iterable[tuple[Sequence[str], np.ndarray]]) -> d
   return {"fid": fidelity.fid(Moments.of_blocks(features for _, features in blocks), reference)}
 
 
-def merge(out: Folder, work: Work) -> tuple[dict, float, float]:
-  """(summary, seconds, peak memory of this process in GiB) of writing all files of an evaluation whose pictures are scored."""
-  begin = time.perf_counter()
+def merge(out: Folder, work: Work) -> tuple[dict, float, float, float]:
+  """(summary, seconds, seconds of processor time, peak memory of this process in GiB) of writing all files of an evaluation that is scored."""
+  begin = time.perf_counter(), time.process_time()
   summary = evaluate_into(out, REQUEST, [work])
-  return summary, time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  return summary, time.perf_counter() - begin[0], time.process_time() - begin[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main(_: Sequence[str]) -> None:
@@ -73,10 +73,10 @@ def main(_: Sequence[str]) -> None:
     out = Folder(pathlib.Path(f.out or scratch) / "evaluation")
     work = made_up(out, f.num_prompts, f.num_seeds, f.dim)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    summary, seconds, peak = merge(out, work)
+    summary, seconds, processor, peak = merge(out, work)
     found = summary["suites"]["made_up"]
-    print(f"{found['num_pictures']} pictures of {found['num_prompts']} prompts, features of {f.dim} numbers: {seconds:.1f} s, peak {peak:.2f} GiB "
-          f"({before:.2f} GiB before)")
+    print(f"{found['num_pictures']} pictures of {found['num_prompts']} prompts, features of {f.dim} numbers: {seconds:.1f} s, {processor:.1f} s of "
+          f"processor time, peak {peak:.2f} GiB ({before:.2f} GiB before)")
 
 
 def define_flags() -> None:

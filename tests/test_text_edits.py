@@ -22,6 +22,7 @@ def edit(change, row, *values):
 
 WORD = edit("word", 1, Line("Rice  3.50"), Line("Milk  3.50"))
 COLOUR = edit("colour", 2, Line("Bread  2.00", "red"), Line("Bread  2.00", "blue"))
+ALL = Edit("", "en", "sign", "removal", Page((Line("Open"),)), Page((Line(""),)), ())
 REMOVAL = edit("removal", 3, Line(""), Line("Milk  4.10"))
 
 
@@ -61,6 +62,8 @@ def test_a_line_that_is_gone_and_a_colour(reading):
   gone = scores(REMOVAL, REMOVAL.target, ["Menu", "Soup 3.50", "Bread 2.00"], reading)
   assert gone["nearest"] == 1 and gone["read as asked"] == 1 and gone["other words"] == 5
   assert scores(REMOVAL, MENU, MENU.texts, reading)["read as asked"] == 0
+  assert scores(REMOVAL, REMOVAL.target, ["S0up ..."], reading)["read as asked"] == 0  # all is gone, not the line
+  assert scores(ALL, ALL.target, [], reading)["read as asked"] == 1
   red, blue = (scores(COLOUR, page, MENU.texts, reading) for page in (COLOUR.target, COLOUR.others[0]))
   assert (red["nearest"], red["read as asked"], red["can be read"]) == (1, 0, 0) and blue["nearest"] == 0  # no OCR sees a colour
   assert red["other words read"] == red["other words"] == 7

@@ -5,7 +5,8 @@ Whether the instruction was carried out is asked twice:
   by rendering   among the clean result, the clean source and what other edits of the kind would have made of it, the result is the nearest by squared
                  distance of pixels. It needs no OCR, knows colours, and a guess among k pages is right in 1 / k of the cases, which is stated
   by OCR         each word that the edit changes in number is read as often as it stands in the result: the new one is there, the old one is gone.
-                 Words that stay are not looked at here. Of colours an OCR says nothing: they are not in this figure
+                 Where nothing new is to be read, one of the words that stay must be, if there are any: a page on which nothing can be read has
+                 had no line removed. Of colours an OCR says nothing: they are not in this figure
 
 What should stay: of the words that stand in source and result the share that is read (each as often as it stands there), and PSNR, SSIM and drift
 (`editing`) outside of the box around the edited letters. What is drawn at another size is compared with pages set in type at that size.
@@ -113,8 +114,10 @@ def _read(edit: Edit, lines: Sequence[str]) -> dict[str, float]:
   """Of the words of source, result and picture the two figures of the OCR, each as numerator and denominator."""
   before, after, drawn = (collections.Counter(words(" ".join(some))) for some in (edit.source.texts, edit.target.texts, lines))
   changed, stays = {word for word in before | after if before[word] != after[word]}, before & after
-  return {"read as asked": float(bool(changed) and all(drawn[word] == after[word] for word in changed)), "can be read": float(bool(changed)),
-          "other words read": (stays & drawn).total(), "other words": stays.total()}
+  is_seen = any(after[word] for word in changed) or not stays or bool(stays & drawn)
+  right = bool(changed) and is_seen and all(drawn[word] == after[word] for word in changed)
+  return {"read as asked": float(right), "can be read": float(bool(changed)), "other words read": (stays & drawn).total(),
+          "other words": stays.total()}
 
 
 def _show(task: Task, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:

@@ -19,7 +19,7 @@ from qimg2.networks import fingerprint
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.reconstruction import folder_pictures
 
-BLOCK = 128  # reference pictures whose features one process computes at a time
+BLOCK = 32  # reference pictures that a process has in memory at a time
 _TOO_FEW = "The reference {} has one picture: distances between sets need at least two."
 
 

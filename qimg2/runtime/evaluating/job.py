@@ -245,7 +245,8 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
   write_page(out, summary, rows, {work.name: (work.suite, work.tasks) for work in works})
   write_file(out.place / files.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False))
   for work in works:
-    for path in [*out.part(work.name, 0).parent.glob("*"), *_reference_parts(out, work)]:
+    of_reference = out.reference_part(work.name, "", 0).parent.glob("*") if work.suite.reference else ()  # those of changed pictures, too
+    for path in [*out.part(work.name, 0).parent.glob("*"), *of_reference]:
       path.unlink(missing_ok=True)
 
 
