@@ -53,6 +53,7 @@ KINDS = ("general", "text", "knowledge", "structured")
 LAST_STAGE = 6
 FIXED = ("language_names", "tokenizer")  # columns of an index that have no row for each record or caption
 VERSION = "2.0.0"
+RENDERED = "rendered"  # section of dataset.json of a data set whose pictures are drawn when they are read
 _READ_WHOLE = 2**26  # bytes of an index, up to which it is compared with its checksum when it is opened; of a larger one pages from all over are
 _TOGETHER = 16  # records that are read at once from a file that is copied
 _DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes": "{}", "sources": [], "source_height": [], "source_width": [],
@@ -247,9 +248,8 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     extra: further sections of dataset.json.
   """
   import tensorflow_datasets as tfds
-  folder = pathlib.Path(folder)
+  folder, splits, checksums, pages = pathlib.Path(folder), [], {}, {}
   (folder / VERSION).mkdir(parents=True, exist_ok=True)
-  splits, checksums, pages = [], {}, {}
   for split in SPLITS:
     template = tfds.core.ShardedFileTemplate(dataset_name=name, split=split, filetype_suffix="array_record", data_dir=folder / VERSION)
     filled = [shard for shard in shards[split] if shard.num_records]
@@ -258,15 +258,17 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
       move(shard.path, os.fspath(place))
       checksums[f"{VERSION}/{place.name}"] = shard.sha256
     if filled:
-      splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
-                                        num_bytes=sum(shard.num_bytes for shard in filled), filename_template=template))
+      lengths, num_bytes = [shard.num_records for shard in filled], sum(shard.num_bytes for shard in filled)
+      splits.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template))
+    if len(index[split]["height"]):  # records that are drawn when they are read are in no file
       np.savez(index_path(folder, split), **index[split])
       checksums[f"index-{split}.npz"], pages[f"index-{split}.npz"] = (of(index_path(folder, split)) for of in (checksum, sampled_digest))
-  with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
-    tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
-                                       description=f"Records of {name}.", disable_shuffling=True)
+  if splits:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
+      tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
+                                         description=f"Records of {name}.", disable_shuffling=True)
   tokenizer.save(folder / "tokenizer.json")
-  for file in ("tokenizer.json", f"{VERSION}/dataset_info.json", f"{VERSION}/features.json"):
+  for file in ("tokenizer.json", *((f"{VERSION}/dataset_info.json", f"{VERSION}/features.json") if splits else ())):
     checksums[file] = checksum(folder / file)
   facts = _counts(index) | facts | _token_facts(tokenizer, index)
   text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums, "pages": pages} | extra, indent=2)
@@ -299,9 +301,7 @@ def read_meta(folder: str | os.PathLike) -> dict:
 def matching_facts(folder: str | os.PathLike, request: dict) -> dict:
   """The facts of the data set in `folder`; `ValueError` unless it answers the same request."""
   stored, request = read_meta(folder), json.loads(json.dumps(request | {"version": VERSION}))
-  different = [key for key in request if stored["request"].get(key) != request[key]]
-  if different:
-    key = different[0]
+  for key in [key for key in request if stored["request"].get(key) != request[key]][:1]:
     raise ValueError(f"{folder} holds a data set made with {key}={stored['request'].get(key)}, not {key}={request[key]}: "
                      "remove that folder or choose another --out.")
   return stored["facts"]
@@ -328,8 +328,7 @@ def publish(built: str | os.PathLike, path: str | os.PathLike) -> bool:
 
 def local_folder(place: str | os.PathLike, what: str) -> pathlib.Path:
   """Returns the path of something on this machine; `ValueError`, which calls it `what`, for a URL: of gs://B/F a path would make a folder "gs:"."""
-  scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(place))
-  if scheme:
+  if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(place)):
     raise ValueError(f"{what} is {os.fspath(place)}, but {scheme[1]}:// is not a folder of this machine: mount the bucket (docs/pods.md shows it "
                      "with gcsfuse) and give its folder there, or copy what it holds.")
   return pathlib.Path(place)
@@ -358,14 +357,16 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
     raise ValueError(f"No data set {name!r} in {data_dir}: make it with python -m launch.prepare_data, --dataset={name} for an embedded one "
                      f"or --source=... --name={name} for your own, and --out={data_dir}.")
   meta = read_meta(folder)
-  version = meta["request"]["version"]
-  if version != VERSION:
+  if (version := meta["request"]["version"]) != VERSION:
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
   if not os.path.exists(index_path(folder, split)):
     raise ValueError(f"Data set {folder} has no split {split!r}: it has {', '.join(list_splits(data_dir, name)) or 'none'}.")
   index = map_columns(index_path(folder, split))
   _check_lengths(index, index_path(folder, split))
   _check_content(index_path(folder, split), meta)
+  if RENDERED in meta:
+    from data_pipelines.text_rendering.stored import open_source
+    return open_source(folder, split, meta, len(index["height"])), index
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]
@@ -379,8 +380,8 @@ def _check_lengths(index: dict[str, np.ndarray], path: str) -> None:
   for names, what in (([name for name in index if name not in (*of_captions, *FIXED)], "records"), (of_captions, "captions")):
     lengths = {name: len(index[name]) for name in names}
     if len(set(lengths.values())) > 1:
-      fewest = min(lengths, key=lengths.get)
-      raise ValueError(f"{path} has the column {fewest} of {lengths[fewest]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
+      short = min(lengths, key=lengths.get)
+      raise ValueError(f"{path} has the column {short} of {lengths[short]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
                        "the data set and prepare it anew.")
 
 
