@@ -16,8 +16,10 @@ import pyphen
 from data_pipelines.text_rendering.languages import Language
 
 # Signs that begin no line, and that end none.
-NOT_FIRST = frozenset("、。，．・：；？！）］｝〕〉》」』】〙〗ーぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶ々〻…‥–—”’%％℃°,.:;?!)]}»›؟،؛।॥ๆฯ") | frozenset("\u00a0\u202f")
-NOT_LAST = frozenset("（［｛〔〈《「『【〘〖“‘([{«‹¿¡¥￥$＄£€#＃") | frozenset("\u00a0\u202f")
+_STUCK = frozenset("\u00a0\u202f")  # no-break spaces
+_SIGNS = frozenset("、。，．・：；？！）］｝〕〉》」』】〙〗,.:;?!)]}»›؟،؛।॥ๆฯ")
+NOT_FIRST = _STUCK | _SIGNS | frozenset("ーぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶ々〻…‥–—”’%％℃°")
+NOT_LAST = _STUCK | frozenset("（［｛〔〈《「『【〘〖“‘([{«‹¿¡¥￥$＄£€#＃")
 _DASHES = "-–—/"
 _CJK = re.compile(r"[\u2e80-\u303f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 _LEAST_HYPHENATED = 6  # letters of a word, and 3 on each side of the hyphen

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines import records
 from data_pipelines.text_rendering.languages import Language
 
+KINDS = (0, 1, 1)  # of the captions of a picture, places in `records.KINDS`
 PLACES = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
 _AT = {"center": "in the center", "left": "on the left", "right": "on the right"}
 _SET = {"start": "ragged", "middle": "centered", "end": "flush with the far edge", "justified": "justified"}
@@ -32,15 +34,15 @@ def place_of(box: Sequence[float], height: int, width: int) -> str:
 
 
 def captions(rng: np.random.Generator, truth: Mapping[str, Any], language: Language) -> dict[str, list[str]]:
-  """Returns the captions of a picture as columns of a record: captions, languages, kinds. Always three: in English without the words of long texts, in
-  English with all words, and in the language with all words."""
+  """Returns the captions of a picture as columns of a record: captions, languages, kinds. Always three: in English without the words, in English with
+  all words, and in the language with all words."""
   paper = _PAPERS[truth["paper"]["texture"]].format(truth["paper"]["colour"])
   blocks = truth["blocks"]
   words = {"paper": paper, "Paper": _capital(paper), "language": language.name, "number": _count(blocks), "letters": _letters(blocks[-1])}
   general = _pick(rng, _GENERAL).format(**words)
   text = " ".join([_pick(rng, _OPENINGS).format(**words), *(_block(rng, block) for block in blocks)])
   return {"captions": [_capital(general), _capital(text), _own(truth, language)], "languages": ["en", "en", language.code],
-          "kinds": ["general", "text", "text"]}
+          "kinds": [records.KINDS[kind] for kind in KINDS]}
 
 
 def _block(rng: np.random.Generator, block: Mapping[str, Any]) -> str:
@@ -50,7 +52,8 @@ def _block(rng: np.random.Generator, block: Mapping[str, Any]) -> str:
 
 
 def _letters(block: Mapping[str, Any]) -> str:
-  looks = [block["weight"] if block["weight"] != "regular" else "", "slanted" if block["slanted"] else "", block["colour"], block["letters"], "letters"]
+  weight = "" if block["weight"] == "regular" else block["weight"]
+  looks = [weight, "slanted" if block["slanted"] else "", block["colour"], block["letters"], "letters"]
   setting = "in vertical columns" if block["direction"] == "ttb" else _SET[block["align"]] if len(block["lines"]) > 1 else ""
   return " ".join(filter(None, looks)) + (f", {setting}" if setting else "")
 

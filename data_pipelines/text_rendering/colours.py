@@ -16,8 +16,8 @@ RGB = {"black": (22, 22, 24), "white": (252, 252, 250), "grey": (112, 114, 118),
        "brown": (98, 60, 34), "cream": (247, 238, 216), "pink": (250, 196, 208)}
 CONTRAST, LARGE_CONTRAST = 4.5, 3.0
 LARGE_PX = 24
-_PAPERS = {"white": 5, "cream": 4, "yellow": 1, "pink": 1, "grey": 0.6, "black": 1.2, "navy": 1.2, "green": 0.6, "blue": 0.6, "red": 0.6, "brown": 0.6,
-           "purple": 0.6, "orange": 0.6}
+_PAPERS = {"white": 5, "cream": 4, "yellow": 1, "pink": 1, "grey": 0.6, "black": 1.2, "navy": 1.2, "green": 0.6, "blue": 0.6, "red": 0.6,
+           "brown": 0.6, "purple": 0.6, "orange": 0.6}
 GRAIN_PX = 1024  # side of the tile of `grain`
 _JITTER = 7  # of a channel, by which a colour may differ from the one of its name
 

@@ -204,5 +204,6 @@ def _companions(faces: Sequence[Face], face: Face) -> list[Face]:
 
 def fingerprint(chosen: Mapping[str, Sequence[Typeface]]) -> str:
   """Sixteen hexadecimal digits that differ where the fonts of some language do, by name or release. Where they lie does not matter."""
-  lines = sorted({f"{code} {place} {face.name} {face.version}" for code, some in chosen.items() for one in some for place, face in enumerate(one.faces)})
+  lines = sorted({f"{code} {place} {face.name} {face.version}"
+                  for code, some in chosen.items() for one in some for place, face in enumerate(one.faces)})
   return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -60,8 +60,8 @@ class Placed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """A text that has been set: its lines in the order in which they are read, its size in px, and how far the gaps of justified lines were stretched at
-  most, in ems."""
+  """A text that has been set: its lines in the order in which they are read, its size in px, and how far the gaps of justified lines were
+  stretched at most, in ems."""
   style: Style
   size: float
   placed: tuple[Placed, ...]

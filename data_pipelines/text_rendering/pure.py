@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.text_rendering import captions as said
-from data_pipelines.text_rendering.colours import CONTRAST, draw_ink
+from data_pipelines.text_rendering.colours import draw_ink
 from data_pipelines.text_rendering.drawing import Paper, draw_on, make_paper, worst_contrast
 from data_pipelines.text_rendering.fonts import Typeface
 from data_pipelines.text_rendering.layout import Setting, Style, fit

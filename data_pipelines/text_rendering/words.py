@@ -28,8 +28,8 @@ _SPACED = {"cjk": "", "thai": " "}  # between sentences, where it is not a space
 
 
 def clean(text: str) -> str:
-  """Returns a text in composed form (NFC) without what is not drawn: control characters, direction marks, variation selectors, soft hyphens. Each run of
-  spaces becomes one, but for no-break spaces; lines stay lines."""
+  """Returns a text in composed form (NFC) without what is not drawn: control characters, direction marks, variation selectors, soft hyphens. Each run
+  of spaces becomes one, but for no-break spaces; lines stay lines."""
   kept = (" " if c == "\t" else c for c in unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\u2028", "\n").replace("\u2029", "\n")))
   drawn = "".join(c for c in kept if c in "\n" + _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs") and not _is_variation(c))
   return "\n".join(re.sub(r"[ \u2000-\u200a\u205f]+", " ", line).strip(" " + _JOINERS) for line in drawn.split("\n")).strip("\n")
@@ -157,7 +157,7 @@ def read_texts(path: str, covers: Callable[[str], bool]) -> tuple[tuple[str, ...
   paragraphs = list(dict.fromkeys(one for one in paragraphs if one))
   kept = tuple(one for one in paragraphs if covers(one))
   if not kept:
-    raise ValueError(f"None of the {len(paragraphs)} paragraphs of {path} can be set with the fonts of its language: give other texts or install fonts.")
+    raise ValueError(f"None of the {len(paragraphs)} paragraphs of {path} can be set with the fonts of its language: give others or install fonts.")
   return kept, len(paragraphs) - len(kept)
 
 
