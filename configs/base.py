@@ -113,17 +113,18 @@ def part(name: str, weight: float = DatasetSpec.weight, task: str = DatasetSpec.
          min_quality: float = DatasetSpec.min_quality, min_stage: int = DatasetSpec.min_stage, max_enlarge: float = DatasetSpec.max_enlarge,
          languages: tuple[str, ...] = DatasetSpec.languages, alpha: bool = DatasetSpec.alpha, shuffle_tags: bool = DatasetSpec.shuffle_tags,
          drop_tags: float = DatasetSpec.drop_tags, keep_tags: int = DatasetSpec.keep_tags, tag_separator: str = DatasetSpec.tag_separator,
-         **caption_weights: float) -> dict:
+         loss_weight: float = DatasetSpec.loss_weight, ignore_rejected: bool = DatasetSpec.ignore_rejected, **caption_weights: float) -> dict:
   """A data set in a mixture; `weight` is its share of the batches, `task` "t2i" (text to image) or "ti2i" (editing).
 
   `min_stage` leaves out records that did not pass the filters of that data stage (1 to 6), `max_enlarge` at each resolution those whose picture would
   be scaled up by more than that. `caption_weights`: general, text, knowledge, structured, how often captions of each kind are drawn; without
   any all kinds alike. `alpha` keeps the transparency of pictures, which needs a VAE of four channels; otherwise they are laid on white paper.
   Captions that are lists of tags: `shuffle_tags` has them in another order in each epoch, `drop_tags` is the chance that one is left out, and the
-  first `keep_tags` stay as they are.
+  first `keep_tags` stay as they are. `loss_weight` multiplies the loss of its examples, for prior preservation; `ignore_rejected` lets a method
+  that takes no pairs train on the better pictures of a data set of pairs.
   """
   return plain(DatasetSpec("", name, split, weight, task, min_quality, min_stage, languages, caption_weights, max_enlarge, alpha, shuffle_tags,
-                           drop_tags, keep_tags, tag_separator))
+                           drop_tags, keep_tags, tag_separator, loss_weight, ignore_rejected))
 
 
 def published(cfg: ConfigDict, source: str) -> ConfigDict:

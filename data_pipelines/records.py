@@ -15,7 +15,8 @@ A record holds an encoded image and its labels:
   sample_id   int64          stable, unique in the data set, below 2^31
   sources     list of bytes  condition images of an editing record, in prompt order; none for text-to-image
   source_height, source_width   list of int32   px
-  latents, source_latents, features   what a latent cache holds in place of pixels and encoder states, see data_pipelines.cache
+  rejected    bytes          of a pair: the picture of the same prompt that is worse than `image`, of its aspect ratio; else empty; none before pairs
+  latents, source_latents, rejected_latents, features   what a latent cache holds in place of pixels and encoder states, see data_pipelines.cache
 
 Beside the records each split has `index-<split>.npz`, the columns a loader needs to choose records without opening them. `dataset.json` is
 written last and the folder is renamed when complete, so a folder that is there is whole:
@@ -54,9 +55,11 @@ LAST_STAGE = 6
 FIXED = ("language_names", "tokenizer")  # columns of an index that have no row for each record or caption
 VERSION = "2.0.0"
 _READ_WHOLE = 2**26  # bytes of an index, up to which it is compared with its checksum when it is opened; of a larger one pages from all over are
+_OF_RECORDS = {"height": np.int32, "width": np.int32, "quality": np.float32, "sample_id": np.int64, "stage": np.uint8, "has_text": bool,
+               "has_rejected": bool}  # columns of an index with a number for each record
 _TOGETHER = 16  # records that are read at once from a file that is copied
 _DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes": "{}", "sources": [], "source_height": [], "source_width": [],
-             "image": b"", "latents": b"", "source_latents": [], "features": []}
+             "image": b"", "rejected": b"", "latents": b"", "rejected_latents": b"", "source_latents": [], "features": []}
 
 
 def _features() -> Any:
@@ -66,7 +69,7 @@ def _features() -> Any:
       "image": blob, "height": np.int32, "width": np.int32, "quality": np.float32, "stage": np.int32, "has_text": np.bool_,
       "captions": texts, "languages": texts, "kinds": texts, "attributes": features.Text(), "sample_id": np.int64,
       "sources": features.Sequence(blob), "source_height": features.Sequence(np.int32), "source_width": features.Sequence(np.int32),
-      "latents": blob, "source_latents": features.Sequence(blob), "features": features.Sequence(blob)})
+      "rejected": blob, "rejected_latents": blob, "latents": blob, "source_latents": features.Sequence(blob), "features": features.Sequence(blob)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +169,8 @@ class Columns:
   def add(self, record: dict) -> dict:
     """Remembers what the index says of a record, and returns it complete."""
     record = complete(record)
-    self._rows.append(tuple(record[name] for name in ("height", "width", "quality", "sample_id", "stage", "has_text")))
+    values = record | {"has_rejected": bool(record["rejected"] or record["rejected_latents"])}
+    self._rows.append(tuple(values[name] for name in _OF_RECORDS))
     self._source_sizes.append(tuple(zip(record["source_height"], record["source_width"])))
     # Equal texts and tuples are kept once: many records share them.
     self._captions.append(tuple(self._same.setdefault(text, text) for text in record["captions"]))
@@ -176,7 +180,7 @@ class Columns:
 
   def arrays(self, tokenizer: PromptTokenizer) -> dict[str, np.ndarray]:
     """The index, see `open_split`; caption lengths are counted with `tokenizer`."""
-    height, width, quality, sample_id, stage, has_text = zip(*self._rows) if self._rows else [()] * 6
+    columns = zip(*self._rows) if self._rows else [()] * len(_OF_RECORDS)
     names = sorted(set(itertools.chain.from_iterable(self._languages)))
     place = {name: i for i, name in enumerate(names)}
     flat = lambda column, table, dtype: np.array([table[x] for row in column for x in row], dtype)
@@ -184,9 +188,8 @@ class Columns:
     for row, sizes in enumerate(self._source_sizes):
       source_sizes[row, :len(sizes)] = np.array(sizes, np.int32).reshape(-1, 2)
     return {
-        "height": np.array(height, np.int32), "width": np.array(width, np.int32), "quality": np.array(quality, np.float32),
-        "sample_id": np.array(sample_id, np.int64), "stage": np.array(stage, np.uint8), "has_text": np.array(has_text, bool),
-        "source_sizes": source_sizes, "num_captions": np.array(list(map(len, self._captions)), np.int32),
+        **{name: np.array(values, dtype) for (name, dtype), values in zip(_OF_RECORDS.items(), columns)}, "source_sizes": source_sizes,
+        "num_captions": np.array(list(map(len, self._captions)), np.int32),
         "caption_language": flat(self._languages, place, np.uint16), "language_names": np.array(names, str),
         "caption_kind": flat(self._kinds, {kind: i for i, kind in enumerate(KINDS)}, np.uint8),
         "caption_tokens": self._count_tokens(tokenizer), "tokenizer": np.array(tokenizer.fingerprint)}
@@ -277,7 +280,8 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
 def _counts(index: dict) -> dict:
   nums = {split: len(index[split]["height"]) for split in SPLITS}
   edits = lambda split: sum(int(index[split]["source_sizes"][piece].any((1, 2)).sum()) for piece in pieces(nums[split]))
-  return nums | {f"{split}_edits": edits(split) for split in SPLITS}
+  pairs = {f"{split}_pairs": sum(int(index[split]["has_rejected"][piece].sum()) for piece in pieces(nums[split])) for split in SPLITS}
+  return nums | {f"{split}_edits": edits(split) for split in SPLITS} | (pairs if any(pairs.values()) else {})
 
 
 def _token_facts(tokenizer: PromptTokenizer, index: dict) -> dict:
@@ -299,9 +303,8 @@ def read_meta(folder: str | os.PathLike) -> dict:
 def matching_facts(folder: str | os.PathLike, request: dict) -> dict:
   """The facts of the data set in `folder`; `ValueError` unless it answers the same request."""
   stored, request = read_meta(folder), json.loads(json.dumps(request | {"version": VERSION}))
-  different = [key for key in request if stored["request"].get(key) != request[key]]
-  if different:
-    key = different[0]
+  key = next((key for key in request if stored["request"].get(key) != request[key]), None)
+  if key is not None:
     raise ValueError(f"{folder} holds a data set made with {key}={stored['request'].get(key)}, not {key}={request[key]}: "
                      "remove that folder or choose another --out.")
   return stored["facts"]
@@ -348,17 +351,16 @@ def list_splits(data_dir: str | os.PathLike, name: str) -> list[str]:
 def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequence[dict], dict[str, np.ndarray]]:
   """Returns (records by position, as dicts; the index by position).
 
-  The index: height, width, quality, sample_id, stage, has_text; source_sizes [n, most sources, 2] int32, (height, width) in px of each
-  condition image and zeros where there is none; num_captions, and for all captions one after the other caption_language (a place in
-  language_names), caption_kind (a place in KINDS) and caption_tokens, the length of the whole prompt without image slots by the tokenizer
+  The index: height, width, quality, sample_id, stage, has_text, has_rejected (none before pairs); source_sizes [n, most sources, 2] int32, (height,
+  width) in px of each condition image and zeros where there is none; num_captions, and for all captions one after the other caption_language (a
+  place in language_names), caption_kind (a place in KINDS) and caption_tokens, the length of the whole prompt without image slots by the tokenizer
   whose fingerprint is `tokenizer`. Texts come as UTF-8 bytes and images as encoded files. `ValueError` if the data set or the split is not there.
   """
   folder = os.path.join(data_dir, name)
   if not os.path.isdir(folder):
     raise ValueError(f"No data set {name!r} in {data_dir}: make it with python -m launch.prepare_data, --dataset={name} for an embedded one "
                      f"or --source=... --name={name} for your own, and --out={data_dir}.")
-  meta = read_meta(folder)
-  version = meta["request"]["version"]
+  version = (meta := read_meta(folder))["request"]["version"]
   if version != VERSION:
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
   if not os.path.exists(index_path(folder, split)):

@@ -50,7 +50,8 @@ class Update:
     roles: moved together, under one norm of the gradient: a VAE and a projector, an adapter and a head.
     loss: `loss(trained, params, nets, batch, key) -> (per example [B], metrics)`. `trained` maps `roles` to the weights to differentiate by;
       `params` maps every role and average to its weights. Metrics are scalars or [B]. The mean is taken over examples, weighted by
-      batch["weight"] [B] where there is one: 0 leaves an example out, a negative one skips the update (advantages belong in the loss). Rows that
+      batch["weight"] [B] where there is one: 0 leaves an example out, a negative one skips the update (advantages belong in the loss). Before that
+      it is multiplied by batch["loss_weight"] [B] where there is one, and no mean is divided by that. Rows that
       are left out hold a copy of another row, so anything but a per-example result must look at `weight` itself.
     every: due at the end of every `every` steps, so that a row logged at a multiple sees it. Its schedule counts its own updates.
     optimizer: settings of its own (`qimg2.training.optim.Config`); None takes the stage's.
@@ -114,6 +115,7 @@ class Rollout:
     judge: with a `score` on the host, the rewards that a frozen role gives, of names `judged`: jitted `judge(params, nets, samples, batch)`. The
       device judges while the host scores.
     judged: see `judge`.
+    scored: names of the samples that a `score` on the host reads, which alone go there; () for all.
   """
   generate: Callable[[Weights, Any, dict, jax.Array], dict]
   score: Callable[..., Mapping[str, Any]]
@@ -125,6 +127,7 @@ class Rollout:
   chunks: int = 1
   judge: Callable[[Weights, Any, dict, dict], Mapping[str, jax.Array]] | None = None
   judged: tuple[str, ...] = ()
+  scored: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.rewards or "left_out" in self.rewards:
@@ -202,7 +205,7 @@ class Rewards:
       return self.score(samples["pictures"], [task for task in batch["tasks"] for _ in range(group)])
 
     return Rollout(generate_with_category, score, self.names, minibatches, num_minibatches, weights=self.weights, chunks=chunks, judge=self.judge,
-                   judged=self.judged)
+                   judged=self.judged, scored=("pictures",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +224,7 @@ class Algorithm:
     deploy: `deploy(weights) -> {network: weights}` of all roles and averages: which weights draw, are judged and are exported; None for each
       role's own network, where no two roles share one.
     unconditional: whether batches carry the unconditional prompt, "null_tokens" and "null_token_count", for guidance inside the method.
+    pairs: whether batches carry "rejected", or "rejected_latents", the worse picture of each row's prompt.
     tasks: whether batches carry "tasks" for a score of the method's own; where the stage has rewards they do anyway.
 
   Raises:
@@ -236,6 +240,7 @@ class Algorithm:
   deploy: DeployFn | None = None
   unconditional: bool = False
   tasks: bool = False
+  pairs: bool = False
 
   def __post_init__(self):
     names = [update.name for update in self.updates]

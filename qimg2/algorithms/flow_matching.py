@@ -50,12 +50,24 @@ def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.999, weighting: 
     noise = sample_noise(jax.random.key(VALIDATION_SEED), batch["sample_id"], x_0.shape[1:])
     return {"loss": squared_error(nets, params["model"], x_0, cond, t, noise)}, bins
 
-  def deploy(weights):
-    return {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
+  return Algorithm(generator_roles(), (Update(("model",), loss),), model_averages(ema_decay), validation=validation, num_bins=NUM_TIME_BINS,
+                   deploy=deploy_generator)
 
-  roles = {"model": Role("mmdit"), "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
-  averages = {"ema": Average("model", ema_decay)} if ema_decay else {}
-  return Algorithm(roles, (Update(("model",), loss),), averages, validation=validation, num_bins=NUM_TIME_BINS, deploy=deploy)
+
+def generator_roles(*references: str) -> dict[str, Role]:
+  """The roles of a method that trains the generator: "model", frozen ones that start as it, and the frozen "encoder" and "vae"."""
+  start = {name: Role("mmdit", start="model", dtype=COMPUTE) for name in references}
+  return {"model": Role("mmdit"), **start, "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
+
+
+def model_averages(ema_decay: float) -> dict[str, Average]:
+  """The averaged weights "ema" of the model; none for a decay of 0."""
+  return {"ema": Average("model", ema_decay)} if ema_decay else {}
+
+
+def deploy_generator(weights: dict) -> dict:
+  """{network: weights}: the averaged generator where there is one, and the frozen networks; see `Algorithm.deploy`."""
+  return {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
 
 
 def time_bins(sample_id: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ from qimg2.training.trainer import train_stage
 from qimg2.training.validation import Evaluator
 
 LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha",  # keys of resolutions and data sets that the first checkpoints did not have
-         "shuffle_tags", "drop_tags", "keep_tags", "tag_separator")
+         "shuffle_tags", "drop_tags", "keep_tags", "tag_separator", "loss_weight", "ignore_rejected")
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from qimg2 import flow
 from qimg2.algorithms import Algorithm, Rewards
 from qimg2.algorithms.diffusion_nft import diffusion_nft
+from qimg2.algorithms.distillation import distillation
+from qimg2.algorithms.dpo import dpo, online_dpo
 from qimg2.algorithms.flow_grpo import flow_grpo
 from qimg2.algorithms.flow_matching import flow_matching
 from qimg2.algorithms.reconstruction import reconstruction
@@ -48,6 +50,9 @@ class Method:
 METHODS = {
     "flow_matching": Method("generator", flow_matching),
     "reconstruction": Method("autoencoder", reconstruction),
+    "dpo": Method("generator", dpo),
+    "online_dpo": Method("generator", online_dpo),
+    "distillation": Method("generator", distillation),
     "flow_grpo": Method("generator", flow_grpo),
     "diffusion_nft": Method("generator", diffusion_nft),
 }

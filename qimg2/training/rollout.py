@@ -89,7 +89,7 @@ class Programs:
     futures = []
     with concurrent.futures.ThreadPoolExecutor(1, "score") as thread:
       for number, samples in enumerate(chunks):
-        own = local_rows(samples)  # waits for this chunk, while the thread scores the ones before
+        own = local_rows({name: samples[name] for name in self.rollout.scored or samples})  # waits for this chunk, while the thread scores the ones before
         futures.append(thread.submit(self._score_one, own, some_rows(rows, slice(number, None, len(chunks)))))
     return _interleave([future.result() for future in futures], len(rows["sample_id"]), np)
 
@@ -166,7 +166,8 @@ def rollout_parts(algorithm: Algorithm, nets: Any, abstract: TrainState, frozen:
       Part(jit(functions.generate, rows), inputs, chunks),
       Part(jit(functions.judge, rows), to_judge, chunks) if rollout.by_device else None,
       Part(jit(merge, rows), (parts,), beside=(abstract, frozen, batch)) if chunks > 1 else None,
-      Part(jit(functions.minibatches, (stacked, replicated(mesh), replicated(mesh))), (abstract, whole["samples"], rewards), beside=(frozen, batch)), data, num)
+      Part(jit(functions.minibatches, (stacked, replicated(mesh), replicated(mesh))), (abstract, whole["samples"], rewards), beside=(frozen, batch)),
+      data, num)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -331,6 +331,8 @@ def _check_roles(stage: StageConfig, where: str, run: RunConfig) -> None:
   algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, run.schedule, declare(stage.rewards))
   if (algorithm.tasks or stage.rewards) and stage.caption_dropout:
     raise ValueError(f"{where}.caption_dropout is {stage.caption_dropout}, but pictures are drawn for the prompts and scored by them: set it to 0.0.")
+  if algorithm.rollout is not None and any(part.loss_weight != 1 for part in stage.mixture):
+    raise ValueError(f"{where}.mixture has a loss_weight, but the method {stage.algorithm.name!r} learns from its own samples: leave it at 1.")
   roles = algorithm.frozen
   placed(where, check_due, algorithm, stage.num_steps)
   if stage.faults.stop_after == "micro_batch":

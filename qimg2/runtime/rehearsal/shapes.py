@@ -12,7 +12,9 @@ from data_pipelines.specs import Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.kept_data import tokenizer_path
+from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal.table import EVALUATION, SAMPLES, STEP
 from qimg2.runtime.run import fold_name
 
@@ -49,7 +51,7 @@ class Shapes:
     """
     if choice.index:
       return self._chosen_of_index(config, choice)
-    found = {}
+    found, algorithm = {}, make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule, declare(config.rewards))
     for task in _tasks(config, choice):
       for resolution in config.resolutions:
         if choice.base_px and resolution.base_px not in choice.base_px:
@@ -57,7 +59,8 @@ class Shapes:
         for ratio in _ratios(resolution.ratios, choice):
           sources = (bucket_size(resolution.base_px, ratio, 32),) if task == "ti2i" else ()
           size = bucket_size(resolution.base_px, ratio, resolution.multiple)
-          classes = [Bucket(task, *size, sources, num_tokens=words + self._image_tokens(source_grids(sources)), batch_size=resolution.batch_size)
+          classes = [Bucket(task, *size, sources, num_tokens=words + self._image_tokens(source_grids(sources)), batch_size=resolution.batch_size,
+                            pairs=algorithm.pairs)
                      for words in (self.cfg.num_tokens, *sorted(self.cfg.prompt_classes, reverse=True))]
           found |= dict.fromkeys(self._heaviest(config, classes))
     return list(found)
