@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 
 from qimg2 import flow, sde
-from qimg2.algorithms import COMPUTE, Algorithm, Average, Rewards, Role, Update
-from qimg2.algorithms.flow_matching import NUM_TIME_BINS, flow_matching
+from qimg2.algorithms import Algorithm, Average, Rewards, Update
+from qimg2.algorithms.flow_matching import NUM_TIME_BINS, deploy_generator, flow_matching, generator_roles, model_averages
 from qimg2.algorithms.rollouts import Sampling, Scoring
 
 
@@ -43,7 +43,7 @@ def diffusion_nft(schedule: flow.Schedule, rewards: Rewards, group: int = 24, nu
   Args:
     schedule: gives the times.
     rewards: of the stage.
-    group, num_steps, guidance, chunks: pictures of a prompt, sampling steps, guidance scale and parts of a rollout, see `Sampling`.
+    group, num_steps, guidance: pictures of a prompt, sampling steps and guidance scale, see `Sampling`.
     num_train_times: at how many of the num_steps times a picture is learned from, drawn for each picture without repetition.
     beta: how far (1) looks to both sides.
     reference: weight of the distance from the stage's start; at 0 there is no reference.
@@ -51,23 +51,21 @@ def diffusion_nft(schedule: flow.Schedule, rewards: Rewards, group: int = 24, nu
     old_every: they move at every so many steps.
     num_minibatches: updates per rollout.
     deviation, advantage_limit, min_spread, oversample: see `Scoring`.
+    chunks: parts of a rollout, see `Rollout`.
     ema_decay: of averaged weights "ema", which then draw; 0 keeps none.
 
   Raises:
     ValueError: a setting that is none, or a number out of its range.
   """
-  recipe = _Recipe(Sampling(schedule, group, num_steps, guidance, chunks),
+  recipe = _Recipe(Sampling(schedule, group, num_steps, guidance),
                    Scoring(rewards, group, deviation, advantage_limit, min_spread, oversample, num_minibatches), num_train_times, beta, reference)
   if not (0 <= old_cap < 1 and old_rate >= 0 and old_flat >= 0 and old_every >= 1):
     raise ValueError(f"old_flat={old_flat} and old_rate={old_rate} must not be negative, old_cap={old_cap} must be in [0, 1) and "
                      f"old_every={old_every} at least 1.")
-  roles = {"model": Role("mmdit"), **({"ref": Role("mmdit", start="model", dtype=COMPUTE)} if reference else {}),
-           "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
-  averages = {"old": Average("model", functools.partial(old_decay, flat=old_flat, rate=old_rate, cap=old_cap), old_every, ramp=False)}
-  averages |= {"ema": Average("model", ema_decay)} if ema_decay else {}
-  deploy = lambda weights: {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
-  return Algorithm(roles, (Update(("model",), recipe.loss),), averages, rewards.rollout(recipe.generate, recipe.minibatches, num_minibatches),
-                   flow_matching(schedule).validation, NUM_TIME_BINS, deploy=deploy, unconditional=recipe.sampling.is_guided)
+  old = Average("model", functools.partial(old_decay, flat=old_flat, rate=old_rate, cap=old_cap), old_every, ramp=False)
+  return Algorithm(generator_roles(*(["ref"] if reference else [])), (Update(("model",), recipe.loss),), {"old": old, **model_averages(ema_decay)},
+                   rewards.rollout(recipe.generate, recipe.minibatches, num_minibatches, chunks), flow_matching(schedule).validation, NUM_TIME_BINS,
+                   deploy=deploy_generator, unconditional=recipe.sampling.is_guided)
 
 
 def old_decay(step: jax.Array, flat: int, rate: float, cap: float) -> jax.Array:

@@ -98,7 +98,7 @@ class Job:
 
   def loader(self, mesh, rules):
     """The loader of the method's data."""
-    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points, self.method == "rewarded")
+    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points, self.method in ("rewarded", "pictures"))
 
 
 def weights(job, role, algorithm, mesh, rules):
