@@ -89,7 +89,8 @@ class Programs:
     futures = []
     with concurrent.futures.ThreadPoolExecutor(1, "score") as thread:
       for number, samples in enumerate(chunks):
-        own = local_rows({name: samples[name] for name in self.rollout.scored or samples})  # waits for this chunk, while the thread scores the ones before
+        # Waits for this chunk, while the thread scores the ones before.
+        own = local_rows({name: samples[name] for name in self.rollout.scored or samples})
         futures.append(thread.submit(self._score_one, own, some_rows(rows, slice(number, None, len(chunks)))))
     return _interleave([future.result() for future in futures], len(rows["sample_id"]), np)
 
