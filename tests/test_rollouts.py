@@ -80,6 +80,7 @@ def test_a_run_that_is_killed_while_it_scores_ends_with_the_same_bits(whole, tmp
     return near(pictures, tasks)
   with pytest.raises(KeyboardInterrupt):
     train(tmp_path, grpo(dying))
+  toy.let_threads_end(tmp_path)
   assert train(tmp_path, grpo()) == whole[1] and set(asked) == {32}
   jax.tree.map(np.testing.assert_array_equal, last_arrays(tmp_path / "toy"), last_arrays(whole[0] / "toy"))
 

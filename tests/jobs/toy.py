@@ -112,6 +112,13 @@ def weights(job, role, algorithm, mesh, rules):
   return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, places)
 
 
+def let_threads_end(folder):
+  """Waits for the save that a real kill would have ended: its threads live on in this process."""
+  limit = time.monotonic() + 60
+  while list((folder / "toy" / "checkpoints").glob("*tmp*")) and time.monotonic() < limit:
+    time.sleep(0.05)
+
+
 def stage_of(job):
   """(stage without hooks, specs) of a job, its mesh and rules."""
   devices = jax.devices()[:job.num_devices] if job.num_devices else None
