@@ -1,6 +1,6 @@
 """How many pictures a core scores in a pool while the device draws, and whether the device waits for the pool.
 
-  python -m benchmarks.scoring [--metrics=ocr --metrics=ssim] [--num_pictures=16] [--side_px=512] [--num_workers=0] [--network=FILE.onnx --lpips]
+  python -m benchmarks.scoring [--metrics=ocr --metrics=ssim] [--num_pictures=32] [--side_px=512] [--num_workers=0] [--network=FILE.onnx --lpips]
 
 Scores run in the pool of an evaluation (`qimg2.runtime.evaluating.scoring`), one process per core, on texts set in type. For each metric:
 
@@ -164,7 +164,8 @@ def main(_: Sequence[str]) -> None:
 def define_flags() -> None:
   """The command's flags."""
   flags.DEFINE_multi_enum("metrics", list(METRICS), list(METRICS), "Metrics on the host; repeat the flag for more.")
-  flags.DEFINE_integer("num_pictures", 16, "Pictures that are scored, by each metric.", lower_bound=1)
+  flags.DEFINE_integer("num_pictures", 32, "Pictures that are scored, by each metric; with fewer than the pool is ahead by nothing could wait.",
+                       lower_bound=CHUNK * (AHEAD + 1))
   flags.DEFINE_integer("side_px", 512, "Side of a picture.", lower_bound=64)
   flags.DEFINE_integer("num_workers", 0, "Processes; 0: one less than there are cores, as an evaluation has.", lower_bound=0)
   flags.DEFINE_string("network", "", "A feature network of 299 px in an ONNX file, as `fidelity` takes it.")
