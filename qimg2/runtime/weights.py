@@ -17,12 +17,14 @@ from qimg2 import sharding
 from qimg2.algorithms import Algorithm
 from qimg2.places import Place, find_place, is_complete
 from qimg2.published.folder import check_configs, check_sampling, has_head, load_weights, open_folder
+from qimg2.runtime import judged
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
 from qimg2.runtime.offload import Loaded, Offloaded, from_host
 from qimg2.training.changes import check_frozen, saved_description
 from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights, saved_steps
 
+LANGUAGE = "language"  # source of the judge's weights: the folder that its rewards name
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
 
 
@@ -33,7 +35,8 @@ class StageWeights:
     """{role: declared weights} of a stage, in the types that they are stored in. An encoder that is read from a published folder without a head does
     without it, if it is frozen: nothing reads it then."""
     algorithm = self.algorithm(stage)
-    specs = dict(algorithm.specs(self.nets.specs(), self.nets.compute_dtypes()))
+    judge = {judged.NETWORK: self.judge(stage).specs} if judged.ROLE in algorithm.roles else {}
+    specs = dict(algorithm.specs(self.nets.specs() | judge, self.nets.compute_dtypes()))
     for role in algorithm.frozen:
       if algorithm.roles[role].network == "qwen3_vl" and "head" in specs[role] and self._is_headless(self._frozen_source(stage, role)):
         specs[role] = {name: tree for name, tree in specs[role].items() if name != "head"}
@@ -109,6 +112,8 @@ class StageWeights:
     return {source.name for source in sources if source.kind == "stage"}
 
   def _frozen_source(self, stage: StageConfig, role: str) -> Source:
+    if role == judged.ROLE:
+      return Source(LANGUAGE)
     source = parse_source(stage.frozen.get(role, "default"))
     if source.kind != "default":
       return source
@@ -180,6 +185,8 @@ class StageWeights:
     algorithm, specs = self.algorithm(stage), self.role_specs(stage)[role]
     if source.kind == "scratch":
       return self.random_weights(stage, role)
+    if source.kind == LANGUAGE:
+      return self.judge(stage).load(self._shardings(specs))
     if source.kind == "diffusers":
       return self._published(source, algorithm.roles[role].network, specs)
     name = algorithm.roles[role].start or role
