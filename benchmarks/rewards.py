@@ -2,9 +2,9 @@
 
   python -m benchmarks.rewards [--side_px=256,1024] [--num_pictures=8] [--rollout=1152] [--within_s=60]
 
-Each reward scores pictures of the kind that it is for, in this process: texts set in type, glyphs, edits of glyphs. "per CPU s" is pictures per second
-of processor time, so of one core that does nothing else. "to a process and back" is what the pool adds, on both sides together, measured with a
-function that does nothing; "PNG" is what a picture costs here that goes to a service. "cores" are those that score a rollout's pictures within a
+Each reward scores pictures of the kind that it is for, in this process: texts set in type, glyphs, edits of glyphs. "per CPU s" is pictures per
+second of processor time, so of one core that does nothing else. "to a process and back" is what the pool adds, on both sides together, measured with
+a function that does nothing; "PNG" is what a picture costs here that goes to a service. "cores" are those that score a rollout's pictures within a
 number of seconds, what the pool adds counted in. The first picture, which loads models, is left out.
 """
 
