@@ -96,7 +96,8 @@ def main(_: Sequence[str]) -> None:
     found = {side: seconds(score, make, side, f.num_pictures) for side in sides}
     cores = lambda side: math.ceil(f.rollout * (found[side] + way[side]) / f.within_s)
     print(f"| {name} | " + " | ".join(f"{1 / found[side]:,.1f} | {cores(side)}" for side in sides) + " |", flush=True)
-  print("| to a process and back | " + " | ".join(f"{1 / max(way[side], 1e-6):,.0f} | {math.ceil(f.rollout * way[side] / f.within_s)}" for side in sides) + " |")
+  alone = [f"{1 / max(way[side], 1e-6):,.0f} | {math.ceil(f.rollout * way[side] / f.within_s)}" for side in sides]
+  print(f"| to a process and back | {' | '.join(alone)} |")
   print(f"\nMemory of the process at most: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
 
 
