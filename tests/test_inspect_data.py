@@ -202,7 +202,8 @@ def test_the_command(config, data, tmp_path):
                    f"--out={tmp_path}/sheets/a.png")
   assert result.returncode == 0, result.stderr
   rows = [json.loads(line) for line in result.stdout.splitlines()]
-  assert [row["batch"] for row in rows] == [2, 3, 4] and all(row["stage"] == "sft" and len(row["sample_ids"]) == len(row["truth"]) == 2 for row in rows)
+  assert [row["batch"] for row in rows] == [2, 3, 4]
+  assert all(row["stage"] == "sft" and len(row["sample_ids"]) == len(row["truth"]) == 2 for row in rows)
   assert "compiled steps" in result.stderr
   assert Image.open(tmp_path / "sheets" / "a.png").size[1] > 3 * 128
   result = inspect("--stage=nope")
