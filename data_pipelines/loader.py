@@ -52,7 +52,8 @@ class Loader:
   the mixture keeps alpha, and opaque for those that do not), tokens B M int32, token_count B int32,
   sample_id B int64, where B is this process's share of the bucket's batch size. From a latent cache, see data_pipelines.cache for what
   takes the place of pixels. With `unconditional` also null_tokens and null_token_count, the empty prompt around the same condition images, and
-  null_features where there are features. With `tasks` also tasks, a tuple of B mappings (`data_pipelines.truths`) for the host alone. `buckets` and
+  null_features where there are features. With `pairs` also rejected, or rejected_latents, of the shape of the target; where a data set has a
+  loss_weight also that, B float32. With `tasks` also tasks, a tuple of B mappings (`data_pipelines.truths`) for the host alone. `buckets` and
   `counts` are the same on every process; `faults` holds this process's, in the order of batches.
   """
 
@@ -61,10 +62,10 @@ class Loader:
                min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
                num_workers: int = 0, unconditional: bool = False, max_programs: int = 0,
                programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False, truncate: bool = False,
-               captions: bool = True, tasks: bool = False):
+               captions: bool = True, tasks: bool = False, pairs: bool = False):
     """Args: those of `Mixture`, some of them at the end; share of prompts that are emptied; largest share of records that may be broken; which of
     how many processes this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
-    whether a batch has the unconditional prompt, and the tasks of its rows.
+    whether a batch has the unconditional prompt, and the tasks of its rows; whether its rows are pairs.
 
     Raises:
       ValueError: numbers that make no sense, or data sets of which nothing is left.
@@ -72,7 +73,7 @@ class Loader:
     parts = (process_index,) if isinstance(process_index, int) else tuple(process_index)
     _check(resolutions, caption_dropout, max_faulty, parts, process_count)
     self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records, max_programs, programs,
-                           order_dir=order_dir, alpha=alpha, truncate=truncate, captions=captions)
+                           order_dir=order_dir, alpha=alpha, truncate=truncate, captions=captions, pairs=pairs)
     self.buckets, self.counts = self.mixture.buckets, self.mixture.counts
     self.faults: list[Fault] = []
     self._tokenizer, self._seed = tokenizer, seed
@@ -180,8 +181,8 @@ class Loader:
 
   def _load(self, bucket: Bucket, rows: list[tuple[Cell, int]], draws: np.ndarray | None) -> tuple[dict, list[Fault]]:
     arrays, faults, used = _arrays(len(rows), bucket) | _prompts(len(rows), bucket), [], []
-    tasks = [{}] * len(rows)
-    for i, ((cell, place), record) in enumerate(zip(rows, self._read(rows))):
+    tasks, epochs = [{}] * len(rows), None if draws is None else draws[:, 3].astype(np.int64)
+    for i, ((cell, place), record) in enumerate(zip(rows, self._read(rows, epochs))):
       chosen, fault = self._fill(arrays, tasks, i, cell, int(place), record, bucket, None if draws is None else draws[i])
       used.append(chosen)
       faults += fault
@@ -219,6 +220,8 @@ class Loader:
         if self._tasks:
           tasks[row] = make_task(record, prompt, spec.name, name)
         _decode(arrays, row, record, bucket, name, self.mixture.max_crop, spec.alpha)
+        if bucket.weighted:
+          arrays["loss_weight"][row] = spec.loss_weight
       except ValueError as error:
         broken.append((sample_id, str(error)))
       else:
@@ -246,12 +249,15 @@ class Loader:
     arrays["tokens"][row], arrays["token_count"][row], arrays["sample_id"][row] = tokens[0], count[0], record["sample_id"]
     return prompt
 
-  def _read(self, rows: list[tuple[Cell, int]]) -> list[dict | Exception]:
-    """Returns the records in the order of `rows`, read with one request per data set; in place of one that cannot be read, why."""
+  def _read(self, rows: list[tuple[Cell, int]], epochs: Sequence[int] | None = None) -> list[dict | Exception]:
+    """Returns the records in the order of `rows`, read with one request per data set; in place of one that cannot be read, why. A source without end
+    has other ones in each of the `epochs` of the rows."""
     records = [None] * len(rows)
     for d in {cell.dataset for cell, _ in rows}:
-      here = [i for i, (cell, _) in enumerate(rows) if cell.dataset == d]
-      for i, record in zip(here, read_records(self.mixture.sources[d], [int(rows[i][0].records[rows[i][1]]) for i in here])):
+      here, source = [i for i, (cell, _) in enumerate(rows) if cell.dataset == d], self.mixture.sources[d]
+      further = len(source) if epochs is not None and getattr(source, "endless", False) else 0
+      positions = [int(rows[i][0].records[rows[i][1]]) + further * int(epochs[i] if further else 0) for i in here]
+      for i, record in zip(here, read_records(source, positions)):
         records[i] = record
     return records
 
@@ -320,13 +326,16 @@ def _arrays(num: int, bucket: Bucket) -> dict:
   """Returns the arrays of `num` rows of a bucket that hold pictures, not filled; those of condition images are lists."""
   if bucket.cache is not None:
     return bucket.cache.empty(num, bucket)
-  return {"target": np.empty((num, bucket.height, bucket.width, bucket.image_channels), np.uint8),
+  picture = lambda: np.empty((num, bucket.height, bucket.width, bucket.image_channels), np.uint8)
+  return {"target": picture(), **({"rejected": picture()} if bucket.pairs else {}),
           "sources": [np.empty((num, *size, bucket.image_channels), np.uint8) for size in bucket.source_sizes]}
 
 
 def _prompts(num: int, bucket: Bucket) -> dict:
-  """Returns the arrays of `num` rows of a bucket that hold prompts and ids, not filled."""
-  return {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32), "sample_id": np.empty(num, np.int64)}
+  """Returns the arrays of `num` rows of a bucket that hold prompts, ids and weights, not filled."""
+  weights = {"loss_weight": np.empty(num, np.float32)} if bucket.weighted else {}
+  return {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32), "sample_id": np.empty(num, np.int64),
+          **weights}
 
 
 def _owned(batch: dict) -> dict:
@@ -344,6 +353,8 @@ def _decode(arrays: dict, row: int, record: dict, bucket: Bucket, name: str, max
     bucket.cache.read(arrays, row, record, bucket, name)
     return
   fill_pixels(arrays["target"][row], load_picture(record["image"], bucket.height, bucket.width, name, alpha))
+  if bucket.pairs:
+    fill_pixels(arrays["rejected"][row], load_picture(record["rejected"], bucket.height, bucket.width, f"the rejected picture of {name}", alpha))
   for slot, size in enumerate(bucket.source_sizes):
     fill_pixels(arrays["sources"][slot][row], load_source(record, slot, size, max_crop, name, alpha))
 

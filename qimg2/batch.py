@@ -9,6 +9,8 @@
 | `sample_id` | B int64 | stable id: validation noise and time are functions of it |
 | `weight` | B float32 | only in evaluation batches: 1, or 0 for a row that fills the last batch or stands for a broken record |
 
+| `rejected` | B H W C uint8 | only for methods that learn from pairs: the worse picture of the same prompt, fitted as `target` is |
+| `loss_weight` | B float32 | only where a data set of the mixture has one: what the loss of a row is multiplied by |
 | `tasks` | tuple of B mappings | only where rewards ask for it, and on the host alone: prompt, category and truth of each row |
 | `category` | B int32 | only where rewards count by category: an index of `qimg2.algorithms.Rewards.weights` |
 
@@ -24,6 +26,7 @@ A data set that is a latent cache gives arrays of the cache's type, float16 or f
 | key | shape | takes the place of |
 |---|---|---|
 | `latents` | B h w C | `target`: normalised latents of the VAE |
+| `rejected_latents` | B h w C | `rejected` |
 | `source_latents` | tuple of B h w C | what the VAE makes of `sources`; these stay, for the condition encoder's eyes, unless there are `features` |
 | `features` | B M' E | what the condition encoder makes of `tokens` and `sources`; M' is M without the system turn; zero at padding |
 

@@ -11,6 +11,7 @@ OURS = {"qimg2", "configs", "launch", "data_pipelines", "benchmarks", "tests"}
 ALLOWED = {
     "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "pyvips", "tokenizers", "matplotlib", "fontTools", "tqdm",
                        "absl", "array_record"},
+    "data_pipelines/text_rendering": {"data_pipelines", "numpy", "PIL", "fontTools", "uharfbuzz", "bidi", "babel", "pyphen", "budoux", "pythainlp"},
     # What only curation needs is in requirements-data.txt.
     "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
@@ -29,8 +30,9 @@ ALLOWED = {
     "configs": {"configs", "qimg2", "data_pipelines", "ml_collections"},
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
-ORDER = [["params", "products", "places"], ["sharding", "batch"], ["layers"], ["attention"], ["models"], ["layout", "flax_module"],
-         ["networks", "flow"], ["sampler"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["rewards"], ["runtime"]]
+ORDER = [["params", "products", "places"], ["sharding", "batch", "adapters"], ["layers"], ["attention"], ["models"], ["layout", "flax_module"],
+         ["networks", "flow"], ["sampler"], ["sde"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["rewards"],
+         ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.
 ABOVE_RUNTIME = {"configs", "launch", "notebooks", "benchmarks", "tests"}
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))

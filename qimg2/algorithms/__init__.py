@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qimg2 import adapters
 from qimg2 import params as P
 
 Weights = dict[str, Any]
@@ -32,14 +33,16 @@ class Role:
   """One set of weights.
 
   Attributes:
-    network: which network's specs and functions: "mmdit", "qwen3_vl", "vae" ...
+    network: which network's specs and functions: "mmdit", "qwen3_vl", "vae" ...; "lora/mmdit" for an adapter of the generator.
     start: role to read from the source that a stage starts from, such as "model" for "ref", "teacher" and "fake"; "" for its own name.
     dtype: storage of a frozen role: a type, or `COMPUTE`, which halves a network that computes in bfloat16. Trained roles are kept as declared,
       in float32.
+    adapter: rank and targets of an adapter, whose specs follow from those of its network; None for whole networks.
   """
   network: str
   start: str = ""
   dtype: str = "float32"
+  adapter: adapters.Settings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,24 +53,28 @@ class Update:
     roles: moved together, under one norm of the gradient: a VAE and a projector, an adapter and a head.
     loss: `loss(trained, params, nets, batch, key) -> (per example [B], metrics)`. `trained` maps `roles` to the weights to differentiate by;
       `params` maps every role and average to its weights. Metrics are scalars or [B]. The mean is taken over examples, weighted by
-      batch["weight"] [B] where there is one: 0 leaves an example out, a negative one skips the update (advantages belong in the loss). Rows that
+      batch["weight"] [B] where there is one: 0 leaves an example out, a negative one skips the update (advantages belong in the loss). Before that
+      it is multiplied by batch["loss_weight"] [B] where there is one, and no mean is divided by that. Rows that
       are left out hold a copy of another row, so anything but a per-example result must look at `weight` itself.
     every: due at the end of every `every` steps, so that a row logged at a multiple sees it. Its schedule counts its own updates.
     optimizer: settings of its own (`qimg2.training.optim.Config`); None takes the stage's.
     name: of its metrics and optimizer state; "" for its roles, joined by "+".
+    limits: metric -> its largest value, for what the method promises of itself: a step with more ends the stage, and is never saved.
   """
   roles: tuple[str, ...]
   loss: LossFn
   every: int = 1
   optimizer: Any = None
   name: str = ""
+  limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if not self.roles or self.every < 1:
       raise ValueError(f"Update of roles {self.roles}: it needs a role, and every={self.every} must be at least 1.")
     object.__setattr__(self, "name", self.name or "+".join(self.roles))
-    if "/" in self.name or self.name == "reward":
-      raise ValueError(f"An update cannot be named {self.name!r}: its name and a / stand before its metrics, and reward/ before those of rewards.")
+    if "/" in self.name or self.name in ("reward", "pictures"):
+      raise ValueError(f"An update cannot be named {self.name!r}: its name and a / stand before its metrics, and reward/ and pictures/ before those "
+                       "of rollouts.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +101,11 @@ class Rollout:
 
   Attributes:
     generate: jitted `generate(params, nets, batch, key) -> samples`, a dict of [B, ...]; B may be a multiple of the batch's rows, those of one row
-      then side by side (`jnp.repeat`, not `jnp.tile`), because each process scores the samples of its own rows.
+      then side by side (`jnp.repeat`, not `jnp.tile`), because each process scores the samples of its own rows. Where samples
+      have "pictures" [B, H, W, C] uint8, figures of them are logged (`qimg2.training.pictures`).
     score: on the host `score(samples, batch) -> {reward: [B] float32}` over this process's rows, as numpy arrays; any exception ends the stage.
       With `on_device`, when the judge is a frozen role, jitted `score(params, nets, samples, batch)`. A reward that is not finite leaves its
-      sample out.
+      sample out, unless its weight is 0.
     rewards: names of what `score` gives.
     minibatches: jitted `minibatches(samples, key) -> dict of [K, B', ...]` with K = `num_minibatches`, where `samples` has got "rewards",
       {reward: [B]} with 0 for what is not finite, and "weight" [B], 0 for what is left out. The compiled step scans over K,
@@ -110,6 +118,7 @@ class Rollout:
     judge: with a `score` on the host, the rewards that a frozen role gives, of names `judged`: jitted `judge(params, nets, samples, batch)`. The
       device judges while the host scores.
     judged: see `judge`.
+    scored: names of the samples that a `score` on the host reads, which alone go there; () for all.
   """
   generate: Callable[[Weights, Any, dict, jax.Array], dict]
   score: Callable[..., Mapping[str, Any]]
@@ -121,6 +130,7 @@ class Rollout:
   chunks: int = 1
   judge: Callable[[Weights, Any, dict, dict], Mapping[str, jax.Array]] | None = None
   judged: tuple[str, ...] = ()
+  scored: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.rewards or "left_out" in self.rewards:
@@ -198,7 +208,7 @@ class Rewards:
       return self.score(samples["pictures"], [task for task in batch["tasks"] for _ in range(group)])
 
     return Rollout(generate_with_category, score, self.names, minibatches, num_minibatches, weights=self.weights, chunks=chunks, judge=self.judge,
-                   judged=self.judged)
+                   judged=self.judged, scored=("pictures",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +227,7 @@ class Algorithm:
     deploy: `deploy(weights) -> {network: weights}` of all roles and averages: which weights draw, are judged and are exported; None for each
       role's own network, where no two roles share one.
     unconditional: whether batches carry the unconditional prompt, "null_tokens" and "null_token_count", for guidance inside the method.
+    pairs: whether batches carry "rejected", or "rejected_latents", the worse picture of each row's prompt.
     tasks: whether batches carry "tasks" for a score of the method's own; where the stage has rewards they do anyway.
 
   Raises:
@@ -232,6 +243,7 @@ class Algorithm:
   deploy: DeployFn | None = None
   unconditional: bool = False
   tasks: bool = False
+  pairs: bool = False
 
   def __post_init__(self):
     names = [update.name for update in self.updates]
@@ -256,6 +268,11 @@ class Algorithm:
     """Names of the roles that are read and never updated."""
     return tuple(role for role in self.roles if role not in self.trained)
 
+  @property
+  def limits(self) -> dict[str, float]:
+    """Name of a metric, as a step gives it -> its largest value."""
+    return {name if len(self.updates) == 1 else f"{update.name}/{name}": limit for update in self.updates for name, limit in update.limits.items()}
+
   def deployed(self, weights: Weights) -> Weights:
     """{network: weights} that draw, are judged and are exported, from the weights of all roles and averages."""
     return self.deploy(weights) if self.deploy else {role.network: weights[name] for name, role in self.roles.items()}
@@ -268,15 +285,16 @@ class Algorithm:
       compute: network -> the type that it computes in, for roles of dtype `COMPUTE`.
 
     Raises:
-      ValueError: a role of a network that there is not.
+      ValueError: a role of a network that there is not, or an adapter of weights that there are not.
     """
     specs = {}
     for name, role in self.roles.items():
-      if role.network not in networks:
-        raise ValueError(f"Role {name!r} names the network {role.network!r}: there are {', '.join(networks)}.")
-      dtype = compute.get(role.network, "float32") if role.dtype == COMPUTE else role.dtype
-      keep = name in self.trained or dtype == "float32"
-      specs[name] = networks[role.network] if keep else P.with_dtype(networks[role.network], dtype)
+      network = role.network.removeprefix(adapters.PREFIX) if role.adapter else role.network
+      if network not in networks:
+        raise ValueError(f"Role {name!r} names the network {network!r}: there are {', '.join(networks)}.")
+      declared = adapters.specs(networks[network], role.adapter) if role.adapter else networks[network]
+      dtype = compute.get(network, "float32") if role.dtype == COMPUTE else role.dtype
+      specs[name] = declared if name in self.trained or dtype == "float32" else P.with_dtype(declared, dtype)
     return specs
 
   def due(self, step: int) -> Iterator[Update]:

@@ -28,7 +28,7 @@ from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.kept import check_folder, folder_of
 from data_pipelines.loader import Loader
-from data_pipelines.records import list_splits
+from data_pipelines.records import list_splits, read_meta
 from data_pipelines.specs import DatasetSpec
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
@@ -42,7 +42,7 @@ from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.config.sources import check_source
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.kept_data import KEPT, data_changes, identify_data, run_tokenizer, tokenizer_path
-from qimg2.runtime.methods import make_algorithm
+from qimg2.runtime.methods import stage_algorithm
 from qimg2.runtime.processes import barrier, from_first, in_turn, is_first
 from qimg2.runtime.weights import StageWeights
 from qimg2.training.changes import differences
@@ -56,7 +56,7 @@ FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # order of batches may be another one, and the log says so.
 FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|order_dir|sampling|evals|"
                   r"stages\[\d+\]\.((log|eval|evals|sample|save)_every_steps|evals_num_prompts|save_every_s|keep|keep_every_steps|num_steps|faults|"
-                  r"max_programs|reward_workers|mixture\[\d+\]\.data_dir))").fullmatch
+                  r"max_programs|offload_frozen|reward_workers|watch|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,7 @@ class Run(StageWeights):
       if part.alpha and nets.vae.image_channels != 4:
         raise ValueError(f"Stage {stage.name!r} keeps the alpha of data set {part.name!r}, but config.vae.image_channels is "
                          f"{nets.vae.image_channels}: choose a VAE of 4, or leave alpha out.")
+      self._check_pairs(stage, part)
       cache = open_cache(part.data_dir, part.name)
       if cache and stage.kind == "autoencoder":
         raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
@@ -163,6 +164,17 @@ class Run(StageWeights):
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
     rewards.check_rewards(stage)
     self.judge(stage)
+
+  def _check_pairs(self, stage: StageConfig, part: DatasetSpec) -> None:
+    """Raises a `ValueError` for a stage that learns from pairs where a data set has none, or the other way round."""
+    number, pairs = read_meta(pathlib.Path(part.data_dir) / part.name)["facts"].get(f"{part.split}_pairs", 0), self.algorithm(stage).pairs
+    if pairs and not number:
+      raise ValueError(f"Stage {stage.name!r} learns from pairs, but no record of data set {part.name!r} has a rejected picture: take one that was "
+                       "prepared from pairs (docs/data.md), or a method without.")
+    if number and not pairs and not part.ignore_rejected:
+      raise ValueError(f"{number} records of data set {part.name!r} have a rejected picture, which the method {stage.algorithm.name!r} of stage "
+                       f"{stage.name!r} does not look at: set ignore_rejected=True in its part of the mixture to train on the others alone, or take "
+                       "a method that learns from pairs.")
 
   # Data.
 
@@ -176,7 +188,7 @@ class Run(StageWeights):
     the stage's loader, and the rows of one of the micro-batches of squares with prompts of the longest class, for which there is room."""
     batches = {}
     for task in dict.fromkeys(part.task for part in stage.mixture):
-      parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
+      parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0, loss_weight=1.0)
                for part in stage.mixture if part.task == task}
       rows = lambda one: micro_batches.held_out_rows(self.cfg, stage, task, one, self.tokenizer.num_image_tokens, self.nets.shard.parts("batch"))
       smaller = tuple(dataclasses.replace(one, batch_size=rows(one)) for one in stage.resolutions)
@@ -216,7 +228,7 @@ class Run(StageWeights):
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
                   process_index=index, process_count=count, num_workers=self.cfg.num_workers, order_dir=folder_of(self.cfg.order_dir),
                   alpha=any(part.alpha for part in stage.mixture), unconditional=self.algorithm(stage).unconditional, truncate=stage.truncates,
-                  captions=stage.kind != "autoencoder", **buckets)
+                  captions=stage.kind != "autoencoder", pairs=self.algorithm(stage).pairs, **buckets)
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""
@@ -235,7 +247,7 @@ class Run(StageWeights):
     """The stage's algorithm; with the judge of its rewards, but in a run that is only read."""
     judge = lambda *arguments: self.judge(stage).score(*arguments)
     declared = declare(stage.rewards, self._score, judge)
-    made = make_algorithm(stage.algorithm.name, stage.algorithm.settings, self.schedule, declared)
+    made = stage_algorithm(stage, self.schedule, declared)
     return rewards.with_judge(made) if declared and declared.judged and not self._trained else made
 
   def judge(self, stage: StageConfig) -> rewards.StageJudge | None:

@@ -30,6 +30,7 @@ from qimg2.sharding import (
   replicated,
   stacked_batch_sharding,
 )
+from qimg2.training import pictures
 from qimg2.training.programs import Part
 from qimg2.training.state import TrainState
 
@@ -44,14 +45,14 @@ class Programs:
     generate: (state, frozen, batch, number of the chunk) -> its samples.
     judge: (state, frozen, samples, batch, number of the chunk) -> the rewards that the device gives; None where it gives none.
     merge: (trees of [b, ...], one for each chunk) -> one of [B, ...], in the order of the batch.
-    minibatches: (state, samples, rewards) -> (data of the step [K, B', ...], metrics).
+    minibatches: (state, samples, rewards) -> (data of the step [K, B', ...], metrics, {metric: its value for each sample [B]}).
     data: abstract data.
     numbers: those of the chunks, on the device.
   """
   generate: Callable[..., dict]
   judge: Callable[..., dict] | None
   merge: Callable[[Sequence[dict]], dict]
-  minibatches: Callable[..., tuple[dict, dict]]
+  minibatches: Callable[..., tuple[dict, dict, dict]]
   data: dict
   numbers: tuple[jax.Array, ...]
   rollout: Rollout
@@ -63,8 +64,9 @@ class Programs:
     """Whether the host has no part in it."""
     return not self.rollout.by_host
 
-  def __call__(self, state: TrainState, frozen: dict, batch: dict, rows: dict) -> tuple[dict, dict]:
-    """(data of the step, metrics) of one batch: global arrays `batch`, and `rows`, this process's rows of it as numpy arrays.
+  def __call__(self, state: TrainState, frozen: dict, batch: dict, rows: dict) -> tuple[dict, dict, dict]:
+    """(data of the step, metrics, {metric: its value for each sample [B]}, NaN for none) of one batch: global arrays `batch`, and `rows`, this
+    process's rows of it as numpy arrays.
 
     Raises:
       ValueError: rewards that are not one number for each sample.
@@ -87,7 +89,8 @@ class Programs:
     futures = []
     with concurrent.futures.ThreadPoolExecutor(1, "score") as thread:
       for number, samples in enumerate(chunks):
-        own = local_rows(samples)  # waits for this chunk, while the thread scores the ones before
+        # Waits for this chunk, while the thread scores the ones before.
+        own = local_rows({name: samples[name] for name in self.rollout.scored or samples})
         futures.append(thread.submit(self._score_one, own, some_rows(rows, slice(number, None, len(chunks)))))
     return _interleave([future.result() for future in futures], len(rows["sample_id"]), np)
 
@@ -164,7 +167,8 @@ def rollout_parts(algorithm: Algorithm, nets: Any, abstract: TrainState, frozen:
       Part(jit(functions.generate, rows), inputs, chunks),
       Part(jit(functions.judge, rows), to_judge, chunks) if rollout.by_device else None,
       Part(jit(merge, rows), (parts,), beside=(abstract, frozen, batch)) if chunks > 1 else None,
-      Part(jit(functions.minibatches, (stacked, replicated(mesh))), (abstract, whole["samples"], rewards), beside=(frozen, batch)), data, num)
+      Part(jit(functions.minibatches, (stacked, replicated(mesh), replicated(mesh))), (abstract, whole["samples"], rewards), beside=(frozen, batch)),
+      data, num)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +186,17 @@ class _Functions:
     judge = self.rollout.score if self.rollout.on_device else self.rollout.judge
     return judge(_weights(state, frozen), self.nets, samples, self._chunk(batch, number))
 
-  def minibatches(self, state: TrainState, samples: dict, rewards: dict) -> tuple[dict, dict]:
+  def minibatches(self, state: TrainState, samples: dict, rewards: dict) -> tuple[dict, dict, dict]:
     finite = {name: jnp.isfinite(x) for name, x in rewards.items()}
     weight = jnp.prod(jnp.stack([(x | ~self._counts(name, samples)).astype(jnp.float32) for name, x in finite.items()]), axis=0)
+    values = {f"reward/{name}": jnp.where(finite[name], x, jnp.nan) for name, x in rewards.items()}
     rewards = {name: jnp.where(finite[name], x, 0.0) for name, x in rewards.items()}
     data = self.rollout.minibatches({**samples, "rewards": rewards, "weight": weight}, jax.random.fold_in(_key(state), 1))
     means = {f"reward/{name}": jnp.sum(x) / jnp.sum(finite[name]) for name, x in rewards.items()}
     shares = {f"reward/{name}/scored": jnp.mean(x.astype(jnp.float32)) for name, x in finite.items()}
-    return data, {**means, **shares, "reward/left_out": 1.0 - jnp.mean(weight)}
+    figures = {f"pictures/{name}": x for name, x in pictures.statistics(samples["pictures"]).items()} if "pictures" in samples else {}
+    means |= {name: jnp.mean(x) for name, x in figures.items()}
+    return data, {**means, **shares, "reward/left_out": 1.0 - jnp.mean(weight)}, values | figures
 
   def _chunk(self, batch: dict, number: jax.Array) -> dict:
     chunks = self.rollout.chunks
