@@ -95,17 +95,18 @@ def _reward(name: str, section: Any, where: str) -> RewardConfig:
   return made
 
 
-def declare(rewards: Mapping[str, RewardConfig], score: Any = None) -> Rewards | None:
+def declare(rewards: Mapping[str, RewardConfig], score: Any = None, judge: Any = None) -> Rewards | None:
   """The rewards of a stage as its method sees them, None where it has none.
 
-  Args: name -> reward; what scores them, None where nothing will be scored.
+  Args: name -> reward; what scores them on the host, and what on the device, as in `Rewards`; None where nothing will be scored.
   """
   if not rewards:
     return None
   named = sorted({category for one in rewards.values() if isinstance(one.weight, Mapping) for category in one.weight} - {OTHER})
   rows = tuple(tuple(one.weight_in(category) for one in rewards.values()) for category in (*named, OTHER))
-  return Rewards(tuple(rewards), score or _never, rows, (*named, OTHER) if named else ())
+  judged = tuple(name for name, one in rewards.items() if one.make().judge)
+  return Rewards(tuple(rewards), score or _never, rows, (*named, OTHER) if named else (), judge or _never if judged else None, judged)
 
 
-def _never(pictures: Any, tasks: Any) -> Any:
+def _never(*_: Any) -> Any:
   raise RuntimeError("These rewards are declared, and nothing was started that scores them.")
