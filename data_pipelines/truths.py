@@ -5,7 +5,8 @@
   dataset, sample_id   which record it is
   ...         every field of the record's `attributes`, its *truth*: the text to render, the glyph and its colours ...
 
-The first four are the batch's own, and hide fields of the truth of these names, but for the category.
+The first four are the batch's own, and hide fields of the truth of these names, but for the category. So do the pictures that the runtime adds,
+"sources" and "reference".
 """
 
 import json

@@ -67,6 +67,12 @@ def for_device(batch: Mapping[str, Any]) -> dict[str, Any]:
   return {name: x for name, x in batch.items() if name not in HOST_ONLY}
 
 
+def some_rows(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+  """Some rows of a batch, on the host or inside a compiled function."""
+  cut = lambda name, x: tuple(one[rows] for one in x) if isinstance(x, tuple) and name not in HOST_ONLY else x[rows]
+  return {name: cut(name, x) for name, x in batch.items()}
+
+
 def _grid(x: Any, factor: int = 1) -> Grid:
   height, width = x.shape[1:3]
   return height // factor, width // factor

@@ -1,4 +1,4 @@
-"""The contract of methods carries: seven toy methods through the real `train_stage`, killed wherever it hurts, on several devices and processes."""
+"""The contract of methods carries: eight toy methods through the real `train_stage`, killed wherever it hurts, on several devices and processes."""
 
 import dataclasses
 import itertools
@@ -202,7 +202,7 @@ def test_an_adapter_is_merged_where_it_is_used():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", all_but_one_slow(["grpo", "adapter", "dmd", "language"]))
+@pytest.mark.parametrize("method", all_but_one_slow(["grpo", "adapter", "dmd", "language", "rewarded"]))
 def test_eight_devices_give_the_numbers_of_one(whole, method, tmp_path):
   toy.run(toy.Job(method, mesh={"fsdp": 4, "tensor": 2}), tmp_path)
   for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):
@@ -309,9 +309,10 @@ def test_processes_that_hold_the_same_rows_take_the_same_rewards(whole, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices_give_the_numbers_of_one(whole, tmp_path):
-  """Samples are divided over the processes, and weights over them and over the devices of each."""
-  together(2, *toy_command(tmp_path, "--method=grpo", '--mesh={"fsdp": 2, "tensor": 2}'), num_devices=2, heartbeat_s=UNHURRIED_S)
-  for mine, its in zip(rows(tmp_path), rows(whole("grpo")), strict=True):
+@pytest.mark.parametrize("method", ["grpo", "rewarded"])
+def test_two_processes_of_two_devices_give_the_numbers_of_one(whole, method, tmp_path):
+  """Samples are divided over the processes, which score each its own, and weights over them and over the devices of each."""
+  together(2, *toy_command(tmp_path, f"--method={method}", '--mesh={"fsdp": 2, "tensor": 2}'), num_devices=2, heartbeat_s=UNHURRIED_S)
+  for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):
     np.testing.assert_allclose([mine[name] for name in its], list(its.values()), rtol=2e-4, atol=2e-5)
   assert json.loads((tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2.algorithms import Rewards
 from qimg2.batch import for_device
 from qimg2.runtime import rewards
+from qimg2.runtime.config.rewards import parse_rewards
 
 RESOLUTIONS = (Resolution(64, 4, ("1:1",), multiple=16),)
 
@@ -80,3 +82,33 @@ def test_a_batch_gets_its_categories_and_condition_images(make):
   assert "category" not in rewards.with_tasks(batch, dataclasses.replace(declared, weights=((1.0, 1.0),), categories=()))
   with pytest.raises(ValueError, match="3 categories need as many rows of weights, not 1"):
     dataclasses.replace(declared, weights=((1.0, 1.0),))
+
+
+def stage_with(folder, sections, **part):
+  """What `check_rewards` and `asks` look at of a stage."""
+  return types.SimpleNamespace(name="rl", rewards=parse_rewards(sections, "rewards"), mixture=(DatasetSpec(str(folder), "glyphs", **part),))
+
+
+def test_a_data_set_without_the_truth_that_a_reward_needs_is_refused(folder):
+  rewards.check_rewards(stage_with(folder, {"glyph": {}}))
+  rewards.check_rewards(stage_with(folder, {"glyph": {"parts": ("change",)}, "kept": {}}, task="ti2i"))
+  for sections, message in (({"ocr": {}}, "the reward ocr, but the data set 'glyphs' has no truth for it: of sample 0, its record has no field text"),
+                            ({"kept": {}}, "no truth for it: of sample 0, its record is no edit: it has no condition image; take another"),
+                            ({"own": {"kind": "function", "function": "no_such:f"}}, "has the reward own, but there is no module 'no_such'")):
+    with pytest.raises(ValueError, match=message):
+      rewards.check_rewards(stage_with(folder, sections))
+
+
+def test_a_reward_asks_for_no_truth_where_it_does_not_count(folder):
+  stage = stage_with(folder, {"glyph": {}, "ocr": {"weight": {"posters": 1.0}}, "seen": {"kind": "ocr", "weight": 0.0}})
+  is_asked = rewards.asks(stage)
+  assert [is_asked(name, {"category": "glyphs"}) for name in ("glyph", "ocr", "seen")] == [True, False, True]
+  assert is_asked("ocr", {"category": "posters"})
+  rewards.check_rewards(stage_with(folder, {"glyph": {}, "ocr": {"weight": {"posters": 1.0}}}))
+
+
+def test_records_of_which_some_have_no_truth_are_used_with_a_warning(folder, caplog, monkeypatch):
+  tasks = [{"prompt": prompt, "category": "", "sample_id": number} for number, prompt in enumerate(('a "B"', "a cat", "a dog"))]
+  monkeypatch.setattr(rewards, "_some_tasks", lambda part: tasks)
+  rewards.check_rewards(stage_with(folder, {"ocr": {}}))
+  assert "2 of 3 records of the data set 'glyphs' that were looked at have no truth for the reward ocr" in caplog.text and "'a cat'" in caplog.text

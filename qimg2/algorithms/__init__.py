@@ -110,6 +110,11 @@ class Rollout:
     num_minibatches: K, optimizer steps per update and step.
     on_device: see `score`.
     weights: those of `Rewards`. A reward of weight 0 in a sample's category, samples["category"] [B], may be missing and leaves nothing out.
+    chunks: how often `generate` runs, each time on every `chunks`-th row of the batch and with a key of its own. The host scores the samples of one
+      run, as a batch of its own and in a thread, while the device generates the next.
+    judge: with a `score` on the host, the rewards that a frozen role gives, of names `judged`: jitted `judge(params, nets, samples, batch)`. The
+      device judges while the host scores.
+    judged: see `judge`.
   """
   generate: Callable[[Weights, Any, dict, jax.Array], dict]
   score: Callable[..., Mapping[str, Any]]
@@ -118,10 +123,26 @@ class Rollout:
   num_minibatches: int = 1
   on_device: bool = False
   weights: tuple[tuple[float, ...], ...] = ()
+  chunks: int = 1
+  judge: Callable[[Weights, Any, dict, dict], Mapping[str, jax.Array]] | None = None
+  judged: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.rewards or "left_out" in self.rewards:
       raise ValueError("A rollout needs the names of its rewards, and reward/left_out is the share of samples without a finite one.")
+    if self.chunks < 1 or set(self.judged) - set(self.rewards) or (self.judge is None) == bool(self.judged):
+      raise ValueError(f"A rollout in {self.chunks} chunks whose judge gives {', '.join(self.judged) or 'nothing'}: give at least one chunk, and a "
+                       "judge with the names, among the rewards, of what it gives.")
+
+  @property
+  def by_device(self) -> tuple[str, ...]:
+    """Names of the rewards that the device gives."""
+    return self.rewards if self.on_device else self.judged
+
+  @property
+  def by_host(self) -> tuple[str, ...]:
+    """Names of the rewards that the host gives."""
+    return tuple(name for name in self.rewards if name not in self.by_device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +152,8 @@ class Rewards:
   Attributes:
     names: of all of them.
     score: on the host, `score(pictures [B, H, W, C] uint8, tasks)` -> {name: [B] float32}, NaN for what could not be scored, never 0. `tasks` has one
-      mapping per picture: "prompt", "category" and what the record's truth holds.
+      mapping per picture: "prompt", "category" and what the record's truth holds. It gives all names but those of `judged`.
+    judge, judged: what a frozen role gives on the device, as in `Rollout`.
     weights: one row for each prompt category, one number for each name: what its normalised reward counts in the advantage. A reward of weight
       0 in all of them is watched and not learned from ("gold"). () counts all alike in one category.
     categories: the names of the rows of `weights`, the last of them for every category that has no row of its own; () for one row for all, and then
@@ -144,6 +166,8 @@ class Rewards:
   score: Callable[[Any, Sequence[Mapping[str, Any]]], Mapping[str, Any]]
   weights: tuple[tuple[float, ...], ...] = ()
   categories: tuple[str, ...] = ()
+  judge: Callable[[Weights, Any, dict, dict], Mapping[str, jax.Array]] | None = None
+  judged: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.names or len(set(self.names)) < len(self.names):
@@ -163,7 +187,7 @@ class Rewards:
     return self.categories.index(task["category"]) if task["category"] in self.categories else max(0, len(self.categories) - 1)
 
   def rollout(self, generate: Callable[[Weights, Any, dict, jax.Array], dict], minibatches: Callable[[dict, jax.Array], dict],
-              num_minibatches: int = 1) -> Rollout:
+              num_minibatches: int = 1, chunks: int = 1) -> Rollout:
     """A rollout whose pictures, samples["pictures"] [B, H, W, C] uint8, get these rewards; the arguments are those of `Rollout`.
 
     Each row's pictures are side by side and have its task. Samples have "category" [B] int32 where the batch has.
@@ -178,7 +202,8 @@ class Rewards:
       group = len(samples["pictures"]) // len(batch["tasks"])
       return self.score(samples["pictures"], [task for task in batch["tasks"] for _ in range(group)])
 
-    return Rollout(generate_with_category, score, self.names, minibatches, num_minibatches, weights=self.weights)
+    return Rollout(generate_with_category, score, self.names, minibatches, num_minibatches, weights=self.weights, chunks=chunks, judge=self.judge,
+                   judged=self.judged)
 
 
 @dataclasses.dataclass(frozen=True)

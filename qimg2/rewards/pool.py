@@ -5,7 +5,6 @@ one that died is replaced, and either costs the one number that it was at. Numbe
 """
 
 import concurrent.futures
-import math
 import multiprocessing
 import os
 import queue
@@ -16,11 +15,10 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from qimg2.rewards import Task
+from qimg2.rewards import Scored, Task, missing
 
 START_S = 120.0  # for a process to import what it scores with
 ONE_CORE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-Scored = tuple[float, str]  # (number, "") or (NaN, why)
 
 
 class Process:
@@ -47,11 +45,11 @@ class Process:
         for name in names[len(scored):]:
           if not self._connection.poll(self._timeouts[name]):
             self.close()
-            scored.append((math.nan, f"it took more than {self._timeouts[name]:g} s"))
+            scored.append(missing(f"it took more than {self._timeouts[name]:g} s"))
             break
           scored.append(self._connection.recv())
       except (EOFError, OSError):
-        scored.append((math.nan, f"the process that scored it ended with {self._ended()}"))
+        scored.append(missing(f"the process that scored it ended with {self._ended()}"))
     return scored
 
   def start(self) -> None:

@@ -1,11 +1,10 @@
 """A process of `qimg2.rewards.pool`: python -m qimg2.rewards.worker CONNECTION LIFE, two file descriptors.
 
 It is no child of `multiprocessing`, whose children import the program that started them, and jax with it. CONNECTION is a pipe: first the functions
-come, name -> function, and go back as None or what is wrong with them; then, for each picture, (names, picture, task), and for each name goes
-back (number, "") or (NaN, why). LIFE is a pipe that ends with the process at its other end, and this process with it.
+come, name -> function, and None goes back, or what is wrong with them; then, for each picture, (names, picture, task), and for each name a `Scored`
+goes back. LIFE is a pipe that ends with the process at its other end, and this process with it.
 """
 
-import math
 import os
 import sys
 import threading
@@ -15,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qimg2.rewards import Task
-
-MISSING = math.nan
+from qimg2.rewards import Scored, Task, missing, scored
 
 
 def main() -> None:
@@ -39,16 +36,14 @@ def main() -> None:
       connection.send(score(functions[name], picture, task))
 
 
-def score(function: Callable[[np.ndarray, Task], float], picture: np.ndarray, task: Task) -> tuple[float, str]:
-  """(the number of a picture, "") or (NaN, why there is none)."""
+def score(function: Callable[[np.ndarray, Task], float], picture: np.ndarray, task: Task) -> Scored:
+  """The number of a picture, or why there is none."""
   try:
-    value = function(picture, task)
-    number = float(value)
+    return scored(float(function(picture, task)))
   except (ValueError, OSError) as error:  # what the contract calls a picture that cannot be scored
-    return MISSING, " ".join(str(error).split())
+    return missing(" ".join(str(error).split()))
   except Exception as error:  # a mistake in a user's function, which must end no training run of days
-    return MISSING, _sentence(error)
-  return (number, "") if math.isfinite(number) else (MISSING, f"it is {number}")
+    return missing(_sentence(error))
 
 
 def _sentence(error: Exception) -> str:

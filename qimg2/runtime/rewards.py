@@ -38,8 +38,8 @@ def asks(stage: StageConfig) -> Callable[[str, Mapping[str, Any]], bool]:
 
 @dataclasses.dataclass(frozen=True)
 class RewardedLoader:
-  """A stage's loader, made with `tasks`, whose batches have what its rewards need: "tasks" with the condition images as "sources", and "category"
-  where these have weights of their own."""
+  """A stage's loader, made with `tasks`, whose batches have what its rewards need: "tasks" with their pictures, and "category" where these have
+  weights of their own."""
   loader: Loader
   rewards: Rewards
 
@@ -52,8 +52,8 @@ class RewardedLoader:
 
 def with_tasks(batch: dict, rewards: Rewards) -> dict:
   """A batch with its tasks completed, see `RewardedLoader`."""
-  sources = batch["sources"]
-  tasks = tuple({**task, "sources": tuple(source[row] for source in sources)} for row, task in enumerate(batch["tasks"]))
+  reference = [{"reference": picture} for picture in batch["target"]] if "target" in batch else [{}] * len(batch["tasks"])
+  tasks = tuple({**task, "sources": tuple(source[row] for source in batch["sources"]), **reference[row]} for row, task in enumerate(batch["tasks"]))
   category = {"category": np.array([rewards.find_category(task) for task in tasks], np.int32)} if rewards.categories else {}
   return {**batch, "tasks": tasks, **category}
 
@@ -63,23 +63,29 @@ def category_shapes(rewards: Rewards | None, num_rows: int) -> dict[str, np.ndar
   return {"category": np.zeros(num_rows, np.int32)} if rewards is not None and rewards.categories else {}
 
 
-def check_truths(stage: StageConfig) -> None:
-  """Finds data sets whose records do not say what a stage's rewards need to know; a few of their records are read.
+def check_rewards(stage: StageConfig) -> None:
+  """Finds rewards that this machine cannot compute, and data sets whose records do not say what they need to know; a few of these are read.
 
   Raises:
-    ValueError: no record that was looked at does. The log warns where some do not.
+    ValueError: a package or module is missing, or no record that was looked at says it. The log warns where some do not.
   """
   made, is_asked = {name: one.make() for name, one in stage.rewards.items()}, asks(stage)
+  for name, reward in made.items():
+    try:
+      reward.check_machine()
+    except ValueError as error:
+      raise ValueError(f"Stage {stage.name!r} has the reward {name}, but {error}") from error
   for part in stage.mixture if made else ():
     tasks = _some_tasks(part)
     for name, reward in made.items():
-      wrong = [found for task in tasks if is_asked(name, task) and (found := _complaint(reward.check, task))]
-      if wrong and len(wrong) == len(tasks):
-        raise ValueError(f"Stage {stage.name!r} has the reward {name}, but the data set {part.name!r} has no truth for it: of the record of sample "
-                         f"{tasks[0]['sample_id']}, {wrong[0]}; take another data set, or write its records with that (docs/rewards.md).")
+      asked = [task for task in tasks if is_asked(name, task)]
+      wrong = [found for task in asked if (found := _complaint(reward.check, task))]
+      if wrong and len(wrong) == len(asked):
+        raise ValueError(f"Stage {stage.name!r} has the reward {name}, but the data set {part.name!r} has no truth for it: of sample "
+                         f"{asked[0]['sample_id']}, {wrong[0]}; take another data set, or write its records with that (docs/rewards.md).")
       if wrong:
-        logging.warning("Stage %s: %d of %d records of the data set %r that were looked at have no truth for the reward %s; their pictures are left "
-                        "out. Of the first of them, %s.", stage.name, len(wrong), len(tasks), part.name, name, wrong[0])
+        logging.warning("Stage %s: %d of %d records of the data set %r that were looked at have no truth for the reward %s; their pictures will be "
+                        "left out. Of the first, %s.", stage.name, len(wrong), len(asked), part.name, name, wrong[0])
 
 
 def _complaint(check: Callable[[Mapping[str, Any]], None], task: Mapping[str, Any]) -> str:
@@ -100,9 +106,9 @@ def _some_tasks(part: DatasetSpec) -> list[dict]:
   records, index = open_split(part.data_dir, part.name, part.split)
   places = _spread(np.arange(len(index["sample_id"])), 100 * NUM_LOOKED_AT)
   some = _spread(places[index["source_sizes"][places].any(axis=(1, 2)) == (part.task == "ti2i")], NUM_LOOKED_AT)
-  tasks = []
+  tasks, sources = [], {"sources": ("a picture",)} if part.task == "ti2i" else {}
   for record in read_records(records, some.tolist()):
     if not isinstance(record, Exception):  # the loader says what is wrong with it
       prompt = record["captions"][0].decode(errors="replace") if len(record["captions"]) else ""
-      tasks.append(make_task(record, prompt, part.name, f"sample {record['sample_id']} of data set {part.name!r}"))
+      tasks.append(make_task(record, prompt, part.name, f"sample {record['sample_id']} of data set {part.name!r}") | sources)
   return tasks

@@ -161,7 +161,7 @@ class Run(StageWeights):
       if cache and weights:
         made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
-    rewards.check_truths(stage)
+    rewards.check_rewards(stage)
 
   def _check_pairs(self, stage: StageConfig, part: DatasetSpec) -> None:
     """Raises a `ValueError` for a stage that learns from pairs where a data set has none, or the other way round."""

@@ -50,18 +50,22 @@ def sentences(rng):
 
 
 class Loader:
-  """Points, or sentences for a language model: batch k is a function of k, and its ids begin at ROWS k."""
+  """Points, or sentences for a language model: batch k is a function of k, and its ids begin at ROWS k. With `categories` rewards count by them."""
 
-  def __init__(self, mesh, rules, slow_s=0.0, make=points):
+  def __init__(self, mesh, rules, slow_s=0.0, make=points, categories=False):
     self._parts, self._num = sharding.local_parts(mesh, rules)
-    self._slow_s, self._make = slow_s, make
+    self._slow_s, self._make, self._categories = slow_s, make, categories
 
   def batch(self, k):
     """This process's rows of batch k."""
     whole = self._make(np.random.default_rng(k)) | {"sample_id": ROWS * k + np.arange(ROWS, dtype=np.int64)}
     size = ROWS // self._num
-    rows = {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
-    return rows | {"tasks": tuple({"prompt": "", "category": "", "label": label} for label in rows.get("label", ()))}
+    own = {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
+    if "label" not in own:
+      return own
+    tasks = [{"prompt": "", "label": label, "sample_id": sample_id, "category": ("even", "odd")[label % 2]}
+             for label, sample_id in zip(own["label"].tolist(), own["sample_id"].tolist())]
+    return {**own, "tasks": tuple(tasks)} | ({"category": own["label"] % 2} if self._categories else {})
 
   def iterate(self, start):
     """(bucket, batch) from `start` on."""
@@ -94,7 +98,7 @@ class Job:
 
   def loader(self, mesh, rules):
     """The loader of the method's data."""
-    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points)
+    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points, self.method == "rewarded")
 
 
 def weights(job, role, algorithm, mesh, rules):
@@ -110,9 +114,9 @@ def stage_of(job):
   mesh, rules = sharding.make_mesh(job.mesh, devices), sharding.RULES["fsdp_tensor"]
   algorithm = job.algorithm or METHODS[job.method]()
   specs = algorithm.specs(Nets().specs(), {})
-  example = job.loader(mesh, rules).batch(0)
+  example = for_device(job.loader(mesh, rules).batch(0))
   rows = sharding.batch_sharding(mesh, rules)
-  shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in for_device(example).items()}
+  shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
                        job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies,
@@ -124,8 +128,8 @@ def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
   stage, mesh, rules = stage_of(job)
   algorithm, loader = stage.algorithm, job.loader(mesh, rules)
   frozen = {role: weights(job, role, algorithm, mesh, rules) for role in algorithm.frozen}
-  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **for_device(loader.batch(2**20))}
-  batches = [sharding.put_batch(held_out, mesh, rules)]
+  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **loader.batch(2**20)}
+  batches = [sharding.put_batch(for_device(held_out), mesh, rules)]
   evaluator = Evaluator(algorithm, Nets(), batches)
   stage = dataclasses.replace(stage, hooks=((job.eval_every, lambda params, step, writer: evaluator(params)),))
   start = lambda: ({role: weights(job, role, algorithm, mesh, rules) for role in algorithm.trained}, job.restored)

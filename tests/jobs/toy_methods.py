@@ -1,4 +1,4 @@
-"""Seven training methods on toy data, for tests of the contract in `qimg2.algorithms`: each uses another part of it.
+"""Eight training methods on toy data, for tests of the contract in `qimg2.algorithms`: each uses another part of it.
 
   supervised   one role and an average; weights that are set after the last step
   dpo          a frozen reference that starts as the model; pairs                                                    (arXiv 2311.12908)
@@ -7,12 +7,16 @@
   dmd          three roles, two updates with optimizers of their own, one of them at every second step               (arXiv 2405.14867)
   adapter      a low-rank adapter on a frozen base, merged for use; the judge of its rollout is a frozen role on the device
   language     next tokens after a prompt; the mean over tokens, not over rows
+  rewarded     grpo in two chunks, whose rewards come from a process of their own and from a judge on the device, one of them in one category
 
-The network of the first six is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B] and
-`null_label` [B], which is none of the labels, and `tasks`, which say the label to the host; no pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
+The network of all but `language` is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B] and
+`null_label` [B], which is none of the labels, `tasks`, which say the label to the host, and no pictures. That of `language` has `tokens` [B, M],
+`loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
 """
 
+import atexit
 import dataclasses
+import functools
 import os
 import signal
 
@@ -22,7 +26,9 @@ import numpy as np
 
 from qimg2 import params as P
 from qimg2 import sampler
-from qimg2.algorithms import Algorithm, Average, Role, Rollout, Update
+from qimg2.algorithms import Algorithm, Average, Rewards, Role, Rollout, Update
+from qimg2.rewards.own import own
+from qimg2.rewards.scoring import Scorer
 from qimg2.training import optim
 
 WIDTH, RANK, LABELS, VOCABULARY = 16, 2, 4, 7
@@ -294,5 +300,37 @@ def language():
                    deploy=lambda weights: {"language": weights["ema"]})
 
 
+@functools.cache
+def scorer():
+  """What scores the pictures of `rewarded`, for as long as this process is there."""
+  functions = {name: own(f"tests.jobs.toy_rewards:{name}") for name in ("near", "odd")}
+  made = Scorer(functions, dict.fromkeys(functions, 60.0), lambda name, task: name == "near" or task["category"] == "odd", 1)
+  atexit.register(made.__exit__, None, None, None)
+  return made
+
+
+def rewarded(chunks=2):
+  base = grpo()
+
+  def generate(params, nets, batch, key):
+    samples = base.rollout.generate(params, nets, batch, key)
+    place = jnp.clip((samples["path"][:, -1] + 4) / 8, 0, 1)
+    return {**samples, "pictures": jnp.round(255 * place).astype(jnp.uint8)[:, None, :, None]}
+
+  def judge(params, nets, samples, batch):
+    del batch
+    return {"judge": -jnp.sum(jnp.square(samples["path"][:, -1] - params["judge"]["centre"].astype(jnp.float32)[None]), axis=1)}
+
+  def minibatches(samples, key):
+    weights = jnp.asarray(rewards.weights)[samples["category"]]  # B, rewards
+    total = sum(weights[:, place] * samples["rewards"][name] for place, name in enumerate(rewards.names))
+    return base.rollout.minibatches({**samples, "rewards": {"near": total}}, key)
+
+  score, weights = lambda pictures, tasks: scorer()(pictures, tasks), ((0.1, 1.0, 0.0), (0.1, 1.0, 0.5))
+  rewards = Rewards(("judge", "near", "odd"), score, weights, ("even", "other"), judge, ("judge",))
+  roles = {**base.roles, "judge": Role("judge", dtype="bfloat16")}
+  return dataclasses.replace(base, roles=roles, rollout=rewards.rollout(generate, minibatches, 2, chunks))
+
+
 METHODS = {"supervised": supervised, "dpo": dpo, "grpo": grpo, "nft": nft, "dmd": dmd, "adapter": adapter,
-           "language": language}
+           "language": language, "rewarded": rewarded}

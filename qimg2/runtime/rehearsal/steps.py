@@ -137,8 +137,8 @@ class Rehearsal(Shapes):
 
   def programs_of_step(self, config: StageConfig) -> tuple[str, ...]:
     """The programs that a step of a stage is, in their order."""
-    rollout = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule).rollout
-    return (STEP,) if rollout is None else (GENERATE, *(JUDGE,) * rollout.on_device, MINIBATCHES, STEP)
+    rollout = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule, declare(config.rewards)).rollout
+    return (STEP,) if rollout is None else (GENERATE, *(JUDGE,) * bool(rollout.by_device), MINIBATCHES, STEP)
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit. "idle_bytes" are weights and state that it does not read."""
