@@ -3,7 +3,8 @@
 Sections are complete, in every stage too, so that a stage can be read alone and any key can be overridden on the command line:
   --config.stages[1].num_steps=10 --config.stages[1].faults.max_skipped=3
 A section that is a class of its own has that class's defaults, and its keys are explained there: `schedule` is `qimg2.flow.Schedule`, `optimizer`
-`qimg2.training.optim.Config`, `faults` and `watch` the `Settings` of the modules of these names in `qimg2.training`, `mixture` and `resolutions`
+`qimg2.training.optim.Config`, `adapter` `qimg2.adapters.Settings`, `faults` and `watch` the `Settings` of the modules of these names in
+`qimg2.training`, `mixture` and `resolutions`
 `DatasetSpec` and `Resolution` of data_pipelines/specs.py (squares alone, unless a stage says otherwise), and `algorithm` has the arguments of its
 method in `qimg2.algorithms`.
 The sections of the three networks (configs/sizes.py) are the exception: what they do not name has the default of the network's class.
@@ -11,7 +12,7 @@ The sections of the three networks (configs/sizes.py) are the exception: what th
 Where weights come from, in `start_from` and `frozen`:
   scratch             drawn from the seed
   stage:NAME          the last checkpoint of an earlier stage; stage:NAME:ema its averaged weights
-  diffusers:DIR       a folder in the published layout
+  diffusers:DIR       a folder in the published layout; diffusers:DIR,lora=FILE with a LoRA on its generator
   FOLDER, FOLDER:ema  a stage's folder in another run; for frozen roles also a folder of weights alone, such as another run's frozen/encoder
   default             for frozen roles: from the diffusers folder that the chain of stages started from, or else as "scratch"
 A frozen role that is drawn from the seed teaches nothing but tiny runs: it is refused unless `random_frozen` says that it is meant.
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from configs import sizes
 from data_pipelines.specs import DatasetSpec, Resolution
-from qimg2 import flow
+from qimg2 import adapters, flow
 from qimg2.runtime.config import plain
 from qimg2.runtime.config.sources import DIFFUSERS
 from qimg2.runtime.methods import METHODS
@@ -81,6 +82,8 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       min_bucket_records=0,  # buckets with fewer records are merged into others, and what fits nowhere is left out
       too_long="drop",  # records with a caption longer than num_tokens are left out, or with "truncate" its end is; a VAE reads none and takes all
       max_faulty=0.01,  # largest share of records that may be broken
+      offload_frozen=False,  # with latent caches: whether encoder and VAE, which no step then reads, are in the host's memory (qimg2/runtime/idle.py)
+      adapter=plain(adapters.Settings()),  # LoRA: with rank=32 the generator stays as it is, and a small adapter is trained; 0: all weights
       optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}
       faults=plain(faults.Settings()),

@@ -27,7 +27,7 @@ from qimg2.training import faults, optim
 ROOT = pathlib.Path(__file__).parent.parent
 # Keys that records of earlier programs do not have.
 LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies", "order_dir", "too_long", "keep_every_steps", "evals_every_steps",
-         "evals_num_prompts", "rewards", "reward_workers", "watch"}
+         "evals_num_prompts", "rewards", "reward_workers", "watch", "adapter", "offload_frozen"}
 
 
 def smoke():

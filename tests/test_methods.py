@@ -194,11 +194,10 @@ def test_a_language_model_learns_each_token_alike(whole, accumulate, tmp_path):
   np.testing.assert_allclose(rows(tmp_path)[0]["loss"], np.mean(costs), rtol=1e-6)
 
 
-def test_an_adapter_is_merged_where_it_is_used():
-  method = METHODS["adapter"]()
-  weights = {"model": {"hidden": np.eye(3)}, "lora": {"down": np.ones((3, 1)), "up": 2 * np.ones((1, 3))}}
-  np.testing.assert_array_equal(method.deployed(weights)["mlp"]["hidden"], np.eye(3) + 2)
-  assert method.trained == ("lora",) and method.frozen == ("model", "judge")
+def test_an_adapter_starts_as_its_base_and_leaves_it(whole):
+  away = [row["away"] for row in rows(whole("adapter")) if "away" in row]
+  assert away[0] == 0 and away[-1] > 0  # "ref" is the base, to the bit
+  assert {path.name for path in (whole("adapter") / "toy" / "checkpoints" / "12").iterdir()} >= {"params.adapter", "average.ema"}
 
 
 @pytest.mark.slow

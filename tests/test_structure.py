@@ -29,7 +29,7 @@ ALLOWED = {
     "configs": {"configs", "qimg2", "data_pipelines", "ml_collections"},
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
-ORDER = [["params", "products", "places"], ["sharding", "batch"], ["layers"], ["attention"], ["models"], ["layout", "flax_module"],
+ORDER = [["params", "products", "places"], ["sharding", "batch", "adapters"], ["layers"], ["attention"], ["models"], ["layout", "flax_module"],
          ["networks", "flow"], ["sampler"], ["sde"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["rewards"],
          ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qimg2 import adapters
 from qimg2 import params as P
 
 Weights = dict[str, Any]
@@ -32,14 +33,16 @@ class Role:
   """One set of weights.
 
   Attributes:
-    network: which network's specs and functions: "mmdit", "qwen3_vl", "vae" ...
+    network: which network's specs and functions: "mmdit", "qwen3_vl", "vae" ...; "lora/mmdit" for an adapter of the generator.
     start: role to read from the source that a stage starts from, such as "model" for "ref", "teacher" and "fake"; "" for its own name.
     dtype: storage of a frozen role: a type, or `COMPUTE`, which halves a network that computes in bfloat16. Trained roles are kept as declared,
       in float32.
+    adapter: rank and targets of an adapter, whose specs follow from those of its network; None for whole networks.
   """
   network: str
   start: str = ""
   dtype: str = "float32"
+  adapter: adapters.Settings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,15 +283,16 @@ class Algorithm:
       compute: network -> the type that it computes in, for roles of dtype `COMPUTE`.
 
     Raises:
-      ValueError: a role of a network that there is not.
+      ValueError: a role of a network that there is not, or an adapter of weights that there are not.
     """
     specs = {}
     for name, role in self.roles.items():
-      if role.network not in networks:
-        raise ValueError(f"Role {name!r} names the network {role.network!r}: there are {', '.join(networks)}.")
-      dtype = compute.get(role.network, "float32") if role.dtype == COMPUTE else role.dtype
-      keep = name in self.trained or dtype == "float32"
-      specs[name] = networks[role.network] if keep else P.with_dtype(networks[role.network], dtype)
+      network = role.network.removeprefix(adapters.PREFIX) if role.adapter else role.network
+      if network not in networks:
+        raise ValueError(f"Role {name!r} names the network {network!r}: there are {', '.join(networks)}.")
+      declared = adapters.specs(networks[network], role.adapter) if role.adapter else networks[network]
+      dtype = compute.get(network, "float32") if role.dtype == COMPUTE else role.dtype
+      specs[name] = declared if name in self.trained or dtype == "float32" else P.with_dtype(declared, dtype)
     return specs
 
   def due(self, step: int) -> Iterator[Update]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qimg2 import flow
 from qimg2.algorithms import Algorithm, Rewards
+from qimg2.algorithms.adapter import with_adapter
 from qimg2.algorithms.distillation import distillation
 from qimg2.algorithms.dpo import dpo, online_dpo
 from qimg2.algorithms.flow_grpo import flow_grpo
@@ -61,3 +62,13 @@ def make_algorithm(name: str, settings: Mapping[str, Any], schedule: flow.Schedu
   make = METHODS[name].make
   given = {"schedule": schedule, "rewards": rewards}
   return make(**{key: value for key, value in given.items() if key in inspect.signature(make).parameters}, **settings)
+
+
+def stage_algorithm(stage: Any, schedule: flow.Schedule, rewards: Rewards | None = None) -> Algorithm:
+  """The algorithm of a stage (`qimg2.runtime.config.StageConfig`), with its `rewards`, and with its adapter where it has one.
+
+  Raises:
+    ValueError: settings that the method refuses, or a method that can have no adapter.
+  """
+  algorithm = make_algorithm(stage.algorithm.name, stage.algorithm.settings, schedule, rewards)
+  return with_adapter(algorithm, stage.adapter, stage.frozen) if stage.adapter.rank else algorithm

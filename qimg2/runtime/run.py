@@ -42,7 +42,7 @@ from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.config.sources import check_source
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.kept_data import KEPT, data_changes, identify_data, run_tokenizer, tokenizer_path
-from qimg2.runtime.methods import make_algorithm
+from qimg2.runtime.methods import stage_algorithm
 from qimg2.runtime.processes import barrier, from_first, in_turn, is_first
 from qimg2.runtime.weights import StageWeights
 from qimg2.training.changes import differences
@@ -56,7 +56,7 @@ FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # order of batches may be another one, and the log says so.
 FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|order_dir|sampling|evals|"
                   r"stages\[\d+\]\.((log|eval|evals|sample|save)_every_steps|evals_num_prompts|save_every_s|keep|keep_every_steps|num_steps|faults|"
-                  r"max_programs|reward_workers|watch|mixture\[\d+\]\.data_dir))").fullmatch
+                  r"max_programs|reward_workers|watch|offload_frozen|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Run(StageWeights):
 
   def algorithm(self, stage: StageConfig) -> Algorithm:
     """The stage's algorithm."""
-    return make_algorithm(stage.algorithm.name, stage.algorithm.settings, self.schedule, declare(stage.rewards, self._score))
+    return stage_algorithm(stage, self.schedule, declare(stage.rewards, self._score))
 
   @contextlib.contextmanager
   def scoring(self, stage: StageConfig) -> Iterator[None]:

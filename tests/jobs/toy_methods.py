@@ -5,7 +5,7 @@
   grpo         rollouts by an SDE, rewards from the host, several minibatches, a ratio of probabilities              (arXiv 2505.05470)
   nft          rollouts by an average of the model, whose decay is a function of the step                            (arXiv 2509.16117)
   dmd          three roles, two updates with optimizers of their own, one of them at every second step               (arXiv 2405.14867)
-  adapter      a low-rank adapter on a frozen base, merged for use; the judge of its rollout is a frozen role on the device
+  adapter      any method with a low-rank adapter on a frozen base, here one whose judge is a frozen role on the device  (arXiv 2106.09685)
   language     next tokens after a prompt; the mean over tokens, not over rows
   rewarded     grpo in two chunks, whose rewards come from a process of their own and from a judge on the device, one of them in one category
 
@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qimg2 import adapters, layers, sampler
 from qimg2 import params as P
-from qimg2 import sampler
 from qimg2.algorithms import Algorithm, Average, Rewards, Role, Rollout, Update
+from qimg2.algorithms.adapter import with_adapter
 from qimg2.rewards.own import own
 from qimg2.rewards.scoring import Scorer
 from qimg2.training import optim
@@ -39,21 +40,20 @@ SDE_NOISE = 0.7  # a of the SDE, arXiv 2505.05470
 
 @dataclasses.dataclass(frozen=True)
 class Nets:
-  """The toy networks: a velocity, an adapter's merge, a judge, a language model."""
+  """The toy networks: a velocity, a judge, a language model."""
 
   def specs(self):
-    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), P.fan_in(n))
+    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), P.fan_in(n), num_inputs=1)
     mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), P.normal(0.1))}
-    low_rank = {"down": P.Param((WIDTH, RANK), (None, None), P.normal(0.3)), "up": P.Param((RANK, WIDTH), (None, None), P.zeros)}
     language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), P.normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
                 "out": P.Param((WIDTH, VOCABULARY), (None, None), P.normal(0.1))}
     one = {"one": P.Param((1,), (None,), P.ones)}
-    return {"mlp": mlp, "lora/mlp": low_rank, "judge": {"centre": P.Param((2,), (None,), P.ones)}, "language": language,
+    return {"mlp": mlp, "judge": {"centre": P.Param((2,), (None,), P.ones)}, "language": language,
             "mmdit": mlp, "qwen3_vl": one, "vae": one}
 
   def velocity(self, params, x, t, label):
     inputs = jnp.concatenate([x.reshape(-1, 2), t[:, None], jax.nn.one_hot(label, LABELS)], axis=1)
-    return (jnp.tanh(jnp.tanh(inputs @ params["in"]) @ params["hidden"]) @ params["out"]).reshape(x.shape)
+    return (jnp.tanh(layers.linear(jnp.tanh(inputs @ params["in"]), params["hidden"])) @ params["out"]).reshape(x.shape)
 
   # As `qimg2.networks.Networks`, for methods that draw pictures: latents [B, 1, 1, 2] are the points, and a label is all that a prompt says.
 
@@ -73,9 +73,6 @@ class Nets:
     """Two by two px whose red and green are the coordinates, from -4 to 4."""
     shade = jnp.clip(jnp.round(255 * (latents / 8 + 0.5)), 0, 255)
     return jnp.broadcast_to(jnp.concatenate([shade, shade[..., :1]], axis=3), (latents.shape[0], 2, 2, 3)).astype(jnp.uint8)
-
-  def merged(self, params, adapter):
-    return {**params, "hidden": params["hidden"] + adapter["down"] @ adapter["up"]}
 
   def logits(self, params, tokens):
     """[B, M, vocabulary]: what follows each token, of which only that token and the one before are seen."""
@@ -252,12 +249,9 @@ def dmd(every=2):
 
 
 def adapter():
-  merged = lambda nets, base, low_rank: nets.merged(base, low_rank)
-
   def generate(params, nets, batch, key):
-    weights = merged(nets, params["model"], params["lora"])
     x = sampler.sample_noise(key, batch["sample_id"], (2,))
-    return {"x_0": sampler.sample(nets.velocity, weights, x, batch["label"], SIGMAS), "label": batch["label"]}
+    return {"x_0": sampler.sample(nets.velocity, params["model"], x, batch["label"], SIGMAS), "label": batch["label"]}
 
   def score(params, nets, samples, batch):
     return {"near": -jnp.sum(jnp.square(samples["x_0"] - params["judge"]["centre"].astype(jnp.float32)[None]), axis=1)}
@@ -267,14 +261,15 @@ def adapter():
                                             "weight": samples["weight"] * jnp.exp(samples["rewards"]["near"])})
 
   def loss(trained, params, nets, batch, key):
-    return squared_error(nets, merged(nets, params["model"], trained["lora"]), batch["x_0"], batch["label"], key), {}
+    velocity = lambda weights: nets.velocity(weights, batch["x_0"], jnp.full_like(batch["weight"], 0.5), batch["label"])
+    away = jnp.mean(jnp.square(velocity(trained["model"]) - velocity(params["ref"])), axis=1)
+    return squared_error(nets, trained["model"], batch["x_0"], batch["label"], key), {"away": away}
 
-  def held_out(params, nets, batch, key):
-    return validation({"model": merged(nets, params["model"], params["lora"])}, nets, batch, key)
-
-  roles = {"lora": Role("lora/mlp"), "model": Role("mlp"), "judge": Role("judge", dtype="bfloat16")}
-  return Algorithm(roles, (Update(("lora",), loss),), rollout=Rollout(generate, score, ("near",), minibatches, on_device=True), validation=held_out,
-                   num_bins=2, deploy=lambda weights: {"mlp": Nets().merged(weights["model"], weights["lora"])})
+  roles = {"model": Role("mlp"), "ref": Role("mlp", start="model"), "judge": Role("judge", dtype="bfloat16")}
+  whole = Algorithm(roles, (Update(("model",), loss),), {"ema": Average("model", 0.9)},
+                    Rollout(generate, score, ("near",), minibatches, on_device=True), validation=validation, num_bins=2,
+                    deploy=lambda weights: {"mlp": weights["ema"]})
+  return with_adapter(whole, adapters.Settings(RANK, 2 * RANK, "hidden"))
 
 
 def language():

@@ -66,7 +66,7 @@ def cache_latents(cfg: Any, stage_name: str, workdir: str | pathlib.Path, out_na
   names = list(dict.fromkeys(part.name for part in stage.mixture))
   if out_name and len(names) > 1:
     raise ValueError(f"--name={out_name} names one cache, but stage {stage_name!r} has the data sets {', '.join(names)}: leave it out.")
-  weights = {algorithm.roles[role].network: tree for role, tree in run.frozen_weights(stage).items()}
+  weights = {algorithm.roles[role].network: tree for role, tree in run.frozen_weights(stage, MADE_BY.values()).items()}
   encoder = Encoder(run, weights, options)
   return [_Job(run, stage, name, out_name or f"{name}_latents", encoder, options).write() for name in names]
 

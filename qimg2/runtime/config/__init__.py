@@ -13,14 +13,15 @@ from typing import Any
 
 from data_pipelines.records import local_folder
 from data_pipelines.specs import DatasetSpec, Resolution
-from qimg2 import flow
+from qimg2 import adapters, flow
+from qimg2.algorithms.adapter import BASE
 from qimg2.layers import POLICIES
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.runtime.config.rewards import RewardConfig, declare, parse_rewards
 from qimg2.runtime.config.sections import checked, from_section, placed, plain
 from qimg2.runtime.config.sources import parse_source
 from qimg2.runtime.config.suites import ALONE, SETTINGS, check_settings
-from qimg2.runtime.methods import METHODS, make_algorithm
+from qimg2.runtime.methods import METHODS, make_algorithm, stage_algorithm
 from qimg2.training import faults, optim
 from qimg2.training.state import check_due, check_split
 from qimg2.training.watch import Settings as WatchSettings
@@ -121,6 +122,7 @@ class StageConfig:
     optimizer, optimizers: the settings of every update, and in their place those of the updates that are named.
     watch: rules that end the stage early, see `qimg2.training.watch`.
     rewards: name -> reward of a method that learns from its own pictures.
+    adapter: what is trained beside the frozen generator, of rank 0 for none: the generator itself.
   """
   name: str
   algorithm: AlgorithmConfig
@@ -151,6 +153,8 @@ class StageConfig:
   watch: WatchSettings = WatchSettings()
   rewards: Mapping[str, RewardConfig] = dataclasses.field(default_factory=dict)
   reward_workers: int = 0
+  adapter: adapters.Settings = adapters.Settings()
+  offload_frozen: bool = False
 
   def __post_init__(self):
     for key in ("num_steps", "log_every_steps", "eval_every_steps", "sample_every_steps", "save_every_steps", "keep"):
@@ -328,12 +332,16 @@ def _optimizers(common: optim.Config, own: Mapping[str, optim.Config], sections:
 def _check_roles(stage: StageConfig, where: str, run: RunConfig) -> None:
   """Whether the stage says of each frozen role, and of no other, where its weights come from, names optimizers of its own updates alone, sums
   gradients in float32 or the type of the network, cuts no steps that cannot be cut, and empties no prompt that is scored."""
-  algorithm = placed(f"{where}.algorithm", make_algorithm, stage.algorithm.name, stage.algorithm.settings, run.schedule, declare(stage.rewards))
+  algorithm = placed(where, stage_algorithm, stage, run.schedule, declare(stage.rewards))
   if (algorithm.tasks or stage.rewards) and stage.caption_dropout:
     raise ValueError(f"{where}.caption_dropout is {stage.caption_dropout}, but pictures are drawn for the prompts and scored by them: set it to 0.0.")
   if algorithm.rollout is not None and any(part.loss_weight != 1 for part in stage.mixture):
     raise ValueError(f"{where}.mixture has a loss_weight, but the method {stage.algorithm.name!r} learns from its own samples: leave it at 1.")
-  roles = algorithm.frozen
+  roles = [role for role in algorithm.frozen if not (stage.adapter.rank and role == BASE)]  # the base is what the stage starts from
+  if stage.adapter.rank:
+    placed(where, adapters.find_targets, mmdit.specs(run.model), stage.adapter)
+    if stage.start_from == "scratch" and not run.random_frozen:
+      raise ValueError(f"{where}.start_from is 'scratch', but an adapter needs weights that it adapts: name a stage or a folder.")
   placed(where, check_due, algorithm, stage.num_steps)
   if stage.faults.stop_after == "micro_batch":
     placed(where, check_split, algorithm)
@@ -348,7 +356,7 @@ def _check_roles(stage: StageConfig, where: str, run: RunConfig) -> None:
   dtypes = {"mmdit": run.model.dtype, "qwen3_vl": run.encoder.dtype, "vae": run.vae.dtype}
   for update in algorithm.updates:
     wanted = stage.optimizers.get(update.name, stage.optimizer).gradient_dtype
-    for dtype in (dtypes.get(algorithm.roles[role].network, wanted) for role in update.roles):
+    for dtype in (dtypes.get(algorithm.roles[role].network.removeprefix(adapters.PREFIX), wanted) for role in update.roles):
       if wanted not in ("float32", dtype):
         raise ValueError(f"{where}.optimizer.gradient_dtype is {wanted!r}, but the network computes in {dtype}, and its weights would be rounded: "
                          "say 'float32'.")
