@@ -181,8 +181,8 @@ class Loader:
 
   def _load(self, bucket: Bucket, rows: list[tuple[Cell, int]], draws: np.ndarray | None) -> tuple[dict, list[Fault]]:
     arrays, faults, used = _arrays(len(rows), bucket) | _prompts(len(rows), bucket), [], []
-    tasks = [{}] * len(rows)
-    for i, ((cell, place), record) in enumerate(zip(rows, self._read(rows))):
+    tasks, epochs = [{}] * len(rows), None if draws is None else draws[:, 3].astype(np.int64)
+    for i, ((cell, place), record) in enumerate(zip(rows, self._read(rows, epochs))):
       chosen, fault = self._fill(arrays, tasks, i, cell, int(place), record, bucket, None if draws is None else draws[i])
       used.append(chosen)
       faults += fault
@@ -249,12 +249,15 @@ class Loader:
     arrays["tokens"][row], arrays["token_count"][row], arrays["sample_id"][row] = tokens[0], count[0], record["sample_id"]
     return prompt
 
-  def _read(self, rows: list[tuple[Cell, int]]) -> list[dict | Exception]:
-    """Returns the records in the order of `rows`, read with one request per data set; in place of one that cannot be read, why."""
+  def _read(self, rows: list[tuple[Cell, int]], epochs: Sequence[int] | None = None) -> list[dict | Exception]:
+    """Returns the records in the order of `rows`, read with one request per data set; in place of one that cannot be read, why. A source without end
+    has other ones in each of the `epochs` of the rows."""
     records = [None] * len(rows)
     for d in {cell.dataset for cell, _ in rows}:
-      here = [i for i, (cell, _) in enumerate(rows) if cell.dataset == d]
-      for i, record in zip(here, read_records(self.mixture.sources[d], [int(rows[i][0].records[rows[i][1]]) for i in here])):
+      here, source = [i for i, (cell, _) in enumerate(rows) if cell.dataset == d], self.mixture.sources[d]
+      further = len(source) if epochs is not None and getattr(source, "endless", False) else 0
+      positions = [int(rows[i][0].records[rows[i][1]]) + further * int(epochs[i] if further else 0) for i in here]
+      for i, record in zip(here, read_records(source, positions)):
         records[i] = record
     return records
 

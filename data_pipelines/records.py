@@ -34,8 +34,6 @@ import json
 import math
 import os
 import pathlib
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +52,7 @@ KINDS = ("general", "text", "knowledge", "structured")
 LAST_STAGE = 6
 FIXED = ("language_names", "tokenizer")  # columns of an index that have no row for each record or caption
 VERSION = "2.0.0"
+RENDERED = "rendered"  # section of dataset.json of a data set whose pictures are drawn when they are read
 _READ_WHOLE = 2**26  # bytes of an index, up to which it is compared with its checksum when it is opened; of a larger one pages from all over are
 _OF_RECORDS = {"height": np.int32, "width": np.int32, "quality": np.float32, "sample_id": np.int64, "stage": np.uint8, "has_text": bool,
                "has_rejected": bool}  # columns of an index with a number for each record
@@ -250,9 +249,8 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     extra: further sections of dataset.json.
   """
   import tensorflow_datasets as tfds
-  folder = pathlib.Path(folder)
+  folder, splits, checksums, pages = pathlib.Path(folder), [], {}, {}
   (folder / VERSION).mkdir(parents=True, exist_ok=True)
-  splits, checksums, pages = [], {}, {}
   for split in SPLITS:
     template = tfds.core.ShardedFileTemplate(dataset_name=name, split=split, filetype_suffix="array_record", data_dir=folder / VERSION)
     filled = [shard for shard in shards[split] if shard.num_records]
@@ -261,15 +259,17 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
       move(shard.path, os.fspath(place))
       checksums[f"{VERSION}/{place.name}"] = shard.sha256
     if filled:
-      splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
-                                        num_bytes=sum(shard.num_bytes for shard in filled), filename_template=template))
+      lengths, num_bytes = [shard.num_records for shard in filled], sum(shard.num_bytes for shard in filled)
+      splits.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template))
+    if len(index[split]["height"]):  # records that are drawn when they are read are in no file
       np.savez(index_path(folder, split), **index[split])
       checksums[f"index-{split}.npz"], pages[f"index-{split}.npz"] = (of(index_path(folder, split)) for of in (checksum, sampled_digest))
-  with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
-    tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
-                                       description=f"Records of {name}.", disable_shuffling=True)
+  if splits:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
+      tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
+                                         description=f"Records of {name}.", disable_shuffling=True)
   tokenizer.save(folder / "tokenizer.json")
-  for file in ("tokenizer.json", f"{VERSION}/dataset_info.json", f"{VERSION}/features.json"):
+  for file in ("tokenizer.json", *((f"{VERSION}/dataset_info.json", f"{VERSION}/features.json") if splits else ())):
     checksums[file] = checksum(folder / file)
   facts = _counts(index) | facts | _token_facts(tokenizer, index)
   text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums, "pages": pages} | extra, indent=2)
@@ -310,34 +310,6 @@ def matching_facts(folder: str | os.PathLike, request: dict) -> dict:
   return stored["facts"]
 
 
-def link(source: str, place: str) -> None:
-  """Puts a file in a second place as well, without copying it where the file system can; a `move` for `finish` that can be done again."""
-  try:
-    os.link(source, place)
-  except OSError:  # a file system without links
-    shutil.copyfile(source, place)
-
-
-def publish(built: str | os.PathLike, path: str | os.PathLike) -> bool:
-  """Moves a complete data set to its place; returns False if another process was faster."""
-  try:
-    os.rename(built, path)
-  except OSError:
-    if not os.path.exists(path):
-      raise
-    return False
-  return True
-
-
-def local_folder(place: str | os.PathLike, what: str) -> pathlib.Path:
-  """Returns the path of something on this machine; `ValueError`, which calls it `what`, for a URL: of gs://B/F a path would make a folder "gs:"."""
-  scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(place))
-  if scheme:
-    raise ValueError(f"{what} is {os.fspath(place)}, but {scheme[1]}:// is not a folder of this machine: mount the bucket (docs/pods.md shows it "
-                     "with gcsfuse) and give its folder there, or copy what it holds.")
-  return pathlib.Path(place)
-
-
 def index_path(folder: str | os.PathLike, split: str) -> str:
   """Where the index of a split of the data set in a folder is."""
   return os.path.join(folder, f"index-{split}.npz")
@@ -368,6 +340,9 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   index = map_columns(index_path(folder, split))
   _check_lengths(index, index_path(folder, split))
   _check_content(index_path(folder, split), meta)
+  if RENDERED in meta:
+    from data_pipelines.text_rendering.stored import open_source
+    return open_source(folder, split, meta, len(index["height"])), index
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]
@@ -381,8 +356,8 @@ def _check_lengths(index: dict[str, np.ndarray], path: str) -> None:
   for names, what in (([name for name in index if name not in (*of_captions, *FIXED)], "records"), (of_captions, "captions")):
     lengths = {name: len(index[name]) for name in names}
     if len(set(lengths.values())) > 1:
-      fewest = min(lengths, key=lengths.get)
-      raise ValueError(f"{path} has the column {fewest} of {lengths[fewest]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
+      short = min(lengths, key=lengths.get)
+      raise ValueError(f"{path} has the column {short} of {lengths[short]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
                        "the data set and prepare it anew.")
 
 

@@ -8,7 +8,7 @@ Reading order:
   models/                     mmdit (the generator), qwen3_vl (the condition encoder), vae (pixels <-> latents), lpips (how far pictures are)
   layout, networks            the joint sequence of prompt, images and target; from a batch to latents, text states and a velocity
   flow, sampler, sde          the path between data and noise; the ODE from noise to data; SDEs whose steps have a density
-  algorithms/                 what a stage minimises: flow_matching, reconstruction; from pairs, teachers, rewards; any of them with an adapter
+  algorithms/                 what a stage minimises: flow_matching, reconstruction; what learns from pairs, teachers and rewards; any with an adapter
   training/                   the update, what it changes, where that is kept, numbers, deterministic validation, the one loop
   published/                  published tensors <-> our weights, a whole folder read and written
   analysis/                   operations that a step asks for; what a compiled one does; the fastest it could be on a chip

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import signal
-import time
 import types
 
 import jax
@@ -46,13 +45,6 @@ def die_before(batch, reason=Killed):
   return wrap
 
 
-def let_threads_end(folder):
-  """Waits for the save that a real kill would have ended: its threads live on in this process."""
-  limit = time.monotonic() + 60
-  while list((folder / "toy" / "checkpoints").glob("*tmp*")) and time.monotonic() < limit:
-    time.sleep(0.05)
-
-
 def test_a_mistake_in_a_batch_does_not_cut_off_the_save_before(tmp_path):
   with pytest.raises(ValueError, match="a broken record"):
     toy.run(toy.Job("supervised", save_every=1, **ONE), tmp_path, wrap=die_before(6, ValueError("a broken record")))
@@ -74,7 +66,7 @@ def test_saves_by_time_change_no_number(whole, tmp_path, monkeypatch):
   job = toy.Job("supervised", save_every=1000, save_every_s=3, **ONE)
   with pytest.raises(Killed):
     toy.run(job, tmp_path, wrap=die_before(10))
-  let_threads_end(tmp_path)
+  toy.let_threads_end(tmp_path)
   assert max(int(path.name) for path in (tmp_path / "toy" / "checkpoints").iterdir() if path.name.isdigit()) == 9
   toy.run(job, tmp_path)
   assert_same(tmp_path, whole("supervised"))
@@ -99,7 +91,7 @@ def test_a_killed_run_ends_with_the_same_bits(whole, method, tmp_path):
   """Killed between two saves."""
   with pytest.raises(Killed):
     toy.run(toy.Job(method, **ONE), tmp_path, wrap=die_before(6))
-  let_threads_end(tmp_path)
+  toy.let_threads_end(tmp_path)
   toy.run(toy.Job(method, **ONE), tmp_path)
   assert_same(tmp_path, whole(method))
   written = rows(tmp_path)

@@ -118,6 +118,7 @@ class Rollout:
     judge: with a `score` on the host, the rewards that a frozen role gives, of names `judged`: jitted `judge(params, nets, samples, batch)`. The
       device judges while the host scores.
     judged: see `judge`.
+    scored: names of the samples that a `score` on the host reads, which alone go there; () for all.
   """
   generate: Callable[[Weights, Any, dict, jax.Array], dict]
   score: Callable[..., Mapping[str, Any]]
@@ -129,6 +130,7 @@ class Rollout:
   chunks: int = 1
   judge: Callable[[Weights, Any, dict, dict], Mapping[str, jax.Array]] | None = None
   judged: tuple[str, ...] = ()
+  scored: tuple[str, ...] = ()
 
   def __post_init__(self):
     if not self.rewards or "left_out" in self.rewards:
@@ -206,7 +208,7 @@ class Rewards:
       return self.score(samples["pictures"], [task for task in batch["tasks"] for _ in range(group)])
 
     return Rollout(generate_with_category, score, self.names, minibatches, num_minibatches, weights=self.weights, chunks=chunks, judge=self.judge,
-                   judged=self.judged)
+                   judged=self.judged, scored=("pictures",))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,12 +55,12 @@ def weigh(weights: tuple[tuple[float, ...], ...], num_rewards: int, category: ja
   Args:
     weights: as in `Rewards.weights`.
     num_rewards: number of rewards.
-    category: [P] int32 index of a row; None for the first.
+    category: [P] int32 index of a row; None, or a single row, for the first.
     num_groups: P.
   """
   table = np.asarray(weights or ((1.0,) * num_rewards,), np.float32)
   table = jnp.asarray(table / np.maximum(table.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny))
-  return table[jnp.zeros(num_groups, jnp.int32) if category is None else category]
+  return table[jnp.zeros(num_groups, jnp.int32) if category is None or len(table) == 1 else category]
 
 
 def combine(rewards: Mapping[str, jax.Array], weight: jax.Array, counts: jax.Array, over: str = "group", eps: float = 1e-4, limit: float = 5.0,

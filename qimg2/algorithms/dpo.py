@@ -79,7 +79,8 @@ def online_dpo(schedule: flow.Schedule, rewards: Rewards, group: int = 8, num_st
   Args:
     schedule: gives the times of training, sampling and validation.
     rewards: of the stage. What a pair is chosen by is the sum of the rewards, each normalised in the group and weighted (`advantages.combine`).
-    group, num_steps, guidance, chunks: pictures of a prompt, sampling steps, guidance scale and parts of a rollout, see `rollouts.Sampling`.
+    group, num_steps, guidance: pictures of a prompt, sampling steps and guidance scale, see `rollouts.Sampling`.
+    chunks: parts of a rollout, see `Rollout`.
     beta, ema_decay: as of `dpo`.
     num_minibatches: updates per rollout, each with its share of the prompts.
     min_spread: rewards of a group that differ by no more make no pair.
@@ -90,7 +91,7 @@ def online_dpo(schedule: flow.Schedule, rewards: Rewards, group: int = 8, num_st
   check_beta(beta)
   if group < 2 or num_minibatches < 1 or min_spread < 0:
     raise ValueError(f"algorithm.group is {group}, num_minibatches {num_minibatches} and min_spread {min_spread}: give at least 2, 1 and 0.")
-  sampling = Sampling(schedule, group, num_steps, guidance, chunks)
+  sampling = Sampling(schedule, group, num_steps, guidance)
 
   def generate(params, nets, batch, key):
     return sampling.draw(params, nets, "model", batch, key)
@@ -112,7 +113,7 @@ def online_dpo(schedule: flow.Schedule, rewards: Rewards, group: int = 8, num_st
     return value, {**metrics, "without_spread": jnp.mean(batch["weight"] == 0)}
 
   return Algorithm(generator_roles("ref"), (Update(("model",), loss),), model_averages(ema_decay),
-                   rewards.rollout(generate, minibatches, num_minibatches), flow_matching(schedule).validation, NUM_TIME_BINS,
+                   rewards.rollout(generate, minibatches, num_minibatches, chunks), flow_matching(schedule).validation, NUM_TIME_BINS,
                    deploy=deploy_generator, unconditional=sampling.is_guided)
 
 

@@ -13,14 +13,15 @@ What is learned under guidance. Pictures are drawn by the guided velocity v = v_
 
 Why the ratio is 1. A ratio compares one policy under the weights of the rollout and under those of now, from the velocities of both at the same
 latents, never from two rounded densities (equation 6 of `qimg2.sde`). In the first minibatch of a step no weight has moved: there the velocity of
-now, without gradient, is taken for the old one, so that the ratio is exactly 1 and the divergence exactly 0 in any type. Later minibatches compare with
-the velocity that the rollout computed. Rollout and update are different programs and round differently: `TYPE_off` is how far the two velocities are
-apart in the first minibatch, relative and root mean square. With float32 a step where it exceeds 1e-3, or where the ratio is not 1, ends the stage,
-because rollout and update do not compute the same policy; with bfloat16 it is logged. The reference's velocity is computed beside the model's.
+now, without gradient, is taken for the old one, so that the ratio is exactly 1 and the divergence exactly 0 in any type. Later minibatches compare
+with the velocity that the rollout computed. Rollout and update are different programs and round differently: `TYPE_off` is how far the two velocities
+are apart in the first minibatch, relative and root mean square. With float32 a step where it exceeds 1e-3, or where the ratio is not 1, ends the
+stage, because rollout and update do not compute the same policy; with bfloat16 it is logged. The reference's velocity is computed beside the model's.
 
 Memory: a sample keeps, per step that is learned from, three arrays of its latents in float32 (`qimg2.sde.Path`): 3 MiB at 1,024 px with 64 x 64
-latents of 64 channels, so 3.4 GiB per step of 48 groups of 24 over all devices; besides its picture in uint8, the prompt's states
-(`qimg2.algorithms.rollouts`) and the noise. It keeps no other part of the way. `chunks` bounds the activations of sampling.
+latents of 64 channels, so 3.4 GiB per step of 48 groups of 24 over all devices; besides its picture in uint8 and the prompt's states
+(`qimg2.algorithms.rollouts`). It keeps no other part of the way. `chunks` parts of the prompts are drawn one after another, which bounds the
+activations of sampling.
 
 Left out: recomputing the old velocity in the update's program from a copy of the old weights, which costs a pass and 4 bytes per weight; other
 guidance than of one scale; a cache of the prompt's keys and values in the rollout, which would round otherwise than the update.
@@ -33,8 +34,8 @@ import jax
 import jax.numpy as jnp
 
 from qimg2 import flow, sampler, sde
-from qimg2.algorithms import COMPUTE, Algorithm, Average, Rewards, Role, Update
-from qimg2.algorithms.flow_matching import NUM_TIME_BINS, flow_matching
+from qimg2.algorithms import Algorithm, Rewards, Update
+from qimg2.algorithms.flow_matching import NUM_TIME_BINS, deploy_generator, flow_matching, generator_roles, model_averages
 from qimg2.algorithms.policy_losses import KL_FORMS, OBJECTIVES, reference_divergence
 from qimg2.algorithms.rollouts import Sampling, Scoring
 
@@ -51,7 +52,7 @@ def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_st
   Args:
     schedule: gives the times of sampling.
     rewards: of the stage.
-    group, num_steps, guidance, chunks: pictures of a prompt, sampling steps, guidance scale and parts of a rollout, see `Sampling`.
+    group, num_steps, guidance: pictures of a prompt, sampling steps and guidance scale, see `Sampling`.
     guidance_in_loss: whether the guided policy learns, see above.
     sampler, eta: the SDE, see `sde.SDE`.
     window, window_end: steps that the SDE draws, and how many of the first ones they may be; at most num_steps - 1, which is all but the last.
@@ -61,20 +62,18 @@ def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_st
     kl, kl_form: weight and form of the divergence from the stage's start, see `reference_divergence`; at 0 there is no reference.
     num_minibatches: updates per rollout. With one the ratio is always 1.
     deviation, advantage_limit, min_spread, oversample: see `Scoring`.
+    chunks: parts of a rollout, see `Rollout`.
     ema_decay: of averaged weights "ema", which then draw; 0 keeps none.
 
   Raises:
     ValueError: a setting that is none, or a number out of its range.
   """
-  recipe = _Recipe(Sampling(schedule, group, num_steps, guidance, chunks),
+  recipe = _Recipe(Sampling(schedule, group, num_steps, guidance),
                    Scoring(rewards, group, deviation, advantage_limit, min_spread, oversample, num_minibatches), sde.SDE(sampler, eta), window,
                    window_end, num_train_steps, step_bias, guidance_in_loss, objective, clip, kl, kl_form)
-  reference = {"ref": Role("mmdit", start="model", dtype=COMPUTE)} if kl else {}
-  roles = {"model": Role("mmdit"), **reference, "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
-  deploy = lambda weights: {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
-  return Algorithm(roles, (Update(("model",), recipe.loss, limits=LIMITS),), {"ema": Average("model", ema_decay)} if ema_decay else {},
-                   rewards.rollout(recipe.generate, recipe.minibatches, num_minibatches), flow_matching(schedule).validation, NUM_TIME_BINS,
-                   deploy=deploy, unconditional=recipe.sampling.is_guided)
+  return Algorithm(generator_roles(*(["ref"] if kl else [])), (Update(("model",), recipe.loss, limits=LIMITS),), model_averages(ema_decay),
+                   rewards.rollout(recipe.generate, recipe.minibatches, num_minibatches, chunks), flow_matching(schedule).validation, NUM_TIME_BINS,
+                   deploy=deploy_generator, unconditional=recipe.sampling.is_guided)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,18 +111,15 @@ class _Recipe:
     drawn = sde.draw_windows(key_window, rows["ids"].shape[0] // group, self.sampling.num_steps, self.window, self.window_end)
     learned = sde.choose_steps(key_choice, drawn, steps.sigma, self.num_train_steps, self.step_bias)
 
-    def draw(rows):
-      cond = self.sampling.condition(params, nets, rows["prompts"], rows["noise"], self.sampling.is_guided)
+    cond = self.sampling.condition(params, nets, rows["prompts"], rows["noise"], self.sampling.is_guided)
 
-      def policy(x, sigma):
-        v, v_cond = sampler.guided_branches(nets.velocity, params["model"], x, sigma, cond, self.sampling.guidance)
-        return v, v if self.guidance_in_loss else v_cond
+    def policy(x, sigma):
+      v, v_cond = sampler.guided_branches(nets.velocity, params["model"], x, sigma, cond, self.sampling.guidance)
+      return v, v if self.guidance_in_loss else v_cond
 
-      x, path = sde.sample(policy, rows["noise"], steps, rows["drawn"], rows["learned"], key_path, rows["ids"])
-      return {"path": path, "pictures": nets.decode(params["vae"], x)}
-
-    windows = {"drawn": jnp.repeat(drawn, group, axis=0), "learned": jnp.repeat(learned, group, axis=0)}
-    return {"prompts": rows["prompts"], **self.sampling.in_chunks(draw, rows | windows)}
+    of_group = lambda x: jnp.repeat(x, group, axis=0)
+    x, path = sde.sample(policy, rows["noise"], steps, of_group(drawn), of_group(learned), key_path, rows["ids"])
+    return {"prompts": rows["prompts"], "path": path, "pictures": nets.decode(params["vae"], x)}
 
   def minibatches(self, samples: dict, key: jax.Array) -> dict:
     """One row for each sample and step that is learned from; see `Rollout.minibatches`."""

@@ -1,15 +1,13 @@
-"""What methods that learn from their own pictures share: prompts, noise, pictures in chunks, and rows to train on.
+"""What methods that learn from their own pictures share: prompts, noise, pictures, and rows to train on.
 
 A batch has P prompts; a rollout draws a group of G pictures for each, side by side. A prompt and its condition images are encoded once, and its G
 samples carry the states (`features`, `source_latents`) into the update, which so needs neither text encoder nor VAE: bfloat16 states of M tokens of
 width E are 2 M E bytes per sample, 2 MiB for 256 tokens of the 8B encoder.
 
-Sampling runs over `chunks` parts of the rows one after another, so that its activations are those of one part. Row r belongs to part r mod `chunks`:
-each is spread over all devices.
+`Rollout.chunks`, parts of the prompts that are drawn one after another, bounds the activations of sampling.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +28,6 @@ class Sampling:
     group: G, pictures of each prompt.
     num_steps: T.
     guidance: scale of classifier-free guidance; at most 1 is none.
-    chunks: parts that are drawn one after another.
 
   Raises:
     ValueError: a number that is out of its range.
@@ -39,11 +36,10 @@ class Sampling:
   group: int
   num_steps: int
   guidance: float = 1.0
-  chunks: int = 1
 
   def __post_init__(self):
-    if self.group < 1 or self.num_steps < 2 or self.chunks < 1:
-      raise ValueError(f"group={self.group} and chunks={self.chunks} must be at least 1, and num_steps={self.num_steps} at least 2.")
+    if self.group < 1 or self.num_steps < 2:
+      raise ValueError(f"group={self.group} must be at least 1, and num_steps={self.num_steps} at least 2.")
 
   @property
   def is_guided(self) -> bool:
@@ -75,26 +71,10 @@ class Sampling:
 
   def draw(self, params: dict, nets: Any, role: str, batch: dict, key: jax.Array) -> dict:
     """Samples of the ODE under the weights of `role`: "prompts", "latents" [P G, h, w, C] float32 and "pictures" [P G, H, W, C] uint8."""
-    def draw(rows):
-      cond = self.condition(params, nets, rows["prompts"], rows["noise"], self.is_guided)
-      latents = sampler.sample(nets.velocity, params[role], rows["noise"], cond, self.sigmas(rows["noise"]), self.guidance)
-      return {"latents": latents, "pictures": nets.decode(params["vae"], latents)}
-
     rows = self.rows(params, nets, batch, key)
-    return {"prompts": rows["prompts"], **self.in_chunks(draw, rows)}
-
-  def in_chunks(self, run: Callable[[Any], Any], rows: Any) -> Any:
-    """`run` of a tree of rows [B, ...], a part of them at a time; it gives a tree of rows.
-
-    Raises:
-      ValueError: a number of rows that `chunks` does not divide.
-    """
-    num = jax.tree.leaves(rows)[0].shape[0]
-    if num % self.chunks:
-      raise ValueError(f"A rollout of {num} samples cannot be drawn in chunks={self.chunks} equal parts: change chunks, group or the batch size.")
-    if self.chunks == 1:
-      return run(rows)
-    return jax.tree.map(_joined, jax.lax.map(run, jax.tree.map(lambda x: _dealt(x, self.chunks), rows)))
+    cond = self.condition(params, nets, rows["prompts"], rows["noise"], self.is_guided)
+    latents = sampler.sample(nets.velocity, params[role], rows["noise"], cond, self.sigmas(rows["noise"]), self.guidance)
+    return {"prompts": rows["prompts"], "latents": latents, "pictures": nets.decode(params["vae"], latents)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +143,7 @@ class Scoring:
     num, n = jax.tree.leaves(steps)[0].shape[:2]
     if num % self.num_minibatches:
       raise ValueError(f"{num} samples cannot be divided into num_minibatches={self.num_minibatches}: change it, group or the batch size.")
-    cut = lambda x: _dealt(x, self.num_minibatches)
+    cut = lambda x: x.reshape(-1, self.num_minibatches, *x.shape[1:]).swapaxes(0, 1)  # each is spread over all devices
     data = jax.tree.map(lambda x: jnp.repeat(cut(x), n, axis=1), rows) | jax.tree.map(lambda x: cut(x).reshape(
         self.num_minibatches, -1, *x.shape[2:]), steps)
     return {**data, "first": jnp.broadcast_to((jnp.arange(self.num_minibatches) == 0)[:, None], data["weight"].shape)}
@@ -171,13 +151,3 @@ class Scoring:
 
 def _frozen(params: dict) -> dict:
   return {"qwen3_vl": params["encoder"], "vae": params["vae"]}
-
-
-def _dealt(x: jax.Array, num: int) -> jax.Array:
-  """Rows [B, ...] as [num, B / num, ...], row r in part r mod num."""
-  return x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _joined(x: jax.Array) -> jax.Array:
-  """What `_dealt` dealt, as it was."""
-  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

@@ -13,6 +13,7 @@ from typing import Any
 from qimg2 import flow
 from qimg2.algorithms import Algorithm, Rewards
 from qimg2.algorithms.adapter import with_adapter
+from qimg2.algorithms.diffusion_nft import diffusion_nft
 from qimg2.algorithms.distillation import distillation
 from qimg2.algorithms.dpo import dpo, online_dpo
 from qimg2.algorithms.flow_grpo import flow_grpo
@@ -54,6 +55,7 @@ METHODS = {
     "online_dpo": Method("generator", online_dpo),
     "distillation": Method("generator", distillation),
     "flow_grpo": Method("generator", flow_grpo),
+    "diffusion_nft": Method("generator", diffusion_nft),
 }
 
 
@@ -65,7 +67,7 @@ def make_algorithm(name: str, settings: Mapping[str, Any], schedule: flow.Schedu
 
 
 def stage_algorithm(stage: Any, schedule: flow.Schedule, rewards: Rewards | None = None) -> Algorithm:
-  """The algorithm of a stage (`qimg2.runtime.config.StageConfig`), with its `rewards`, and with its adapter where it has one.
+  """The algorithm of a stage (`qimg2.runtime.config.StageConfig`) with its rewards, and with its adapter where it has one.
 
   Raises:
     ValueError: settings that the method refuses, or a method that can have no adapter.

@@ -56,7 +56,7 @@ FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # order of batches may be another one, and the log says so.
 FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|order_dir|sampling|evals|"
                   r"stages\[\d+\]\.((log|eval|evals|sample|save)_every_steps|evals_num_prompts|save_every_s|keep|keep_every_steps|num_steps|faults|"
-                  r"max_programs|reward_workers|watch|offload_frozen|mixture\[\d+\]\.data_dir))").fullmatch
+                  r"max_programs|offload_frozen|reward_workers|watch|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)

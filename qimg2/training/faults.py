@@ -291,8 +291,8 @@ class StepMonitor:
     """
     for name, limit in self._limits.items():
       if name in metrics and float(metrics[name]) > limit:
-        raise FloatingPointError(f"Stage {self._name}, step {step}: {name} is {float(metrics[name]):.4g}, and must not be above {limit:g}: the method's "
-                                 "promise is broken (its docstring says which); the last checkpoint is kept.")
+        raise FloatingPointError(f"Stage {self._name}, step {step}: {name} is {float(metrics[name]):.4g}, and must not be above {limit:g}: what the "
+                                 "method promises of itself is broken, and its docstring says what that is; the last checkpoint is kept.")
     losses = {name: float(value) for name, value in metrics.items() if name.split("/")[-1] == "loss"}
     for name, loss in losses.items():
       update = name.removesuffix("loss")

@@ -89,7 +89,8 @@ class Programs:
     futures = []
     with concurrent.futures.ThreadPoolExecutor(1, "score") as thread:
       for number, samples in enumerate(chunks):
-        own = local_rows(samples)  # waits for this chunk, while the thread scores the ones before
+        # Waits for this chunk, while the thread scores the ones before.
+        own = local_rows({name: samples[name] for name in self.rollout.scored or samples})
         futures.append(thread.submit(self._score_one, own, some_rows(rows, slice(number, None, len(chunks)))))
     return _interleave([future.result() for future in futures], len(rows["sample_id"]), np)
 
@@ -161,12 +162,13 @@ def rollout_parts(algorithm: Algorithm, nets: Any, abstract: TrainState, frozen:
   if (found := {x.shape[0] for x in jax.tree.leaves(data)}) != {rollout.num_minibatches}:
     raise ValueError(f"The rollout gives arrays of {', '.join(map(str, sorted(found)))} minibatches, but declares {rollout.num_minibatches}.")
   _check_rows("minibatches", data, 1, mesh, rules)
-  jit, everywhere = lambda fn, shardings: jax.jit(fn, out_shardings=shardings), replicated(mesh)
+  jit = lambda fn, shardings: jax.jit(fn, out_shardings=shardings)
   return RolloutParts(
       Part(jit(functions.generate, rows), inputs, chunks),
       Part(jit(functions.judge, rows), to_judge, chunks) if rollout.by_device else None,
       Part(jit(merge, rows), (parts,), beside=(abstract, frozen, batch)) if chunks > 1 else None,
-      Part(jit(functions.minibatches, (stacked, everywhere, everywhere)), (abstract, whole["samples"], rewards), beside=(frozen, batch)), data, num)
+      Part(jit(functions.minibatches, (stacked, replicated(mesh), replicated(mesh))), (abstract, whole["samples"], rewards), beside=(frozen, batch)),
+      data, num)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,10 +193,10 @@ class _Functions:
     rewards = {name: jnp.where(finite[name], x, 0.0) for name, x in rewards.items()}
     data = self.rollout.minibatches({**samples, "rewards": rewards, "weight": weight}, jax.random.fold_in(_key(state), 1))
     means = {f"reward/{name}": jnp.sum(x) / jnp.sum(finite[name]) for name, x in rewards.items()}
+    shares = {f"reward/{name}/scored": jnp.mean(x.astype(jnp.float32)) for name, x in finite.items()}
     figures = {f"pictures/{name}": x for name, x in pictures.statistics(samples["pictures"]).items()} if "pictures" in samples else {}
-    means |= {f"reward/{name}/scored": jnp.mean(x.astype(jnp.float32)) for name, x in finite.items()}
-    means |= {name: jnp.mean(x) for name, x in figures.items()} | {"reward/left_out": 1.0 - jnp.mean(weight)}
-    return data, means, values | figures
+    means |= {name: jnp.mean(x) for name, x in figures.items()}
+    return data, {**means, **shares, "reward/left_out": 1.0 - jnp.mean(weight)}, values | figures
 
   def _chunk(self, batch: dict, number: jax.Array) -> dict:
     chunks = self.rollout.chunks

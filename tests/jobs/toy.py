@@ -50,22 +50,22 @@ def sentences(rng):
 
 
 class Loader:
-  """Points, or sentences for a language model: batch k is a function of k, and its ids begin at ROWS k. With `categories` rewards count by them."""
+  """Points, or sentences for a language model: batch k is a function of k, and its ids begin at ROWS k. With `tasks` rewards are told of each row."""
 
-  def __init__(self, mesh, rules, slow_s=0.0, make=points, categories=False):
+  def __init__(self, mesh, rules, slow_s=0.0, make=points, tasks=False):
     self._parts, self._num = sharding.local_parts(mesh, rules)
-    self._slow_s, self._make, self._categories = slow_s, make, categories
+    self._slow_s, self._make, self._tasks = slow_s, make, tasks
 
   def batch(self, k):
     """This process's rows of batch k."""
     whole = self._make(np.random.default_rng(k)) | {"sample_id": ROWS * k + np.arange(ROWS, dtype=np.int64)}
     size = ROWS // self._num
     own = {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
-    if "label" not in own:
+    if not self._tasks:
       return own
-    tasks = [{"prompt": "", "label": label, "sample_id": sample_id, "category": ("even", "odd")[label % 2]}
+    tasks = [{"label": label, "sample_id": sample_id, "category": ("even", "odd")[label % 2]}
              for label, sample_id in zip(own["label"].tolist(), own["sample_id"].tolist())]
-    return {**own, "tasks": tuple(tasks)} | ({"category": own["label"] % 2} if self._categories else {})
+    return {**own, "category": own["label"] % 2, "tasks": tuple(tasks)}
 
   def iterate(self, start):
     """(bucket, batch) from `start` on."""
@@ -98,14 +98,25 @@ class Job:
 
   def loader(self, mesh, rules):
     """The loader of the method's data."""
-    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points, self.method == "rewarded")
+    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points, self.method in ("rewarded", "pictures"))
 
 
 def weights(job, role, algorithm, mesh, rules):
   """Random weights of a role: those of the role that it starts as."""
   specs = algorithm.specs(Nets().specs(), {})[role]
-  key = jax.random.key(zlib.crc32((algorithm.roles[role].start or role).encode()))
-  return jax.jit(lambda: P.init(specs, key), out_shardings=sharding.param_shardings(specs, mesh, rules))()
+  places, seed = sharding.param_shardings(specs, mesh, rules), zlib.crc32((algorithm.roles[role].start or role).encode())
+  if algorithm.roles[role].network.startswith("lora/"):  # as runs draw them
+    return jax.jit(lambda: P.init(specs, jax.random.key(seed)), out_shardings=places)()
+  rng = np.random.default_rng(seed)
+  drawn = P.map_with_path(lambda path, p: p.init(rng, p.shape, p.dtype), specs)
+  return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, places)
+
+
+def let_threads_end(folder):
+  """Waits for the save that a real kill would have ended: its threads live on in this process."""
+  limit = time.monotonic() + 60
+  while list((folder / "toy" / "checkpoints").glob("*tmp*")) and time.monotonic() < limit:
+    time.sleep(0.05)
 
 
 def stage_of(job):
@@ -128,8 +139,8 @@ def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
   stage, mesh, rules = stage_of(job)
   algorithm, loader = stage.algorithm, job.loader(mesh, rules)
   frozen = {role: weights(job, role, algorithm, mesh, rules) for role in algorithm.frozen}
-  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **loader.batch(2**20)}
-  batches = [sharding.put_batch(for_device(held_out), mesh, rules)]
+  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **for_device(loader.batch(2**20))}
+  batches = [sharding.put_batch(held_out, mesh, rules)]
   evaluator = Evaluator(algorithm, Nets(), batches)
   stage = dataclasses.replace(stage, hooks=((job.eval_every, lambda params, step, writer: evaluator(params)),))
   start = lambda: ({role: weights(job, role, algorithm, mesh, rules) for role in algorithm.trained}, job.restored)

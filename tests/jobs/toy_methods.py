@@ -9,9 +9,9 @@
   language     next tokens after a prompt; the mean over tokens, not over rows
   rewarded     grpo in two chunks, whose rewards come from a process of their own and from a judge on the device, one of them in one category
 
-The network of all but `language` is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B] and
-`null_label` [B], which is none of the labels, `tasks`, which say the label to the host, and no pictures. That of `language` has `tokens` [B, M],
-`loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
+The network of all but `language` is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B]
+and `null_label` [B], which is none of the labels, and no pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be
+learned, and as `weight` [B] how many tokens that is.
 """
 
 import atexit
@@ -43,13 +43,14 @@ class Nets:
   """The toy networks: a velocity, a judge, a language model."""
 
   def specs(self):
-    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), P.fan_in(n), num_inputs=1)
-    mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), P.normal(0.1))}
-    language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), P.normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
-                "out": P.Param((WIDTH, VOCABULARY), (None, None), P.normal(0.1))}
-    one = {"one": P.Param((1,), (None,), P.ones)}
-    return {"mlp": mlp, "judge": {"centre": P.Param((2,), (None,), P.ones)}, "language": language,
-            "mmdit": mlp, "qwen3_vl": one, "vae": one}
+    normal = lambda scale: lambda rng, shape, dtype: (scale * rng.normal(size=shape)).astype(dtype)  # drawn by numpy, which compiles nothing
+    constant = lambda value: lambda rng, shape, dtype: np.full(shape, value, dtype)
+    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), normal(n**-0.5), num_inputs=1)
+    mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), normal(0.1))}
+    language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
+                "out": P.Param((WIDTH, VOCABULARY), (None, None), normal(0.1))}
+    one = {"one": P.Param((1,), (None,), constant(1.0))}
+    return {"mlp": mlp, "judge": {"centre": P.Param((2,), (None,), constant(1.0))}, "language": language, "mmdit": mlp, "qwen3_vl": one, "vae": one}
 
   def velocity(self, params, x, t, label):
     inputs = jnp.concatenate([x.reshape(-1, 2), t[:, None], jax.nn.one_hot(label, LABELS)], axis=1)

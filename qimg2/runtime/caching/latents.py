@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from data_pipelines import folders
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import open_cache
@@ -133,7 +134,7 @@ class _Job:
       done = sum(self._place(*shard).with_suffix(".npz").exists() for shard in shards)
       return {"path": None, "shards_done": done, "shards": len(shards)}
     facts = self._finish(shards)
-    R.publish(self._work / self._out_name, path)
+    folders.publish(self._work / self._out_name, path)
     shutil.rmtree(self._work)
     return {"path": str(path), "reused": False} | facts
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.records import local_folder
+from data_pipelines.folders import local_folder
 from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2 import adapters, flow
 from qimg2.algorithms.adapter import BASE

@@ -34,7 +34,7 @@ def glyph_edit_suite(prepare: PrepareConfig) -> Suite:
     target, source = task.truth
     clean = [glyphs.render(one, *picture.shape[:2]) for one in (source, target)]
     scores = _with_everything(right_parts(picture, target, source))
-    return {f"edit: {name}": value for name, value in {**scores, **_kept(picture, *clean)}.items()}
+    return {f"edit: {name}": value for name, value in {**scores, **editing.scores_where_kept(picture, *clean)}.items()}
   figures = {name: Figure(name) for name in (*PARTS, "everything")} | editing.FIGURES
   return Suite(tasks, score, _show_glyphs("edit: "), {f"edit: {name}": _prefixed(figure) for name, figure in figures.items()})
 
@@ -43,13 +43,6 @@ def _prefixed(figure: Figure) -> Figure:
   prefixed = lambda name: name and f"edit: {name}"
   return dataclasses.replace(figure, numerator=prefixed(figure.numerator), denominator=prefixed(figure.denominator))
 
-
-def _kept(picture: np.ndarray, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
-  """How well what an edit should leave alone was left alone, see `qimg2.evaluation.editing`; nothing for an edit that may change everything."""
-  try:
-    return editing.kept_scores(picture, source, editing.kept_region(source, target))
-  except ValueError:
-    return {}
 
 
 def _with_everything(right: Mapping[str, bool]) -> dict[str, float]:
