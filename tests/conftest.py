@@ -43,7 +43,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 import pytest
 import warm
-from jax._src import cache_key, compilation_cache
+from jax._src import cache_key
+from jax._src import compilation_cache as programs_on_disk
 from jax._src.lib import xla_client
 
 from configs import quickstart
@@ -64,7 +65,7 @@ def share_programs_of_one_device():
 def keep_programs():
   """Keeps loaded what this process has loaded from the cache: to read a program again takes a tenth of a second, and every run of a loop makes its
   own."""
-  read, loaded = compilation_cache.get_executable_and_time, {}
+  read, loaded = programs_on_disk.get_executable_and_time, {}
 
   def get(key, options, backend, devices):
     name = key, tuple(device.id for device in devices)
@@ -74,7 +75,7 @@ def keep_programs():
         return found
       loaded[name] = found
     return loaded[name]
-  compilation_cache.get_executable_and_time = get
+  programs_on_disk.get_executable_and_time = get
 
 
 share_programs_of_one_device()

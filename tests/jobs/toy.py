@@ -98,7 +98,8 @@ def weights(job, role, algorithm, mesh, rules):
   specs = algorithm.specs(Nets().specs(), {})[role]
   rng = np.random.default_rng(zlib.crc32((algorithm.roles[role].start or role).encode()))
   drawn = P.map_with_path(lambda path, p: p.init(rng, p.shape, p.dtype), specs)
-  return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, sharding.param_shardings(specs, mesh, rules))
+  place = lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__)
+  return jax.tree.map(place, drawn, sharding.param_shardings(specs, mesh, rules))
 
 
 def stage_of(job):
