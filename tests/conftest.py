@@ -44,7 +44,7 @@ import numpy as np
 import pytest
 import warm
 from jax._src import cache_key
-from jax._src import compilation_cache as programs_on_disk
+from jax._src import compilation_cache as jax_cache
 from jax._src.lib import xla_client
 
 from configs import quickstart
@@ -65,7 +65,7 @@ def share_programs_of_one_device():
 def keep_programs():
   """Keeps loaded what this process has loaded from the cache: to read a program again takes a tenth of a second, and every run of a loop makes its
   own."""
-  read, loaded = programs_on_disk.get_executable_and_time, {}
+  read, loaded = jax_cache.get_executable_and_time, {}
 
   def get(key, options, backend, devices):
     name = key, tuple(device.id for device in devices)
@@ -75,7 +75,7 @@ def keep_programs():
         return found
       loaded[name] = found
     return loaded[name]
-  programs_on_disk.get_executable_and_time = get
+  jax_cache.get_executable_and_time = get
 
 
 share_programs_of_one_device()
