@@ -116,8 +116,9 @@ def test_pictures_can_be_stored(tmp_path):
   assert (decode_image(record["image"]) == RenderedText(Settings(**SETTINGS), "train", 25).record(3)["image"]).all()
 
 
-@pytest.mark.parametrize("wrong, sentence", [(dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 64"),
-                                             (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single")])
+@pytest.mark.parametrize("wrong, sentence", [
+    (dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 64"),
+    (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single")])
 def test_settings_that_make_no_sense_are_refused(wrong, sentence):
   with pytest.raises(ValueError, match=sentence):
     Settings(**wrong)

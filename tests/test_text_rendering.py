@@ -40,8 +40,9 @@ def overlap(first, second):
 # ---- colours ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first, second, ratio", [((0, 0, 0), (255, 255, 255), 21.0), ((9, 9, 9), (9, 9, 9), 1.0), ((255, 255, 255), (119, 119, 119), 4.48),
-                                                  ((255, 0, 0), (255, 255, 255), 4.0), ((0, 0, 255), (255, 255, 255), 8.59)])
+@pytest.mark.parametrize("first, second, ratio", [
+    ((0, 0, 0), (255, 255, 255), 21.0), ((9, 9, 9), (9, 9, 9), 1.0), ((255, 255, 255), (119, 119, 119), 4.48),
+    ((255, 0, 0), (255, 255, 255), 4.0), ((0, 0, 255), (255, 255, 255), 8.59)])
 def test_contrast_is_that_of_wcag(first, second, ratio):
   assert colours.contrast(first, second) == colours.contrast(second, first) == pytest.approx(ratio, abs=0.005)
 
@@ -52,7 +53,8 @@ def test_inks_can_be_read_on_their_paper():
     paper = drawing.make_paper(rng, 16, 24)
     _, rgb, ratio = colours.draw_ink(rng, paper.extremes)
     pixels = np.asarray(paper.picture).reshape(-1, 3)
-    assert ratio >= colours.CONTRAST and min(colours.contrast(rgb, pixel) for pixel in (pixels[pixels.sum(1).argmin()], pixels[pixels.sum(1).argmax()])) > ratio - 0.35
+    ends = pixels[pixels.sum(1).argmin()], pixels[pixels.sum(1).argmax()]
+    assert ratio >= colours.CONTRAST and min(colours.contrast(rgb, pixel) for pixel in ends) > ratio - 0.35
 
 
 # ---- order and breaks ---------------------------------------------------------------------------------
@@ -112,7 +114,8 @@ def test_lines_are_as_full_as_they_can_be_and_the_size_as_large():
   mono = style(name="DejaVu Sans Mono Book", align="justified")
   found = layout.fit(["aaaa bbbb cc dddd"], mono, 9.05 * MONO_EM * 20, 1000, (20, 20.001))
   assert lines(found) == ["aaaa bbbb", "cc dddd"]
-  assert [one.line.advance for one in found.placed] == [pytest.approx(9.05 * MONO_EM, rel=1e-3), pytest.approx(7 * MONO_EM)]  # the last one is not stretched
+  stretched, last = (one.line.advance for one in found.placed)
+  assert stretched == pytest.approx(9.05 * MONO_EM, rel=1e-3) and last == pytest.approx(7 * MONO_EM)
   grown = layout.fit(["aaaa"], style(name="DejaVu Sans Mono Book"), 100, 1000, (5, 500))
   assert grown.size == pytest.approx(100 / (4 * MONO_EM), rel=0.02)
   assert layout.fit(["aaaa"], mono, 30, 1000, (20, 40)) is None
@@ -123,7 +126,8 @@ def test_ragged_lines_are_balanced():
   assert lines(layout.fit(["aa bb cc dd ee f"], mono, 14 * MONO_EM * 20, 1000, (20, 20.001))) == ["aa bb cc", "dd ee f"]
 
 
-@pytest.mark.parametrize("align, rtl, share", [("start", False, 0.0), ("middle", False, 0.5), ("end", False, 1.0), ("start", True, 1.0), ("end", True, 0.0)])
+@pytest.mark.parametrize("align, rtl, share", [
+    ("start", False, 0.0), ("middle", False, 0.5), ("end", False, 1.0), ("start", True, 1.0), ("end", True, 0.0)])
 def test_lines_begin_where_their_language_says(align, rtl, share):
   found = layout.fit(["אב" if rtl else "ab"], style("he" if rtl else "en", align=align), 200, 100, (20, 20.001))
   assert found.placed[0].x == pytest.approx(share * (200 - found.placed[0].line.advance * found.size), abs=0.01)
@@ -141,8 +145,9 @@ texts = st.sampled_from(LANGUAGES).flatmap(lambda code: st.tuples(st.just(code),
 
 
 @hypothesis.settings(max_examples=25, deadline=None)
-@hypothesis.given(texts, st.sampled_from(("DejaVu Sans Book", "DejaVu Serif Bold Italic", "DejaVu Sans Mono Book")), st.sampled_from(layout.ALIGNMENTS),
-                  st.integers(1, 2), st.integers(120, 500), st.integers(60, 400), st.floats(1.0, 1.7), st.sampled_from(("anywhere", "hyphenated")))
+@hypothesis.given(texts, st.sampled_from(("DejaVu Sans Book", "DejaVu Serif Bold Italic", "DejaVu Sans Mono Book")),
+                  st.sampled_from(layout.ALIGNMENTS), st.integers(1, 2), st.integers(120, 500), st.integers(60, 400),
+                  st.floats(1.0, 1.7), st.sampled_from(("anywhere", "hyphenated")))
 def test_whatever_is_set_lies_in_its_frame_and_no_lines_overlap(text, face, align, columns, width, height, leading, breaks):
   code, paragraphs = text
   found = layout.fit(paragraphs, style(code, face, align=align, columns=columns, leading=leading, breaks=breaks), width, height, (8, 40))
