@@ -24,7 +24,7 @@ from qimg2.runtime.run import load_run
 from qimg2.runtime.weights import DEPLOYED
 
 ASKED = ("out", "compare", "num_prompts", "part", "num_workers")
-MODEL = ("stage", "step", "average", "transformer", "dtype", "num_steps", "guidance", "output_resolution", "batch_size", "offload", "seeds")
+MODEL = ("stage", "step", "average", "transformer", "lora", "dtype", "num_steps", "guidance", "output_resolution", "batch_size", "offload", "seeds")
 
 
 def define_flags() -> None:
@@ -32,6 +32,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("transformer", "", "File with the generator's weights, .safetensors or .gguf, in place of those of --pretrained.")
+  flags.DEFINE_multi_string("lora", [], "A LoRA on the generator, FILE or FILE,SCALE; repeat the flag for more.")
   flags.DEFINE_string("images", "", "Folder of pictures with a manifest.jsonl, in place of a model: nothing is drawn.")
   flags.DEFINE_string("stage", "", "Stage to evaluate; the last trained one when empty.")
   cli.define_step_flag()
@@ -94,7 +95,8 @@ def _evaluate(args: flags.FlagValues) -> dict | None:
     _refuse([name for name in ("stage", "step", "average") if args[name].present], "chooses among a run's weights: leave it out with --pretrained")
   else:
     _refuse([name for name in ("transformer", "output_resolution") if args[name].present], "goes with --pretrained: leave it out with --workdir")
-  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer, args.step)
+  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer, args.step,
+                  tuple(args.lora))
   asked = Asked(suites, _seeds(args.seeds), args.num_steps, args.guidance, args.output_resolution, args.batch_size, args.offload)
   return evaluate_model(args.out, drawer, asked, share, args.num_workers)
 

@@ -3,6 +3,7 @@
   python -m launch.sample --workdir=runs/quickstart --prompt="a large green K on yellow paper, centered" --out=grid.png
   python -m launch.sample --workdir=runs/quickstart --image=k.png --prompt="make it red" --out=edited.png
   python -m launch.sample --pretrained=DIR --prompt="a poster" --output_resolution=1024 --out=poster.png
+  python -m launch.sample --pretrained=DIR --lora=style.safetensors,0.8 --prompt="a poster" --out=poster.png
   python -m launch.sample --pretrained=DIR --prompt="a poster" --offload --vae_tile=256 --plan=v5e:1x1
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from data_pipelines.records import local_folder
+from data_pipelines.folders import local_folder
 from launch import cli
 from qimg2.analysis.roofline import GIB
 from qimg2.runtime import processes
@@ -29,6 +30,7 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", "", "Folder of the run, as given to launch.train.")
   flags.DEFINE_string("pretrained", "", "Folder in the published layout, in place of --workdir.")
   flags.DEFINE_string("transformer", "", "File with the generator's weights, .safetensors or .gguf, in place of those of --pretrained.")
+  flags.DEFINE_multi_string("lora", [], "A LoRA on the generator, FILE or FILE,SCALE such as style.safetensors,0.8; repeat the flag for more.")
   flags.DEFINE_string("stage", "", "Stage whose weights to use; the last trained one when empty.")
   cli.define_step_flag()
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
@@ -38,6 +40,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures for each prompt.", lower_bound=1)
   flags.DEFINE_string("out", "grid.png", "File to write, .png, .jpg or .webp: the picture, or one sheet of all pictures.")
   flags.DEFINE_string("pictures", "", "Folder for each picture as a PNG of its own.")
+  flags.DEFINE_bool("captions", False, "With --pictures: the prompt of each in a text file beside it, as launch.prepare_data reads them.")
   flags.DEFINE_string("save_latents", "", "File for the final latents, .npy: h w C float32, n h w C for several pictures.")
   flags.DEFINE_integer("seed", 0, "Seed of the noise; that of an edit depends on its condition images as well.", lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_string("noise", "", "File of the initial noise, .npy: h w C float32 in latents, or n h w C, one for each picture.")
@@ -95,11 +98,14 @@ def main(_) -> None:
   if local_folder(args.out, "--out").is_dir():
     raise ValueError(f"--out={args.out} is a folder: name a PNG file; --pictures takes a folder.")
   picture_format(args.out)
+  if args.captions and not args.pictures:
+    raise ValueError("--captions writes the prompts beside --pictures: name their folder.")
   if args.transformer and not args.pretrained:
     raise ValueError("--transformer names the generator alone: give --pretrained too, a folder that has the encoder and the VAE.")
   if args.pretrained and (args.stage or args.average != DEPLOYED or args.step is not None):
     raise ValueError("--stage, --step and --average choose among a run's weights: leave them out with --pretrained.")
-  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer, args.step)
+  drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer, args.step,
+                  tuple(args.lora))
   if args.plan:
     print_plan(drawer, request, args)
     return
@@ -130,6 +136,8 @@ def write(args: flags.FlagValues, latents: np.ndarray, pictures: np.ndarray, cap
   if args.pictures:
     for number, picture in enumerate(pictures):
       save_picture(picture, pathlib.Path(args.pictures) / f"{number:04d}.png")
+      if args.captions:
+        (pathlib.Path(args.pictures) / f"{number:04d}.txt").write_text(captions[number], encoding="utf-8")
   if args.save_latents:
     path = pathlib.Path(args.save_latents)
     path.parent.mkdir(parents=True, exist_ok=True)

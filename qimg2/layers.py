@@ -16,19 +16,28 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from qimg2 import products
+from qimg2.adapters import is_adapted
 from qimg2.sharding import Shard, identity
 
 
-def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1, join: bool = False) -> jax.Array:
-  """`x` times `weight`, contracting the last `num_dims` dimensions of `x` with the first of `weight`; result in the type of `x`.
+def linear(x: jax.Array, weight: Any, num_dims: int = 1, join: bool = False) -> jax.Array:
+  """`x` times `weight`, contracting the last `num_dims` dimensions of `x` with the first of `weight`; result in the type of `x`. A weight with an
+  adapter is `qimg2.adapters.Adapted`, equation 1 there.
 
   `join`: as a product of two matrices. The gradient of the weight then sums over one dimension, the joined rows; over two, XLA's CPU compiler first
   transposes the cotangent, and computes what made it in the transposed order. For arrays on one device.
   """
+  return checkpoint_name(_product(x, weight, num_dims, join), PRODUCT)
+
+
+def _product(x: jax.Array, weight: Any, num_dims: int, join: bool) -> jax.Array:
+  if is_adapted(weight):  # of its two large products no backward pass needs either alone
+    low = linear(x, weight.a, num_dims, join)
+    return _product(x, weight.base, num_dims, join) + weight.scale * _product(low, weight.b, 1, join)
   if join:
     inner = math.prod(weight.shape[:num_dims])
-    return linear(x.reshape(-1, inner), weight.reshape(inner, -1)).reshape(*x.shape[:x.ndim - num_dims], *weight.shape[num_dims:])
-  return checkpoint_name(products.linear(x, weight, num_dims), PRODUCT)
+    return products.linear(x.reshape(-1, inner), weight.reshape(inner, -1)).reshape(*x.shape[:x.ndim - num_dims], *weight.shape[num_dims:])
+  return products.linear(x, weight, num_dims)
 
 
 def full_precision(network: Callable) -> Callable:

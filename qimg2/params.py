@@ -64,6 +64,7 @@ class Param:
     init: `init(key, shape, dtype)`.
     dtype: storage type; float32 unless a model says otherwise.
     exact: keeps its type where the others of a network are stored in fewer bits (`with_dtype`).
+    num_inputs: for the weight of a linear map, how many dimensions (those of a layer, the first) a product contracts; 0 for any other weight.
 
   Raises:
     ValueError: `axes` and `shape` differ in rank.
@@ -73,6 +74,7 @@ class Param:
   init: Init = zeros
   dtype: Any = jnp.float32
   exact: bool = False
+  num_inputs: int = 0
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):

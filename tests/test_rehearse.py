@@ -102,6 +102,8 @@ def test_a_step_counts_training_three_times_and_caches_not_at_all():
   assert counts["vae"] == 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_encode(nets.vae, 64, 64))
   cached = {"tokens": pixels(4, 76), "latents": pixels(4, 16, 16, 64), "source_latents": (pixels(4, 4, 4, 64),), "features": pixels(4, 64, 4096)}
   assert flops.step_flops(nets, TRAINED, FROZEN, cached) == {"model": counts["model"], "encoder": 0, "vae": 0}
+  adapted = flops.step_flops(nets, {"adapter": "lora/mmdit"}, {"model": "mmdit"}, batch)  # forward, and backward through the frozen weights
+  assert adapted == {"adapter": counts["model"] // 3, "model": counts["model"] // 3}
   counts = flops.step_flops(nets, {"vae": "vae"}, {}, batch)
   assert counts["vae"] == 3 * 4 * (flops.vae_encode(nets.vae, 256, 256) + flops.vae_decode(nets.vae, 256, 256))
   with pytest.raises(ValueError, match="no FLOP count for network 'judge' of role 'reward'"):

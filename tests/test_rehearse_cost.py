@@ -8,7 +8,7 @@ from commands import launch
 
 from configs import pretrain, quickstart
 from qimg2.runtime.config import parse
-from qimg2.runtime.rehearsal import cost, topology
+from qimg2.runtime.rehearsal import cost, table, topology
 
 
 def row(task, px, batch_size, compute_s, stage="sft", num_tokens=1024, **bound):
@@ -18,6 +18,8 @@ def row(task, px, batch_size, compute_s, stage="sft", num_tokens=1024, **bound):
   return dict(stage=stage, task=task, height=px, width=px, num_tokens=num_tokens, batch_size=batch_size, bound=times)
 
 
+MADE = table.Row(stage="grpo", task="t2i", height=512, width=512, num_sources=0, num_tokens=64, batch_size=48, accumulate=1, num_devices=8,
+                 mesh={"fsdp": 8}, rules="fsdp_tensor", remat="dots", model_flops={}, peak_bytes=2.0**30, limit_bytes=None, compile_s=1.0)
 ROWS = [row("t2i", 256, 32768, 10, "pretrain_256"), row("ti2i", 256, 32768, 20, "pretrain_256"),
         row("t2i", 512, 16384, 4), row("ti2i", 512, 16384, 8), row("t2i", 1024, 8192, 6), row("ti2i", 1024, 8192, 12),
         row("t2i", 2048, 4096, 20), row("ti2i", 2048, 4096, 50)]
@@ -51,6 +53,20 @@ def test_weights_of_resolutions_count_and_the_longest_prompts():
     found, missing = cost.costs(cfg, rows)
     assert [one.overlapped_s for one in found] == pytest.approx([0.7 * (3 * 4 + 6) / 4 + 0.3 * (3 * 8 + 12) / 4, 14]) and not missing
   assert cost.costs(cfg, [row("t2i", 512, 16384, 4, hbm_s=9.0), *ROWS[3:]])[0][0].overlapped_s == pytest.approx(0.7 * (3 * 9 + 6) / 4 + 0.3 * 9)
+
+
+def test_a_rollout_is_a_part_of_the_step():
+  programs = [dict(row("t2i", 512, 16384, seconds), program=program) for program, seconds in (("rollout", 30), ("minibatches", 2), ("step", 8))]
+  cfg = parse(pretrain.get_config())
+  cfg = dataclasses.replace(cfg, stages=(dataclasses.replace(
+      cfg.stages[-1], resolutions=cfg.stages[-1].resolutions[:1], mixture=cfg.stages[-1].mixture[:1]),))
+  (one,), _ = cost.costs(cfg, [*programs, dict(row("t2i", 512, 16384, 99), program="samples")])
+  assert (one.overlapped_s, one.serial_s) == pytest.approx((40, 40 + 3 * 1.5))
+  rows = [dataclasses.replace(MADE, program=one["program"], num_samples=1152, bound=one["bound"]) for one in programs]
+  assert table.phases(rows) == (
+      "grpo t2i 512x512 64t: a step of 1,152 pictures takes at least 40.0 s, serial 44.5 s: rollout 31.5 s (71%), minibatches 3.5 s (8%), step 9.5 s "
+      "(21%). Rewards on the host come on top: at 25.9 pictures/s they take as long again.")
+  assert table.phases([MADE]) == ""
 
 
 @pytest.mark.parametrize("rows, message", [

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from configs import pretrain
-from qimg2 import networks, sharding
+from qimg2 import adapters, networks, sharding
 from qimg2 import params as P
 from qimg2.algorithms import Algorithm, Average, Role, Update
+from qimg2.algorithms.adapter import with_adapter
 from qimg2.runtime import weights as weights_module
 from qimg2.runtime.config import parse
 from qimg2.runtime.methods import make_algorithm
@@ -97,11 +98,12 @@ class Run(StageWeights):
   def __init__(self, workdir, method):
     self.workdir, self.mesh = workdir, sharding.make_mesh({"fsdp": -1}, jax.devices()[:1])
     stage = lambda name, method, start_from: types.SimpleNamespace(name=name, method=method, start_from=start_from, frozen={},
-                                                                   save_every_steps=4, keep=2, keep_every_steps=0)
+                                                                   save_every_steps=4, keep=2, keep_every_steps=0, adapter=adapters.Settings())
     self.stages = {"toy": stage("toy", "supervised", "scratch"), "next": stage("next", method, "stage:toy")}
 
   def algorithm(self, stage):
-    return METHODS[stage.method]()
+    method = METHODS[stage.method]()
+    return with_adapter(dataclasses.replace(method, finalize=None), stage.adapter, stage.frozen) if stage.adapter.rank else method
 
   def key(self, name):
     return jax.random.key(len(name))
@@ -197,6 +199,92 @@ def test_other_runs_are_looked_at_before_a_stage_begins_or_goes_on(trained, tmp_
   meta.write_text("")
   with pytest.raises(ValueError, match="checkpoints/4 is damaged"):
     run.check_others(stage)
+
+
+# Stages with an adapter.
+
+LORA = adapters.Settings(2, 4.0, "hidden")
+
+
+@pytest.fixture(scope="module")
+def adapted(trained, tmp_path_factory):
+  """(folder of a run with stage "toy" and "lora", which trained an adapter of the former's average, the latter's last state)."""
+  folder = tmp_path_factory.mktemp("lora")
+  method = with_adapter(dataclasses.replace(METHODS["supervised"](), finalize=None), LORA)
+  job = toy.Job("supervised", num_devices=1, algorithm=method, description={"adapter": dataclasses.asdict(LORA), "start_from": "stage:toy:ema"})
+  last = toy.run(job, folder)
+  (folder / "toy").rename(folder / "lora")
+  shutil.copytree(trained[0] / "toy", folder / "toy")
+  return folder, last
+
+
+def lora_run(folder, **next_stage):
+  run = Run(folder, "supervised")
+  vars(run.stages["next"]).update(start_from="stage:lora", **next_stage)
+  run.stages["lora"] = types.SimpleNamespace(**vars(run.stages["next"]) | {"name": "lora", "start_from": "stage:toy:ema", "adapter": LORA,
+                                                                          "method": "supervised", "frozen": {}})
+  return run
+
+
+def merged(state, adapter):
+  hidden = state.averages["ema"]["hidden"] + 2 * adapter["hidden"]["a"] @ adapter["hidden"]["b"]
+  return {**state.averages["ema"], "hidden": hidden}
+
+
+def test_a_stage_with_an_adapter_begins_on_the_frozen_weights_of_another(trained, adapted):
+  folder, _ = adapted
+  run = lora_run(folder)
+  started, averages = run.start_weights(run.stages["lora"])
+  assert set(started) == {"adapter"} and not averages and not np.any(started["adapter"]["hidden"]["b"]), "an average of all weights is none of it"
+  assert equal(run.frozen_weights(run.stages["lora"])["model"], trained[1].averages["ema"])
+  assert run.read_stages(run.stages["lora"]) == {"toy"}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_adapter_goes_on_with_that_of_the_stage_before_on_the_same_base(trained, adapted, elsewhere):
+  folder, last = adapted
+  run = lora_run(folder, adapter=LORA)
+  stage = run.stages["next"]
+  if elsewhere:
+    run.workdir, stage.start_from = folder / "another", str(folder / "lora")
+  started, averages = run.start_weights(stage)
+  assert equal(started["adapter"], last.params["adapter"]) and equal(averages["ema"], last.averages["ema"])
+  assert equal(run.frozen_weights(stage)["model"], trained[1].averages["ema"])
+  assert run.frozen_steps(stage) == ({"model": (str(folder / "toy"), 12)} if elsewhere else {})
+  assert run.read_stages(stage) == (set() if elsewhere else {"lora", "toy"})
+  stage.start_from += ":ema"
+  assert equal(run.start_weights(stage)[0]["adapter"], last.averages["ema"])
+
+
+def test_a_stage_of_all_weights_and_a_reference_begin_with_what_is_merged(trained, adapted):
+  folder, last = adapted
+  run = lora_run(folder)
+  run.stages["next"].method = "dpo"
+  expected = merged(trained[1], last.params["adapter"])
+  for started in (run.start_weights(run.stages["next"])[0]["model"], run.frozen_weights(run.stages["next"])["ref"]):
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6), started, expected)
+  vars(run.stages["next"]).update(adapter=LORA, frozen={"ref": "stage:lora"})
+  frozen = run.frozen_weights(run.stages["next"])
+  assert equal(frozen["model"], trained[1].averages["ema"])
+  np.testing.assert_allclose(frozen["ref"]["hidden"], expected["hidden"], atol=1e-6)
+
+
+def test_what_a_stage_with_an_adapter_deploys(trained, adapted):
+  folder, last = adapted
+  run = lora_run(folder)
+  drawn = run.deployed_weights("lora")["mlp"]
+  assert drawn["hidden"].scale == 2.0 and equal(drawn["hidden"].base, trained[1].averages["ema"]["hidden"])
+  assert equal(drawn["hidden"].a, last.averages["ema"]["hidden"]["a"])
+  assert equal(run.deployed_weights("lora", "none")["mlp"]["hidden"].b, last.params["adapter"]["hidden"]["b"])
+  assert equal(run.deployed_adapter("lora"), last.averages["ema"]) and equal(run.deployed_adapter("lora", "none"), last.params["adapter"])
+  offloaded = run.offloaded_weights("lora")["mlp"]
+  assert equal(offloaded["hidden"].a, drawn["hidden"].a) and equal(offloaded["in"], drawn["in"])
+
+
+def test_an_adapter_of_other_settings_is_refused(adapted):
+  run = lora_run(adapted[0], adapter=dataclasses.replace(LORA, alpha=2.0))
+  with pytest.raises(ValueError, match=r"stages\[next\].adapter is Settings\(rank=2, alpha=2.0.*make them equal.*or export the merged weights"):
+    run.start_weights(run.stages["next"])
 
 
 # A frozen encoder of a published folder.

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
-from data_pipelines import records
+from data_pipelines import folders, records
 from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 
@@ -62,12 +62,12 @@ def make(name: str, request: dict, out: str | os.PathLike, build_in: Callable[[s
   Raises:
     ValueError: what is there answers another request.
   """
-  path = os.path.join(records.local_folder(out, "--out"), name)
+  path = os.path.join(folders.local_folder(out, "--out"), name)
   if not os.path.exists(path):
     os.makedirs(out, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.incomplete.", dir=out) as partial:
       facts = build_in(partial)
-      if records.publish(os.path.join(partial, name), path):
+      if folders.publish(os.path.join(partial, name), path):
         return {"path": path, "reused": False} | facts
   return {"path": path, "reused": True} | records.matching_facts(path, request)
 

@@ -13,21 +13,24 @@ condition images, E = context width):
   VAE        2 h w k² C_in C_out per convolution with an output of h x w   edges count like the middle
              + 4 (h w)² C of the one attention                                                                                      (3)
 
-A step counts the forward pass three times for a trained role (once forward, twice backward) and once for a frozen one. Norms, rotary
-embeddings, softmax, the optimizer and everything that rematerialisation computes again are not counted. These are the "model FLOPs" of MFU.
+A step counts the forward pass three times for a trained role (once forward, twice backward) and once for a frozen one. For an adapter it counts that
+of its network once, for the gradient by activations that passes through the frozen weights. The adapter's own products, about rank / D of these, are
+not counted, and so are norms, rotary embeddings, softmax, the optimizer and everything that rematerialisation computes again. These are the "model
+FLOPs" of MFU.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from qimg2.adapters import PREFIX
 from qimg2.batch import num_rows, source_grids, target_grid
 from qimg2.layout import LATENTS_PER_SLOT
 from qimg2.models import mmdit, qwen3_vl, vae
 from qimg2.models.qwen3_vl_vision import VisionConfig
 
 Size = tuple[int, int]
-TRAINED, FROZEN = 3, 1  # forward passes
+TRAINED, FROZEN, ADAPTER = 3, 1, 1  # forward passes
 
 
 def step_flops(nets: Any, trained: Mapping[str, str], frozen: Mapping[str, str], batch: dict) -> dict[str, int]:
@@ -43,10 +46,12 @@ def step_flops(nets: Any, trained: Mapping[str, str], frozen: Mapping[str, str],
   """
   counts = {}
   for roles, passes in ((trained, TRAINED), (frozen, FROZEN)):
-    for role, network in roles.items():
+    for role, name in roles.items():
+      network = name.removeprefix(PREFIX)
+      times = passes if name == network else ADAPTER
       if network not in _FORWARD:
         raise ValueError(f"There is no FLOP count for network {network!r} of role {role!r}: add one to qimg2/analysis/flops.py.")
-      counts[role] = passes * num_rows(batch) * _FORWARD[network](nets, batch, passes == TRAINED)
+      counts[role] = times * num_rows(batch) * _FORWARD[network](nets, batch, times == TRAINED)
   return counts
 
 

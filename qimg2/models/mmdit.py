@@ -21,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from qimg2 import attention, layers
+from qimg2 import adapters, attention, layers
 from qimg2 import params as P
 from qimg2.sharding import Shard, divide_tokens, gather_tokens, identity, on_one_cpu, parts_of
 
@@ -106,37 +106,37 @@ def specs(cfg: Config) -> dict:
   """The declared weights. Modulation, output scale and output projection start at zero, so every block starts as the identity."""
   D, C, E = cfg.width, cfg.latent_channels, cfg.context_width
   return {
-      "img_in": P.Param((C, D), (None, "embed"), P.fan_in(C)),
+      "img_in": P.Param((C, D), (None, "embed"), P.fan_in(C), num_inputs=1),
       "txt_in": {
           "norm": P.Param((E,), (None,), P.zeros),
-          "in": P.Param((E, D), ("embed", "mlp"), P.fan_in(E)),
-          "out": P.Param((D, D), ("mlp", "embed"), P.fan_in(D)),
+          "in": P.Param((E, D), ("embed", "mlp"), P.fan_in(E), num_inputs=1),
+          "out": P.Param((D, D), ("mlp", "embed"), P.fan_in(D), num_inputs=1),
       },
       "time": {
-          "in": P.Param((cfg.time_dim, D), (None, "mlp"), P.fan_in(cfg.time_dim)),
-          "out": P.Param((D, D), ("mlp", "embed"), P.fan_in(D)),
+          "in": P.Param((cfg.time_dim, D), (None, "mlp"), P.fan_in(cfg.time_dim), num_inputs=1),
+          "out": P.Param((D, D), ("mlp", "embed"), P.fan_in(D), num_inputs=1),
       },
-      "modulation": P.Param((D, NUM_MODULATIONS, D), ("embed", None, None), P.zeros),
+      "modulation": P.Param((D, NUM_MODULATIONS, D), ("embed", None, None), P.zeros, num_inputs=1),
       "blocks": P.stack(_block_specs(cfg), cfg.num_layers),
-      "norm_out": P.Param((D, D), ("embed", None), P.zeros),
-      "proj_out": P.Param((D, C), ("embed", None), P.zeros),
+      "norm_out": P.Param((D, D), ("embed", None), P.zeros, num_inputs=1),
+      "proj_out": P.Param((D, C), ("embed", None), P.zeros, num_inputs=1),
   }
 
 
 def _block_specs(cfg: Config) -> dict:
   D, H, K, F = cfg.width, cfg.num_heads, cfg.head_dim, cfg.width * cfg.mlp_ratio
-  project = P.Param((D, H, K), ("embed", "heads", None), P.fan_in(D))
+  project = P.Param((D, H, K), ("embed", "heads", None), P.fan_in(D), num_inputs=1)
   return {
       "attn": {
           "q": project, "k": project, "v": project,
-          "out": P.Param((H, K, D), ("heads", None, "embed"), P.fan_in(H * K)),
+          "out": P.Param((H, K, D), ("heads", None, "embed"), P.fan_in(H * K), num_inputs=2),
           "norm_q": P.Param((K,), (None,), P.ones),
           "norm_k": P.Param((K,), (None,), P.ones),
       },
       "mlp": {
-          "gate": P.Param((D, F), ("embed", "mlp"), P.fan_in(D)),
-          "proj": P.Param((D, F), ("embed", "mlp"), P.fan_in(D)),
-          "out": P.Param((F, D), ("mlp", "embed"), P.fan_in(F)),
+          "gate": P.Param((D, F), ("embed", "mlp"), P.fan_in(D), num_inputs=1),
+          "proj": P.Param((D, F), ("embed", "mlp"), P.fan_in(D), num_inputs=1),
+          "out": P.Param((F, D), ("mlp", "embed"), P.fan_in(F), num_inputs=1),
       },
   }
 
@@ -244,7 +244,8 @@ def _embed_prefix(cfg: Config, params: dict, text: jax.Array, images: jax.Array 
 def _modulate(cfg: Config, params: dict, times: jax.Array) -> list[jax.Array]:
   """The four modulation vectors and the output scale, each [..., B, D], at `times` [..., B]."""
   active = jax.nn.silu(_embed_time(cfg, params["time"], times))
-  return [layers.linear(active, params["modulation"][:, i]) for i in range(NUM_MODULATIONS)] + [layers.linear(active, params["norm_out"])]
+  maps = [adapters.output(params["modulation"], i) for i in range(NUM_MODULATIONS)] + [params["norm_out"]]
+  return [layers.linear(active, weight) for weight in maps]
 
 
 def _embed_time(cfg: Config, params: dict, t: jax.Array) -> jax.Array:

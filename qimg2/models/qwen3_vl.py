@@ -103,18 +103,18 @@ def specs(cfg: Config) -> dict:
   block = {
       "norm1": _norm(D),
       "attn": {
-          "q": P.Param((D, H, K), ("embed", "heads", None), P.fan_in(D)),
-          "k": P.Param((D, G, K), ("embed", "kv_heads", None), P.fan_in(D)),
-          "v": P.Param((D, G, K), ("embed", "kv_heads", None), P.fan_in(D)),
+          "q": P.Param((D, H, K), ("embed", "heads", None), P.fan_in(D), num_inputs=1),
+          "k": P.Param((D, G, K), ("embed", "kv_heads", None), P.fan_in(D), num_inputs=1),
+          "v": P.Param((D, G, K), ("embed", "kv_heads", None), P.fan_in(D), num_inputs=1),
           "q_norm": _norm(K),
           "k_norm": _norm(K),
-          "out": P.Param((H, K, D), ("heads", None, "embed"), P.fan_in(H * K, residual)),
+          "out": P.Param((H, K, D), ("heads", None, "embed"), P.fan_in(H * K, residual), num_inputs=2),
       },
       "norm2": _norm(D),
       "mlp": {
-          "gate": P.Param((D, F), ("embed", "mlp"), P.fan_in(D)),
-          "proj": P.Param((D, F), ("embed", "mlp"), P.fan_in(D)),
-          "out": P.Param((F, D), ("mlp", "embed"), P.fan_in(F, residual)),
+          "gate": P.Param((D, F), ("embed", "mlp"), P.fan_in(D), num_inputs=1),
+          "proj": P.Param((D, F), ("embed", "mlp"), P.fan_in(D), num_inputs=1),
+          "out": P.Param((F, D), ("mlp", "embed"), P.fan_in(F, residual), num_inputs=1),
       },
   }
   embed = P.Param((cfg.vocab_size, D), ("vocab", "embed"), P.normal(1.0))

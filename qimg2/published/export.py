@@ -77,7 +77,7 @@ def export_pipeline(out: str | pathlib.Path, model: mmdit.Config, encoder: qwen3
   Raises:
     ValueError: `out` exists, an unknown dtype, or networks that the published pipeline cannot express. Nothing is written then.
   """
-  _check_dtype(dtype)
+  check_dtype(dtype)
   statistics = {name: tuple(float(x) for x in np.asarray(weights["vae"]["statistics"][name], np.float32)) for name in ("mean", "std")}
   autoencoder = dataclasses.replace(autoencoder, latents_mean=statistics["mean"], latents_std=statistics["std"])
   configs = {"mmdit": mmdit_names.published_config(model),
@@ -86,7 +86,7 @@ def export_pipeline(out: str | pathlib.Path, model: mmdit.Config, encoder: qwen3
   _check_pipeline(encoder.vision, autoencoder)
   networks = {"mmdit": (mmdit.specs(model), mmdit_names.table(model)), "qwen3_vl": (qwen3_vl.specs(encoder), qwen3_vl_names.table(encoder)),
               "vae": (vae.specs(autoencoder), vae_names.table(autoencoder))}
-  with _renamed_at_the_end(out) as part:
+  with renamed_at_the_end(out) as part:
     part.mkdir()
     for network, (specs, table) in networks.items():
       if network == "qwen3_vl" and "head" not in weights[network]:
@@ -115,13 +115,13 @@ def export_transformer(out: str | pathlib.Path, model: mmdit.Config, weights: di
   Raises:
     ValueError: `out` exists or has another ending, an unknown dtype, or a generator that the published class cannot express.
   """
-  _check_dtype(dtype)
+  check_dtype(dtype)
   if pathlib.Path(out).suffix != ".safetensors":
     raise ValueError(f"The file {out} must end in .safetensors.")
   specs, table = mmdit.specs(model), mmdit_names.table(model)
   metadata = {"format": "pt", "config": json.dumps(mmdit_names.published_config(model))}
-  with _renamed_at_the_end(out) as part:
-    _write_file(part, tensors.published_shapes(specs, table), tensors.export_tensors(weights, specs, table, dtype), dtype, metadata,
+  with renamed_at_the_end(out) as part:
+    write_file(part, tensors.published_shapes(specs, table), tensors.export_tensors(weights, specs, table, dtype), dtype, metadata,
                 mmdit_names.comfyui_place if comfyui else _own_place)
   return pathlib.Path(out)
 
@@ -131,7 +131,8 @@ def special_tokens(tokenizer_json: str) -> dict[str, int]:
   return {token["content"]: token["id"] for token in json.loads(tokenizer_json)["added_tokens"]}
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+  """Raises a `ValueError` for a type that files are not written in."""
   if dtype not in FILE_DTYPES:
     raise ValueError(f"Weights cannot be exported as {dtype!r}: choose one of {', '.join(FILE_DTYPES)}.")
 
@@ -145,7 +146,7 @@ def _check_pipeline(vision: VisionConfig, autoencoder: vae.Config) -> None:
 
 
 @contextlib.contextmanager
-def _renamed_at_the_end(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def renamed_at_the_end(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
   """A hidden path beside `out` that is renamed to it when all went well, and removed when not."""
   out = pathlib.Path(out)
   if out.exists():
@@ -193,7 +194,7 @@ def _write_component(folder: pathlib.Path, stem: str, shapes: Mapping[str, tuple
     room -= size
   names = [f"{stem}.safetensors"] if len(shards) == 1 else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
   for name, shard in zip(names, shards):
-    _write_file(folder / name, shard, tensors, dtype, {"format": "pt"})
+    write_file(folder / name, shard, tensors, dtype, {"format": "pt"})
   if len(shards) > 1:
     total = sum(math.prod(shape) * itemsize for shape in shapes.values())
     _write_json(folder / f"{stem}.safetensors.index.json", {
@@ -204,7 +205,7 @@ def _own_place(name: str) -> tuple[str, int, int]:
   return name, 0, 1
 
 
-def _write_file(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]], dtype: str,
+def write_file(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]], dtype: str,
                 metadata: Mapping[str, str], place: Callable[[str], tuple[str, int, int]] = _own_place) -> None:
   """Writes the next tensors of `tensors`, which must be those of `shapes` in order. `place` gives (name in the file, which part of its rows, number
   of parts) of each; parts of a tensor have equal shapes."""

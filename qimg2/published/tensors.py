@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tqdm import tqdm
 
 from qimg2 import params as P
+from qimg2.adapters import merged
 from qimg2.published.files import TensorFiles
 
 
@@ -150,8 +151,8 @@ def _set_layer(stacked: jax.Array, layer: jax.Array, number: int, sharding: Shar
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _take_layer(stacked: jax.Array, number: int, dtype: Any) -> jax.Array:
-  return jax.lax.dynamic_index_in_dim(stacked, number, keepdims=False).astype(dtype)
+def _take_layer(stacked: Any, number: int, dtype: Any) -> jax.Array:
+  return merged(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stacked), dtype)
 
 
 # Writing.
@@ -161,7 +162,7 @@ def export_tensors(params: dict, specs: dict, table: Table, dtype: Any = None) -
   """(published name, tensor) of every weight of `params`, in the order of `published_shapes`; the inverse of `import_tensors`.
 
   Args:
-    params: numpy or jax arrays as `specs`, sharded or not; one layer at a time is brought to the host.
+    params: numpy or jax arrays as `specs`, sharded or not; one layer at a time is brought to the host, with its adapter merged where it has one.
     specs: the model's tree of `Param`.
     table: path -> `Entry`.
     dtype: type of the tensors; None keeps that of the weights.
@@ -169,11 +170,11 @@ def export_tensors(params: dict, specs: dict, table: Table, dtype: Any = None) -
   _check_table(specs, table)
   leaves = P.flatten(params)
   for path, p in P.flatten(specs).items():
-    entry, x = table[path], jnp.asarray(leaves[path])
+    entry, x = table[path], jax.tree.map(jnp.asarray, leaves[path])
     assert x.shape == p.shape, f"{path} has shape {x.shape}, but specs say {p.shape}"
     kind = jnp.dtype(dtype or x.dtype)
     for number, name in enumerate(_tensor_names(entry, p)):
-      layer = np.asarray(_take_layer(x, number, kind) if entry.stacked else x).astype(kind, copy=False)
+      layer = np.asarray(_take_layer(x, number, kind) if entry.stacked else merged(x, kind))
       yield name, np.ascontiguousarray(entry.to_published(layer))
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,14 @@ from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2.places import Place, find_place
 from qimg2.runtime import left_out, processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.evaluating.of_run import describe, evaluation, last_generator, recorded_evaluation, suites_hook
 from qimg2.runtime.generator import Size
+from qimg2.runtime.idle import idle_roles, take_off
 from qimg2.runtime.kept_data import identify_data
 from qimg2.runtime.lock import hold
 from qimg2.runtime.micro_batches import variants
+from qimg2.runtime.rewards import RewardedLoader
 from qimg2.runtime.run import HeldOut, Run, check_versions, save_config
 from qimg2.runtime.sheets import grid, save_picture
 from qimg2.sharding import to_host
@@ -36,7 +39,7 @@ from qimg2.training.trainer import train_stage
 from qimg2.training.validation import Evaluator
 
 LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha",  # keys of resolutions and data sets that the first checkpoints did not have
-         "shuffle_tags", "drop_tags", "keep_tags", "tag_separator")
+         "shuffle_tags", "drop_tags", "keep_tags", "tag_separator", "loss_weight", "ignore_rejected")
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
@@ -119,25 +122,27 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
   algorithm = run.algorithm(config)
   loader, specs = run.loader(config), run.role_specs(config)
   processes.agree("order of batches", loader.mixture.digest)
-  frozen = run.frozen_weights(config)
+  frozen, deployed = take_off(run.frozen_weights(config), idle_roles(config, algorithm, loader.buckets), algorithm.deployed)
   batches = run.evaluation_batches(config, loader)
   hooks = [(config.eval_every_steps, evaluation_hook(run, config, batches))] if algorithm.validation else []
   if config.kind in DRAWERS:
-    hooks += [(config.sample_every_steps, picture_hook(run, config, task, some)) for task, some in batches.items()]
+    hooks += [(config.sample_every_steps, picture_hook(run, config, task, some, deployed)) for task, some in batches.items()]
   if config.kind == "generator" and config.evals_every_steps and run.cfg.evals:
-    hooks.append((config.evals_every_steps, suites_hook(run, config, algorithm.deployed)))
+    hooks.append((config.evals_every_steps, suites_hook(run, config, deployed)))
   stage = Stage(
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
-      run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
+      run.batch_shapes(config, loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
       (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None,
-      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker)
+      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker, config.watch)
   if processes.is_first():
     report.save_counts(run, config, loader)
     left_out.say(config, loader, run.workdir / config.name)
-  train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
-              lambda: next(iter(batches.values())), stop, began)
+  fed = RewardedLoader(loader, declare(config.rewards)) if config.rewards else loader
+  with run.scoring(config):
+    train_stage(stage, run.nets, fed, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
+                lambda: next(iter(batches.values())), stop, began)
 
 
 def _forget_evaluations(run: Run, name: str) -> None:
@@ -179,12 +184,13 @@ def evaluation_hook(run: Run, config: StageConfig, batches: dict[str, HeldOut]):
   return hook
 
 
-def picture_hook(run: Run, config: StageConfig, task: str, batches: HeldOut):
-  """A hook that draws held-out samples beside what they should be: reconstructions, pictures for the prompts, or edits after their sources.
+def picture_hook(run: Run, config: StageConfig, task: str, batches: HeldOut, deployed: Callable[[dict], Mapping]):
+  """A hook that draws held-out samples, with what `deployed` gives, beside what they should be: reconstructions, pictures for the prompts, or edits
+  after their sources.
 
   Where a latent cache holds no pixels, they are decoded from its latents.
   """
-  algorithm, batch = run.algorithm(config), next(iter(batches))
+  batch = next(iter(batches))
   first, cached = to_host(batch), "latents" in batch
   num = min(run.cfg.sampling.num_images, int(first["weight"].sum()))  # not those that only fill the batch
   decode = jax.jit(lambda weights, latents: run.nets.decode(weights, latents.astype(jnp.float32)))
@@ -202,7 +208,7 @@ def picture_hook(run: Run, config: StageConfig, task: str, batches: HeldOut):
   draw, captions = DRAWERS[config.kind](run, batch, first, shapes, num)
 
   def hook(weights: dict, step: int, writer: MetricsWriter) -> dict[str, float]:
-    weights = algorithm.deployed(weights)
+    weights = deployed(weights)
     targets, sources = pictures(weights)
     rows = [image for row in zip(*sources, draw(weights, sources), targets) for image in row]
     per_row = len(sources) + 2

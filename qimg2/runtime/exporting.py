@@ -6,15 +6,16 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.records import local_folder
+from data_pipelines.folders import local_folder
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.published.export import CHAT_TEMPLATES, DIFFUSERS_VERSION, export_pipeline, export_transformer
 from qimg2.published.folder import open_folder
+from qimg2.published.lora import export_lora
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import parse_source
 from qimg2.runtime.evaluating.of_run import describe
 from qimg2.runtime.run import Run
-from qimg2.runtime.sampling import first_size, sampling_weights
+from qimg2.runtime.sampling import first_size, sampling_stage, sampling_weights
 from qimg2.runtime.weights import DEPLOYED, NONE
 from qimg2.training.metrics import read_rows
 
@@ -23,12 +24,12 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def export(run: Run, out: str | pathlib.Path, stage_name: str = "", average: str = DEPLOYED, dtype: str = "bfloat16", max_shard_bytes: float = 5e9,
-           transformer_only: bool = False, comfyui: bool = False, step: int | None = None) -> pathlib.Path:
+           transformer_only: bool = False, comfyui: bool = False, step: int | None = None, lora: bool = False) -> pathlib.Path:
   """Writes `out` and returns its path.
 
   Args:
     run: the run.
-    out: folder to write, or with `transformer_only` or `comfyui` a .safetensors file; must not exist.
+    out: folder to write, or with `transformer_only`, `comfyui` or `lora` a .safetensors file; must not exist.
     stage_name: stage whose generator is written; empty for the last trained one.
     average: name of the averaged weights to write, "none" for the weights themselves, "deployed" for what the method would draw with.
     dtype: of the files, "float32" or "bfloat16".
@@ -36,10 +37,13 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", average: str
     transformer_only: leaves out encoder, VAE and tokenizer.
     comfyui: does so too, and writes the generator in the form of ComfyUI's single files.
     step: of the checkpoint to take, None for the newest.
+    lora: writes the adapter alone, with `comfyui` under the names there.
 
   Raises:
-    ValueError: no such stage or step, `out` exists, or networks that the published pipeline cannot express.
+    ValueError: no such stage or step, `out` exists, networks that the published pipeline cannot express, or no adapter that could be written alone.
   """
+  if lora:
+    return _export_adapter(run, out, sampling_stage(run, stage_name), average, dtype, transformer_only, comfyui, step)
   name, weights = sampling_weights(run, stage_name, average, step)
   nets = run.nets
   if transformer_only or comfyui:
@@ -47,6 +51,17 @@ def export(run: Run, out: str | pathlib.Path, stage_name: str = "", average: str
   card = model_card(run, name, average, dtype, local_folder(out, "--out").name, step)
   return export_pipeline(out, nets.model, nets.encoder, nets.vae, weights, run.schedule, run.tokenizer.to_bytes().decode(), dtype, max_shard_bytes,
                          card, run.cfg.sampling.sigmas or None, _processor_files(run, name))
+
+
+def _export_adapter(run: Run, out: str | pathlib.Path, name: str, average: str, dtype: str, transformer_only: bool, comfyui: bool,
+                    step: int | None) -> pathlib.Path:
+  """Writes the adapter of a stage. Of its base no weight is read."""
+  settings = run.stages[name].adapter
+  if not settings.rank:
+    raise ValueError(f"Stage {name!r} trained all weights of its generator, not an adapter: leave --lora out.")
+  if transformer_only:
+    raise ValueError("--transformer_only writes the whole generator: leave it out to write the adapter alone.")
+  return export_lora(out, run.nets.model, run.deployed_adapter(name, average, step), settings.scale, dtype, comfyui)
 
 
 def _processor_files(run: Run, stage_name: str) -> dict[str, bytes]:
@@ -97,7 +112,8 @@ def _stage_row(run: Run, stage: StageConfig, step: int | None) -> Sequence[Any]:
   rows = _rows(run, stage.name, step)
   resolutions = ", ".join(f"{r.base_px} px ({', '.join(map(str, r.ratios))}) x {r.batch_size}" for r in stage.resolutions)
   mixture = ", ".join(f"{part.name}/{part.split} {part.task} x {part.weight:g}" for part in stage.mixture)
-  return stage.name, stage.algorithm.name, stage.start_from, step or (rows[-1]["step"] if rows else 0), resolutions, mixture
+  method = stage.algorithm.name + (f", LoRA of rank {stage.adapter.rank}" if stage.adapter.rank else "")
+  return stage.name, method, stage.start_from, step or (rows[-1]["step"] if rows else 0), resolutions, mixture
 
 
 def _figures(run: Run, stage_name: str, at: int | None) -> str:

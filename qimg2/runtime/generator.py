@@ -21,7 +21,7 @@ from qimg2.runtime.kept_states import KeptStates, digest
 from qimg2.runtime.masks import free_latents, paste
 from qimg2.runtime.offload import Offloaded
 from qimg2.runtime.phases import Phases
-from qimg2.training.stage import Part
+from qimg2.training.programs import Part
 
 
 class Source(Protocol):

@@ -12,7 +12,7 @@ from jax.experimental.layout import Format, Layout
 
 from qimg2 import networks, sampler, sharding
 from qimg2.models import vae, vae_tiling
-from qimg2.training.stage import Part
+from qimg2.training.programs import Part
 
 ENCODE_TEXT, ENCODE_IMAGE, DENOISE, DECODE_IMAGE = "encode_text", "encode_image", "denoise", "decode_image"
 LAYOUT_PLATFORMS = ("tpu",)

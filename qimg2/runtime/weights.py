@@ -6,19 +6,21 @@ are those of `qimg2.runtime.config.sources`. A role that starts as another, such
 
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from qimg2 import adapters, sharding
 from qimg2 import params as P
-from qimg2 import sharding
 from qimg2.algorithms import Algorithm
+from qimg2.algorithms.adapter import BASE
 from qimg2.places import Place, find_place, is_complete
 from qimg2.published.folder import check_configs, check_sampling, has_head, load_weights, open_folder
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
+from qimg2.runtime.held_adapters import HeldAdapters
 from qimg2.runtime.offload import Loaded, Offloaded, from_host
 from qimg2.training.changes import check_frozen, saved_description
 from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights, saved_steps
@@ -26,7 +28,7 @@ from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights,
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
 
 
-class StageWeights:
+class StageWeights(HeldAdapters):
   """What a `qimg2.runtime.run.Run` knows of weights; see there for its attributes."""
 
   def role_specs(self, stage: StageConfig) -> dict[str, dict]:
@@ -59,10 +61,10 @@ class StageWeights:
       return params, {}
     held, specs = self._items(source), self.role_specs(stage)
     return params, {name: self._item(source, f"average.{name}", specs[average.role])
-                    for name, average in algorithm.averages.items() if f"average.{name}" in held}
+                    for name, average in algorithm.averages.items() if {f"average.{name}", f"params.{average.role}"} <= set(held)}
 
-  def frozen_weights(self, stage: StageConfig) -> dict[str, dict]:
-    """The weights of the stage's frozen roles.
+  def frozen_weights(self, stage: StageConfig, networks: Collection[str] = ()) -> dict[str, dict]:
+    """The weights of the stage's frozen roles, or of those of some networks alone.
 
     A role without a source of its own that starts as another one is read where the stage's weights start. Any other one comes from the published
     folder that the stage, or the stages before it, started from; without such a folder its weights are drawn from the seed, saved with the run, and
@@ -71,7 +73,9 @@ class StageWeights:
     Raises:
       ValueError: weights that are not there, or a latent cache in the stage's mixture that other weights made.
     """
-    weights = {role: self._frozen_role(stage, role) for role in self.algorithm(stage).frozen}
+    algorithm = self.algorithm(stage)
+    wanted = [role for role in algorithm.frozen if not networks or algorithm.roles[role].network in networks]
+    weights = {role: self._frozen_role(stage, role) for role in wanted}
     if not self._trained:
       self.check_data(stage, weights)
     return weights
@@ -80,6 +84,7 @@ class StageWeights:
     """{frozen role: (folder, newest intact step)} of those that are read from a stage of another run, which may train on meanwhile. Where it need not
     be `intact`, no byte of a checkpoint is read."""
     sources = {role: self._frozen_source(stage, role) for role in self.algorithm(stage).frozen}
+    sources |= {role: list(self.adapter_chain(source))[-1] for role, source in sources.items() if self._is_base(stage, role)}
     folders = {role: self._folder(source) / "checkpoints" for role, source in sources.items() if source.kind == "folder"}
     newest = lambda folder: Checkpoints(folder).latest_step() if intact else newest_step(folder)
     return {role: (str(folder.parent), newest(folder)) for role, folder in folders.items() if folder.is_dir()}
@@ -106,7 +111,7 @@ class StageWeights:
     sources = [self._frozen_source(stage, role) for role in self.algorithm(stage).frozen]
     if newest_step(self.workdir / stage.name / "checkpoints") is None:
       sources.append(parse_source(stage.start_from))
-    return {source.name for source in sources if source.kind == "stage"}
+    return {one.name for source in sources for one in self.adapter_chain(source) if one.kind == "stage"}
 
   def _frozen_source(self, stage: StageConfig, role: str) -> Source:
     source = parse_source(stage.frozen.get(role, "default"))
@@ -157,6 +162,14 @@ class StageWeights:
     algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name, step)
     return algorithm.deployed(choose_average(algorithm, weights, name, average))
 
+  def deployed_adapter(self, name: str, average: str = DEPLOYED, step: int | None = None) -> dict:
+    """The adapter of a stage's generator, of what `deployed_weights` would give. No other weight is read."""
+    algorithm, specs, weights = self.algorithm(self.stages[name]), self.role_specs(self.stages[name]), self.stage_weights(name, step)
+    known = LazyWeights({one: (lambda one=one: self._abstract(specs[one])) if one in algorithm.frozen else (lambda one=one: weights[one])
+                         for one in weights})
+    deployed = algorithm.deployed(choose_average(algorithm, known, name, average))
+    return adapters.taken(deployed[algorithm.roles[BASE].network])
+
   def offloaded_weights(self, name: str, average: str = DEPLOYED, step: int | None = None) -> Offloaded:
     """`deployed_weights` in host memory: read role by role, and put onto the devices network by network, whenever one is needed."""
     algorithm, weights = self.algorithm(self.stages[name]), self.stage_weights(name, step).then(sharding.to_host)
@@ -177,13 +190,23 @@ class StageWeights:
 
   def _read(self, stage: StageConfig, role: str, source: Source) -> dict:
     """A role of a stage from a source that is not "default"."""
-    algorithm, specs = self.algorithm(stage), self.role_specs(stage)[role]
+    one, specs = self.algorithm(stage).roles[role], self.role_specs(stage)[role]
+    if one.adapter:
+      found = self.start_adapter(stage, source)
+      return self.random_weights(stage, role) if found is None else found
+    name, held = one.start or role, self.held_adapter(source, one.network) if BASE in (role, one.start) else None
+    if held:
+      base = self._read(stage, role, held.base)
+      return base if self._is_base(stage, role) else held.merge_into(base)
     if source.kind == "scratch":
       return self.random_weights(stage, role)
     if source.kind == "diffusers":
-      return self._published(source, algorithm.roles[role].network, specs)
-    name = algorithm.roles[role].start or role
+      return self._published(source, one.network, specs)
     return self._item(source, f"average.{source.average}" if source.average else f"params.{name}", specs)
+
+  def _is_base(self, stage: StageConfig, role: str) -> bool:
+    """Whether a role of a stage is what its adapter is for."""
+    return bool(stage.adapter.rank) and role == BASE
 
   def _folder(self, source: Source) -> Place:
     return self.workdir / source.name if source.kind == "stage" else find_place(source.name, "start_from")
@@ -236,10 +259,13 @@ class StageWeights:
     """
     algorithm = self.algorithm(stage)
     source = parse_source(stage.start_from) if role in algorithm.trained else self._frozen_source(stage, role)
-    if source.kind == "diffusers":
+    if algorithm.roles[role].adapter:
+      self.check_start_adapter(stage, source)
+    elif source.kind == "diffusers":
       self._published(source, algorithm.roles[role].network, self.role_specs(stage)[role], read=False)
 
   def _published(self, source: Source, network: str, specs: dict, read: bool = True) -> dict:
+    """The weights of a network in a published folder."""
     published = open_folder(source.name, transformer=source.transformer)
     check_configs(published, **{name: config for name, config in self.nets.configs().items() if name == network})
     if network == "mmdit":

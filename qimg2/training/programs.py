@@ -8,7 +8,7 @@ import concurrent.futures
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
@@ -21,6 +21,27 @@ MAX_THREADS = 8
 WORDS = ("stop", "save")  # what a wait for a program may be broken off for
 POLL_S = 0.2
 _THREAD = "compile-step"  # beginning of the threads' names
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A program of a stage that is not compiled yet.
+
+  Attributes:
+    function, arguments: a jitted function and its abstract arguments.
+    times: how often a step calls it, or a run of another program.
+    beside: abstract arrays that are on the devices while it runs, and none of its arguments.
+    key: equal for equal programs of several buckets; None where each has its own.
+  """
+  function: Any
+  arguments: tuple
+  times: int = 1
+  beside: Any = ()
+  key: Hashable = None
+
+  def compile(self, options: dict[str, Any]) -> jax.stages.Compiled:
+    """The program. Nothing is run."""
+    return self.function.lower(*self.arguments).compile(compiler_options=options)
 
 
 @dataclasses.dataclass(frozen=True)

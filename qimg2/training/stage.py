@@ -7,7 +7,7 @@ and can be saved. A step of one micro-batch is one program in any case.
 
 import dataclasses
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -18,10 +18,11 @@ from qimg2.algorithms import Algorithm
 from qimg2.sharding import Rules, compile_options, replicated
 from qimg2.training.faults import Settings
 from qimg2.training.metrics import MetricsWriter
-from qimg2.training.programs import SplitStep, WholeStep
+from qimg2.training.programs import Part, SplitStep, WholeStep
 from qimg2.training.rollout import Programs, compile_rollout
 from qimg2.training.state import Optimizers, TrainState, make_split_step, make_step
 from qimg2.training.tracker import Tracker
+from qimg2.training.watch import Settings as WatchSettings
 
 RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 
@@ -55,6 +56,7 @@ class Stage:
     first_needed: the numbers of all buckets in the order in which the steps from the given one on need them: their programs are compiled in this
       order while training runs. None compiles all before the first step.
     tracker: gets the metrics and pictures, beside TensorBoard; on the first process alone.
+    watch: rules that end the stage early.
   """
   name: str
   algorithm: Algorithm
@@ -76,6 +78,7 @@ class Stage:
   local_copies: tuple[str, float] = ("", 0.0)
   keep_every_steps: int = 0
   tracker: Tracker | None = None
+  watch: WatchSettings = WatchSettings()
 
 
 def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,
@@ -85,27 +88,6 @@ def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict
     return None
   shapes = tqdm(stage.batch_shapes, desc=f"{stage.name}: compile rollouts", unit="bucket", disable=None, leave=False)
   return [compile_rollout(stage.algorithm, nets, abstract, _shapes(frozen), batch, mesh, rules) for batch in shapes]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """A program of a step that is not compiled yet.
-
-  Attributes:
-    function, arguments: a jitted function and its abstract arguments.
-    times: how often a step calls it.
-    beside: abstract arrays that are on the devices while it runs, and none of its arguments.
-    key: equal for equal programs of several buckets; None where each has its own.
-  """
-  function: Any
-  arguments: tuple
-  times: int = 1
-  beside: Any = ()
-  key: Hashable = None
-
-  def compile(self, options: dict[str, Any]) -> jax.stages.Compiled:
-    """The program. Nothing is run."""
-    return self.function.lower(*self.arguments).compile(compiler_options=options)
 
 
 def step_parts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,

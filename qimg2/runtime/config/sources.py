@@ -3,7 +3,8 @@
   scratch             drawn from the seed
   default             for frozen roles: from the diffusers folder that the chain of stages started from, or else as "scratch"
   stage:NAME          the last checkpoint of an earlier stage; stage:NAME:ema its averaged weights
-  diffusers:DIR       a folder in the published layout; diffusers:DIR,transformer=FILE has the generator's weights from a file of their own
+  diffusers:DIR       a folder in the published layout; diffusers:DIR,transformer=FILE has the generator's weights from a file of their own, and
+                      diffusers:DIR,lora=FILE an adapter of them: a stage with an adapter goes on with it, for any other it is added to them
   FOLDER, FOLDER:ema  a stage's folder in another run; or a folder of weights alone, such as another run's frozen/<role>
 """
 
@@ -11,11 +12,11 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
-from data_pipelines.records import local_folder
+from data_pipelines.folders import local_folder
 from qimg2.places import Place, find_place
 
 DIFFUSERS, STAGE = "diffusers:", "stage:"
-TRANSFORMER = ",transformer="
+TRANSFORMER, LORA = ",transformer=", ",lora="  # in this order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Source:
     average: name of the averaged weights to take, "" for the weights themselves.
     transformer: file of the generator's weights, "" for those of the folder.
     step: of a stage's checkpoint, None for the newest.
+    lora: file of an adapter of the generator, "" for none.
   """
   kind: str
   name: str = ""
   average: str = ""
   transformer: str = ""
   step: int | None = None
+  lora: str = ""
 
 
 def parse_source(text: str) -> Source:
@@ -41,8 +44,9 @@ def parse_source(text: str) -> Source:
   if text in ("scratch", "default"):
     return Source(text)
   if text.startswith(DIFFUSERS):
-    name, _, transformer = text.removeprefix(DIFFUSERS).partition(TRANSFORMER)
-    return Source("diffusers", name, transformer=transformer)
+    rest, _, lora = text.removeprefix(DIFFUSERS).partition(LORA)
+    name, _, transformer = rest.partition(TRANSFORMER)
+    return Source("diffusers", name, transformer=transformer, lora=lora)
   kind, rest = ("stage", text.removeprefix(STAGE)) if text.startswith(STAGE) else ("folder", text)
   name, colon, average = rest.rpartition(":")
   return Source(kind, name, average) if colon and "/" not in average else Source(kind, rest)
@@ -69,6 +73,8 @@ def check_source(text: str, where: str, earlier: Sequence[str], names: Sequence[
   # A word that is a stage's name is never taken for a folder: those can be written as ./NAME.
   if source.transformer and not local_folder(source.transformer, where).is_file():
     raise ValueError(f"{where} is {text!r}, but there is no file {source.transformer!r}: give the generator's weights as .safetensors or .gguf.")
+  if source.lora and not local_folder(source.lora, where).is_file():
+    raise ValueError(f"{where} is {text!r}, but there is no file {source.lora!r}: give a LoRA as .safetensors.")
   if source.kind in ("folder", "diffusers") and source.name not in ("", *names) and _find(source, where).is_dir():
     return
   near = difflib.get_close_matches(source.name, earlier, 1) if source.kind in ("stage", "folder") and "/" not in source.name else []

@@ -19,6 +19,7 @@ from qimg2.runtime.evaluating.folder import Folder
 from qimg2.runtime.evaluating.job import Share, Work, evaluate_into, work_of_images, work_of_painter
 from qimg2.runtime.evaluating.registry import SEED, make_suite
 from qimg2.runtime.evaluating.summary import prompt_set
+from qimg2.runtime.loras import parse_lora
 from qimg2.runtime.processes import from_first
 from qimg2.runtime.rehearsal.drawing import Drawer, Opened
 from qimg2.runtime.run import Run, load_run
@@ -126,7 +127,12 @@ def _painter(opened: Opened, drawer: Drawer, weights: Callable[[], Mapping], tas
 
 
 def _model(drawer: Drawer, opened: Opened) -> dict[str, Any]:
-  """What tells a model from another one."""
+  """What tells a model from another one; loras, (name, scale, content), where it has some."""
+  loras = [[pathlib.Path(path).name, scale, _sampled(pathlib.Path(path))] for path, scale in map(parse_lora, drawer.loras)]
+  return _weights(drawer, opened) | ({"loras": loras} if loras else {})
+
+
+def _weights(drawer: Drawer, opened: Opened) -> dict[str, Any]:
   if not drawer.pretrained:
     run, stage = opened.source, opened.where.removeprefix("stage ")
     checkpoints = run.workdir / stage / "checkpoints"

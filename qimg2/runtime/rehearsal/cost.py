@@ -5,7 +5,8 @@
 s(t, r) is the bound of the square bucket with the longest prompts, either with perfect overlap or with none, see `qimg2.analysis.roofline`. Equal
 numbers of usable records at each resolution are assumed. Evaluation, saves, restarts and waiting for data are left out.
 
-A row counts for each stage with its kind of networks, bucket and batch size: such steps differ in nothing but their rates.
+A row counts for each stage with its method, bucket and batch size: such steps differ in nothing but their rates. A step with a rollout is the sum of
+its programs.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ from typing import Any
 
 from data_pipelines.buckets import bucket_size
 from qimg2.runtime.config import RunConfig, StageConfig
-from qimg2.runtime.rehearsal.table import STEP, columns
+from qimg2.runtime.config.rewards import declare
+from qimg2.runtime.methods import make_algorithm
+from qimg2.runtime.rehearsal.table import ROLLOUT, STEP, columns, serial_s
 
 DAY_S = 24 * 3600
 
@@ -58,8 +61,8 @@ def costs(cfg: RunConfig, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cost]
   Raises:
     ValueError: rows of another config, without times, or for none of the stages.
   """
-  kinds, times = {stage.name: stage.kind for stage in cfg.stages}, {}
-  steps = [row for row in rows if row.get("program", STEP) == STEP]
+  kinds, times = {stage.name: _kind(cfg, stage) for stage in cfg.stages}, {}
+  steps = [row for row in rows if row.get("program", STEP) in (STEP, *ROLLOUT)]
   for row in sorted(steps, key=lambda row: row["num_tokens"]):  # the longest prompts come last, and stay
     if row["stage"] not in kinds:
       raise ValueError(f"The rows have a stage {row['stage']!r}, which the config has not: give the rows of this config.")
@@ -67,20 +70,26 @@ def costs(cfg: RunConfig, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cost]
       raise ValueError(f"The row of stage {row['stage']!r}, {row['task']} {row['height']}x{row['width']}, has no times, because it does not fit or "
                        "its devices have no published rates: rehearse a plan that fits, for a TPU.")
     bound = row["bound"]
-    serial = sum(bound[key] for key in ("compute_s", "hbm_s", "ici_s", "dcn_s"))
-    times[kinds[row["stage"]], row["task"], row["height"], row["width"], row["batch_size"]] = bound["step_s"], serial
+    key = kinds[row["stage"]], row["task"], row["height"], row["width"], row["batch_size"]
+    times.setdefault(key, {})[row.get("program", STEP)] = bound["step_s"], serial_s(bound)
   found, missing = [], {}
   for stage in cfg.stages:
     shares = _shares(stage)
-    lacking = [key for key in shares if (stage.kind, *key) not in times]
+    lacking = [key for key in shares if (kinds[stage.name], *key) not in times]
     if lacking:
       missing[stage.name] = "{} {}x{}, batch {:,}".format(*lacking[0])
     else:
-      means = (sum(share * times[stage.kind, *key][which] for key, share in shares.items()) for which in range(2))
+      means = (sum(share * sum(one[which] for one in times[kinds[stage.name], *key].values()) for key, share in shares.items()) for which in range(2))
       found.append(Cost(stage.name, stage.num_steps, *means))
   if not found:
     raise ValueError(f"The rows are for no whole stage: {next(iter(missing))} lacks {next(iter(missing.values()))}; rehearse its squares, too.")
   return found, missing
+
+
+def _kind(cfg: RunConfig, stage: StageConfig) -> str:
+  """Equal for stages whose steps take as long for the same bucket: those of one method, and with rollouts of the same settings."""
+  method = stage.algorithm
+  return str(method.section()) if make_algorithm(method.name, method.settings, cfg.schedule, declare(stage.rewards)).rollout else method.name
 
 
 def _shares(stage: StageConfig) -> dict[tuple[str, int, int, int], float]:

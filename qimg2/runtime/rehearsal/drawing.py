@@ -12,6 +12,7 @@ import jax
 
 from qimg2.analysis import roofline
 from qimg2.runtime.generator import Source
+from qimg2.runtime.loras import Loras
 from qimg2.runtime.phases import DENOISE, LAYOUT_PLATFORMS, NETWORK
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.rehearsal import table, topology
@@ -19,7 +20,7 @@ from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measu
 from qimg2.runtime.run import load_run
 from qimg2.runtime.sampling import Request, prepare, pretrained_defaults, run_defaults, sampling_stage
 from qimg2.runtime.weights import DEPLOYED
-from qimg2.training.stage import Part
+from qimg2.training.programs import Part
 
 HERE = "here"  # in place of a topology: the devices of this machine
 TILE_PX = 256
@@ -28,7 +29,7 @@ TILE_PX = 256
 @dataclasses.dataclass(frozen=True)
 class Drawer:
   """Where networks come from: a published folder, with a file of the generator's weights or its own, or a run's, a stage, average and step of the
-  run; and the compute type or None for the default."""
+  run; the compute type or None for the default; and LoRA files on top, see `qimg2.runtime.loras.parse_lora`."""
   pretrained: str = ""
   workdir: str = ""
   stage: str = ""
@@ -36,13 +37,22 @@ class Drawer:
   dtype: str | None = None
   transformer: str = ""
   step: int | None = None
+  loras: tuple[str, ...] = ()
 
   def open(self, devices: Sequence[Any] | None = None) -> "Opened":
     """What draws, on these devices or on all. No weights are read.
 
     Raises:
-      ValueError: there is no such folder, run or stage.
+      ValueError: there is no such folder, run, stage or LoRA.
     """
+    opened = self._open(devices)
+    if not self.loras:
+      return opened
+    loras = Loras(opened.source, self.loras)
+    return dataclasses.replace(opened, load=lambda: loras.on(opened.load()), offloaded=lambda: loras.on_offloaded(opened.offloaded()),
+                               abstract=lambda: loras.on(opened.abstract(), abstract=True))
+
+  def _open(self, devices: Sequence[Any] | None) -> "Opened":
     if self.pretrained:
       source = Pretrained(self.pretrained, self.dtype, devices=devices, transformer=self.transformer)
       return Opened(source, self.transformer or self.pretrained, pretrained_defaults(source), source.load, source.offloaded, source.abstract)

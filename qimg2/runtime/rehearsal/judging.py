@@ -11,7 +11,7 @@ from qimg2 import params as P
 from qimg2 import sharding
 from qimg2.models import qwen3_vl
 from qimg2.runtime.judge import ANSWER_STEP, make_program
-from qimg2.training.stage import Part
+from qimg2.training.programs import Part
 
 
 @dataclasses.dataclass(frozen=True)

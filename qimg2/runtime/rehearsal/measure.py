@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_pipelines.children import end_with_parent
 from qimg2.analysis import hlo
 from qimg2.runtime.rehearsal import topology
-from qimg2.training.stage import Part
+from qimg2.training.programs import Part
 
 
 @dataclasses.dataclass(frozen=True)

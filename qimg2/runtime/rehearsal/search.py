@@ -16,7 +16,7 @@ from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.measure import ChildProcess
 from qimg2.runtime.rehearsal.shapes import Choice
 from qimg2.runtime.rehearsal.steps import Rehearsal
-from qimg2.runtime.rehearsal.table import STEP, Row
+from qimg2.runtime.rehearsal.table import Row
 
 RANKS = {"serial": "serial_mfu", "overlapped": "mfu"}  # by which bound a search ranks: nothing overlaps, or everything
 REMAT = ("none", "dots", "attention", "full", "offload")  # least work first
@@ -42,7 +42,8 @@ def rehearse(cfg: Any, devices: Sequence[Any], chip: roofline.Chip | None, choic
   rows = []
   for stage in chosen_stages(cfg, choice):
     buckets = rehearsal.buckets(stage, choice)
-    for program, bucket in [*((STEP, one) for one in buckets), *(rehearsal.beside_the_step(stage, buckets) if choice.whole else ())]:
+    steps = [(program, one) for one in buckets for program in rehearsal.programs_of_step(stage)]
+    for program, bucket in [*steps, *(rehearsal.beside_the_step(stage, buckets) if choice.whole else ())]:
       rows.append(rehearsal.row(stage, bucket, program, choice))
       done(rows[-1])
   if not rows:

@@ -2,6 +2,7 @@
 and what is read from it. See `launch.rehearse`.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +17,17 @@ from qimg2 import params as P
 from qimg2.analysis import flops, hlo, roofline
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.generator import Generator, Size
-from qimg2.runtime.methods import make_algorithm
+from qimg2.runtime.idle import idle_roles
+from qimg2.runtime.methods import stage_algorithm
 from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.shapes import SYSTEM_TOKENS, Choice, Shapes, find_tokenizer
-from qimg2.runtime.rehearsal.table import EVALUATION, STEP, Row
-from qimg2.training.stage import Part, Stage, step_parts
+from qimg2.runtime.rehearsal.table import EVALUATION, GENERATE, JUDGE, MINIBATCHES, ROLLOUT, STEP, Row
+from qimg2.training.programs import Part
+from qimg2.training.rollout import RolloutParts, rollout_parts
+from qimg2.training.stage import Stage, step_parts
 from qimg2.training.state import TrainState, abstract_state, make_optimizers
 from qimg2.training.validation import bin_sums
 
@@ -58,30 +63,36 @@ class Rehearsal(Shapes):
     stage = self._stage(config, bucket, program)
     algorithm, (nets, accumulate), (batch,) = stage.algorithm, *stage.variants, stage.batch_shapes
     types = {name: (own.mu_dtype, own.gradient_dtype) for name, own in ({"": config.optimizer} | dict(config.optimizers)).items()}
-    key = str((plain(config.algorithm), bucket, nets.model.remat, accumulate, types, stage.faults.stop_after, program))
+    key = str((plain(config.algorithm), plain(config.adapter), config.offload_frozen, bucket,
+               nets.model.remat, accumulate, types, stage.faults.stop_after, program))
     if key not in self._measured:
       self._measured[key] = self._measure(stage, config, bucket, program)
     networks_of = lambda roles: {role: algorithm.roles[role].network for role in roles}
-    counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch) if program == STEP else {}
+    rollout, counts = self._rollout(stage, *self._arrays(stage)), {}
+    if program == STEP and not rollout:
+      counts = flops.step_flops(self.nets, networks_of(algorithm.trained), networks_of(algorithm.frozen), batch)
     measured = dict(self._measured[key])
     beside = measured.pop("idle_bytes") + self.beside_bytes(config, choice, program)
     row = Row(stage=config.name, task=bucket.task, height=bucket.height, width=bucket.width, num_sources=len(bucket.source_sizes),
               num_tokens=bucket.num_tokens, batch_size=bucket.batch_size, accumulate=accumulate, num_devices=self.mesh.size,
               mesh=dict(self.mesh.shape), rules=self.cfg.rules, remat=nets.model.remat,
-              model_flops={role: n / self.mesh.size for role, n in counts.items()}, program=program, beside_bytes=beside, **measured)
+              model_flops={role: n / self.mesh.size for role, n in counts.items()}, program=program,
+              num_samples=rollout.num_samples if rollout else 0, beside_bytes=beside, **measured)
     return table.with_bound(row, self.chip, self.mesh)
 
   def _stage(self, config: StageConfig, bucket: Bucket, program: str) -> Stage:
     """What training has for the bucket alone."""
-    algorithm = make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule)
+    algorithm = stage_algorithm(config, self.cfg.schedule, declare(config.rewards))
     shards = self.nets.shard.parts("batch")
-    remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards) if program == STEP else (self.cfg.model.remat, 1)
-    if bucket.batch_size % (shards * accumulate):
+    remat, accumulate = self.cfg.model.remat, config.optimizer.accumulate
+    if program != STEP:
+      accumulate = 1
+    elif algorithm.rollout is None:
+      remat, accumulate = micro_batches.choose(self.cfg, config, bucket, shards)
+    if bucket.batch_size % (shards * (accumulate if algorithm.rollout is None else 1)):  # minibatches have rows of their own
       raise ValueError(f"Stage {config.name!r}: a batch of {bucket.batch_size} cannot be divided over {shards} devices of the axes data and fsdp "
                        f"in {accumulate} micro-batches: change config.mesh, batch_size, or optimizer.accumulate or "
                        "config.micro_batches.")
-    if algorithm.rollout is not None:
-      raise ValueError(f"Stage {config.name!r} has a rollout, and a rehearsal knows steps alone: leave the stage out with --stage.")
     specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
     optimizers = make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers)
     batch, variant = self._batch(bucket, algorithm.unconditional), (micro_batches.with_remat(self.nets, remat), accumulate)
@@ -94,27 +105,52 @@ class Rehearsal(Shapes):
     return jax.tree.map(shape, Loader.example(dataclasses.replace(bucket, batch_size=1), unconditional))
 
   def _arrays(self, stage: Stage) -> tuple[TrainState, dict]:
-    """(abstract state, abstract weights of the frozen roles)."""
-    place = lambda specs: P.abstract(specs, sharding.param_shardings(specs, self.mesh, self.rules))
+    """(abstract state, abstract weights of the frozen roles that are on the devices)."""
+    config = next(one for one in self.cfg.stages if one.name == stage.name)
+    idle = idle_roles(config, stage.algorithm, self.buckets(config))
     return (abstract_state(stage.algorithm, stage.optimizers, stage.specs, self.mesh, self.rules),
-            {role: place(stage.specs[role]) for role in stage.algorithm.frozen})
+            {role: {} if role in idle else self._place(stage.specs[role]) for role in stage.algorithm.frozen})
+
+  def _place(self, specs: dict) -> dict:
+    """Abstract weights."""
+    return P.abstract(specs, sharding.param_shardings(specs, self.mesh, self.rules))
 
   def _parts_of(self, stage: Stage, bucket: Bucket, program: str) -> tuple[tuple[Part, ...], float, float]:
     """(what is compiled: of a step one program or those that it is cut into; bytes of a device that all weights and optimizer state take; those of
     them that no program reads)."""
     state, frozen = self._arrays(stage)
     held = bytes_of((state, frozen))
+    rollout = self._rollout(stage, state, frozen)
     if program == STEP:
-      return step_parts(stage, self.nets, state, frozen, self.mesh)(0), held, 0.0
+      return step_parts(stage, self.nets, state, frozen, self.mesh, rollout and [rollout])(0), held, 0.0
+    if program in ROLLOUT:
+      part = {GENERATE: rollout.generate, JUDGE: rollout.judge, MINIBATCHES: rollout.minibatches}[program]
+      return (part,), held, 0.0
     if program == EVALUATION:
       read = {**frozen, **state.params}
       batch = stage.batch_shapes[0] | {"weight": jax.ShapeDtypeStruct((bucket.batch_size,), jnp.float32)}
       part = Part(jax.jit(bin_sums(stage.algorithm, self.nets)), (read, batch))
     else:
-      read = stage.algorithm.deployed({**frozen, **state.params, **state.averages})
+      idle = {role: self._place(stage.specs[role]) for role, tree in frozen.items() if not tree}
+      read = stage.algorithm.deployed({**frozen, **idle, **state.params, **state.averages})
       size = Size(bucket.height, bucket.width, bucket.num_tokens, bucket.source_sizes, bucket.batch_size)
-      return tuple(part for _, part in Generator(self, size, **self.cfg.sampling.settings()).parts(read)), held, held - bytes_of(read)
+      parts = [part for _, part in Generator(self, size, **self.cfg.sampling.settings()).parts(read, resident=not idle)]
+      if idle:  # one network at a time beside what training has there
+        return tuple(dataclasses.replace(part, beside=_without((frozen, state), part.arguments)) for part in parts), held, 0.0
+      return tuple(parts), held, held - bytes_of(read)
     return (part,), held, held - bytes_of(read)
+
+  def _rollout(self, stage: Stage, state: TrainState, frozen: dict) -> RolloutParts | None:
+    """What the stage does before its step."""
+    if stage.algorithm.rollout is None:
+      return None
+    nets, _ = stage.variants[0]
+    return rollout_parts(stage.algorithm, nets, state, frozen, stage.batch_shapes[0], self.mesh, self.rules)
+
+  def programs_of_step(self, config: StageConfig) -> tuple[str, ...]:
+    """The programs that a step of a stage is, in their order."""
+    rollout = stage_algorithm(config, self.cfg.schedule, declare(config.rewards)).rollout
+    return (STEP,) if rollout is None else (GENERATE, *(JUDGE,) * bool(rollout.by_device), MINIBATCHES, STEP)
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit. "idle_bytes" are weights and state that it does not read."""
@@ -140,7 +176,7 @@ class Rehearsal(Shapes):
       stages = tuple(config if one.name == config.name else one for one in self.cfg.stages)
       arguments = dataclasses.replace(self.cfg, stages=stages), config.name, bucket, program, number
       child = Child(self.child, f"stage {config.name!r}", _answer, arguments)
-    options = sharding.compile_options(self.mesh) if program == STEP else {}
+    options = sharding.compile_options(self.mesh) if program in (STEP, *ROLLOUT) else {}
     return measure(part, self.mesh.size, self.chip.hbm_bytes if self.chip else None, options, child)
 
   def measure_part(self, config: StageConfig, bucket: Bucket, program: str, number: int) -> dict:
@@ -151,6 +187,18 @@ class Rehearsal(Shapes):
     """
     stage = self._stage(config, bucket, program)
     return self._measure_part(self._parts_of(stage, bucket, program)[0][number], config, bucket, program, number)
+
+
+def _without(held: Any, read: Any) -> list[jax.ShapeDtypeStruct]:
+  """The abstract arrays of `held` that are none of `read`, each object as often as it is in both taken away."""
+  own = collections.Counter(map(id, jax.tree.leaves(read)))
+  rest = []
+  for x in jax.tree.leaves(held):
+    if own[id(x)]:
+      own[id(x)] -= 1
+    else:
+      rest.append(x)
+  return rest
 
 
 def _answer(devices: Sequence[Any], chip: roofline.Chip | None, cfg: RunConfig, name: str, bucket: Bucket, program: str, number: int) -> dict:

@@ -1,7 +1,7 @@
 """The rows of `launch.rehearse`: what was measured, the bound that follows, and both as text and JSON."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -10,7 +10,8 @@ from qimg2.analysis import hlo, roofline
 from qimg2.analysis.roofline import GIB
 from qimg2.runtime.config import StageConfig
 
-PROGRAMS = STEP, EVALUATION, SAMPLES = "step", "evaluation", "samples"  # what a stage compiles
+PROGRAMS = STEP, EVALUATION, SAMPLES, GENERATE, JUDGE, MINIBATCHES = "step", "evaluation", "samples", "rollout", "judge", "minibatches"
+ROLLOUT = GENERATE, JUDGE, MINIBATCHES  # what comes before the step of a method that learns from its own samples, and is a part of it
 HEADROOM = 0.9  # of the memory, which a plan should not exceed: the next compiler may need a little more
 
 
@@ -26,7 +27,8 @@ class Row:
     model_flops: role -> FLOPs by `qimg2.analysis.flops`.
     peak_bytes, limit_bytes: memory that the program reserves, and what there is; None for devices without a limit.
     compile_s: seconds.
-    program: one of `PROGRAMS`.
+    program: one of `PROGRAMS`, what a stage compiles.
+    num_samples: of a stage with rollouts, the pictures that a step draws and learns from.
     beside_bytes: what else is on the device while it runs: batches on their way, held-out ones, state that the program does not read.
     traffic: what the compiled program does; None if it does not fit.
     collectives: rows of kind, dtype, axes, bytes, calls, route: the traffic's messages added up by kind, type and mesh axes.
@@ -49,6 +51,7 @@ class Row:
   limit_bytes: float | None
   compile_s: float
   program: str = STEP
+  num_samples: int = 0
   beside_bytes: float = 0.0
   traffic: hlo.Traffic | None = None
   collectives: tuple[dict, ...] = ()
@@ -184,7 +187,7 @@ def summary(config: StageConfig, rows: Sequence[Row], num_programs: int, exact: 
   worst = max(rows, key=lambda row: row.total_bytes)
   share = "" if worst.limit_bytes is None else f", {worst.total_bytes / worst.limit_bytes:.0%} of the memory"
   times = {program: [row.compile_s for row in rows if row.program == program] for program in PROGRAMS}
-  num = {STEP: num_programs, EVALUATION: num_programs, SAMPLES: len(times[SAMPLES])}
+  num = dict.fromkeys(PROGRAMS, num_programs) | {SAMPLES: len(times[SAMPLES])}
   mean = {program: sum(some) / len(some) for program, some in times.items() if some}
   some = ", ".join(f"{num[program]} of {program} in {seconds:,.0f} s each" for program, seconds in mean.items())
   text = f"{config.name}: most memory takes {bucket_name(worst)}, {worst.total_bytes / GIB:.2f} GiB{share}."
@@ -193,6 +196,29 @@ def summary(config: StageConfig, rows: Sequence[Row], num_programs: int, exact: 
   total = sum(num[program] * seconds for program, seconds in mean.items())
   return (f"{text} Programs{'' if exact else ' at most'}: {some}, {total / 60:,.0f} min one after the other"
           f"{'' if to_the_end else ', machine code not counted'}; seconds are the means of the rows, as measured here.")
+
+
+def phases(rows: Sequence[Row]) -> str:
+  """What one step of a stage with rollouts takes at least, phase by phase, for each of its buckets: seconds where everything inside a program
+  overlaps, where nothing does, and the share of each; and how many pictures a second its rewards on the host must bear to take no longer than the
+  devices. The phases follow one another: a step waits for its rollout, and the rewards on the host for all of its pictures."""
+  lines = []
+  for bucket in dict.fromkeys((row.task, row.height, row.width, row.num_sources, row.num_tokens) for row in rows if row.num_samples):
+    own = [row for row in rows if (row.task, row.height, row.width, row.num_sources, row.num_tokens) == bucket and row.program in (STEP, *ROLLOUT)]
+    if not all(row.bound for row in own):
+      continue
+    times = {row.program: (row.bound["step_s"], serial_s(row.bound)) for row in own}
+    best, worst = (sum(one[place] for one in times.values()) for place in (0, 1))
+    shares = ", ".join(f"{program} {one[1]:,.1f} s ({one[1] / worst:.0%})" for program, one in times.items())
+    lines.append(f"{own[0].stage} {bucket_name(dataclasses.replace(own[0], program=STEP))}: a step of {own[0].num_samples:,} pictures takes at least "
+                 f"{best:,.1f} s, serial {worst:,.1f} s: {shares}. Rewards on the host come on top: at {own[0].num_samples / worst:,.1f} "
+                 "pictures/s they take as long again.")
+  return "\n".join(lines)
+
+
+def serial_s(bound: Mapping[str, float]) -> float:
+  """Seconds of a program of which nothing overlaps."""
+  return sum(bound[key] for key in ("compute_s", "hbm_s", "ici_s", "dcn_s"))
 
 
 def as_json(row: Row) -> dict[str, Any]:
