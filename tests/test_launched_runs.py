@@ -97,7 +97,7 @@ def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, c
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws(alone, tmp_path, one_device):
+def test_two_processes_draw_what_one_draws(alone, tmp_path):
   arguments = lambda num: (f"--workdir={alone}", "--prompt=red star on white", "--prompt=blue A", "--prompt=a green K", "--num_steps=2",
                            "--guidance=2", f"--out={tmp_path}/{num}.png", f"--save_latents={tmp_path}/{num}.npy", f"--pictures={tmp_path}/{num}")
   printed = [commands.launch("launch.sample", *arguments(1)).stdout, *together(2, "-m", "launch.sample", *arguments(2), heartbeat_s=UNHURRIED_S)]
@@ -108,12 +108,12 @@ def test_two_processes_draw_what_one_draws(alone, tmp_path, one_device):
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(alone, tmp_path, one_device):
+def test_two_processes_evaluate_as_one(alone, tmp_path):
   results = []
   for num in (1, 2):
     workdir = shutil.copytree(alone, tmp_path / str(num))
     record = json.loads((workdir / "config.json").read_text())
-    record["config"]["evals"] = {"glyph_edits": {"num_prompts": 4}}  # which draws, from more
+    record["config"]["evals"] = {"glyphs": {"num_prompts": 8}, "glyph_edits": {"num_prompts": 4}}
     (workdir / "config.json").write_text(json.dumps(record))
     if num == 1:
       printed = [commands.launch("launch.evaluate", f"--workdir={workdir}").stdout]
