@@ -255,8 +255,10 @@ def test_chunks_keep_samples_rewards_and_rows_together(tmp_path):
     seen.append(batch["sample_id"].tolist())
     return base.score(samples, batch)
   generate = lambda params, nets, batch, key: base.generate(params, nets, batch, jax.random.key(0))
+  place = np.arange(64) / 64  # so that it matters where a sample stands
+  minibatches = lambda samples, key: base.minibatches({**samples, "rewards": {"near": samples["rewards"]["near"] * place}}, key)
   for chunks in (1, 4):
-    algorithm = scored_by(score, generate=generate, chunks=chunks)
+    algorithm = scored_by(score, generate=generate, minibatches=minibatches, chunks=chunks)
     toy.run(toy.Job("grpo", 1, algorithm=algorithm, eval_every=100, **ONE), tmp_path / str(chunks))
   assert seen == [list(range(16)), *(list(range(first, 16, 4)) for first in range(4))]
   one, four = (next(row for row in rows(tmp_path / chunks) if "skipped" in row) for chunks in ("1", "4"))
