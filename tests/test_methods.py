@@ -229,6 +229,27 @@ def test_each_step_draws_samples_of_its_own(tmp_path):
   assert len(drawn) == 3 and all((one != other).all() for one, other in itertools.combinations(drawn, 2))
 
 
+def test_chunks_keep_samples_rewards_and_rows_together(tmp_path):
+  """With noise that is a function of the rows alone, a rollout in four chunks is the rollout in one; each is scored with its own rows."""
+  base, seen = grpo().rollout, []
+
+  def score(samples, batch):
+    np.testing.assert_array_equal(samples["group"], np.repeat(batch["sample_id"], 4))
+    seen.append(batch["sample_id"].tolist())
+    return base.score(samples, batch)
+  generate = lambda params, nets, batch, key: base.generate(params, nets, batch, jax.random.key(0))
+  place = np.arange(64) / 64  # so that it matters where a sample stands
+  minibatches = lambda samples, key: base.minibatches({**samples, "rewards": {"near": samples["rewards"]["near"] * place}}, key)
+  for chunks in (1, 4):
+    algorithm = scored_by(score, generate=generate, minibatches=minibatches, chunks=chunks)
+    toy.run(toy.Job("grpo", 1, algorithm=algorithm, eval_every=100, **ONE), tmp_path / str(chunks))
+  assert seen == [list(range(16)), *(list(range(first, 16, 4)) for first in range(4))]
+  one, four = (next(row for row in rows(tmp_path / chunks) if "skipped" in row) for chunks in ("1", "4"))
+  np.testing.assert_allclose([four[name] for name in one], list(one.values()), rtol=1e-5, atol=1e-6)
+  with pytest.raises(ValueError, match="divides 16 rows into 3 chunks over 1 parts"):
+    toy.run(toy.Job("grpo", 1, algorithm=scored_by(score, chunks=3), **ONE), tmp_path / "3")
+
+
 @pytest.mark.slow
 def test_each_minibatch_has_a_key_of_its_own(tmp_path):
   method = grpo()

@@ -4,6 +4,7 @@ The host writes the questions, without pictures, because it has the prompts; the
 `judge_NAME_count` [B], 0 where a question is too long to be asked. The device puts the pictures in.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,28 +14,55 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from qimg2 import params as P
 from qimg2.evaluation import judge as pure
 from qimg2.evaluation.rubrics import PICTURES, find_rubric
+from qimg2.models import qwen3_vl
 from qimg2.networks import on_white
 from qimg2.published.language import load_language
 from qimg2.rewards import vlm
 from qimg2.runtime.judge import Judge, Question, fit_size
 from qimg2.sharding import Shard
 
+PUBLISHED_PIXELS = (256 ** 2, 4096 ** 2)  # (fewest, most) of Qwen3-VL's published processors
 NETWORK, ROLE = "judge/qwen3_vl", "judge"
 Size = tuple[int, int]  # (height, width) in px
+
+
+@dataclasses.dataclass(frozen=True)
+class AssumedJudge:
+  """A judge whose folder is not on this machine, of which a rehearsal needs sizes alone. Attributes as of `qimg2.runtime.judge.Judge`."""
+  cfg: qwen3_vl.Config
+  side_px: int
+
+  @property
+  def pixels(self) -> tuple[int, int]:
+    """(fewest, most) px of a picture that it sees as it is; those of the published processor."""
+    return tuple(min(bound, self.side_px ** 2) for bound in PUBLISHED_PIXELS)
+
+  @property
+  def specs(self) -> dict:
+    """The declared weights, in the type that computes."""
+    return P.with_dtype(qwen3_vl.specs(self.cfg), self.cfg.dtype)
+
+  def find_answers(self, answers: Sequence[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
+    """A token for each choice, whichever."""
+    return tuple((number,) for number in range(len(answers)))
 
 
 class JudgedReward:
   """One reward of the judge: a rubric, for pictures of any size."""
 
-  def __init__(self, name: str, settings: vlm.Judge):
-    """Args: of the reward; what it is asked.
+  def __init__(self, name: str, settings: vlm.Judge, assumed: qwen3_vl.Config | None = None):
+    """Args: of the reward; what it is asked; sizes of a judge without a folder, for a rehearsal.
 
     Raises:
       ValueError: as `Judge`, or a rubric whose answers are no tokens of the judge.
     """
-    self.judge = Judge(settings.pretrained, settings.side_px, max_tokens=sys.maxsize, devices=jax.local_devices()[:1])  # its weights are not read
+    if assumed is not None and assumed.vision is None:
+      raise ValueError(f"its folder {settings.pretrained} is not here, and config.encoder, whose sizes are assumed for it, sees no pictures.")
+    read = lambda: Judge(settings.pretrained, settings.side_px, max_tokens=sys.maxsize, devices=jax.local_devices()[:1])  # but no weights
+    self.judge = read() if assumed is None else AssumedJudge(assumed, settings.side_px)
     self._name, self._rubric, self._num_tokens = name, find_rubric(settings.rubric), settings.num_tokens
     self._choices = tuple((answer,) for answer in self._rubric.answers)
     self._answers = tuple(ids[0] for ids in self.judge.find_answers(self._choices))
@@ -102,8 +130,8 @@ def resize(pictures: jax.Array, size: Size) -> jax.Array:
 class StageJudge:
   """All rewards of a stage that the judge gives."""
 
-  def __init__(self, settings: Mapping[str, vlm.Judge]):
-    """Args: name -> what is asked, at least one.
+  def __init__(self, settings: Mapping[str, vlm.Judge], assumed: qwen3_vl.Config | None = None):
+    """Args: name -> what is asked, at least one; as in `JudgedReward`.
 
     Raises:
       ValueError: two folders, or as `JudgedReward`.
@@ -111,7 +139,7 @@ class StageJudge:
     folders = sorted({one.pretrained for one in settings.values()})
     if len(folders) > 1:
       raise ValueError(f"the rewards {', '.join(settings)} have the judges {' and '.join(folders)}: a stage has one judge, so name one folder.")
-    self.rewards = {name: JudgedReward(name, one) for name, one in settings.items()}
+    self.rewards = {name: JudgedReward(name, one, assumed) for name, one in settings.items()}
     self._first = next(iter(self.rewards.values())).judge
     self.specs = self._first.specs
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from data_pipelines.records import open_split
 from data_pipelines.specs import DatasetSpec
 from data_pipelines.truths import make_task
 from qimg2.algorithms import Algorithm, Rewards, Role
+from qimg2.models import qwen3_vl
 from qimg2.rewards.scoring import Scorer
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.rewards import declare
@@ -69,15 +71,16 @@ def added_shapes(rewards: Rewards | None, judge: StageJudge | None, bucket: Buck
   return category | (judge.shapes(bucket.batch_size, (bucket.height, bucket.width), bucket.source_sizes) if judge else {})
 
 
-def open_judge(stage: StageConfig) -> StageJudge | None:
-  """The judge of a stage, None where it has none; its weights are not read.
+def open_judge(stage: StageConfig, assumed: qwen3_vl.Config | None = None) -> StageJudge | None:
+  """The judge of a stage, None where it has none; its weights are not read. With `assumed`, the sizes of one whose folder is not here.
 
   Raises:
     ValueError: its folder or a rubric is not what it should be.
   """
   asked = {name: one.make().judge for name, one in stage.rewards.items() if one.make().judge}
   try:
-    return StageJudge(asked) if asked else None
+    here = assumed is None or any(pathlib.Path(one.pretrained).is_dir() for one in asked.values())
+    return StageJudge(asked, None if here else assumed) if asked else None
   except ValueError as error:
     raise ValueError(f"Stage {stage.name!r} has a judge, but {error}") from error
 

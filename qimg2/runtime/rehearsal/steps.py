@@ -14,18 +14,20 @@ from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Loader
 from qimg2 import networks, sharding
 from qimg2 import params as P
+from qimg2.algorithms import Algorithm
 from qimg2.analysis import flops, hlo, roofline
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.idle import idle_roles
+from qimg2.runtime.judged import NETWORK, StageJudge
 from qimg2.runtime.methods import stage_algorithm
 from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.shapes import SYSTEM_TOKENS, Choice, Shapes, find_tokenizer
 from qimg2.runtime.rehearsal.table import EVALUATION, GENERATE, JUDGE, MINIBATCHES, ROLLOUT, STEP, Row
-from qimg2.runtime.rewards import added_shapes
+from qimg2.runtime.rewards import added_shapes, open_judge, with_judge
 from qimg2.training.programs import Part
 from qimg2.training.rollout import RolloutParts, rollout_parts
 from qimg2.training.stage import Stage, step_parts
@@ -51,6 +53,7 @@ class Rehearsal(Shapes):
     super().__init__(cfg, tokenizer, shard.parts("batch"))
     self.nets = networks.Networks(cfg.model, cfg.encoder, cfg.vae, tokenizer.num_system_tokens if tokenizer else SYSTEM_TOKENS, shard)
     self.specs = self.nets.specs()
+    self._judges: dict[str, StageJudge | None] = {}
     self._measured: dict[str, dict] = {}
 
   def row(self, config: StageConfig, bucket: Bucket, program: str = STEP, choice: Choice = Choice()) -> Row:
@@ -83,7 +86,7 @@ class Rehearsal(Shapes):
 
   def _stage(self, config: StageConfig, bucket: Bucket, program: str) -> Stage:
     """What training has for the bucket alone."""
-    algorithm = stage_algorithm(config, self.cfg.schedule, declare(config.rewards))
+    algorithm, judge = self._algorithm(config), self._judge(config)
     shards = self.nets.shard.parts("batch")
     remat, accumulate = self.cfg.model.remat, config.optimizer.accumulate
     if program != STEP:
@@ -94,7 +97,7 @@ class Rehearsal(Shapes):
       raise ValueError(f"Stage {config.name!r}: a batch of {bucket.batch_size} cannot be divided over {shards} devices of the axes data and fsdp "
                        f"in {accumulate} micro-batches: change config.mesh, batch_size, or optimizer.accumulate or "
                        "config.micro_batches.")
-    specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
+    specs = algorithm.specs(self.specs | ({NETWORK: judge.specs} if judge else {}), self.nets.compute_dtypes())
     optimizers = make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers)
     batch, variant = self._batch(config, bucket, algorithm.unconditional), (micro_batches.with_remat(self.nets, remat), accumulate)
     return Stage(config.name, algorithm, optimizers, specs, config.num_steps, (batch,), faults=config.faults, variants=(variant,))
@@ -104,7 +107,19 @@ class Rehearsal(Shapes):
     rows = sharding.batch_sharding(self.mesh, self.rules)
     shape = lambda x: jax.ShapeDtypeStruct((bucket.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
     row = dataclasses.replace(bucket, batch_size=1)
-    return jax.tree.map(shape, Loader.example(row, unconditional) | added_shapes(declare(config.rewards), None, row))
+    return jax.tree.map(shape, Loader.example(row, unconditional) | added_shapes(declare(config.rewards), self._judge(config), row))
+
+  def _judge(self, config: StageConfig) -> StageJudge | None:
+    """The judge of a stage's rewards, of the size of the encoder where its folder is not here."""
+    if config.name not in self._judges:
+      self._judges[config.name] = open_judge(config, self.cfg.encoder)
+    return self._judges[config.name]
+
+  def _algorithm(self, config: StageConfig) -> Algorithm:
+    """The stage's algorithm, with the judge of its rewards."""
+    judge = self._judge(config)
+    made = stage_algorithm(config, self.cfg.schedule, declare(config.rewards, judge=judge and judge.score))
+    return with_judge(made) if judge else made
 
   def _arrays(self, stage: Stage) -> tuple[TrainState, dict]:
     """(abstract state, abstract weights of the frozen roles that are on the devices)."""
@@ -151,7 +166,7 @@ class Rehearsal(Shapes):
 
   def programs_of_step(self, config: StageConfig) -> tuple[str, ...]:
     """The programs that a step of a stage is, in their order."""
-    rollout = stage_algorithm(config, self.cfg.schedule, declare(config.rewards)).rollout
+    rollout = self._algorithm(config).rollout
     return (STEP,) if rollout is None else (GENERATE, *(JUDGE,) * bool(rollout.by_device), MINIBATCHES, STEP)
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
