@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kill_points import last_arrays
-from small_networks import FEATURES, LATENTS, NETS, PIXELS, abstract_batch
+from small_networks import FEATURES, NETS, PIXELS, abstract_batch
 
 from qimg2 import params as P
 from qimg2.algorithms import Rewards
@@ -99,13 +99,10 @@ def test_what_learns_by_contrast_gets_nearer(tmp_path):
   assert rows[0]["away_from_reference"] < rows[-1]["away_from_reference"] and 0.4 < rows[0]["good"] < 0.6
 
 
-@pytest.mark.parametrize("make, settings, fields, is_edit", [
-    (grpo, dict(guidance_in_loss=True), PIXELS, True), (grpo, dict(), FEATURES, True), (nft, dict(guidance=2.0), LATENTS, False)])
-def test_the_networks_of_a_run_take_part_from_prompt_to_loss(make, settings, fields, is_edit):
-  """Edits and drawing, from pixels and from caches, as far as shapes tell."""
+@pytest.mark.parametrize("make, settings, fields", [(grpo, dict(guidance_in_loss=True), FEATURES), (nft, dict(guidance=2.0), PIXELS)])
+def test_the_networks_of_a_run_take_part_from_prompt_to_loss(make, settings, fields):
+  """Edits, from pixels and from a cache, as far as shapes tell."""
   method = make(**settings)
-  if not is_edit:
-    fields = {name: () if name in ("sources", "source_latents") else field for name, field in fields.items()}
   fields = fields | {f"null_{name}": fields[name] for name in ("tokens", "token_count", "features") if name in fields}
   params = {name: P.abstract(NETS.specs()[role.network]) for name, role in method.roles.items()}
   params |= {name: params[average.role] for name, average in method.averages.items()}

@@ -47,7 +47,7 @@ def test_settings_that_are_none_are_refused():
     sde.SDE("cps", 1.2)
 
 
-@pytest.mark.parametrize("kind, eta, spread, num_steps", [("flow", 0.7, 0.5, 96), ("dance", 0.3, 0.5, 96), ("cps", 0.8, 0.0, 8)])
+@pytest.mark.parametrize("kind, eta, spread, num_steps", [("flow", 0.7, 0.5, 96), ("cps", 0.8, 0.0, 8)])
 def test_gaussian_data_keeps_its_marginals(kind, eta, spread, num_steps):
   """The exact velocity of N(1.5, spread²). The noise is redrawn whole several times, so that what is there in the end was drawn by the SDE."""
   centre, num = 1.5, 600
@@ -111,9 +111,9 @@ def test_a_kept_path_gives_back_each_step_under_the_policy_that_learns():
   policy = lambda x, t: (3 * net({}, x, jnp.full(4, t), cond), net({}, x, jnp.full(4, t), cond))
   steps, learned = sde.SDE().steps(SIGMAS), jnp.array([[2, 3], [1, 2], [2, 3], [3, 4]])
   drawn = (jnp.arange(8)[None] >= learned[:, :1]) & (jnp.arange(8)[None] <= learned[:, 1:])
-  _, path = sde.sample(policy, noise, steps, drawn, learned, jax.random.key(3), jnp.arange(4))
+  _, path = jax.jit(lambda: sde.sample(policy, noise, steps, drawn, learned, jax.random.key(3), jnp.arange(4)))()
   own = steps.at(path.step[:, 0])
   ended = own.mean(path.x[:, 0], path.velocity[:, 0]) + own.deviation[:, None, None, None] * path.noise[:, 0]
   np.testing.assert_allclose(ended, path.x[:, 1], atol=2e-6)
-  np.testing.assert_array_equal(path.velocity[2, 1], net({}, path.x[:, 1], steps.sigma[path.step[:, 1]], cond)[2])
+  np.testing.assert_allclose(path.velocity[2, 1], net({}, path.x[:, 1], steps.sigma[path.step[:, 1]], cond)[2], atol=1e-6)
   assert np.abs(np.asarray(path.x[:, 0] - path.x[:, 1])).max() > 0.1

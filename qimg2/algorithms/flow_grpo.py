@@ -20,8 +20,9 @@ stage, because rollout and update do not compute the same policy; with bfloat16 
 
 Memory: a sample keeps, per step that is learned from, three arrays of its latents in float32 (`qimg2.sde.Path`): 3 MiB at 1,024 px with 64 x 64
 latents of 64 channels, so 3.4 GiB per step of 48 groups of 24 over all devices; besides its picture in uint8 and the prompt's states
-(`qimg2.algorithms.rollouts`). It keeps no other part of the way. `chunks` parts of the prompts are drawn one after another, which bounds the
-activations of sampling.
+(`qimg2.algorithms.rollouts`). It keeps no other part of the way. What joins the chunks and what cuts minibatches hold all of it twice for a moment.
+`chunks` parts of the prompts are drawn one after another, which bounds the activations of sampling. With `oversample` above 1 the groups that are
+trained are gathered over devices.
 
 Left out: recomputing the old velocity in the update's program from a copy of the old weights, which costs a pass and 4 bytes per weight; other
 guidance than of one scale; a cache of the prompt's keys and values in the rollout, which would round otherwise than the update.

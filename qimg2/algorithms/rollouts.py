@@ -129,9 +129,9 @@ class Scoring:
     groups, replaced = advantages.choose_groups(spread, num)
     # Where all groups are trained they stay where they are: a gather over devices would move them.
     chosen = lambda x: grouped(x)[groups].reshape(-1, *x.shape[1:]) if num < spread.shape[0] else x
+    rows = {name: samples[name] for name in names} | {"advantage": advantage.reshape(-1), "weight": weight.reshape(-1)}
     figures = {"replaced": replaced / num, "without_spread": 1 - jnp.mean(spread[groups])}
-    return jax.tree.map(chosen, {name: samples[name] for name in names} | {"advantage": advantage.reshape(-1), "weight": weight.reshape(-1)}) | {
-        name: jnp.full(num * self.group, x) for name, x in figures.items()}
+    return jax.tree.map(chosen, rows) | {name: jnp.full(num * self.group, x) for name, x in figures.items()}
 
   def minibatches(self, rows: dict, steps: dict) -> dict:
     """[K, B n / K, ...]: `rows` [B, ...] and `steps` [B, n, ...] as one row for each sample and step, and "first", whether it is in the first
@@ -144,8 +144,8 @@ class Scoring:
     if num % self.num_minibatches:
       raise ValueError(f"{num} samples cannot be divided into num_minibatches={self.num_minibatches}: change it, group or the batch size.")
     cut = lambda x: x.reshape(-1, self.num_minibatches, *x.shape[1:]).swapaxes(0, 1)  # each is spread over all devices
-    data = jax.tree.map(lambda x: jnp.repeat(cut(x), n, axis=1), rows) | jax.tree.map(lambda x: cut(x).reshape(
-        self.num_minibatches, -1, *x.shape[2:]), steps)
+    data = jax.tree.map(lambda x: jnp.repeat(cut(x), n, axis=1), rows)
+    data |= jax.tree.map(lambda x: cut(x).reshape(self.num_minibatches, -1, *x.shape[2:]), steps)
     return {**data, "first": jnp.broadcast_to((jnp.arange(self.num_minibatches) == 0)[:, None], data["weight"].shape)}
 
 
