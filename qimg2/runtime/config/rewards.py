@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from qimg2.algorithms import Rewards
+from qimg2.algorithms import RESERVED, Rewards
 from qimg2.rewards import Reward
 from qimg2.rewards.kinds import KINDS
 from qimg2.runtime.config.sections import checked, placed
@@ -67,9 +67,9 @@ def parse_rewards(sections: Any, where: str) -> dict[str, RewardConfig]:
   """
   if not isinstance(sections, Mapping):
     raise ValueError(f"{where} is {sections!r}: give a section, such as dict(glyph=dict(weight=1.0)).")
-  odd = [name for name in sections if not str(name).isidentifier() or name == "left_out"]
+  odd = [name for name in sections if not str(name).isidentifier() or name in RESERVED]
   if odd:
-    raise ValueError(f"{where} has the name {odd[0]!r}: give one of letters, digits and _, other than left_out, the metric of what has no number.")
+    raise ValueError(f"{where} has the name {odd[0]!r}: give one of letters, digits and _, other than {' and '.join(sorted(RESERVED))}.")
   found = {name: _reward(name, sections[name], f"{where}.{name}") for name in sorted(sections)}
   if found and not any(any(row) for row in declare(found).weights):
     raise ValueError(f"{where} has weight 0 everywhere, so that nothing is learned: give one of {', '.join(found)} another.")
