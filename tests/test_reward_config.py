@@ -89,3 +89,12 @@ def test_the_contract_refuses_weights_that_do_not_fit():
                            ({"categories": ("x", "other")}, "2 categories need as many rows")):
     with pytest.raises(ValueError, match=message):
       dataclasses.replace(good, **changes)
+
+
+def test_a_judge_s_rubric_is_known_or_a_file_and_its_score_is_the_device_s():
+  declared = declare(parse_rewards({"judge": {"pretrained": "here", "rubric": "mine.toml"}, "glyph": {}}, WHERE))
+  assert declared.judged == ("judge",) and declared.rollout(None, None).by_host == ("glyph",) and declared.rollout(None, None).by_device == ("judge",)
+  for section, message in (({"pretrained": "here", "rubric": "beauty"}, "There is no rubric 'beauty': choose one of aesthetics"),
+                           ({"pretrained": "here", "side_px": 0}, "side_px is 0"), ({}, "rewards.judge lacks 'pretrained'")):
+    with pytest.raises(ValueError, match=message):
+      parse_rewards({"judge": section}, WHERE)
