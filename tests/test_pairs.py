@@ -17,6 +17,7 @@ from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import resize_crop
+from data_pipelines.verify import verify
 from qimg2.runtime import inspection
 from qimg2.runtime.caching import latents as caching
 from qimg2.runtime.caching.networks import Options
@@ -122,6 +123,15 @@ def test_a_batch_has_the_rejected_picture_of_its_own_row(data_dir):
   example = made.example(made.buckets[0])
   assert {name: x.dtype for name, x in example.items() if name != "sources"} == {name: x.dtype for name, x in batch.items() if name != "sources"}
   assert "rejected" not in loader(data_dir, pairs=False, ignore_rejected=True).batch(0)[1]
+
+
+def test_a_data_set_of_pairs_is_verified(data_dir):
+  assert verify(data_dir, "pairs")["records"] == NUM
+  made = records.open_split(data_dir, "pairs", "train")
+  lying = made[1] | {"has_rejected": ~np.array(made[1]["has_rejected"])}
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="another rejected picture than the index says"):
+    patch.setattr(records, "open_split", lambda *_: (made[0], lying))
+    verify(data_dir, "pairs")
 
 
 def test_records_without_a_rejected_picture_are_left_out_and_said(data_dir):
