@@ -55,6 +55,8 @@ def _difference(record: dict, index: dict, position: int, captions: slice) -> st
   for field in ("height", "width", "quality", "sample_id", "stage", "has_text"):
     if record[field] != index[field][position]:
       return field
+  if "has_rejected" in index and bool(record["rejected"] or record["rejected_latents"]) != index["has_rejected"][position]:
+    return "rejected picture"
   sizes = index["source_sizes"][position]
   if list(zip(record["source_height"], record["source_width"])) != [tuple(size) for size in sizes[sizes.any(axis=1)]]:
     return "source size"
@@ -73,3 +75,5 @@ def _check_pictures(record: dict, where: str, cached: bool) -> None:
     shape = decode_image(data, name).shape[:2]
     if shape != (height, width):
       raise ValueError(f"{name} is {shape[0]}x{shape[1]} px, and {height}x{width} px were written: prepare the data set anew.")
+  if record.get("rejected"):
+    decode_image(record["rejected"], f"the rejected picture of {where}")

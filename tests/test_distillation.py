@@ -9,6 +9,7 @@ import pytest
 from linear_flow import SCHEDULE, Linear, draw
 
 from qimg2.algorithms.distillation import distillation
+from qimg2.sampler import sample_noise
 from qimg2.training.metrics import read_rows
 from tests.jobs import toy
 
@@ -49,13 +50,17 @@ def test_the_loss_and_its_gradient_are_those_by_hand(form, more, teacher):
   n = num_steps - (form == "kl")
   algorithm = distillation(SCHEDULE, form=form, num_steps=num_steps, guidance=GUIDANCE, num_train_steps=n)
   params, batch, key = params_of(), batch_of(**more), jax.random.key(3)
-  loss = lambda weights: algorithm.updates[0].loss({"model": weights}, params, Prompted(), batch, key)
-  (_, (per_row, metrics)), gradient = jax.value_and_grad(lambda w: (jnp.mean(loss(w)[0]), loss(w)), has_aux=True)(params["model"])
+
+  def mean(weights):
+    per_row, metrics = algorithm.updates[0].loss({"model": weights}, params, Prompted(), batch, key)
+    return jnp.mean(per_row), (per_row, metrics)
+
+  (_, (per_row, metrics)), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(params["model"])
 
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   prompt, null = (np.asarray(batch[name], np.float64) for name in ("prompt", "null_prompt"))
   key_noise, key_path, _ = jax.random.split(key, 3)
-  normal = lambda key: np.stack([jax.random.normal(jax.random.fold_in(key, i), (2, 3, 4)) for i in range(6)]).astype(np.float64)
+  normal = lambda key: np.asarray(sample_noise(key, jnp.arange(6), (2, 3, 4)), np.float64)
   x, sigmas = normal(key_noise), SCHEDULE.sigmas(num_steps, 6)
   total, slopes = np.zeros(6), {"a": np.zeros(4), "b": np.zeros(4), "c": 0.0}
   for i, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:])):
@@ -84,16 +89,16 @@ def test_at_the_teachers_own_weights_without_guidance_there_is_nothing_to_learn(
   algorithm = distillation(SCHEDULE, guidance=1.0, num_steps=3)
   params = params_of()
   params["model"] = params["teacher_t2i"]
-  loss, _ = algorithm.updates[0].loss({"model": params["model"]}, params, Prompted(), batch_of(), jax.random.key(0))
+  loss, _ = jax.jit(lambda params: algorithm.updates[0].loss({"model": params["model"]}, params, Prompted(), batch_of(), jax.random.key(0)))(params)
   np.testing.assert_array_equal(loss, 0)
   assert not algorithm.unconditional and distillation(SCHEDULE).unconditional
 
 
 def test_validation_depends_on_the_sample_alone():
-  algorithm, params, batch = distillation(SCHEDULE, num_steps=8), params_of(), batch_of()
-  whole, bins = algorithm.validation(params, Prompted(), batch, jax.random.key(0))
-  order = np.array([4, 0, 5])
-  some, _ = algorithm.validation(params, Prompted(), {name: x[order] for name, x in batch.items()}, jax.random.key(7))
+  batch, order = batch_of(), np.array([4, 0, 5, 1, 3, 2])
+  find = jax.jit(lambda batch, key: distillation(SCHEDULE, num_steps=8).validation(params_of(), Prompted(), batch, key))
+  whole, _ = find(batch, jax.random.key(0))
+  some, _ = find({name: x[order] for name, x in batch.items()}, jax.random.key(7))
   np.testing.assert_allclose(some["loss"], whole["loss"][order], rtol=1e-6)
 
 
@@ -105,7 +110,7 @@ def test_settings_that_are_none_are_refused():
       distillation(SCHEDULE, **settings)
   algorithm, params = distillation(SCHEDULE, teachers=("t2i",), num_steps=3), params_of()
   with pytest.raises(ValueError, match="the task ti2i, for which algorithm.teachers, t2i, has no teacher"):
-    algorithm.updates[0].loss({"model": params["model"]}, params, Prompted(), batch_of(**EDIT), jax.random.key(0))
+    jax.eval_shape(lambda: algorithm.updates[0].loss({"model": params["model"]}, params, Prompted(), batch_of(**EDIT), jax.random.key(0)))
 
 
 def test_a_student_comes_near_its_guided_teacher(tmp_path):

@@ -35,17 +35,19 @@ def by_hand(model, reference, x_w, x_l, t, noise):
   return np.log1p(np.exp(-margin)), margin, gradient
 
 
+def mean(model, reference, x_w, x_l, t, noise):
+  loss, metrics = preference(Linear(), model, reference, x_w, x_l, jnp.zeros((6, 1, 1, 1)), t, noise, BETA)
+  return jnp.mean(loss), (loss, metrics)
+
+
+MEAN = jax.jit(jax.value_and_grad(mean, has_aux=True))
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_loss_and_its_gradient_are_those_by_hand(seed):
   model, reference, x_w, x_l, t, noise = draw(seed)
-  cond = jnp.zeros((6, 1, 1, 1))
-  f32 = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-
-  def mean(weights):
-    loss, metrics = preference(Linear(), weights, f32(reference), *f32((x_w, x_l)), cond, *f32((t, noise)), BETA)
-    return jnp.mean(loss), (loss, metrics)
-
-  (_, (loss, metrics)), gradient = jax.value_and_grad(mean, has_aux=True)(f32(model))
+  arguments = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (model, reference, x_w, x_l, t, noise))
+  (_, (loss, metrics)), gradient = MEAN(*arguments)
   wanted, margin, slopes = by_hand(model, reference, x_w, x_l, t, noise)
   np.testing.assert_allclose(loss, wanted, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(metrics["margin"], margin, rtol=1e-5, atol=1e-4)  # of numbers of some hundreds
@@ -70,11 +72,12 @@ def test_at_the_start_the_loss_is_log_2_and_equal_pictures_are_no_pair():
   update, = dpo(SCHEDULE).updates
   params = weights_of()
   params["ref"] = params["model"]
-  loss, metrics = update.loss({"model": params["model"]}, params, Linear(), batch_of(), jax.random.key(0))
+  find = jax.jit(lambda params, batch: update.loss({"model": params["model"]}, params, Linear(), batch, jax.random.key(0)))
+  loss, metrics = find(params, batch_of())
   np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
   assert not np.any(metrics["margin"]) and not np.any(metrics["reward_chosen"])
   batch = batch_of()
-  same = update.loss({"model": weights_of()["model"]}, weights_of(), Linear(), batch | {"rejected_latents": batch["latents"]}, jax.random.key(0))
+  same = find(weights_of(), batch | {"rejected_latents": batch["latents"]})
   np.testing.assert_array_equal(same[1]["error_chosen"], same[1]["error_rejected"])  # one time and one noise for both
   np.testing.assert_allclose(same[0], np.log(2), rtol=1e-6)
 
@@ -83,15 +86,16 @@ def test_pictures_are_encoded_where_there_are_no_latents():
   update, params = dpo(SCHEDULE).updates[0], weights_of()
   cached, key = batch_of(), jax.random.key(1)
   pixels = {"target": cached["latents"], "rejected": cached["rejected_latents"], "prompt": cached["prompt"]}
-  for one, other in zip(*(jax.tree.leaves(update.loss({"model": params["model"]}, params, Linear(), batch, key)) for batch in (cached, pixels))):
+  find = jax.jit(lambda batch: update.loss({"model": params["model"]}, params, Linear(), batch, key))
+  for one, other in zip(*(jax.tree.leaves(find(batch)) for batch in (cached, pixels))):
     np.testing.assert_array_equal(one, other)
 
 
 def test_validation_depends_on_the_sample_alone():
-  algorithm, params, batch = dpo(SCHEDULE), weights_of(), batch_of()
-  whole, bins = algorithm.validation(params, Linear(), batch, jax.random.key(0))
-  order = np.array([4, 0, 5])
-  some, some_bins = algorithm.validation(params, Linear(), {name: x[order] for name, x in batch.items()}, jax.random.key(7))
+  batch, order = batch_of(), np.array([4, 0, 5, 1, 3, 2])
+  find = jax.jit(lambda batch, key: dpo(SCHEDULE).validation(weights_of(), Linear(), batch, key))
+  whole, bins = find(batch, jax.random.key(0))
+  some, some_bins = find({name: x[order] for name, x in batch.items()}, jax.random.key(7))
   np.testing.assert_array_equal(some_bins, bins[order])
   for name in ("loss", "accuracy", "margin", "error_chosen"):
     np.testing.assert_allclose(some[name], whole[name][order], rtol=1e-6)
@@ -118,16 +122,17 @@ def samples_of(rewards, weight=None):
 
 def test_a_pair_is_the_best_and_the_worst_of_a_prompt_by_hand():
   some = samples_of({"good": [1, 3, 2, 0, 5, 5, 5, 5, 9, 0, 4, 4]}, [1] * 8 + [0, 0, 1, 1])  # the second and third prompt show no difference
-  pairs = best_and_worst(Rewards(("good",), None), some, 4)
+  choose = jax.jit(lambda some, least: best_and_worst(Rewards(("good",), None), some, 4, least))
+  pairs = choose(some, 0.0)
   np.testing.assert_array_equal(pairs["weight"], [1, 0, 0])
   assert (pairs["latents"][0].item(), pairs["rejected_latents"][0].item()) == (1, 3)
   np.testing.assert_array_equal(pairs["prompts"]["label"], [0, 1, 2])
-  np.testing.assert_array_equal(best_and_worst(Rewards(("good",), None), some, 4, min_spread=3.0)["weight"], [0, 0, 0])
+  np.testing.assert_array_equal(choose(some, 3.0)["weight"], [0, 0, 0])
 
 
 def test_what_is_only_watched_chooses_nothing_and_rewards_are_weighed_after_they_are_normalised():
   rewards = {"one": [0, 1, 2, 3] * 3, "wide": [0, -100, -300, -900] * 3, "gold": [7, 0, 0, 0] * 3}
-  choose = lambda *weights: best_and_worst(Rewards(tuple(rewards), None, (weights,)), samples_of(rewards), 4)
+  choose = jax.jit(lambda *weights: best_and_worst(Rewards(tuple(rewards), None, (weights,)), samples_of(rewards), 4), static_argnums=(0, 1, 2))
   assert (choose(1.0, 0.0, 0.0)["latents"][0].item(), choose(1.0, 0.0, 0.0)["rejected_latents"][0].item()) == (3, 0)
   assert choose(0.0, 1.0, 0.0)["latents"][0].item() == 0
   z = [(np.asarray(x[:4]) - np.mean(x[:4])) / np.std(x[:4]) for x in rewards.values()]

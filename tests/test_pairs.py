@@ -17,9 +17,10 @@ from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import resize_crop
+from data_pipelines.verify import verify
 from qimg2.runtime import inspection
-from qimg2.runtime.caching.latents import cache_latents
-from qimg2.runtime.caching.networks import Encoder, Options
+from qimg2.runtime.caching import latents as caching
+from qimg2.runtime.caching.networks import Options
 from qimg2.runtime.config import plain
 from qimg2.runtime.run import Run
 
@@ -124,6 +125,15 @@ def test_a_batch_has_the_rejected_picture_of_its_own_row(data_dir):
   assert "rejected" not in loader(data_dir, pairs=False, ignore_rejected=True).batch(0)[1]
 
 
+def test_a_data_set_of_pairs_is_verified(data_dir):
+  assert verify(data_dir, "pairs")["records"] == NUM
+  made = records.open_split(data_dir, "pairs", "train")
+  lying = made[1] | {"has_rejected": ~np.array(made[1]["has_rejected"])}
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="another rejected picture than the index says"):
+    patch.setattr(records, "open_split", lambda *_: (made[0], lying))
+    verify(data_dir, "pairs")
+
+
 def test_records_without_a_rejected_picture_are_left_out_and_said(data_dir):
   with pytest.raises(ValueError, match=r"of \d+: \d+ no_rejected"):
     loader(data_dir, "plain")
@@ -175,15 +185,27 @@ def cells(pixels, factor, channels):
   return np.repeat(means[..., None], channels, axis=-1)
 
 
-def test_a_latent_cache_holds_the_latents_of_both(data_dir, tmp_path, one_device_in_module, monkeypatch):
+class Means:
+  """In place of an encoder, whose networks would be compiled: `cells` of the pictures."""
+  fingerprints = {"vae": "0"}
+
+  def __init__(self, run, weights, options):
+    del weights, options
+    self._shape = run.nets.vae.spatial_factor, run.nets.vae.latent_channels
+
+  def latents(self, pixels, num, name):
+    del name
+    return [one.tobytes() for one in cells(pixels, *self._shape)[:num]]
+
+
+def test_a_latent_cache_holds_the_latents_of_both(data_dir, tmp_path, monkeypatch):
+  monkeypatch.setattr(caching, "Encoder", Means)
+  monkeypatch.setattr(Run, "frozen_weights", lambda self, stage, *_: dict.fromkeys(self.algorithm(stage).frozen))
   cfg = config(data_dir)
-  vae = Run(cfg, tmp_path).nets.vae
-  shape = vae.spatial_factor, vae.latent_channels
-  monkeypatch.setattr(Encoder, "latents", lambda self, pixels, num, name: [one.tobytes() for one in cells(pixels, *shape)[:num]])
-  cache_latents(cfg, "pairs", tmp_path, "cached", Options(False, "float32", shard_records=100))
+  caching.cache_latents(cfg, "pairs", tmp_path, "cached", Options(False, "float32", shard_records=100))
   run, cached = Run(cfg, tmp_path), Run(config(data_dir, name="cached"), tmp_path)
   (_, pixels), (_, latents) = (one.loader(one.cfg.stages[0]).batch(0) for one in (run, cached))
   np.testing.assert_array_equal(pixels["sample_id"], latents["sample_id"])
   assert "rejected" not in latents and "target" not in latents
   for key, name in (("target", "latents"), ("rejected", "rejected_latents")):
-    np.testing.assert_array_equal(latents[name], cells(pixels[key], *shape))
+    np.testing.assert_array_equal(latents[name], cells(pixels[key], run.nets.vae.spatial_factor, run.nets.vae.latent_channels))

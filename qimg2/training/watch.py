@@ -10,7 +10,8 @@ measures it for language). A reward that is not trained on, and figures of the p
 A rule that holds at `patience` looks in a row ends the stage: it is saved, and a start with the same rules ends in the same sentence, so that no
 later stage learns from it. With other rules, or none, it goes on. Metrics are the same on all processes, and the sums are saved with each checkpoint,
 so that a run that was killed ends at the same step as one that was not. Looking reads the results of all steps until then: the device waits for it
-once in `every_steps`. At the last step of a stage there is nothing left to end: what holds there is only logged.
+once in `every_steps`. Metrics are those of steps and rollouts; those of validation and of evaluation suites are not looked at. At the last step of a
+stage there is nothing left to end: what holds there is only logged.
 """
 
 import dataclasses

@@ -316,7 +316,8 @@ class _Job:
     index = {split: R.join_indices(functools.partial(parts, split)) for split in R.SPLITS}
     facts = {"cached_from": self._name, "left_out": len(broken)}
     # Linked, not moved: should this be interrupted, the shards are still where they were.
-    return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=R.link, cache=self._describe(), broken=broken[:_NAMED])
+    return R.finish(built, self._out_name, files, index, tokenizer, self._request, facts, move=folders.link, cache=self._describe(),
+                    broken=broken[:_NAMED])
 
   def _stored(self, split: str, number: int) -> tuple[dict[str, np.ndarray], dict]:
     """(the index of a shard, what else was written down of it)."""
