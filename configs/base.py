@@ -3,7 +3,8 @@
 Sections are complete, in every stage too, so that a stage can be read alone and any key can be overridden on the command line:
   --config.stages[1].num_steps=10 --config.stages[1].faults.max_skipped=3
 A section that is a class of its own has that class's defaults, and its keys are explained there: `schedule` is `qimg2.flow.Schedule`, `optimizer`
-`qimg2.training.optim.Config`, `adapter` `qimg2.adapters.Settings`, `faults` `qimg2.training.faults.Settings`, `mixture` and `resolutions`
+`qimg2.training.optim.Config`, `adapter` `qimg2.adapters.Settings`, `faults` and `watch` the `Settings` of the modules of these names in
+`qimg2.training`, `mixture` and `resolutions`
 `DatasetSpec` and `Resolution` of data_pipelines/specs.py (squares alone, unless a stage says otherwise), and `algorithm` has the arguments of its
 method in `qimg2.algorithms`.
 The sections of the three networks (configs/sizes.py) are the exception: what they do not name has the default of the network's class.
@@ -25,7 +26,7 @@ from qimg2 import adapters, flow
 from qimg2.runtime.config import plain
 from qimg2.runtime.config.sources import DIFFUSERS
 from qimg2.runtime.methods import METHODS
-from qimg2.training import faults, optim
+from qimg2.training import faults, optim, watch
 
 RESOLUTION = plain(Resolution(base_px=64, batch_size=32, ratios=("1:1",)))
 
@@ -75,7 +76,7 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       resolutions=(RESOLUTION,),
       mixture=(part("glyphs"),),
       evaluation=dict(split="validation", num_samples=256),  # of the mixture's data sets, per task
-      caption_dropout=0.1 if generator else 0.0,
+      caption_dropout=0.1 if generator and not METHODS[method].takes_rewards else 0.0,
       max_crop=0.2,  # largest share of a picture that fitting it to a bucket may cut off
       max_programs=64,  # most buckets, each of which is a compiled step; more shapes than that share them. 0: one for each shape
       min_bucket_records=0,  # buckets with fewer records are merged into others, and what fits nowhere is left out
@@ -86,16 +87,19 @@ def stage(name: str, method: str, **changes) -> ConfigDict:
       optimizer=plain(optim.Config()),
       optimizers={},  # name of an update -> what its optimizer has in place of the above, such as {"fake": dict(learning_rate=1e-4)}
       faults=plain(faults.Settings()),
+      watch=plain(watch.Settings()),  # rules about metrics that end the stage early: {"bands": {"pictures/dark": (0.0, 0.5)}}
       log_every_steps=10, eval_every_steps=100, sample_every_steps=200, save_every_steps=200,
       save_every_s=0.0,  # seconds after a save when another is due, where a step is long; 0: by steps alone
       keep=2,  # newest checkpoints, and as many of the newest at multiples of save_every_steps
+      rewards={},  # of a method that learns from its own pictures, see docs/rewards.md: {"glyph": dict(weight=1.0)}
+      reward_workers=0,  # processes that score pictures on each machine; 0: one less than there are cores
       evals_every_steps=0, evals_num_prompts=16,  # config.evals on so many prompts while the stage trains, how often; 0: only at the run's end
       keep_every_steps=0,  # checkpoints at multiples of this stay for good; a multiple of save_every_steps, 0: none
   ))
   for key, value in changes.items():
     if key not in cfg:
       raise ValueError(f"A stage has no key {key!r}: it has {', '.join(sorted(cfg))}.")
-    if isinstance(cfg[key], ConfigDict) and key not in ("frozen", "optimizers"):
+    if isinstance(cfg[key], ConfigDict) and key not in ("frozen", "optimizers", "rewards"):
       unknown = sorted(set(value) - set(cfg[key]))
       if unknown:
         raise ValueError(f"The section {key!r} of a stage has no key {unknown[0]!r}: it has {', '.join(sorted(cfg[key]))}.")
@@ -112,17 +116,18 @@ def part(name: str, weight: float = DatasetSpec.weight, task: str = DatasetSpec.
          min_quality: float = DatasetSpec.min_quality, min_stage: int = DatasetSpec.min_stage, max_enlarge: float = DatasetSpec.max_enlarge,
          languages: tuple[str, ...] = DatasetSpec.languages, alpha: bool = DatasetSpec.alpha, shuffle_tags: bool = DatasetSpec.shuffle_tags,
          drop_tags: float = DatasetSpec.drop_tags, keep_tags: int = DatasetSpec.keep_tags, tag_separator: str = DatasetSpec.tag_separator,
-         **caption_weights: float) -> dict:
+         loss_weight: float = DatasetSpec.loss_weight, ignore_rejected: bool = DatasetSpec.ignore_rejected, **caption_weights: float) -> dict:
   """A data set in a mixture; `weight` is its share of the batches, `task` "t2i" (text to image) or "ti2i" (editing).
 
   `min_stage` leaves out records that did not pass the filters of that data stage (1 to 6), `max_enlarge` at each resolution those whose picture would
   be scaled up by more than that. `caption_weights`: general, text, knowledge, structured, how often captions of each kind are drawn; without
   any all kinds alike. `alpha` keeps the transparency of pictures, which needs a VAE of four channels; otherwise they are laid on white paper.
   Captions that are lists of tags: `shuffle_tags` has them in another order in each epoch, `drop_tags` is the chance that one is left out, and the
-  first `keep_tags` stay as they are.
+  first `keep_tags` stay as they are. `loss_weight` multiplies the loss of its examples, for prior preservation; `ignore_rejected` lets a method
+  that takes no pairs train on the better pictures of a data set of pairs.
   """
   return plain(DatasetSpec("", name, split, weight, task, min_quality, min_stage, languages, caption_weights, max_enlarge, alpha, shuffle_tags,
-                           drop_tags, keep_tags, tag_separator))
+                           drop_tags, keep_tags, tag_separator, loss_weight, ignore_rejected))
 
 
 def published(cfg: ConfigDict, source: str) -> ConfigDict:

@@ -11,6 +11,7 @@ Reading order:
   emoji.py        an optional one: emoji with names in a hundred languages
   emoji_pairs.py  its editing pairs: skin tone, gender, direction
   embedded.py     builds these
+  text_rendering/ texts set in type, any number of them; its __init__.py gives the reading order
   records.py      writing and reading data sets (TFDS, ArrayRecord)
   curation/       your own pictures to such data sets; needs requirements-data.txt
   cache.py        data sets that hold latents in place of pixels

@@ -80,13 +80,19 @@ class Wanted:
   alpha: bool
   truncate: bool
   captions: bool = True
+  pairs: bool = False
+
+  @property
+  def weighted(self) -> bool:
+    """Whether the loss of some data set has a weight."""
+    return any(spec.loss_weight != 1 for spec in self.datasets)
 
   def key(self, identities: Sequence[str]) -> str:
     """Returns hexadecimal digits that name the arrangement of data sets with these identities, and this version of the code."""
     given = None if self.programs is None else sorted((repr(key), some.tolist()) for key, some in self.programs.items())
     specs = [dataclasses.replace(spec, data_dir="") for spec in self.datasets]  # wherever it is, its identity says what it holds
     return _digest(_code(), identities, specs, self.resolutions, self.classes, self.tokenizer.fingerprint, self.max_crop, self.min_bucket_records,
-                   self.max_programs, given, self.every, self.alpha, self.truncate, self.captions)
+                   self.max_programs, given, self.every, self.alpha, self.truncate, self.captions, self.pairs)
 
 
 def _digest(*parts: Any) -> str:
@@ -163,7 +169,7 @@ class _Arranger:
       for r, (part, one) in enumerate(zip(parts, own)):
         for (target, source_sizes, prompt), (positions, weight) in part.cells(one, records[first:first + one.kept]).items():
           bucket = self._bucket(part.targets[target], source_sizes, self._wanted.classes[prompt])
-          bucket = dataclasses.replace(bucket, cache=part.cache, alpha=self._wanted.alpha)
+          bucket = dataclasses.replace(bucket, cache=part.cache, alpha=self._wanted.alpha, pairs=self._wanted.pairs, weighted=self._wanted.weighted)
           begin = first + positions.start
           cells.append((buckets.setdefault(bucket, len(buckets)), d, r, weight / total * exact(spec.weight), begin, begin + len(positions),
                         zlib.crc32(records[begin:begin + len(positions)])))
@@ -260,7 +266,8 @@ class _Arranger:
       length = np.minimum(length, longest) if self._wanted.truncate else length
       tests = {"too_long": length > longest, "no_caption": (length == 0) & self._wanted.captions,
                "low_stage": np.array(index["stage"][piece]) < spec.min_stage,
-               "low_quality": np.array(index["quality"][piece]) < np.float32(spec.min_quality)}
+               "low_quality": np.array(index["quality"][piece]) < np.float32(spec.min_quality),
+               "no_rejected": ~_paired(index, piece) & self._wanted.pairs}
       for name, holds in tests.items():  # the first reason comes last
         reason[holds] = REASONS.index(name)
       yield piece, reason, classes[np.minimum(length, longest)]
@@ -326,6 +333,11 @@ def _used(sorts: Sequence[Sequence[Sorted]], placed: Sequence[Sequence[Placed]])
       for number, some in where.used.items():
         found.setdefault((one.spec.task, r, one.cache, number), []).append(some)
   return {key: np.unique(np.concatenate(some), axis=0) for key, some in found.items()}
+
+
+def _paired(index: Mapping[str, np.ndarray], piece: slice) -> np.ndarray:
+  """Returns whether some records have a rejected picture, n bool; none has where the data set was written before there were pairs."""
+  return np.array(index["has_rejected"][piece]) if "has_rejected" in index else np.zeros(len(index["height"][piece]), bool)
 
 
 def _longest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ RATIOS = ("1:1",) + _LANDSCAPE + tuple(":".join(reversed(ratio.split(":"))) for 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
   """One static batch shape: sides in px, M prompt tokens, the number of rows of the global batch, and what stands in place of pixels: None, or
-  the `data_pipelines.cache.Cache` that the records hold. With `alpha` pixels have four channels."""
+  the `data_pipelines.cache.Cache` that the records hold. With `alpha` pixels have four channels, with `pairs` rows have a rejected picture
+  beside their target, and with `weighted` each has a weight of its loss."""
 
   task: str
   height: int
@@ -34,6 +35,8 @@ class Bucket:
   source_sizes: tuple[tuple[int, int], ...] = ()
   cache: Any = None
   alpha: bool = dataclasses.field(default=False, kw_only=True, repr=False)  # no part of the repr, of which the order of batches is a digest
+  pairs: bool = dataclasses.field(default=False, kw_only=True, repr=False)
+  weighted: bool = dataclasses.field(default=False, kw_only=True, repr=False)
   num_tokens: int = dataclasses.field(kw_only=True)
   batch_size: int = dataclasses.field(kw_only=True)
 

@@ -12,6 +12,8 @@ made_with says what it can be used for: base_px, and for each the `sizes` of its
 of the `tokenizer`, `num_tokens`, where the weights came from (`weights_from`), the version of `decoding` of its pictures,
 and whether their `alpha` was kept.
 
+A pair has `rejected_latents`, of the shape of `latents`, in place of its rejected picture.
+
 In a batch, `latents` B h w C and `source_latents` (a tuple of B h w C) take the place of `target`; with features `features` B M' E (M' the
 prompt without the system turn, zeros after its end) takes that of `sources`, which is then empty.
 """
@@ -60,6 +62,8 @@ class Cache:
     arrays = {"latents": np.empty(grid((bucket.height, bucket.width)), self.dtype),
               "source_latents": [np.empty(grid(size), self.dtype) for size in bucket.source_sizes],
               "sources": [np.empty((num, *size, 3), np.uint8) for size in sources]}
+    if bucket.pairs:
+      arrays["rejected_latents"] = np.empty_like(arrays["latents"])
     if self.has_features:
       arrays["features"] = np.zeros((num, bucket.num_tokens - self.num_system_tokens, self.feature_width), self.dtype)
     return arrays
@@ -67,6 +71,8 @@ class Cache:
   def read(self, arrays: dict, row: int, record: dict, bucket: Bucket, name: str) -> None:
     """Writes a record into a row of the arrays; `ValueError` if it is not of the bucket's shape."""
     arrays["latents"][row] = self._array(record["latents"], arrays["latents"].shape[1:], name)
+    if bucket.pairs:
+      arrays["rejected_latents"][row] = self._array(record["rejected_latents"], arrays["latents"].shape[1:], f"the rejected picture of {name}")
     for slot, array in enumerate(arrays["source_latents"]):
       array[row] = self._array(record["source_latents"][slot], array.shape[1:], f"condition image {slot + 1} of {name}")
     for slot, array in enumerate(arrays["sources"]):

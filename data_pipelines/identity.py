@@ -10,10 +10,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.records import SPLITS, checksum, read_meta
+from data_pipelines.records import RENDERED, SPLITS, checksum, read_meta
 
-_TOKENIZER = "tokenizer"
-_WORDS = {"train": "other training records", "validation": "other held-out records", _TOKENIZER: "another tokenizer"}
+_TOKENIZER, _TOKENIZER_FILE, _FONTS = "tokenizer", "tokenizer.json", "fonts"
+_WORDS = {"train": "other training records", "validation": "other held-out records", _TOKENIZER: "another tokenizer", _FONTS: "other fonts"}
 
 
 def identify(data_dir: str | os.PathLike, name: str) -> dict[str, Any]:
@@ -26,11 +26,15 @@ def identify(data_dir: str | os.PathLike, name: str) -> dict[str, Any]:
   meta = read_meta(folder)
   sums = meta.get("checksums") or {"": checksum(os.path.join(folder, "dataset.json"))}  # an earlier version wrote none
 
+  rendered = dict(meta.get(RENDERED, {}))  # pictures that are drawn when they are read have no file: their settings stand for them
+  fonts = {_FONTS: {"digest": rendered.pop(_FONTS)}} if rendered else {}
+
   def digest(part: str) -> str:
-    return hashlib.sha256(json.dumps([sums[file] for file in sorted(sums) if part in file or not file]).encode()).hexdigest()[:16]
+    own = [sums[file] for file in sorted(sums) if part in file or not file] + [rendered] * bool(rendered and part != _TOKENIZER_FILE)
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
   splits = {split: {"records": meta["facts"].get(split, 0), "digest": digest(f"-{split}.array_record-")} for split in SPLITS}
-  return splits | {_TOKENIZER: {"digest": digest("tokenizer.json")}}
+  return splits | {_TOKENIZER: {"digest": digest(_TOKENIZER_FILE)}} | fonts
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

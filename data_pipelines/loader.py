@@ -24,6 +24,7 @@ from data_pipelines.specs import DatasetSpec, Resolution, source_grids
 from data_pipelines.tags import varies, vary
 from data_pipelines.tokenizer import PromptTokenizer
 from data_pipelines.transforms import fit_source, load_picture
+from data_pipelines.truths import make_task, pack, unpack
 
 _ENDLESS = 2**62
 _MOST_TRIES = 64  # records of a cell in a row that may be broken
@@ -51,8 +52,9 @@ class Loader:
   the mixture keeps alpha, and opaque for those that do not), tokens B M int32, token_count B int32,
   sample_id B int64, where B is this process's share of the bucket's batch size. From a latent cache, see data_pipelines.cache for what
   takes the place of pixels. With `unconditional` also null_tokens and null_token_count, the empty prompt around the same condition images, and
-  null_features where there are features. `buckets` and `counts` are the same on every process; `faults` holds this process's, in the order of
-  batches.
+  null_features where there are features. With `pairs` also rejected, or rejected_latents, of the shape of the target; where a data set has a
+  loss_weight also that, B float32. With `tasks` also tasks, a tuple of B mappings (`data_pipelines.truths`) for the host alone. `buckets` and
+  `counts` are the same on every process; `faults` holds this process's, in the order of batches.
   """
 
   def __init__(self, datasets: Sequence[DatasetSpec], resolutions: Sequence[Resolution], num_tokens: int,
@@ -60,10 +62,10 @@ class Loader:
                min_bucket_records: int = 0, max_faulty: float = 0.01, process_index: int | Sequence[int] = 0, process_count: int = 1,
                num_workers: int = 0, unconditional: bool = False, max_programs: int = 0,
                programs: Mapping[tuple, np.ndarray] | None = None, order_dir: str = "", alpha: bool = False, truncate: bool = False,
-               captions: bool = True):
+               captions: bool = True, tasks: bool = False, pairs: bool = False):
     """Args: those of `Mixture`, some of them at the end; share of prompts that are emptied; largest share of records that may be broken; which of
     how many processes this one is, or which parts of every batch, divided into `process_count` ones, are its own; worker processes, 0 for threads;
-    whether a batch has the unconditional prompt.
+    whether a batch has the unconditional prompt, and the tasks of its rows; whether its rows are pairs.
 
     Raises:
       ValueError: numbers that make no sense, or data sets of which nothing is left.
@@ -71,13 +73,15 @@ class Loader:
     parts = (process_index,) if isinstance(process_index, int) else tuple(process_index)
     _check(resolutions, caption_dropout, max_faulty, parts, process_count)
     self.mixture = Mixture(datasets, resolutions, num_tokens, tokenizer, seed, prompt_classes, max_crop, min_bucket_records, max_programs, programs,
-                           order_dir=order_dir, alpha=alpha, truncate=truncate, captions=captions)
+                           order_dir=order_dir, alpha=alpha, truncate=truncate, captions=captions, pairs=pairs)
     self.buckets, self.counts = self.mixture.buckets, self.mixture.counts
     self.faults: list[Fault] = []
     self._tokenizer, self._seed = tokenizer, seed
     self._caption_dropout, self._max_faulty = caption_dropout, max_faulty
     self._process, self._num_workers = (parts, process_count), num_workers
-    self.unconditional, self._truncate, self._captions = unconditional, truncate, captions
+    self.unconditional, self._truncate, self._captions, self._tasks = unconditional, truncate, captions, tasks
+    if tasks and caption_dropout:
+      raise ValueError(f"caption_dropout={caption_dropout} empties prompts that pictures are drawn for and scored by: set it to 0.")
     self._held_out: dict[int | None, list] = {}
 
   # ---- batches -----------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ class Loader:
       if num_faults > self._max_faulty * max(num_rows, FIRST_ROWS):
         raise ValueError(f"{num_faults} of {num_rows} records could not be used by batch {k}, more than max_faulty={self._max_faulty}; the last "
                          f"one: {faults[-1].sentence}")
-      yield bucket, batch
+      yield bucket, batch | ({"tasks": unpack(batch["tasks"])} if "tasks" in batch else {})
 
   # ---- one pass for evaluation -------------------------------------------------------------------
 
@@ -177,15 +181,16 @@ class Loader:
 
   def _load(self, bucket: Bucket, rows: list[tuple[Cell, int]], draws: np.ndarray | None) -> tuple[dict, list[Fault]]:
     arrays, faults, used = _arrays(len(rows), bucket) | _prompts(len(rows), bucket), [], []
-    for i, ((cell, place), record) in enumerate(zip(rows, self._read(rows))):
-      chosen, fault = self._fill(arrays, i, cell, int(place), record, bucket, None if draws is None else draws[i])
+    tasks, epochs = [{}] * len(rows), None if draws is None else draws[:, 3].astype(np.int64)
+    for i, ((cell, place), record) in enumerate(zip(rows, self._read(rows, epochs))):
+      chosen, fault = self._fill(arrays, tasks, i, cell, int(place), record, bucket, None if draws is None else draws[i])
       used.append(chosen)
       faults += fault
     if bucket.cache is not None and bucket.cache.has_features:
       bucket.cache.read_features(arrays["features"], *zip(*used))
     if self.unconditional:
       arrays |= self._null(bucket, [record for record, _ in used])
-    return _tuples(arrays), faults
+    return _tuples(arrays) | ({"tasks": pack(tasks)} if self._tasks else {}), faults
 
   def _null(self, bucket: Bucket, records: list[dict]) -> dict:
     """Returns the arrays of the empty prompt, around the condition images of each row."""
@@ -196,9 +201,10 @@ class Loader:
       bucket.cache.read_features(arrays["null_features"], records, [None] * len(records))
     return arrays
 
-  def _fill(self, arrays: dict, row: int, cell: Cell, place: int, record: dict | Exception, bucket: Bucket,
+  def _fill(self, arrays: dict, tasks: list[dict], row: int, cell: Cell, place: int, record: dict | Exception, bucket: Bucket,
             draw: np.ndarray | None) -> tuple[tuple[dict, int | None], list[Fault]]:
-    """Writes one row of the arrays; returns ((the record that is in it, the number of its caption), what was wrong with those that are not)."""
+    """Writes one row of the arrays and of the tasks; returns ((the record that is in it, the number of its caption), what was wrong with those that
+    are not)."""
     spec, broken = self.mixture.datasets[cell.dataset], []
     for step in range(min(len(cell.records), _MOST_TRIES)):
       here = (place + step) % len(cell.records)
@@ -209,8 +215,13 @@ class Loader:
       try:
         check_record(record, sample_id, bucket, name)
         number = self._pick_caption(record, spec, draw)
-        self._encode(arrays, row, record, number, bucket, name, None if draw is None or not varies(spec) else (spec, int(draw[3])))
+        tags = None if draw is None or not varies(spec) else (spec, int(draw[3]))
+        prompt = self._encode(arrays, row, record, number, bucket, name, tags)
+        if self._tasks:
+          tasks[row] = make_task(record, prompt, spec.name, name)
         _decode(arrays, row, record, bucket, name, self.mixture.max_crop, spec.alpha)
+        if bucket.weighted:
+          arrays["loss_weight"][row] = spec.loss_weight
       except ValueError as error:
         broken.append((sample_id, str(error)))
       else:
@@ -218,8 +229,9 @@ class Loader:
     raise ValueError(f"{len(broken)} records of one bucket of data set {spec.name!r} in a row cannot be used; {broken[-1][1]}")
 
   def _encode(self, arrays: dict, row: int, record: dict, caption: int | None, bucket: Bucket, name: str,
-              tags: tuple[DatasetSpec, int] | None = None) -> None:
-    """Writes the prompt of a record, its tags varied as a data set says in an epoch; `ValueError` for one that is not UTF-8, or too long."""
+              tags: tuple[DatasetSpec, int] | None = None) -> str:
+    """Writes the prompt of a record, its tags varied as a data set says in an epoch, and returns it; `ValueError` for one that is not UTF-8, or too
+    long."""
     try:
       prompt = "" if caption is None else record["captions"][caption].decode()
     except UnicodeDecodeError as error:
@@ -235,13 +247,17 @@ class Loader:
     except ValueError as error:
       raise ValueError(f"Cannot use {name}: {error}") from error
     arrays["tokens"][row], arrays["token_count"][row], arrays["sample_id"][row] = tokens[0], count[0], record["sample_id"]
+    return prompt
 
-  def _read(self, rows: list[tuple[Cell, int]]) -> list[dict | Exception]:
-    """Returns the records in the order of `rows`, read with one request per data set; in place of one that cannot be read, why."""
+  def _read(self, rows: list[tuple[Cell, int]], epochs: Sequence[int] | None = None) -> list[dict | Exception]:
+    """Returns the records in the order of `rows`, read with one request per data set; in place of one that cannot be read, why. A source without end
+    has other ones in each of the `epochs` of the rows."""
     records = [None] * len(rows)
     for d in {cell.dataset for cell, _ in rows}:
-      here = [i for i, (cell, _) in enumerate(rows) if cell.dataset == d]
-      for i, record in zip(here, read_records(self.mixture.sources[d], [int(rows[i][0].records[rows[i][1]]) for i in here])):
+      here, source = [i for i, (cell, _) in enumerate(rows) if cell.dataset == d], self.mixture.sources[d]
+      further = len(source) if epochs is not None and getattr(source, "endless", False) else 0
+      positions = [int(rows[i][0].records[rows[i][1]]) + further * int(epochs[i] if further else 0) for i in here]
+      for i, record in zip(here, read_records(source, positions)):
         records[i] = record
     return records
 
@@ -310,17 +326,21 @@ def _arrays(num: int, bucket: Bucket) -> dict:
   """Returns the arrays of `num` rows of a bucket that hold pictures, not filled; those of condition images are lists."""
   if bucket.cache is not None:
     return bucket.cache.empty(num, bucket)
-  return {"target": np.empty((num, bucket.height, bucket.width, bucket.image_channels), np.uint8),
+  picture = lambda: np.empty((num, bucket.height, bucket.width, bucket.image_channels), np.uint8)
+  return {"target": picture(), **({"rejected": picture()} if bucket.pairs else {}),
           "sources": [np.empty((num, *size, bucket.image_channels), np.uint8) for size in bucket.source_sizes]}
 
 
 def _prompts(num: int, bucket: Bucket) -> dict:
-  """Returns the arrays of `num` rows of a bucket that hold prompts and ids, not filled."""
-  return {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32), "sample_id": np.empty(num, np.int64)}
+  """Returns the arrays of `num` rows of a bucket that hold prompts, ids and weights, not filled."""
+  weights = {"loss_weight": np.empty(num, np.float32)} if bucket.weighted else {}
+  return {"tokens": np.empty((num, bucket.num_tokens), np.int32), "token_count": np.empty(num, np.int32), "sample_id": np.empty(num, np.int64),
+          **weights}
 
 
 def _owned(batch: dict) -> dict:
-  return {name: tuple(map(children.own, value)) if isinstance(value, tuple) else children.own(value) for name, value in batch.items()}
+  own = lambda value: value if isinstance(value, bytes) else children.own(value)
+  return {name: tuple(map(own, value)) if isinstance(value, tuple) else own(value) for name, value in batch.items()}
 
 
 def _tuples(arrays: dict) -> dict:
@@ -333,6 +353,8 @@ def _decode(arrays: dict, row: int, record: dict, bucket: Bucket, name: str, max
     bucket.cache.read(arrays, row, record, bucket, name)
     return
   fill_pixels(arrays["target"][row], load_picture(record["image"], bucket.height, bucket.width, name, alpha))
+  if bucket.pairs:
+    fill_pixels(arrays["rejected"][row], load_picture(record["rejected"], bucket.height, bucket.width, f"the rejected picture of {name}", alpha))
   for slot, size in enumerate(bucket.source_sizes):
     fill_pixels(arrays["sources"][slot][row], load_source(record, slot, size, max_crop, name, alpha))
 

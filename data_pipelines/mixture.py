@@ -74,14 +74,15 @@ class Mixture:
                prompt_classes: Sequence[int] = (), max_crop: float = 0.2, min_bucket_records: int = 0, max_programs: int = 0,
                programs: Mapping[tuple, np.ndarray] | None = None, every: bool = False,
                find: Callable[[DatasetSpec], Sequence] | None = None, order_dir: str = "", alpha: bool = False,
-               truncate: bool = False, captions: bool = True):
+               truncate: bool = False, captions: bool = True, pairs: bool = False):
     """Args: data sets; resolutions; M, the longest prompt, condition images not counted; tokenizer; seed; further, shorter prompt lengths that
     have buckets of their own; largest share of a target that may be cut off; fewest records for which a bucket is worth a compiled step; most
     buckets, 0 for one per shape; `programs` of another mixture with the same resolutions, but for batch sizes, and the same prompt lengths, in
     place of own ones; whether records count whose quality, stage, size or captions the data sets' specs refuse; what opens a data set,
     `open_dataset` unless it is made up; folder in which what takes long to sort is kept for the next start, "" for none; whether
     pixels have alpha, be there a data set that keeps its own or not; whether captions that are longer than M may be cut, so that their records
-    count; whether captions are read, without which records without one count, too.
+    count; whether captions are read, without which records without one count, too; whether rows are pairs, so that records without a rejected
+    picture do not count.
 
     Raises:
       ValueError: numbers that make no mixture, or a data set of which nothing is left.
@@ -95,7 +96,7 @@ class Mixture:
         raise ValueError(f"Data set {spec.name!r} holds the encoder's states of its captions as they are written, but shuffle_tags or drop_tags "
                          "change them: cache it without --features, or leave the tags as they are.")
     wanted = Wanted(self.datasets, self.resolutions, tuple(sorted({*prompt_classes, num_tokens})), tokenizer, max_crop, min_bucket_records,
-                    max_programs, programs, every, alpha or any(spec.alpha for spec in self.datasets), truncate, captions)
+                    max_programs, programs, every, alpha or any(spec.alpha for spec in self.datasets), truncate, captions, pairs)
     arrangement = arrange(wanted, found, order_dir)
     self.buckets, self.cells, self.counts, self.merging = arrangement.buckets, arrangement.cells, arrangement.counts, arrangement.merging
     self.programs, self.used, self.shapes = arrangement.programs, arrangement.used, arrangement.shapes
@@ -194,6 +195,8 @@ def _check(datasets, resolutions, num_tokens, prompt_classes, seed) -> None:
       raise ValueError(f"Data set {spec.name!r} has task={spec.task!r}: choose one of {', '.join(TASKS)}.")
     if spec.weight <= 0:
       raise ValueError(f"Data set {spec.name!r} has weight={spec.weight}: give a positive one or leave the set out.")
+    if spec.loss_weight <= 0:
+      raise ValueError(f"Data set {spec.name!r} has loss_weight={spec.loss_weight}: give a positive one or leave the set out.")
     if spec.max_enlarge < 0:
       raise ValueError(f"Data set {spec.name!r} has max_enlarge={spec.max_enlarge}: give the largest factor, such as 1.25, or 0 for any.")
     if not 0 <= spec.drop_tags <= 1 or spec.keep_tags < 0 or not spec.tag_separator:

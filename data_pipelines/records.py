@@ -15,7 +15,8 @@ A record holds an encoded image and its labels:
   sample_id   int64          stable, unique in the data set, below 2^31
   sources     list of bytes  condition images of an editing record, in prompt order; none for text-to-image
   source_height, source_width   list of int32   px
-  latents, source_latents, features   what a latent cache holds in place of pixels and encoder states, see data_pipelines.cache
+  rejected    bytes          of a pair: the picture of the same prompt that is worse than `image`, of its aspect ratio; else empty; none before pairs
+  latents, source_latents, rejected_latents, features   what a latent cache holds in place of pixels and encoder states, see data_pipelines.cache
 
 Beside the records each split has `index-<split>.npz`, the columns a loader needs to choose records without opening them. `dataset.json` is
 written last and the folder is renamed when complete, so a folder that is there is whole:
@@ -33,8 +34,6 @@ import json
 import math
 import os
 import pathlib
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -53,10 +52,13 @@ KINDS = ("general", "text", "knowledge", "structured")
 LAST_STAGE = 6
 FIXED = ("language_names", "tokenizer")  # columns of an index that have no row for each record or caption
 VERSION = "2.0.0"
+RENDERED = "rendered"  # section of dataset.json of a data set whose pictures are drawn when they are read
 _READ_WHOLE = 2**26  # bytes of an index, up to which it is compared with its checksum when it is opened; of a larger one pages from all over are
+_OF_RECORDS = {"height": np.int32, "width": np.int32, "quality": np.float32, "sample_id": np.int64, "stage": np.uint8, "has_text": bool,
+               "has_rejected": bool}  # columns of an index with a number for each record
 _TOGETHER = 16  # records that are read at once from a file that is copied
 _DEFAULTS = {"quality": 1.0, "stage": LAST_STAGE, "has_text": False, "attributes": "{}", "sources": [], "source_height": [], "source_width": [],
-             "image": b"", "latents": b"", "source_latents": [], "features": []}
+             "image": b"", "rejected": b"", "latents": b"", "rejected_latents": b"", "source_latents": [], "features": []}
 
 
 def _features() -> Any:
@@ -66,7 +68,7 @@ def _features() -> Any:
       "image": blob, "height": np.int32, "width": np.int32, "quality": np.float32, "stage": np.int32, "has_text": np.bool_,
       "captions": texts, "languages": texts, "kinds": texts, "attributes": features.Text(), "sample_id": np.int64,
       "sources": features.Sequence(blob), "source_height": features.Sequence(np.int32), "source_width": features.Sequence(np.int32),
-      "latents": blob, "source_latents": features.Sequence(blob), "features": features.Sequence(blob)})
+      "rejected": blob, "rejected_latents": blob, "latents": blob, "source_latents": features.Sequence(blob), "features": features.Sequence(blob)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,8 @@ class Columns:
   def add(self, record: dict) -> dict:
     """Remembers what the index says of a record, and returns it complete."""
     record = complete(record)
-    self._rows.append(tuple(record[name] for name in ("height", "width", "quality", "sample_id", "stage", "has_text")))
+    values = record | {"has_rejected": bool(record["rejected"] or record["rejected_latents"])}
+    self._rows.append(tuple(values[name] for name in _OF_RECORDS))
     self._source_sizes.append(tuple(zip(record["source_height"], record["source_width"])))
     # Equal texts and tuples are kept once: many records share them.
     self._captions.append(tuple(self._same.setdefault(text, text) for text in record["captions"]))
@@ -176,7 +179,7 @@ class Columns:
 
   def arrays(self, tokenizer: PromptTokenizer) -> dict[str, np.ndarray]:
     """The index, see `open_split`; caption lengths are counted with `tokenizer`."""
-    height, width, quality, sample_id, stage, has_text = zip(*self._rows) if self._rows else [()] * 6
+    columns = zip(*self._rows) if self._rows else [()] * len(_OF_RECORDS)
     names = sorted(set(itertools.chain.from_iterable(self._languages)))
     place = {name: i for i, name in enumerate(names)}
     flat = lambda column, table, dtype: np.array([table[x] for row in column for x in row], dtype)
@@ -184,9 +187,8 @@ class Columns:
     for row, sizes in enumerate(self._source_sizes):
       source_sizes[row, :len(sizes)] = np.array(sizes, np.int32).reshape(-1, 2)
     return {
-        "height": np.array(height, np.int32), "width": np.array(width, np.int32), "quality": np.array(quality, np.float32),
-        "sample_id": np.array(sample_id, np.int64), "stage": np.array(stage, np.uint8), "has_text": np.array(has_text, bool),
-        "source_sizes": source_sizes, "num_captions": np.array(list(map(len, self._captions)), np.int32),
+        **{name: np.array(values, dtype) for (name, dtype), values in zip(_OF_RECORDS.items(), columns)}, "source_sizes": source_sizes,
+        "num_captions": np.array(list(map(len, self._captions)), np.int32),
         "caption_language": flat(self._languages, place, np.uint16), "language_names": np.array(names, str),
         "caption_kind": flat(self._kinds, {kind: i for i, kind in enumerate(KINDS)}, np.uint8),
         "caption_tokens": self._count_tokens(tokenizer), "tokenizer": np.array(tokenizer.fingerprint)}
@@ -247,9 +249,8 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
     extra: further sections of dataset.json.
   """
   import tensorflow_datasets as tfds
-  folder = pathlib.Path(folder)
+  folder, splits, checksums, pages = pathlib.Path(folder), [], {}, {}
   (folder / VERSION).mkdir(parents=True, exist_ok=True)
-  splits, checksums, pages = [], {}, {}
   for split in SPLITS:
     template = tfds.core.ShardedFileTemplate(dataset_name=name, split=split, filetype_suffix="array_record", data_dir=folder / VERSION)
     filled = [shard for shard in shards[split] if shard.num_records]
@@ -258,15 +259,17 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
       move(shard.path, os.fspath(place))
       checksums[f"{VERSION}/{place.name}"] = shard.sha256
     if filled:
-      splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.num_records for shard in filled],
-                                        num_bytes=sum(shard.num_bytes for shard in filled), filename_template=template))
+      lengths, num_bytes = [shard.num_records for shard in filled], sum(shard.num_bytes for shard in filled)
+      splits.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template))
+    if len(index[split]["height"]):  # records that are drawn when they are read are in no file
       np.savez(index_path(folder, split), **index[split])
       checksums[f"index-{split}.npz"], pages[f"index-{split}.npz"] = (of(index_path(folder, split)) for of in (checksum, sampled_digest))
-  with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
-    tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
-                                       description=f"Records of {name}.", disable_shuffling=True)
+  if splits:
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; here are none
+      tfds.folder_dataset.write_metadata(data_dir=folder / VERSION, features=_features(), split_infos=splits, version=VERSION, check_data=False,
+                                         description=f"Records of {name}.", disable_shuffling=True)
   tokenizer.save(folder / "tokenizer.json")
-  for file in ("tokenizer.json", f"{VERSION}/dataset_info.json", f"{VERSION}/features.json"):
+  for file in ("tokenizer.json", *((f"{VERSION}/dataset_info.json", f"{VERSION}/features.json") if splits else ())):
     checksums[file] = checksum(folder / file)
   facts = _counts(index) | facts | _token_facts(tokenizer, index)
   text = json.dumps({"request": request | {"version": VERSION}, "facts": facts, "checksums": checksums, "pages": pages} | extra, indent=2)
@@ -277,7 +280,8 @@ def finish(folder: str | os.PathLike, name: str, shards: dict[str, Sequence[Shar
 def _counts(index: dict) -> dict:
   nums = {split: len(index[split]["height"]) for split in SPLITS}
   edits = lambda split: sum(int(index[split]["source_sizes"][piece].any((1, 2)).sum()) for piece in pieces(nums[split]))
-  return nums | {f"{split}_edits": edits(split) for split in SPLITS}
+  pairs = {f"{split}_pairs": sum(int(index[split]["has_rejected"][piece].sum()) for piece in pieces(nums[split])) for split in SPLITS}
+  return nums | {f"{split}_edits": edits(split) for split in SPLITS} | (pairs if any(pairs.values()) else {})
 
 
 def _token_facts(tokenizer: PromptTokenizer, index: dict) -> dict:
@@ -299,40 +303,11 @@ def read_meta(folder: str | os.PathLike) -> dict:
 def matching_facts(folder: str | os.PathLike, request: dict) -> dict:
   """The facts of the data set in `folder`; `ValueError` unless it answers the same request."""
   stored, request = read_meta(folder), json.loads(json.dumps(request | {"version": VERSION}))
-  different = [key for key in request if stored["request"].get(key) != request[key]]
-  if different:
-    key = different[0]
+  key = next((key for key in request if stored["request"].get(key) != request[key]), None)
+  if key is not None:
     raise ValueError(f"{folder} holds a data set made with {key}={stored['request'].get(key)}, not {key}={request[key]}: "
                      "remove that folder or choose another --out.")
   return stored["facts"]
-
-
-def link(source: str, place: str) -> None:
-  """Puts a file in a second place as well, without copying it where the file system can; a `move` for `finish` that can be done again."""
-  try:
-    os.link(source, place)
-  except OSError:  # a file system without links
-    shutil.copyfile(source, place)
-
-
-def publish(built: str | os.PathLike, path: str | os.PathLike) -> bool:
-  """Moves a complete data set to its place; returns False if another process was faster."""
-  try:
-    os.rename(built, path)
-  except OSError:
-    if not os.path.exists(path):
-      raise
-    return False
-  return True
-
-
-def local_folder(place: str | os.PathLike, what: str) -> pathlib.Path:
-  """Returns the path of something on this machine; `ValueError`, which calls it `what`, for a URL: of gs://B/F a path would make a folder "gs:"."""
-  scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(place))
-  if scheme:
-    raise ValueError(f"{what} is {os.fspath(place)}, but {scheme[1]}:// is not a folder of this machine: mount the bucket (docs/pods.md shows it "
-                     "with gcsfuse) and give its folder there, or copy what it holds.")
-  return pathlib.Path(place)
 
 
 def index_path(folder: str | os.PathLike, split: str) -> str:
@@ -348,17 +323,16 @@ def list_splits(data_dir: str | os.PathLike, name: str) -> list[str]:
 def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequence[dict], dict[str, np.ndarray]]:
   """Returns (records by position, as dicts; the index by position).
 
-  The index: height, width, quality, sample_id, stage, has_text; source_sizes [n, most sources, 2] int32, (height, width) in px of each
-  condition image and zeros where there is none; num_captions, and for all captions one after the other caption_language (a place in
-  language_names), caption_kind (a place in KINDS) and caption_tokens, the length of the whole prompt without image slots by the tokenizer
+  The index: height, width, quality, sample_id, stage, has_text, has_rejected (none before pairs); source_sizes [n, most sources, 2] int32, (height,
+  width) in px of each condition image and zeros where there is none; num_captions, and for all captions one after the other caption_language (a
+  place in language_names), caption_kind (a place in KINDS) and caption_tokens, the length of the whole prompt without image slots by the tokenizer
   whose fingerprint is `tokenizer`. Texts come as UTF-8 bytes and images as encoded files. `ValueError` if the data set or the split is not there.
   """
   folder = os.path.join(data_dir, name)
   if not os.path.isdir(folder):
     raise ValueError(f"No data set {name!r} in {data_dir}: make it with python -m launch.prepare_data, --dataset={name} for an embedded one "
                      f"or --source=... --name={name} for your own, and --out={data_dir}.")
-  meta = read_meta(folder)
-  version = meta["request"]["version"]
+  version = (meta := read_meta(folder))["request"]["version"]
   if version != VERSION:
     raise ValueError(f"The data set {folder} has the format {version}, and this program reads {VERSION}: remove that folder and prepare it anew.")
   if not os.path.exists(index_path(folder, split)):
@@ -366,6 +340,9 @@ def open_split(data_dir: str | os.PathLike, name: str, split: str) -> tuple[Sequ
   index = map_columns(index_path(folder, split))
   _check_lengths(index, index_path(folder, split))
   _check_content(index_path(folder, split), meta)
+  if RENDERED in meta:
+    from data_pipelines.text_rendering.stored import open_source
+    return open_source(folder, split, meta, len(index["height"])), index
   import tensorflow_datasets as tfds
   builder = tfds.builder_from_directory(os.path.join(folder, version))
   source, files = builder.as_data_source(split), builder.info.splits[split]
@@ -379,8 +356,8 @@ def _check_lengths(index: dict[str, np.ndarray], path: str) -> None:
   for names, what in (([name for name in index if name not in (*of_captions, *FIXED)], "records"), (of_captions, "captions")):
     lengths = {name: len(index[name]) for name in names}
     if len(set(lengths.values())) > 1:
-      fewest = min(lengths, key=lengths.get)
-      raise ValueError(f"{path} has the column {fewest} of {lengths[fewest]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
+      short = min(lengths, key=lengths.get)
+      raise ValueError(f"{path} has the column {short} of {lengths[short]} {what}, and others of {max(lengths.values())}: copy it again, or remove "
                        "the data set and prepare it anew.")
 
 

@@ -14,13 +14,14 @@ from data_pipelines.kinds import Kinds
 from data_pipelines.programs import Family, assign, costs, padding
 from data_pipelines.specs import DatasetSpec, Resolution
 
-REASONS = ("", "low_quality", "low_stage", "no_caption", "too_long", "cropped", "enlarged")  # why a record cannot be used; the first: it can
+# Why a record cannot be used; the first: it can.
+REASONS = ("", "low_quality", "low_stage", "no_caption", "too_long", "cropped", "enlarged", "no_rejected")
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-  """What became of a task's records nearest to one target size: kept + low_quality + low_stage + no_caption + too_long + cropped + enlarged + rare =
-  records.
+  """What became of a task's records nearest to one target size: kept + low_quality + low_stage + no_caption + too_long + cropped + enlarged +
+  no_rejected + rare = records.
 
   `moved` of the kept ones are in a bucket of another shape than their own. For `rare` ones no bucket was worth its step, or fits.
   """
@@ -39,6 +40,7 @@ class Count:
   too_long: int
   cropped: int
   enlarged: int
+  no_rejected: int
   rare: int
   moved: int
 

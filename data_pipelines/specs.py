@@ -27,6 +27,9 @@ class DatasetSpec:
     alpha: whether the pictures' transparency is kept, for a VAE of four channels; otherwise they are laid on white paper.
     shuffle_tags, drop_tags, keep_tags, tag_separator: of captions that are lists of tags, see `data_pipelines.tags`: whether their order is another
       in each epoch, the chance that a tag is left out, 0 to 1, how many of the first are always there in their places, and what is between them.
+    loss_weight: what the loss of its examples is multiplied by. With `weight`, its share of the batches, this is prior preservation (arXiv
+      2208.12242): pictures that the model drew before training, beside those of the new subject.
+    ignore_rejected: whether a method that takes no pairs may train on the pictures of records that have a rejected one, too.
   """
 
   data_dir: str
@@ -44,6 +47,8 @@ class DatasetSpec:
   drop_tags: float = 0.0
   keep_tags: int = 0
   tag_separator: str = ","
+  loss_weight: float = 1.0
+  ignore_rejected: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,11 @@ FLAG_ERRORS = (AttributeError, KeyError, OSError, ValueError, TypeError, IndexEr
 
 def collect_rarely() -> None:
   """Has Python look for garbage less often. Tracing makes millions of objects that live on, and by default all are looked through at every 70,000th
-  or so: a fifteenth of the time of a short run, a tenth of the tests'. Arrays are freed without it, when the last name of them is gone."""
+  or so: a fifteenth of the time of a short run, a tenth of the tests'. Arrays are freed without it, when the last name of them is gone.
+
+  What is imported by now is never looked through again, not at the end either, which takes a second in a process that does little."""
   gc.set_threshold(20_000, 20, 50)
+  gc.freeze()
 
 
 def run(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:

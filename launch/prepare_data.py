@@ -3,11 +3,12 @@
   python -m launch.prepare_data --source=DIR --name=mine --out=/data       your pictures, curated; see docs/data.md
   python -m launch.prepare_data --dataset=glyphs --out=/data     20800 letters and shapes, 10800 edits, half a minute
   python -m launch.prepare_data --dataset=emoji --out=/data      8202 emoji on paper, captions in 114 languages, 8085 edits
+  python -m launch.prepare_data --dataset=rendered_text --out=/data   text in sixteen languages, drawn while training reads it
   python -m launch.prepare_data --verify --name=mine --out=/data           reads all of it back
 
 --source is a folder of pictures with .txt or .json files or a metadata.jsonl beside them, a .csv, .jsonl or .parquet file, WebDataset tars such as
 "shard-{000..127}.tar", or tfds:NAME; local, or gs://... It needs pip install -r requirements-data.txt. glyphs needs nothing but this project's
-packages; emoji needs the Debian packages fonts-noto-color-emoji and unicode-cldr-core.
+packages; emoji needs the Debian packages fonts-noto-color-emoji and unicode-cldr-core, rendered_text fonts-noto-core and fonts-noto-cjk.
 
 The same command again uses what is there. An interrupted run leaves nothing that looks complete: just start it again. With --source it goes
 on where it was, and its result is the same to the byte, whatever the number of workers.
@@ -25,7 +26,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from configs import curation
+from configs import curation, rendered_text
 from data_pipelines import embedded
 from data_pipelines.verify import verify
 from launch import cli
@@ -33,17 +34,19 @@ from launch import cli
 NEEDED = {"apache_beam": "apache-beam", "imagehash": "imagehash", "pyarrow": "pyarrow", "fsspec": "fsspec", "rapidocr": "rapidocr"}
 TABLES = (".csv", ".tsv", ".jsonl")
 
+RENDERED = "rendered_text"
+
 READING = ("captions", "uncaptioned", "picture_root")  # flags that are also keys of config.reading
 
 
 def define_flags() -> None:
   flags.DEFINE_string("source", None, "Your pictures: a folder, .csv, .jsonl, .parquet, .tar (also shard-{000..127}.tar) or tfds:NAME.")
-  flags.DEFINE_enum("dataset", None, sorted(embedded.SOURCES), "An embedded data set, in place of --source.")
-  flags.DEFINE_string("name", None, "Name of the data set that --source becomes, or that --verify reads.")
+  flags.DEFINE_enum("dataset", None, sorted([*embedded.SOURCES, RENDERED]), "A data set that comes with the project, in place of --source.")
+  flags.DEFINE_string("name", None, f"Name of the data set that --source or {RENDERED} becomes, or that --verify reads.")
   flags.DEFINE_string("out", None, "Folder that will hold the data set's folder.", required=True)
   flags.DEFINE_bool("verify", False, "Read a data set back: checksums, and every record against the index.")
   default = pathlib.Path(__file__).parent.parent / "configs" / "curation.py"
-  config_flags.DEFINE_config_file("config", str(default), "What is kept of --source, and how it is stored.")
+  config_flags.DEFINE_config_file("config", str(default), f"What is kept of --source, and how it is stored; of {RENDERED}, what is drawn.")
   flags.DEFINE_enum("captions", None, ["whole", "lines"], "What a caption file with several lines is: one text, or a caption per line.")
   flags.DEFINE_enum("uncaptioned", None, ["drop", "keep", "file_name"],
                     "What becomes of a picture without a caption: it is dropped, kept (for a VAE), or has its file name as caption.")
@@ -51,8 +54,8 @@ def define_flags() -> None:
   flags.DEFINE_string("runner", "DirectRunner", "The Beam runner: this machine's cores, or DataflowRunner, FlinkRunner, SparkRunner.")
   flags.DEFINE_integer("num_workers", 0, "Processes of the DirectRunner; 0 for one per core.", lower_bound=0)
   flags.DEFINE_string("beam_options", "", 'Further options of the runner, such as "--project=P --region=R --temp_location=gs://B/tmp".')
-  flags.DEFINE_integer("num_examples", None, "Of --dataset: training pictures, editing pairs not counted; unset takes the data set's default.",
-                       lower_bound=1)
+  flags.DEFINE_integer("num_examples", None, "Of --dataset: training pictures, editing pairs not counted; unset takes the data set's default, "
+                       f"which for {RENDERED} is to store none.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Of --dataset: seed of everything random.", lower_bound=0)
   flags.DEFINE_integer("vocab_size", None, "Of --dataset: largest number of tokens; unset takes the data set's default.")
 
@@ -61,6 +64,20 @@ def prepare(dataset: str, out: str, num_examples: int | None = None, seed: int =
             vocab_size: int | None = None) -> dict:
   """Returns the facts of an embedded data set, after printing them; see `data_pipelines.embedded.prepare`."""
   return _say(embedded.prepare(dataset, out, num_examples, seed, vocab_size))
+
+
+def prepare_rendered(out: str, cfg: Mapping[str, Any], name: str = RENDERED, num_examples: int | None = None, seed: int = 0,
+                     vocab_size: int | None = None) -> dict:
+  """Returns the facts of rendered text, after printing them; see `data_pipelines.text_rendering.stored.prepare`. `cfg` is what
+  configs/rendered_text.py returns."""
+  from data_pipelines.text_rendering import stored  # with a shaper and dictionaries, which nothing else needs
+  different = sorted(set(cfg.keys()) ^ set(rendered_text.get_config().keys()))
+  if different:
+    raise ValueError(f"--config is none for {RENDERED}: it and configs/rendered_text.py differ in the keys {', '.join(different)}: start from it.")
+  settings = {key: value.to_dict() if hasattr(value, "to_dict") else value for key, value in cfg.items()}
+  tokenizer, texts = settings.pop("tokenizer"), settings.pop("texts")
+  read, left_out = stored.read_settings(seed, texts, **settings)
+  return _say(stored.prepare(read, out, name, num_examples, vocab_size, tokenizer, left_out))
 
 
 def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str = "DirectRunner", num_workers: int = 0,
@@ -135,7 +152,9 @@ def main(_: Sequence[str]) -> None:
     raise ValueError("Give one of --source (your pictures), --dataset (an embedded data set) and --verify.")
   if (args.source or args.verify) and not args.name:
     raise ValueError("Give the data set a --name: its folder is <out>/<name>.")
-  if args.source and args.name in embedded.SOURCES:
+  if args.dataset in embedded.SOURCES and args.name:
+    raise ValueError(f"--name={args.name} is not for --dataset={args.dataset}, which has its own: leave it out.")
+  if (args.source or args.dataset) and args.name in embedded.SOURCES:
     raise ValueError(f"--name={args.name} is that of an embedded data set: choose another.")
   given = [name for name in READING if not args.source and args[name].present]
   if given:
@@ -152,6 +171,9 @@ def main(_: Sequence[str]) -> None:
   elif args.source:
     reading = {name: args[name].value for name in READING if args[name].present}
     curate(args.source, args.name, out, args.config, args.runner, args.num_workers, args.beam_options, reading)
+  elif args.dataset == RENDERED:
+    cfg = args.config if args["config"].present else rendered_text.get_config()
+    prepare_rendered(out, cfg, args.name or RENDERED, args.num_examples, args.seed, args.vocab_size)
   else:
     prepare(args.dataset, out, args.num_examples, args.seed, args.vocab_size)
 

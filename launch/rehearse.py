@@ -7,7 +7,10 @@ The topology is a chip (v5e, v5p, v6e, tpu7x) and the shape of its slice, and ne
 devices, which have no memory limit and no published rates. With --cost also what the whole curriculum would take, computed from the rows of this call
 or, without compiling anything, from those of an earlier one's --json file, --cost --rows=FILE. How to read the table: docs/pods.md.
 
-With --num_prompts what `launch.evaluate` would take with the config's networks, and a judge of its encoder's size (docs/evaluation.md).
+With --suite and --num_prompts what `launch.evaluate` would take with the config's networks: drawing, and scoring by a judge of its encoder's size,
+its vision tower or cores of the host (docs/evaluation.md).
+
+  python -m launch.rehearse --config=configs/pretrain.py --topology=v6e:2x4 --suite=judge,text,text_edits --num_prompts=1000
 
 A stage of a method with rollouts has a row for each phase of its step: what draws, a judge on the device, what makes minibatches, and the updates;
 the last lines say what an iteration takes, and which pictures/s rewards on the host must bear.
@@ -60,14 +63,15 @@ def define_flags() -> None:
   flags.DEFINE_bool("whole", False, "Also compile what a stage runs beside its step: the evaluation, and what draws samples.")
   flags.DEFINE_bool("machine_code", False, "Compile for a TPU to the end. Takes minutes more and changes no number, but tries each kernel.")
   flags.DEFINE_bool("cost", False, "Also print days and chip-hours of each stage and of all.")
-  flags.DEFINE_integer("num_prompts", 0, "Rehearse launch.evaluate on so many prompts, and not the stages: programs that draw, and a judge.",
-                       lower_bound=0)
-  flags.DEFINE_integer("num_seeds", 4, "With --num_prompts: pictures of each prompt.", lower_bound=1)
-  flags.DEFINE_integer("side_px", 1024, "With --num_prompts: side of each picture, a square.", lower_bound=32)
-  flags.DEFINE_integer("num_steps", 40, "With --num_prompts: sampling steps.", lower_bound=1)
-  flags.DEFINE_float("guidance", 1.0, "With --num_prompts: scale of classifier-free guidance; at most 1 is none.", lower_bound=0)
-  flags.DEFINE_integer("batch_size", 16, "With --num_prompts: pictures or questions at a time.", lower_bound=1)
-  flags.DEFINE_integer("num_questions", 2, "With --num_prompts: what a judge of the encoder's size is asked about a picture; 0: no judge.",
+  flags.DEFINE_list("suite", [], "Rehearse launch.evaluate with these suites, and not the stages: programs that draw, and what scores. Without it "
+                    "--num_prompts takes judge.")
+  flags.DEFINE_integer("num_prompts", 0, "Prompts of each suite; with --suite 1,000 by default.", lower_bound=0)
+  flags.DEFINE_integer("num_seeds", 4, "Of an evaluation: pictures of each prompt.", lower_bound=1)
+  flags.DEFINE_integer("side_px", 1024, "Of an evaluation: side of each picture, a square.", lower_bound=32)
+  flags.DEFINE_integer("num_steps", 40, "Of an evaluation: sampling steps.", lower_bound=1)
+  flags.DEFINE_float("guidance", 1.0, "Of an evaluation: scale of classifier-free guidance; at most 1 is none.", lower_bound=0)
+  flags.DEFINE_integer("batch_size", 16, "Of an evaluation: pictures or questions at a time.", lower_bound=1)
+  flags.DEFINE_integer("num_questions", 2, "With the suites judge and tifa: what is asked about a picture; 0 without --suite: no judge.",
                        lower_bound=0)
   flags.DEFINE_string("rows", "", "File that an earlier call wrote with --json: with --cost its rows are taken, and nothing is compiled.")
   flags.DEFINE_string("json", "", "File to write the rows to as JSON.")
@@ -88,7 +92,7 @@ def main(_) -> None:
   sizes = plain(cfg.mesh).values()
   if args.num_slices > 1 and -1 not in sizes and math.prod(sizes) * args.num_slices == len(devices):  # the mesh of one slice
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=cfg.mesh.data * args.num_slices))
-  if args.num_prompts:
+  if args.num_prompts or args.suite:
     _rehearse_evaluation(args, cfg, devices, chip)
     return
   choice = Choice(tuple(args.stage), tuple(args.task), tuple(args.base_px), args.all_buckets, args.squares, args.index, args.whole)
@@ -128,11 +132,13 @@ def main(_) -> None:
 def _rehearse_evaluation(args: flags.FlagValues, cfg: RunConfig, devices: list, chip: Any) -> None:
   """Prints what an evaluation would take; exits with 1 if it does not fit."""
   child = ChildProcess(args.topology, args.num_slices) if chip and not args.machine_code else None
-  wanted = evaluation.Wanted(args.num_prompts, args.num_seeds, args.side_px, args.side_px, args.num_steps, args.guidance, args.batch_size,
-                             num_questions=args.num_questions)
+  suites = tuple(args.suite) or ("judge",) * bool(args.num_questions)
+  wanted = evaluation.Wanted(args.num_prompts or 1000, args.num_seeds, args.side_px, args.side_px, args.num_steps, args.guidance, args.batch_size,
+                             num_questions=max(1, args.num_questions), suites=suites)
+  rates = evaluation.host_rates(wanted)  # first: it says what is missing, and compiling takes minutes
   lines = evaluation.rehearse_evaluation(cfg, wanted, devices, chip, child)
-  print(evaluation.describe(lines, wanted))
-  if missing := [line.name for line in lines if line.fits is False]:
+  print(evaluation.describe(lines, wanted, rates))
+  if missing := [f"{line.suite} {line.name}" for line in lines if line.fits is False]:
     print(f"Does not fit: {', '.join(missing)}.", file=sys.stderr)
     sys.exit(1)
 

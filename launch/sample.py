@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from data_pipelines.records import local_folder
+from data_pipelines.folders import local_folder
 from launch import cli
 from qimg2.analysis.roofline import GIB
 from qimg2.runtime import processes

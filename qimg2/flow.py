@@ -13,6 +13,11 @@ tokens hide less at the same t, so times are shifted towards noise with the numb
 Sampling takes N times linspace(1, 1/N, N), shifts them, stretches them so that the last one is `terminal`, and appends 0:
 
   sigma' = 1 - (1 - sigma) (1 - terminal) / (1 - sigma_last)                                          (4)
+
+The squared error of the velocity may be weighted by time (`time_weights`):
+
+  none 1,   sigma_sqrt t^-2,   cosmap 2 / (pi (1 - 2t + 2t²)), the density of arXiv 2403.03206, section 3.1      (5)
+  bell c (e^(-2 (t - 1/2)²) - e^(-1/2)),  with c for a mean of 1 over t in [0, 1]: both ends count nothing       (6)
 """
 
 import dataclasses
@@ -25,6 +30,8 @@ import numpy as np
 
 DENSITIES = ("logit_normal", "uniform", "mode", "cosmap")
 SHIFTS = ("resolution", "static", "none")
+WEIGHTINGS = ("none", "sigma_sqrt", "cosmap", "bell")
+LEAST_TIME = 1e-3  # the lowest t that "sigma_sqrt" divides by, so that its weights end at 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +132,27 @@ def interpolate(x_0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
 def velocity_target(x_0: jax.Array, noise: jax.Array) -> jax.Array:
   """noise - x_0, equation 2."""
   return noise - x_0
+
+
+def time_weights(weighting: str, t: jax.Array) -> jax.Array:
+  """[B] float32 weights of the squared error at times `t` [B], equations 5 and 6; `t` is the network's time, after the shift.
+
+  Raises:
+    ValueError: no weighting of that name.
+  """
+  check_weighting(weighting)
+  tail = math.exp(-0.5)
+  bell_mean = math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - tail
+  return {"none": lambda: jnp.ones_like(t),
+          "sigma_sqrt": lambda: jnp.maximum(t, LEAST_TIME) ** -2,
+          "cosmap": lambda: 2 / (jnp.pi * (1 - 2 * t + 2 * t**2)),
+          "bell": lambda: (jnp.exp(-2 * jnp.square(t - 0.5)) - tail) / bell_mean}[weighting]()
+
+
+def check_weighting(weighting: str) -> None:
+  """Raises a `ValueError` for a weighting that there is not."""
+  if weighting not in WEIGHTINGS:
+    raise ValueError(f"algorithm.weighting is {weighting!r}: choose one of {', '.join(WEIGHTINGS)}.")
 
 
 def predict_x_0(x_t: jax.Array, velocity: jax.Array, t: jax.Array) -> jax.Array:

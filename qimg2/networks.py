@@ -69,16 +69,21 @@ class Networks:
     What a latent cache holds is taken as it is: `source_latents` in place of what the VAE makes of `sources`, `features` in place of the text
     states. Its states are zero at padding, as the encoder's are, and no valid token of the joint sequence sees one of those.
     """
-    frozen = {role: jax.lax.stop_gradient(params[role]) for role in ("qwen3_vl", "vae")}
-    n = self.num_system_tokens
-    text = batch["features"].astype(self.encoder.dtype) if "features" in batch else self.text_states(frozen, batch)
-    latents = [x.astype(jnp.float32) for x in batch["source_latents"]] if "source_latents" in batch else [
-        self.encode(frozen["vae"], source) for source in batch.get("sources", ())]
-    factor = self.vae.spatial_factor
+    n, factor, encoded = self.num_system_tokens, self.vae.spatial_factor, self.encoded(params, batch)
     layout = make_layout(batch["tokens"][:, n:], batch["token_count"] - n, self.encoder.image_token_id, source_grids(batch, factor),
                          target_grid(batch, factor))
+    latents = encoded["source_latents"]
     images = jnp.concatenate([flatten_grid(x) for x in latents], axis=1) if latents else None
-    return Condition(text, images, layout)
+    return Condition(encoded["features"], images, layout)
+
+  def encoded(self, params: dict, batch: dict) -> dict:
+    """Prompt and condition images of a batch as a latent cache holds them, so that `condition` of these computes nothing more: `tokens`,
+    `token_count`, `features` in the encoder's type and `source_latents` in float32. No gradient flows into them."""
+    frozen = {role: jax.lax.stop_gradient(params[role]) for role in ("qwen3_vl", "vae")}
+    text = batch["features"].astype(self.encoder.dtype) if "features" in batch else self.text_states(frozen, batch)
+    latents = tuple(x.astype(jnp.float32) for x in batch["source_latents"]) if "source_latents" in batch else tuple(
+        self.encode(frozen["vae"], source) for source in batch.get("sources", ()))
+    return {"tokens": batch["tokens"], "token_count": batch["token_count"], "features": text, "source_latents": latents}
 
   def text_states(self, params: dict, batch: dict) -> jax.Array:
     """[B, M', E] states of a batch's prompts in the encoder's type, without the system turn and zero at padding; it looks at `sources`."""

@@ -52,12 +52,18 @@ def sample(net: Net, params: dict, noise: jax.Array, cond: Any, sigmas: np.ndarr
 
 
 def guided_velocity(net: Net, params: dict, x: jax.Array, sigma: jax.Array, cond: Any, guidance: float = 1.0) -> jax.Array:
-  """The velocity at `x` [B, ...] and the time `sigma`, equation 2; `cond` and `guidance` as in `sample`."""
+  """The velocity at `x` [B, ...] and the time `sigma`, one number or [B], equation 2; `cond` and `guidance` as in `sample`."""
+  return guided_branches(net, params, x, sigma, cond, guidance)[0]
+
+
+def guided_branches(net: Net, params: dict, x: jax.Array, sigma: jax.Array, cond: Any, guidance: float = 1.0) -> tuple[jax.Array, jax.Array]:
+  """(the velocity, that of the conditional branch alone); without guidance they are one. Arguments as in `guided_velocity`."""
+  t = jnp.broadcast_to(sigma, x.shape[:1])
   if guidance <= 1.0:
-    return net(params, x, jnp.full(x.shape[:1], sigma), cond)
-  t = jnp.full((2 * x.shape[0],), sigma)
-  v_cond, v_uncond = jnp.split(net(params, jnp.concatenate([x, x]), t, cond), 2)
-  return v_uncond + guidance * (v_cond - v_uncond)
+    v = net(params, x, t, cond)
+    return v, v
+  v_cond, v_uncond = jnp.split(net(params, jnp.concatenate([x, x]), jnp.concatenate([t, t]), cond), 2)
+  return v_uncond + guidance * (v_cond - v_uncond), v_cond
 
 
 def euler_step(x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:

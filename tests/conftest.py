@@ -5,6 +5,7 @@ QIMG2_TEST_SLOWNESS: by how much this machine is slower than two idle cores, 1 b
 it takes more than ten seconds times that.
 """
 
+import gc
 import itertools
 import os
 import pathlib
@@ -29,9 +30,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # into 32 pieces, a program can be compiled by many threads; with two workers on two cores the pieces are a fifth of the work, for nothing.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true "
                       "--xla_cpu_parallel_codegen_split_count=1")
-# Here and in processes that tests start, whatever compiles for longer than a moment is read by the next test. A file that two write at once is read
-# whole or not at all, and its name holds all that the program depends on.
-os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(CACHE), "0.3"
+# Here and in processes that tests start, whatever is compiled is read by the next test. A file that two write at once is read whole or not at all,
+# and its name holds all that the program depends on.
+os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(CACHE), "0"
 # Arrays of different ranks are only combined where the code says how.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
@@ -43,6 +44,7 @@ import numpy as np
 import pytest
 import warm
 from jax._src import cache_key
+from jax._src import compilation_cache as jax_cache
 from jax._src.lib import xla_client
 
 from configs import quickstart
@@ -60,7 +62,24 @@ def share_programs_of_one_device():
   cache_key._hash_accelerator_config = lambda hashed, devices: hash_devices(hashed, only if devices.size == 1 else devices)
 
 
+def keep_programs():
+  """Keeps loaded what this process has loaded from the cache: to read a program again takes a tenth of a second, and every run of a loop makes its
+  own."""
+  read, loaded = jax_cache.get_executable_and_time, {}
+
+  def get(key, options, backend, devices):
+    name = key, tuple(device.id for device in devices)
+    if name not in loaded:
+      found = read(key, options, backend, devices)
+      if found[0] is None:
+        return found
+      loaded[name] = found
+    return loaded[name]
+  jax_cache.get_executable_and_time = get
+
+
 share_programs_of_one_device()
+keep_programs()
 
 
 def pytest_configure(config):
@@ -91,6 +110,11 @@ def pytest_collection_modifyitems(items):
   """The longest groups come first, so that no worker is left with one of them at the end."""
   rank = {group: number for number, group in enumerate(LONG)}
   items.sort(key=lambda item: rank.get(group_of(item), len(LONG)))
+
+
+def pytest_collection_finish():
+  """What all tests import is never looked through for garbage again."""
+  gc.freeze()
 
 
 def pytest_itemcollected(item):

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qimg2 import adapters, layers, sharding
+from qimg2 import adapters, flow, layers, sharding
 from qimg2 import params as P
-from qimg2.algorithms import COMPUTE, Algorithm, Average, Role, Update
+from qimg2.algorithms import COMPUTE, Algorithm, Average, Rewards, Role, Update
 from qimg2.algorithms.adapter import with_adapter
 from qimg2.models import mmdit, qwen3_vl
 from qimg2.published.names import mmdit as mmdit_names
 from qimg2.published.names import qwen3_vl as qwen3_vl_names
+from qimg2.runtime import methods
 from tests.jobs import toy
 from tests.jobs.toy_methods import METHODS, Nets, dmd, dpo
 
@@ -161,6 +162,15 @@ def test_the_losses_of_the_first_step_are_those_of_all_weights(make):
     losses.append([loss(update) for update in method.updates])
   np.testing.assert_array_equal(*losses)
   assert set(whole.roles) - set(adapted.roles) == ({"ref"} if make is dpo else {"teacher"})
+
+
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.kind == "generator"])
+def test_every_method_of_a_generator_takes_an_adapter(name):
+  whole = methods.make_algorithm(name, {}, flow.Schedule(), Rewards(("right",), lambda pictures, tasks: {}))
+  method = with_adapter(whole, ALL)
+  assert method.trained == ("adapter",) and "ref" not in method.roles and "model" in method.frozen and "encoder" in method.frozen
+  assert {one.role for one in method.averages.values()} <= {"adapter"} and method.averages.keys() == whole.averages.keys()
+  assert set(method.deployed({name: name for name in (*method.roles, *method.averages)} | {"model": {}})) == {"mmdit", "qwen3_vl", "vae"}
 
 
 @pytest.mark.parametrize("method, message", [

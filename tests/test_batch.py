@@ -18,7 +18,8 @@ FEATURES = CACHE | {"feature_width": 5}
 def example(cache=None):
   """A batch of the loader: targets of 64 x 96 px, two condition images, 20 prompt tokens."""
   fields = {name: (cache or CACHE).get(name) for name in Cache.__dataclass_fields__}
-  return Loader.example(Bucket("ti2i", 64, 96, ((32, 64), (96, 32)), Cache(**fields) if cache else None, num_tokens=20, batch_size=NUM))
+  return Loader.example(Bucket("ti2i", 64, 96, ((32, 64), (96, 32)), Cache(**fields) if cache else None, num_tokens=20, batch_size=NUM,
+                               pairs=True, weighted=True))
 
 
 @pytest.mark.parametrize("cache", [None, CACHE, FEATURES])
@@ -33,7 +34,7 @@ def test_grids_are_the_same_for_pixels_and_latents(cache):
 def test_the_loader_makes_what_the_table_says():
   rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", batch.__doc__, re.MULTILINE))
   batches = {name: example(cache) for name, cache in {"pixels": None, "latents": CACHE, "features": FEATURES}.items()}
-  assert rows.keys() == set().union(*batches.values()) | {"weight"}
+  assert rows.keys() == set().union(*batches.values()) | {"weight", "tasks", "category"}
   ranks = {"B": 1, "B M": 2, "B M' E": 3, "B H W C": 4, "B h w C": 4, "tuple of B h w C": 4}
   for made in batches.values():
     for name, value in made.items():

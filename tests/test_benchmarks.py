@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: both sides have the same weights and tokens, and ways take turns."""
 
+import concurrent.futures
 import json
 import time
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import everything, growth, kernels, mixture, networks, sampler, start, step, timing
+from benchmarks import everything, growth, kernels, merging, mixture, networks, sampler, scoring, start, step, timing
 from configs import pretrain
 from qimg2 import params as P
 from qimg2.models import mmdit
 from qimg2.runtime.config import parse
+from qimg2.runtime.evaluating import scoring as pool
+from qimg2.runtime.evaluating.folder import Folder
 
 TINY = step.Size(step._sized(32, 2, head_dim=16), 4, 12)
 
@@ -117,3 +120,26 @@ def test_a_made_up_index_is_dealt_as_the_config_asks(tmp_path):
   assert 0 <= row["more_gb"] < 1 and row["bytes_per_worker"] < 10**6
   assert row["share_off_by"] < 0.01 and row["rarest_to_most"] < 1.001 and row["shapes"] > 100 and row["programs"] <= 64
   assert 0 < row["distinct"] < 1 and 0 <= row["left_out"] <= 0.02 and 0 < row["plan_ms"] <= row["slowest_plan_ms"]
+
+
+def test_scores_beside_a_device_that_draws(monkeypatch):
+  """A score of 20 ms by two threads: 50 pictures a second each, and a device that takes a quarter longer waits for none."""
+  monkeypatch.setattr(pool, "_start", concurrent.futures.ThreadPoolExecutor)
+  monkeypatch.setitem(scoring.METRICS, "toy", lambda task, picture: time.sleep(0.02) or {"toy": 1.0})
+  tasks, pictures = scoring.samples(24, 64)
+  assert len({task.prompt for task in tasks}) > 12 and (pictures[0] != tasks[0].truth).any()
+  row = scoring.measure("toy", tasks, pictures, 2, scoring.Device(side=64))
+  assert 20 < row.in_pool <= 50 and row.alone > 50 and row.device > 0 and row.waits < 0.2
+  monkeypatch.setattr(scoring, "SLOWER", 0.0)
+  assert scoring.measure("toy", tasks, pictures, 2, scoring.Device(side=64)).waits > 0.5  # one that takes no time waits for nearly all of it
+  assert scoring.of_device(64, 4) > 0
+
+
+def test_a_made_up_evaluation_is_merged(tmp_path):
+  out = Folder(tmp_path / "out")
+  work = merging.made_up(out, 40, 2, 5)
+  assert len(out.done_parts("made_up")) == 3 and not (out.place / "summary.json").exists()
+  summary, seconds, processor, peak = merging.merge(out, work)
+  found = summary["suites"]["made_up"]
+  assert (found["num_prompts"], found["num_pictures"], len(out.rows())) == (40, 80, 80) and min(seconds, processor) > 0 and peak > 0.05
+  assert found["figures"]["right"]["n"] == 40 and 0 < found["of_set"]["fid"] < 5 and not out.done_parts("made_up")

@@ -27,7 +27,7 @@ from qimg2.training import faults, optim
 ROOT = pathlib.Path(__file__).parent.parent
 # Keys that records of earlier programs do not have.
 LATER = {"optimizers", "micro_batches", "save_every_s", "local_copies", "order_dir", "too_long", "keep_every_steps", "evals_every_steps",
-         "evals_num_prompts", "adapter", "offload_frozen"}
+         "evals_num_prompts", "rewards", "reward_workers", "watch", "adapter", "offload_frozen"}
 
 
 def smoke():
@@ -151,7 +151,7 @@ SFT = ("stages", 3)
     (put([*SFT, "faults", "stop_after"], "lunch"), "config.stages[sft].faults.stop_after is 'lunch': choose one of step, micro_batch."),
     (put(["local_copies", "every_s"], 0.0), "config.local_copies: every_s is 0.0: give seconds above 0, or no folder for no copies."),
     (put([*SFT, "faults", "on_save_error"], "cry"), "config.stages[sft].faults.on_save_error is 'cry': choose one of stop, continue."),
-    (put([*SFT, "algorithm", "name"], "flow"), "config.stages[sft].algorithm.name is 'flow': choose one of flow_matching, reconstruction."),
+    (put([*SFT, "algorithm", "name"], "flow"), "config.stages[sft].algorithm.name is 'flow': choose one of flow_matching, reconstruction"),
     (put([*SFT, "name"], "vae"), "config.stages: two stages have the same name"),
     (put([*SFT, "name"], "s:ft"), "config.stages[s:ft].name is 's:ft': it is a folder's name"),
     (put(["stages", 3], "sft"), "config.stages[3] is 'sft': give a section."),

@@ -18,7 +18,7 @@ import pytest
 from jobs.brightness import score
 from PIL import Image
 
-from qimg2.evaluation import Figure, Suite, Task
+from qimg2.evaluation import Figure, Reference, Suite, Task
 from qimg2.runtime.evaluating import comparing, job, scoring, summary
 from qimg2.runtime.evaluating.drawing import Group, chunks_of
 from qimg2.runtime.evaluating.folder import Folder, read_lines
@@ -75,11 +75,14 @@ def whole(tmp_path_factory):
   return files(place)
 
 
-def with_features():
+def with_features(computed=None):
+  taken, computed = [], [] if computed is None else computed  # numbers of the reference's blocks
+
   def of_set(blocks):
     names, features = zip(*blocks)
-    return {"mean": float(np.concatenate(features).mean()), "num": len(sum(names, []))}
-  return toy(features=lambda tasks, pictures: np.stack([picture.mean((0, 1)) for picture in pictures]).astype(np.float32), of_set=of_set)
+    return {"mean": float(np.concatenate(features).mean()), "num": len(sum(names, [])), "reference": float(taken.pop().mean())}
+  return toy(features=lambda tasks, pictures: np.stack([picture.mean((0, 1)) for picture in pictures]).astype(np.float32), of_set=of_set,
+             reference=Reference("r", 5, lambda i: computed.append(i) or np.full((2, 3), i, np.float32), taken.append))
 
 
 def test_files_say_what_was_drawn_and_found(whole):
@@ -97,7 +100,7 @@ def test_files_say_what_was_drawn_and_found(whole):
   assert found["figures"]["bright"]["value"] == pytest.approx(np.mean(brightness)) and found["num_prompts"] == 7 and found["num_pictures"] == 14
   assert found["figures"]["per word"]["value"] == pytest.approx(sum(brightness) / (14 * 8))
   assert found["categories"]["odd"]["bright"]["value"] == pytest.approx(np.mean([b for b, row in zip(brightness, rows) if row["category"] == "odd"]))
-  assert found["of_set"] == {"mean": pytest.approx(255 * np.mean(brightness), rel=1e-5), "num": 14, "num_pictures": 14}
+  assert found["of_set"] == {"mean": pytest.approx(255 * np.mean(brightness), rel=1e-5), "num": 14, "num_pictures": 14, "reference": 2}
   assert b"per word" in whole["report.html"] and whole["report.html"].count(b"<img") == 3  # histograms, and both ends of two figures
 
 
@@ -111,9 +114,9 @@ def test_killed_while_it_draws_it_goes_on(whole, tmp_path, most):
   assert files(out.place) == whole
 
 
-@pytest.mark.parametrize("kept", range(0, 14, 3))
+@pytest.mark.parametrize("kept", range(0, 20, 4))
 def test_killed_while_it_scores_or_writes_it_goes_on(whole, tmp_path, monkeypatch, kept):
-  """After every third file that is written, whichever it is."""
+  """After every fourth file that is written, whichever it is."""
   out, (suite, tasks), left = Folder(tmp_path / "out"), with_features(), itertools.count()
   write = {module: module.write_file for module in (job, job.files)}
 
@@ -133,14 +136,13 @@ def test_killed_while_it_scores_or_writes_it_goes_on(whole, tmp_path, monkeypatc
 
 def test_64_jobs_in_any_order_write_the_same_files(whole, tmp_path):
   """More than there are chunks; one that was lost is done by another."""
-  out, (suite, tasks) = Folder(tmp_path / "out"), with_features()
+  out, (suite, tasks) = Folder(tmp_path / "out"), with_features(computed := [])
   for index in np.random.default_rng(0).permutation(64)[:-1]:
     found = evaluate_into(out, REQUEST, [work(out, suite, tasks)], Share(int(index), 64))
-  lost = int(np.random.default_rng(0).permutation(64)[-1])
   if found is None:
-    assert lost < 6 and (out.place / "parts").is_dir()
+    assert np.random.default_rng(0).permutation(64)[-1] < 6 and (out.place / "parts").is_dir()
   assert evaluate_into(out, REQUEST, [work(out, suite, tasks)]) is not None
-  assert files(out.place) == whole
+  assert files(out.place) == whole and sorted(computed) == [0, 1, 2, 3, 4]
 
 
 def test_another_evaluation_is_refused(whole, tmp_path):
@@ -156,8 +158,7 @@ def test_another_evaluation_is_refused(whole, tmp_path):
 
 
 def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path):
-  out = Folder(tmp_path / "out")
-  released = []
+  out, released = Folder(tmp_path / "out"), []
   suite, tasks = toy(truths={1: "refuse", 2: "nan"}, release=lambda: released.append(1))
   found = evaluate_into(out, REQUEST, [work(out, suite, tasks)])["suites"]["toy"]
   assert found["num_left_out"] == 4 and found["left_out"] == {"nothing can be read in it": 2, "bright is not finite": 2} and released

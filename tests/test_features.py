@@ -116,7 +116,7 @@ def test_a_reference_is_kept_and_compared_with(network, tmp_path):
   rng = np.random.default_rng(0)
   pictures = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(35)]
   features = OnnxFeatures(network)
-  reference = make_reference(iter(pictures), features, features.identity)
+  reference = make_reference((features([None] * len(some), some) for some in (pictures[:32], pictures[32:])), features.identity)
   np.testing.assert_array_equal(reference.features, features([None] * 35, pictures))
   reference.save(tmp_path / "kept.npz")
   kept = ReferenceSet.load(tmp_path / "kept.npz")
@@ -125,7 +125,7 @@ def test_a_reference_is_kept_and_compared_with(network, tmp_path):
   with pytest.raises(ValueError, match="make the reference anew"):
     kept.check_network("another")
   with pytest.raises(ValueError, match="has no picture"):
-    make_reference([], features, "")
+    make_reference([], "")
 
 
 def test_figures_do_not_depend_on_the_blocks():
@@ -218,8 +218,10 @@ def test_the_suite_reads_captions_and_keeps_the_reference(network, tmp_path):
   suite = fidelity_suite(str(folder), keep=str(tmp_path / "kept.npz"), side_px=64, **settings)
   assert sorted((task.prompt, task.name, task.size) for task in suite.tasks(0, 7)) == [(f"picture {i}", f"00000{i}", (64, 64)) for i in range(5)]
   assert suite.tasks(3, 7) == suite.tasks(5, 7)[:3] == suite.tasks(0, 7)[:3] and suite.tasks(0, 7) != suite.tasks(0, 8)
-  assert not (tmp_path / "kept.npz").exists()  # the reference is looked at with the first picture
   suite.features([None], [np.zeros((8, 8, 3), np.uint8)])
+  assert not (tmp_path / "kept.npz").exists()  # pictures need no reference, the figures of the set do
+  suite.reference.take(suite.reference.block(0))
+  suite.of_set([])
   (tmp_path / "prompts.txt").write_text("o\u2028ne\n\ntwo\r\n", encoding="utf-8-sig", newline="")
   again = fidelity_suite(str(tmp_path / "kept.npz"), prompts=str(tmp_path / "prompts.txt"), **settings)
   assert {task.prompt for task in again.tasks(0, 7)} == {"o\u2028ne", "two"}
@@ -235,6 +237,8 @@ def test_the_suite_reads_captions_and_keeps_the_reference(network, tmp_path):
     fidelity_suite(str(tmp_path / "kept.npz"), **settings)
   with pytest.raises(ValueError, match="give one number, or three"):
     fidelity_suite(str(folder), **settings | {"std": "1+2"})
+  (folder / "4.png").write_bytes((folder / "3.png").read_bytes() + b" ")
+  assert fidelity_suite(str(folder), **settings).reference.name != suite.reference.name  # blocks of other pictures are not taken
   (folder / "3.txt").unlink()
   with pytest.raises(ValueError, match="3.png of .* has no caption 3.txt"):
     fidelity_suite(str(folder), **settings)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qimg2 import flow
+from qimg2.algorithms.flow_matching import flow_matching
 from qimg2.flow import Schedule
 
 
@@ -90,3 +91,22 @@ def test_sampling_errors():
     Schedule().sigmas(0, 9)
   with pytest.raises(ValueError, match="2 sampling times were given for 3 steps"):
     Schedule().sigmas(3, 9, (1.0, 0.5))
+
+
+def test_weights_over_time_are_the_published_ones():
+  """Those of SD3 as diffusers has them; the bell over its thousand times is a sum, and over [0, 1] an integral."""
+  t = np.linspace(0.001, 1, 1000)
+  weights = {name: np.asarray(flow.time_weights(name, jnp.asarray(t, jnp.float32)), np.float64) for name in flow.WEIGHTINGS}
+  np.testing.assert_array_equal(weights["none"], 1)
+  np.testing.assert_allclose(weights["sigma_sqrt"], t**-2.0, rtol=1e-5)
+  np.testing.assert_allclose(weights["cosmap"], 2 / (np.pi * (1 - 2 * t + 2 * t**2)), rtol=1e-5)
+  y = np.exp(-2 * ((1000 * t - 500) / 1000) ** 2)
+  y -= y.min()
+  np.testing.assert_allclose(weights["bell"], y * 1000 / y.sum(), atol=3e-3)
+  assert weights["bell"].mean() == pytest.approx(1, abs=2e-3) and abs(weights["bell"][-1]) < 1e-6
+  assert float(flow.time_weights("sigma_sqrt", jnp.zeros(1))[0]) == pytest.approx(1e6)
+
+
+def test_a_weighting_that_there_is_not_is_refused():
+  with pytest.raises(ValueError, match="algorithm.weighting is 'bel': choose one of none, sigma_sqrt, cosmap, bell"):
+    flow_matching(Schedule(), weighting="bel")

@@ -329,6 +329,7 @@ def test_pictures_against_those_of_another_folder(fake, tmp_path):
   suite = judging.pairwise_suite(folder, prompts, str(tmp_path), rival_seed=3)
   (tmp_path / "a_3.png").write_bytes(encode_png(picture(0) // 4))
   answer[0] = lambda row: [0.8, 0.2] if row.pictures[0].mean() > row.pictures[1].mean() else [0.2, 0.8]
+  assert suite.figures["win"].null == 0.5  # a p-value stands beside it
   tasks = sorted(suite.tasks(0, 0), key=lambda task: task.name)
   first, second = suite.score_batch(tasks, [picture(1), picture(1)])
   assert first["win"] == pytest.approx(0.8) and first["contradiction"] == 0

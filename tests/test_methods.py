@@ -1,10 +1,9 @@
-"""The contract of methods carries: seven toy methods through the real `train_stage`, killed wherever it hurts, on several devices and processes."""
+"""The contract of methods carries: eight toy methods through the real `train_stage`, killed wherever it hurts, on several devices and processes."""
 
 import dataclasses
 import itertools
 import json
 import signal
-import time
 import types
 
 import jax
@@ -46,13 +45,6 @@ def die_before(batch, reason=Killed):
   return wrap
 
 
-def let_threads_end(folder):
-  """Waits for the save that a real kill would have ended: its threads live on in this process."""
-  limit = time.monotonic() + 60
-  while list((folder / "toy" / "checkpoints").glob("*tmp*")) and time.monotonic() < limit:
-    time.sleep(0.05)
-
-
 def test_a_mistake_in_a_batch_does_not_cut_off_the_save_before(tmp_path):
   with pytest.raises(ValueError, match="a broken record"):
     toy.run(toy.Job("supervised", save_every=1, **ONE), tmp_path, wrap=die_before(6, ValueError("a broken record")))
@@ -74,7 +66,7 @@ def test_saves_by_time_change_no_number(whole, tmp_path, monkeypatch):
   job = toy.Job("supervised", save_every=1000, save_every_s=3, **ONE)
   with pytest.raises(Killed):
     toy.run(job, tmp_path, wrap=die_before(10))
-  let_threads_end(tmp_path)
+  toy.let_threads_end(tmp_path)
   assert max(int(path.name) for path in (tmp_path / "toy" / "checkpoints").iterdir() if path.name.isdigit()) == 9
   toy.run(job, tmp_path)
   assert_same(tmp_path, whole("supervised"))
@@ -99,7 +91,7 @@ def test_a_killed_run_ends_with_the_same_bits(whole, method, tmp_path):
   """Killed between two saves."""
   with pytest.raises(Killed):
     toy.run(toy.Job(method, **ONE), tmp_path, wrap=die_before(6))
-  let_threads_end(tmp_path)
+  toy.let_threads_end(tmp_path)
   toy.run(toy.Job(method, **ONE), tmp_path)
   assert_same(tmp_path, whole(method))
   written = rows(tmp_path)
@@ -201,7 +193,7 @@ def test_an_adapter_starts_as_its_base_and_leaves_it(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", all_but_one_slow(["grpo", "adapter", "dmd", "language"]))
+@pytest.mark.parametrize("method", all_but_one_slow(["grpo", "adapter", "dmd", "language", "rewarded"]))
 def test_eight_devices_give_the_numbers_of_one(whole, method, tmp_path):
   toy.run(toy.Job(method, mesh={"fsdp": 4, "tensor": 2}), tmp_path)
   for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):
@@ -308,9 +300,10 @@ def test_processes_that_hold_the_same_rows_take_the_same_rewards(whole, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices_give_the_numbers_of_one(whole, tmp_path):
-  """Samples are divided over the processes, and weights over them and over the devices of each."""
-  together(2, *toy_command(tmp_path, "--method=grpo", '--mesh={"fsdp": 2, "tensor": 2}'), num_devices=2, heartbeat_s=UNHURRIED_S)
-  for mine, its in zip(rows(tmp_path), rows(whole("grpo")), strict=True):
+@pytest.mark.parametrize("method", ["grpo", "rewarded"])
+def test_two_processes_of_two_devices_give_the_numbers_of_one(whole, method, tmp_path):
+  """Samples are divided over the processes, which score each its own, and weights over them and over the devices of each."""
+  together(2, *toy_command(tmp_path, f"--method={method}", '--mesh={"fsdp": 2, "tensor": 2}'), num_devices=2, heartbeat_s=UNHURRIED_S)
+  for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):
     np.testing.assert_allclose([mine[name] for name in its], list(its.values()), rtol=2e-4, atol=2e-5)
   assert json.loads((tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

@@ -100,3 +100,23 @@ def test_tensorboard_that_cannot_write_holds_nothing_up(tmp_path, monkeypatch, c
   writer.close()
   assert caplog.text.count("cannot be written") == 1 and not worker.is_alive()
   assert len(metrics.read_rows(tmp_path / "metrics.jsonl")) == 31
+
+
+def events(folder):
+  """What is in the files of events."""
+  from tensorboardX.proto.event_pb2 import Event
+  for path in sorted(folder.glob("events.out.tfevents.*")):
+    data = path.read_bytes()
+    while data:
+      length = int.from_bytes(data[:8], "little")  # then its checksum, the event, and that one's checksum
+      yield Event.FromString(data[12:12 + length])
+      data = data[16 + length:]
+
+
+def test_a_histogram_is_of_what_is_finite(tmp_path):
+  writer = metrics.MetricsWriter(tmp_path, 0)
+  writer.write_histogram(3, "reward/ocr/samples", np.array([0.5, np.nan, 1.5, np.inf], np.float32))
+  writer.write_histogram(4, "reward/ocr/samples", np.array([np.nan], np.float32))
+  writer.close()
+  found = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
+  assert [(step, value.tag, value.histo.num, value.histo.min, value.histo.max) for step, value in found] == [(3, "reward/ocr/samples", 2, 0.5, 1.5)]

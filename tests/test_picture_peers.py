@@ -119,7 +119,7 @@ def test_a_published_folder_gives_features(tiny_folder, tmp_path, one_device, mo
   suite = fidelity_suite(str(tmp_path), str(tiny_folder), str(tmp_path / "prompts.txt"), input_px=64, batch_size=2)
   found = suite.features([None] * 2, [smooth_pair(number)[0] for number in range(2)])
   assert found.shape == (2, 64) and np.isfinite(found).all() and np.ptp(found, axis=0).max() > 1e-3
-  suite.release()  # with what was found, the weights are not needed again
+  suite.release()  # gives the tower back, which the reference reads anew
   figures = suite.of_set([(["a", "a"], found)])
   assert figures["fid"] == pytest.approx(0, abs=1e-6) and figures["fid_full_rank"] == 0 and figures["diversity"] > 0
 

@@ -24,7 +24,7 @@ from qimg2 import params as P
 from qimg2.layout import make_layout
 from qimg2.models import mmdit
 from qimg2.published import files, tensors
-from qimg2.published.folder import check_configs, load_weights, open_folder, published_schedule, read_schedule
+from qimg2.published.folder import check_configs, load_vision, load_weights, open_folder, published_schedule, read_schedule
 from qimg2.published.names import mmdit as mmdit_names
 from qimg2.published.names import qwen3_vl as qwen3_vl_names
 from qimg2.published.names import vae as vae_names
@@ -130,6 +130,15 @@ def test_weights_over_time_are_left_unread_where_they_are_not_declared(folder):
   assert {path.split("/")[-2] for path in set(whole) - set(small)} == {"time"}
   for path, x in small.items():
     np.testing.assert_array_equal(x, whole[path])
+
+
+def test_the_vision_tower_is_read_alone(folder, monkeypatch):
+  opened, read = open_folder(folder), []
+  read_one = files.TensorFiles.read
+  monkeypatch.setattr(files.TensorFiles, "read", lambda self, name: read.append(name) or read_one(self, name))
+  tower = load_vision(opened, specs_of(opened)["qwen3_vl"]["vision"])
+  assert read and all(name.startswith("model.visual.") for name in read)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(tower), jax.device_get(load(folder, "qwen3_vl")["vision"]))
 
 
 def test_weights_take_the_declared_type(folder):

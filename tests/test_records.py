@@ -84,12 +84,12 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_faster_process_wins_without_harm(tmp_path, monkeypatch):
-  build = embedded._build
-  def slow_build(request, partial):
-    monkeypatch.setattr(embedded, "_build", build)
+  build = embedded.build
+  def slow_build(*arguments):
+    monkeypatch.setattr(embedded, "build", build)
     embedded.prepare("glyphs", tmp_path, num_examples=3)
-    return build(request, partial)
-  monkeypatch.setattr(embedded, "_build", slow_build)
+    return build(*arguments)
+  monkeypatch.setattr(embedded, "build", slow_build)
   assert embedded.prepare("glyphs", tmp_path, num_examples=3)["reused"]
   assert os.listdir(tmp_path) == ["glyphs"]
 

@@ -88,8 +88,10 @@ def test_each_line_of_the_table(form, files, source, samples, tmp_path):
   for text in spans(samples):
     images, _, captions = text.partition(":")
     target, _, sources = images.partition(" from ")
-    expected.append((picture(target), list(map(picture, filter(None, sources.split(", ")))), list(filter(None, captions.strip().split(" + ")))))
-  got = [(sample.image, sample.sources, [caption.text for caption in sample.captions]) for sample in found]
+    target, _, worse = target.partition(" over ")
+    expected.append((picture(target), picture(worse) if worse else b"",
+                     list(map(picture, filter(None, sources.split(", ")))), list(filter(None, captions.strip().split(" + ")))))
+  got = [(sample.image, sample.rejected, sample.sources, [caption.text for caption in sample.captions]) for sample in found]
   assert sorted(got, key=str) == sorted(expected, key=str) and expected, [sample.error for sample in found]
   assert not any(sample.error for sample in found) and not left_out
 

@@ -80,6 +80,20 @@ def test_an_example_of_weight_zero_is_as_if_it_were_not_there():
   assert metrics["skipped"] == 1  # nothing to learn from
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_weight_of_the_loss_scales_it_and_its_gradient(accumulate):
+  """It is no weight of a mean: a batch whose rows all have 1/4 learns a quarter."""
+  now, step = make(ONE, dataclasses.replace(SETTINGS, accumulate=accumulate))
+  plain, own = step(now, {}, batch())[1], np.array([1, 0, 2, 1, 0.5, 0, 1, 3], np.float32)
+  quarter = step(now, {}, {**batch(), "loss_weight": np.full(8, 0.25, np.float32)})[1]
+  for name in ("loss", "grad_norm"):
+    np.testing.assert_allclose(quarter[name], 0.25 * plain[name], rtol=1e-6)
+  assert quarter["largest"] == plain["largest"]
+  data = batch()
+  each = np.square(data["x"] @ now.params["model"]["w"] + now.params["model"]["b"][None] - data["y"]).mean(axis=1)
+  np.testing.assert_allclose(step(now, {}, {**data, "loss_weight": own})[1]["loss"], (own * each).mean(), rtol=1e-5)
+
+
 def test_a_negative_weight_skips_the_update():
   now, step = make(ONE)
   after, metrics = step(now, {}, {**batch(), "weight": np.array([1, 1, 1, -1, 1, 1, 1, 1], np.float32)})

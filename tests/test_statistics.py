@@ -13,7 +13,7 @@ from statsmodels.stats import contingency_tables, multitest, proportion
 from qimg2.evaluation.statistics import Scores, compare, figure, holm, preference
 from qimg2.evaluation.statistics.bootstrap import bootstrap, resampled
 from qimg2.evaluation.statistics.intervals import clustered_t, clustered_wilson, wilson
-from qimg2.evaluation.statistics.paired import agresti_min, mcnemar, sign_flip, sign_test
+from qimg2.evaluation.statistics.paired import agresti_min, mcnemar, sign_flip, sign_test, sign_test_by_prompt
 from qimg2.evaluation.statistics.sums import by_prompt
 
 
@@ -186,6 +186,19 @@ def test_mcnemar_and_the_sign_test(b, c):
   assert sign_test(c, b, 7).p_value == pytest.approx(wanted, abs=1e-12) and "7 ties left out" in sign_test(c, b, 7).note
   point = scipy.stats.binom.pmf(min(b, c), b + c, 0.5)
   assert mcnemar(b, c, mid=True).p_value == pytest.approx(2 * scipy.stats.binom.cdf(min(b, c), b + c, 0.5) - point if b + c else 1.0)
+
+
+def test_a_figure_against_a_half_has_one_vote_a_prompt():
+  wins = {"a": [0.9, 0.2], "b": [0.6], "c": [0.5, 0.5], "d": [0.1] * 9, "e": [0.7, 0.8, 0.4], "f": [1.0]}  # above: a, b, e, f; below: d
+  scores = Scores(sum(wins.values(), []), None, [name for name, some in wins.items() for _ in some])
+  found = sign_test_by_prompt(scores, 0.5)
+  assert found.p_value == pytest.approx(scipy.stats.binomtest(4, 5).pvalue, abs=1e-12) and found.n == 5
+  assert found.note == "4 prompts above 0.5, 1 below; 1 ties left out"
+  ties = sign_test_by_prompt(Scores([0.5, 0.5], None, ["a", "b"]), 0.5)
+  assert ties.p_value == 1 and ties.n == 0 and "no wins or losses" in ties.note
+  weighted = sign_test_by_prompt(Scores([3, 1], [4, 4], ["a", "a"]), 0.5)  # of sums, not of pictures
+  assert weighted.n == 0
+  assert sign_test_by_prompt(Scores([], [], []), 0.5).p_value == 1
 
 
 def test_holm_is_that_of_statsmodels():

@@ -11,6 +11,7 @@ OURS = {"qimg2", "configs", "launch", "data_pipelines", "benchmarks", "tests"}
 ALLOWED = {
     "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "pyvips", "tokenizers", "matplotlib", "fontTools", "tqdm",
                        "absl", "array_record"},
+    "data_pipelines/text_rendering": {"data_pipelines", "numpy", "PIL", "fontTools", "uharfbuzz", "bidi", "babel", "pyphen", "budoux", "pythainlp"},
     # What only curation needs is in requirements-data.txt.
     "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},
@@ -19,6 +20,8 @@ ALLOWED = {
     # jax for the judge and networks that look at pictures.
     "qimg2/evaluation": {"qimg2", "numpy", "scipy", "PIL", "absl", "jax", "rapidfuzz", "rapidocr", "onnxruntime", "cv2", "fontTools", "matplotlib"},
     "qimg2/published": {"qimg2", "numpy", "jax", "tqdm", "safetensors", "gguf"},  # gguf where it is installed
+    # In processes without jax; the embedded data set knows what its pictures show.
+    "qimg2/rewards": {"qimg2", "data_pipelines", "numpy", "absl"},
     # Joins config, data and networks.
     "qimg2/runtime": {"qimg2", "data_pipelines", "numpy", "jax", "grain", "tqdm", "absl", "matplotlib", "PIL"},
     # The only place that knows what a config file returns.
@@ -28,7 +31,8 @@ ALLOWED = {
 }
 # A folder or module of qimg2 may import those in earlier rows, and itself.
 ORDER = [["params", "products", "places"], ["sharding", "batch", "adapters"], ["layers"], ["attention"], ["models"], ["layout", "flax_module"],
-         ["networks", "flow"], ["sampler"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["runtime"]]
+         ["networks", "flow"], ["sampler"], ["sde"], ["algorithms"], ["training"], ["published", "analysis", "evaluation"], ["rewards"],
+         ["runtime"]]
 # Who may import qimg2.runtime, which holds everything together.
 ABOVE_RUNTIME = {"configs", "launch", "notebooks", "benchmarks", "tests"}
 FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))

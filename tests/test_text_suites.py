@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from qimg2.evaluation import metrics_of, ocr, prompts, text_rendering, text_suites
+from qimg2.evaluation import Task, metrics_of, ocr, prompts, text_rendering, text_suites
 from qimg2.evaluation.ocr import Line
+from qimg2.evaluation.text import score_text
 
 TEXTS = ["Open daily", "it's 50% off!", "Grüße"]
 
@@ -72,6 +73,42 @@ def test_models_that_cannot_be_used_are_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "rapidocr", None)
   with pytest.raises(ValueError, match="OCR needs the package rapidocr, .*: pip install -r requirements.txt"):
     text_suites.text_suite()
+
+
+def test_a_recogniser_may_have_its_dictionary_beside_it(tmp_path, picture):
+  """The one that comes with the package, without its metadata: it reads the same."""
+  data = ocr._bundled(ocr.RECOGNISER).read_bytes()
+  assert data.count(b"\x09character\x12") == 1
+  model = tmp_path / "mine.onnx"
+  model.write_bytes(data.replace(b"\x09character\x12", b"\x09something\x12"))
+  with pytest.raises(ValueError, match="put PaddleOCR's dictionary beside it, a character a line, as mine.txt"):
+    ocr.alphabet(str(model))
+  metadata = ocr._imported("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
+  (tmp_path / "mine.txt").write_text("\n".join(metadata["character"].splitlines()[:-1]) + "\n", encoding="utf-8")
+  with pytest.raises(ValueError, match="tells 18708 characters from each other, but 18707 are named: give it its own dictionary"):
+    ocr.alphabet(str(model))
+  (tmp_path / "mine.txt").write_text("\n".join(metadata["character"].splitlines()) + "\n", encoding="utf-8")
+  assert ocr.alphabet(str(model)) == ocr.alphabet()
+  assert ocr.read(picture, str(model)) == ocr.read(picture)
+
+
+def test_the_first_recogniser_that_has_all_characters_reads(suite, monkeypatch):
+  alphabets = {"": "open", "ru.onnx": "открытоopn", "ar.onnx": "مفتوح"}
+  monkeypatch.setattr(ocr, "alphabet", lambda model="": alphabets[model])
+  assert ocr.recogniser_for("open") == ("", "") and ocr.recogniser_for("открыто") == ("", "откры")
+  both = "bundled+ru.onnx+ar.onnx"
+  assert [ocr.recogniser_for(text, both) for text in ("open", "открыто", "مفتوح", "открыто x")] == [
+      ("", ""), ("ru.onnx", ""), ("ar.onnx", ""), ("ru.onnx", "x")]
+  assert ocr.recogniser_for("open", "ru.onnx") == ("ru.onnx", "e")  # without the name the package's is not asked
+  read = []
+  monkeypatch.setattr(ocr, "read", lambda picture, model="": read.append(model) or [line(0, 0, "открыто")])
+  task = Task("", (64, 64), truth=("открыто",))
+  found = text_suites.read_and_score(task, np.zeros((64, 64, 3), np.uint8), score_text, both)
+  assert read == ["ru.onnx"] and found["two-sided"] == 1
+  left_out = text_suites.read_and_score(task, np.zeros((64, 64, 3), np.uint8), score_text)
+  assert left_out == {"error": "The OCR cannot read the characters откры of the text: give a recogniser for this script, model=bundled+FILE.onnx."}
+  with pytest.raises(ValueError, match="have an empty name: give paths with"):
+    ocr.recognisers("bundled+")
 
 
 # The suite of our own prompts.

@@ -8,6 +8,7 @@ one that imports for itself, as a user's.
   python tests/warm.py    reads one JSON request per line from stdin, writes one JSON answer per line to stdout
 """
 
+import gc
 import importlib
 import itertools
 import json
@@ -82,8 +83,11 @@ class Process:
 
 def serve():
   """Forks for each request; returns a request in the process that is to fulfil it. Ends when nobody asks any more."""
+  gc.disable()  # nothing of what is imported goes again
   for module in IMPORTED:
     importlib.import_module(module)
+  gc.enable()
+  gc.freeze()  # so that no process looks through it for garbage, at its end at the latest, and copies all that it touches
   from jax._src import xla_bridge
   assert threading.active_count() == 1 and not xla_bridge.backends_are_initialized(), "Threads and back ends are lost in a fork."
   for line in sys.stdin:

@@ -33,9 +33,10 @@ def record(sample: Sample, settings: dict, stage: int) -> dict:
   file_format = settings["synthetic_format" if sample.attributes.get("synthetic") else "format"]
   small = functools.partial(shrink, max_px=settings["max_px"], file_format=file_format, quality=settings["quality"], alpha=settings["alpha"])
   image, (height, width) = small(sample.image, sample.pixels)
+  rejected = small(sample.rejected, sample.rejected_pixels)[0] if sample.rejected else b""
   sources = [small(data, pixels) for data, pixels in zip(sample.sources, sample.source_pixels)]
   return {
-      "image": image, "height": height, "width": width, "quality": float(sample.quality), "stage": stage,
+      "image": image, "rejected": rejected, "height": height, "width": width, "quality": float(sample.quality), "stage": stage,
       "has_text": bool(sample.tags.get("has_text", False)), "captions": [caption.text for caption in sample.captions],
       "languages": [caption.language for caption in sample.captions], "kinds": [caption.kind for caption in sample.captions],
       "attributes": json.dumps(_attributes(sample), ensure_ascii=False, sort_keys=True),

@@ -128,10 +128,12 @@ def _survey(job: Job, unit: Unit) -> tuple[dict, dict]:
 
 
 def _group(sample: Sample) -> str:
-  """Edits are duplicates only of edits with the same condition images and the same instructions."""
-  if not sample.sources:
+  """Edits are duplicates only of edits with the same condition images and the same instructions, pairs only of pairs with the same rejected picture
+  and the same captions."""
+  others = [*sample.sources, *([b"rejected", sample.rejected] if sample.rejected else [])]
+  if not others:
     return ""
-  digest = hashlib.sha256(b"".join(hashlib.sha256(source).digest() for source in sample.sources))
+  digest = hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in others))
   return hashlib.sha256(digest.digest() + json.dumps([caption.text for caption in sample.captions]).encode()).hexdigest()
 
 

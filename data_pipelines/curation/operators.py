@@ -60,7 +60,7 @@ class Broken:
     if sample.error:
       return Drop("unreadable", sample.error)
     try:
-      _ = sample.pixels, sample.source_pixels
+      _ = sample.pixels, sample.source_pixels, sample.rejected_pixels
     except ValueError as error:
       return Drop("undecodable", str(error))
     return None

@@ -22,7 +22,7 @@ import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
 from tqdm import tqdm
 
-from data_pipelines import records
+from data_pipelines import folders, records
 from data_pipelines.curation import duplicates, encode, files, funnel, packing, report
 from data_pipelines.curation.funnel import Job
 from data_pipelines.curation.operators import missing_report_operators
@@ -295,7 +295,7 @@ def _assemble(path: str, name: str, job: Job, request: dict, found: Found, shard
     complete, moves = os.path.join(scratch, name) if files.is_remote(path) else files.join(job.work, "complete"), {}
     files.remove_folder(complete)  # of a run that was interrupted here
     facts = records.finish(complete, name, shards, index, tokenizer, request, funnel_facts(tally, steps),
-                           functools.partial(_mark, moves) if files.is_remote(path) else records.link)
+                           functools.partial(_mark, moves) if files.is_remote(path) else folders.link)
     write_report(complete, facts)
     _publish(complete, path, moves)
   files.remove_folder(job.work)
@@ -317,7 +317,7 @@ def _mark(moves: dict[str, str], source: str, target: str) -> None:
 
 def _publish(complete: str, path: str, moves: dict[str, str]) -> None:
   if not files.is_remote(path):
-    if not records.publish(complete, path):
+    if not folders.publish(complete, path):
       raise ValueError(f"{path} was made by another process in the meantime: look at it, and remove {os.path.dirname(complete)}.")
     return
   found = [os.path.join(folder, name) for folder, _, some in os.walk(complete) for name in some]

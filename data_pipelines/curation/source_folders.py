@@ -2,6 +2,7 @@
 
   NAME.txt, NAME.caption        the text of NAME.png, in the same folder; NAME.json a record of it
   NAME.source1.png ...          the condition images of an edit whose result is NAME.png; NAME.source.png is one alone, or comes first
+  NAME.rejected.png             the worse picture of a pair whose better one is NAME.png
   target/ beside control/       the condition images of target/NAME.png are control/NAME.png, or control_1/NAME.png, control_2/NAME.png and so on
   metadata.jsonl, .csv, ...     a table (Hugging Face's image folder) whose rows name pictures; what lies beside these belongs to their rows
 
@@ -26,21 +27,23 @@ TABLES = {"table": (source_tables.plan_csv, source_tables.read_csv), "jsonl": (s
 TABLE_EXTENSIONS = {".csv": "table", ".tsv": "table", ".jsonl": "jsonl", ".parquet": "parquet"}
 _METADATA = "metadata"
 _SOURCE_FILE = re.compile(r"(.+)\.source([0-9]*)", re.DOTALL)
+_REJECTED_FILE = re.compile(r"(.+)\.rejected", re.DOTALL)
 _TARGET = re.compile(r"((?:.*/)?)target/", re.DOTALL)
 _CONTROL = re.compile(r"((?:.*/)?)control(?:_?([0-9]+))?/(.+)", re.DOTALL)
 
 
 @dataclasses.dataclass
 class _Group:
-  """The files of one stem: pictures, texts, (number, name) of condition images, and whether it must have some."""
+  """The files of one stem: pictures, texts, (number, name) of condition images, whether it must have some, and rejected pictures."""
   images: list[str] = dataclasses.field(default_factory=list)
   texts: list[str] = dataclasses.field(default_factory=list)
   sources: list[tuple[str, str]] = dataclasses.field(default_factory=list)
   is_edit: bool = False
+  rejected: list[str] = dataclasses.field(default_factory=list)
 
   def beside(self) -> list:
     """What lies beside a picture, as JSON."""
-    return [self.texts, [list(one) for one in self.sources], self.is_edit]
+    return [self.texts, [list(one) for one in self.sources], self.is_edit, self.rejected]
 
 
 def kind(name: str) -> str:
@@ -69,7 +72,7 @@ def plan_folder(place: Place, files: Iterable[str], size: int) -> Iterator[tuple
     rest = [image for image in group.images
             if image not in folder.images and (image not in folder.conditions or group.texts or group.sources)]
     samples += [[image, *group.beside(), stem] for image in rest] or ([] if group.images else [["", *group.beside(), stem]])
-  samples.sort(key=lambda sample: _key(*sample[:3]))
+  samples.sort(key=lambda sample: _key(*sample[:5]))
   yield from (("folder", place, (start, stop, {"samples": samples[start:stop]})) for start, stop in ranges(len(samples), size))
   yield from tables
 
@@ -82,13 +85,15 @@ def _groups(names: Iterable[str]) -> dict[str, _Group]:
   groups: dict[str, _Group] = collections.defaultdict(_Group)
   for name in names:
     stem, control = posixpath.splitext(name)[0], _CONTROL.fullmatch(name)
-    match = _SOURCE_FILE.fullmatch(stem)
+    match, worse = _SOURCE_FILE.fullmatch(stem), _REJECTED_FILE.fullmatch(stem)
     if kind(name) == "text":
       groups[stem].texts.append(name)
     elif control and control[1] in controlled:
       groups[posixpath.splitext(f"{control[1]}target/{control[3]}")[0]].sources.append((control[2] or "", name))
     elif match:
       groups[match[1]].sources.append((match[2], name))
+    elif worse:
+      groups[worse[1]].rejected.append(name)
     else:
       groups[stem].images.append(name)
   for stem, group in groups.items():
@@ -107,6 +112,7 @@ def _joined(groups: dict[str, _Group]) -> dict[str, _Group]:
     if len(others[normal(stem)]) == 1:
       group, lonely = others[normal(stem)][0], groups.pop(stem)
       group.texts, group.sources = sorted({*group.texts, *lonely.texts}), sorted({*group.sources, *lonely.sources})
+      group.rejected = sorted({*group.rejected, *lonely.rejected})
   return groups
 
 
@@ -153,24 +159,25 @@ def _plan_table(table: Place, size: int, folder: _Folder) -> Iterator[Piece]:
 def read_folder(place: Place, start: int, stop: int, options: dict) -> Iterator[Sample]:
   """Yields the samples of a folder; keys are the names of the pictures."""
   del start, stop
-  for image, texts, sources, is_edit, stem in options["samples"]:
-    yield guarded(_key(image, texts, sources), _folder_sample, place, image, texts, sources, is_edit, stem)
+  for image, texts, sources, is_edit, rejected, stem in options["samples"]:
+    yield guarded(_key(image, texts, sources, is_edit, rejected), _folder_sample, place, image, texts, sources, is_edit, rejected, stem)
 
 
-def _key(image: str, texts: list[str], sources: list) -> str:
-  return image or (texts or [name for _, name in sources])[0]
+def _key(image: str, texts: list[str], sources: list, is_edit: bool, rejected: list[str]) -> str:
+  del is_edit
+  return image or (texts or [name for _, name in sources] or rejected)[0]
 
 
-def _folder_sample(key: str, place: Place, image: str, texts: list[str], sources: list, is_edit: bool, stem: str) -> Sample:
+def _folder_sample(key: str, place: Place, image: str, texts: list[str], sources: list, is_edit: bool, rejected: list[str], stem: str) -> Sample:
   if not image:
     raise ValueError(f"There is no picture {stem!r} for {key!r}: add it or remove this file.")
   folder = posixpath.join(place.path, posixpath.dirname(key))
-  data, side = read_below(place.fs, place.path, image), _read_beside(place, image, texts, sources, is_edit)
+  data, side = read_below(place.fs, place.path, image), _read_beside(place, image, texts, sources, is_edit, rejected)
   return record_sample(key, side.pop("record"), lambda name: place.near(name, folder), place.reading, data, posixpath.basename(image), **side)
 
 
-def _read_beside(place: Place, image: str, texts: list[str], sources: list, is_edit: bool) -> dict:
-  """The record, texts and condition images in the files beside a picture, all named from the root of the source."""
+def _read_beside(place: Place, image: str, texts: list[str], sources: list, is_edit: bool, rejected: list[str]) -> dict:
+  """The record, texts, condition images and rejected picture in the files beside a picture, all named from the root of the source."""
   record, found = {}, []
   for name in texts:
     data = read_below(place.fs, place.root, name)
@@ -180,7 +187,11 @@ def _read_beside(place: Place, image: str, texts: list[str], sources: list, is_e
       found += place.reading.texts(parse_text(data, name), name)
   if is_edit and not sources:
     raise ValueError(f"The edit has no condition image: put it in control/ beside target/, under the name of {posixpath.basename(image)!r}.")
-  return {"record": record, "texts": found, "sources": in_prompt_order((number, read_below(place.fs, place.root, name)) for number, name in sources)}
+  if len(rejected) > 1:
+    raise ValueError(f"There are two rejected pictures, {rejected[0]!r} and {rejected[1]!r}: remove one of them.")
+  read = lambda name: read_below(place.fs, place.root, name)
+  return {"record": record, "texts": found, "sources": in_prompt_order((number, read(name)) for number, name in sources),
+          "rejected": read(rejected[0]) if rejected else b""}
 
 
 def row_samples(place: Place, rows: Rows, first: int, beside: dict[str, list]) -> Iterator[Sample]:

@@ -9,6 +9,8 @@ The keys of a record; all but a picture and a text may be left out:
   kind         of the captions that name none, "general"
   sources      the condition images of an edit in prompt order, each like `image`; or one of them. Also called control_image(s), edit_image(s) and
                so on, see `_CONDITION`, or numbered: control_image_1, control_image_2
+  rejected     the worse picture of a pair, like `image`, which is then the better one, also called chosen or chosen_image; also called
+               rejected_image, rejected_path
   instruction  the text of an edit; also called edit_prompt, edit_instruction
   quality      0 to 1
   attributes   an object; keys that are not in this list are added to it
@@ -33,7 +35,8 @@ from data_pipelines.curation.sample import Caption, Sample
 from data_pipelines.records import KINDS
 
 IMAGES = ("image", "target", "image_bytes", "bytes", "image_path", "file_name", "image_file_name", "path", "target_image", "target_img",
-          "edited_image", "output_image")
+          "edited_image", "output_image", "chosen", "chosen_image", "chosen_path")
+REJECTED = ("rejected", "rejected_image", "rejected_path")
 TEXTS = ("caption", "text", "prompt")
 INSTRUCTIONS = ("instruction", "edit_prompt", "edit_instruction")
 _BYTES_COLUMNS = ("image_bytes", "bytes")
@@ -97,15 +100,16 @@ def in_prompt_order(numbered: Iterable[tuple[str, Any]]) -> list:
 
 
 def record_sample(key: str, record: dict[str, Any], read: Callable[[str], bytes], reading: Reading, image: bytes | None = None, name: str = "",
-                  sources: Sequence[bytes] = (), texts: Iterable[str] = ()) -> Sample:
+                  sources: Sequence[bytes] = (), texts: Iterable[str] = (), rejected: bytes = b"") -> Sample:
   """Returns the sample that a record describes; `ValueError` in one sentence if it does not describe one.
 
-  `read` opens the paths in the record. `image` with its file name, `sources` and `texts` come from files beside the record: the picture, the
-  condition images, and further captions.
+  `read` opens the paths in the record. `image` with its file name, `sources`, `texts` and `rejected` come from files beside the record: the picture,
+  the condition images, further captions, and the rejected picture.
   """
   record = {name: value for name, value in record.items() if value is not None and value != ""}
   if image is None:
     image, name = _image(record, read)
+  rejected = _rejected(record, read, rejected)
   conditions = _conditions(record)
   if conditions and sources:
     raise ValueError("The condition images are given twice, in the record and as files beside the picture: remove one of the two.")
@@ -123,14 +127,15 @@ def record_sample(key: str, record: dict[str, Any], read: Callable[[str], bytes]
   twice = [name for name in attributes if name in record and attributes[name] != record[name]]
   if twice:
     raise ValueError(f"`{twice[0]}` is given twice, in the record and in its `attributes`: rename one of them.")
-  return Sample(key, _filled(image), captions, sources, _plain(attributes | record), quality)
+  return Sample(key, _filled(image), captions, sources, _plain(attributes | record), quality, rejected=rejected)
 
 
 def picture_paths(record: dict[str, Any]) -> tuple[list[str], list[str]]:
-  """Returns the paths of the picture and of the condition images that a record names; none for what it does not name by a path."""
+  """Returns the paths of the picture, and of the condition images and the rejected picture, that a record names; none for what it does not name by a
+  path."""
   name = next((name for name in IMAGES if record.get(name)), None)
   images = [] if name is None or name in _BYTES_COLUMNS else [record[name]]
-  conditions = _conditions(dict(record)) or []
+  conditions = [*(_conditions(dict(record)) or []), *(record[name] for name in REJECTED if name in record)]
   return tuple([one for one in map(_path, some) if isinstance(one, str)] for some in (images, conditions))
 
 
@@ -147,6 +152,14 @@ def _image(record: dict, read: Callable) -> tuple[bytes, str]:
     raise ValueError(f"The record names no picture: add one of {', '.join(IMAGES)}.")
   value = record.pop(name)
   return _payload({"bytes": value} if name in _BYTES_COLUMNS else value, read)
+
+
+def _rejected(record: dict, read: Callable, beside: bytes) -> bytes:
+  """The rejected picture of a pair, b"" if it is none; its key leaves the record."""
+  names = [name for name in REJECTED if isinstance(record.get(name), (str, bytes, dict))]
+  if len(names) + bool(beside) > 1:
+    raise ValueError("The rejected picture is given twice: remove one of them.")
+  return _payload(record.pop(names[0]), read)[0] if names else beside
 
 
 def _conditions(record: dict) -> list | None:

@@ -29,6 +29,7 @@ from data_pipelines.transforms import encode_png
 # What Pillow reads and people store pictures in.
 IMAGE_EXTENSIONS = frozenset("png apng jpg jpeg jpe jfif webp gif bmp tif tiff ppm pgm pbm pnm avif jp2 tga ico qoi".split())
 _SOURCE_MEMBER = re.compile(r"(?:source|control)_?([0-9]*)\.([^.]+)")
+_REJECTED_MEMBER = re.compile(r"rejected\.([^.]+)")
 _CONTROL_FOLDER = re.compile(r"(.*/|)control(?:_?[0-9]+)?")
 TEXT_EXTENSIONS = frozenset(("txt", "caption"))
 _ROWS_PER_BATCH = 16
@@ -132,12 +133,13 @@ def _tar_key(member: tarfile.TarInfo) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-  """What the members of a group are: places in it. Sources come with their numbers."""
+  """What the members of a group are: places in it. Sources come with their numbers; `rejected` are those of rejected pictures."""
   images: list[int]
   texts: list[int]
   objects: list[int]
   classes: list[int]
   sources: list[tuple[str, int]]
+  rejected: list[int]
 
   @classmethod
   def of(cls, group: Sequence[tarfile.TarInfo]) -> "_Parts":
@@ -145,17 +147,19 @@ class _Parts:
     suffixes = [posixpath.basename(member.name).partition(".")[2].lower() for member in group]
     matches = [(place, _SOURCE_MEMBER.fullmatch(suffix)) for place, suffix in enumerate(suffixes)]
     sources = {place: match[1] for place, match in matches if match and match[2] in IMAGE_EXTENSIONS}
+    worse = [(place, _REJECTED_MEMBER.fullmatch(suffix)) for place, suffix in enumerate(suffixes)]
+    rejected = [place for place, match in worse if match and match[1] in IMAGE_EXTENSIONS]
 
     def named(kinds: Collection[str]) -> list[int]:
       exact = [place for place, suffix in enumerate(suffixes) if suffix in kinds]
-      longer = [place for place, suffix in enumerate(suffixes) if suffix.rpartition(".")[2] in kinds and place not in sources]
+      longer = [place for place, suffix in enumerate(suffixes) if suffix.rpartition(".")[2] in kinds and place not in (*sources, *rejected)]
       return exact if exact or len(longer) != 1 else longer
     numbered = [(number, place) for place, number in sources.items()]
-    return cls(named(IMAGE_EXTENSIONS), named(TEXT_EXTENSIONS), named(("json",)), named(("cls",)), numbered)
+    return cls(named(IMAGE_EXTENSIONS), named(TEXT_EXTENSIONS), named(("json",)), named(("cls",)), numbered, rejected)
 
   def unread(self, group: Sequence[tarfile.TarInfo]) -> list[str]:
     """Returns the names of the members that are none of these."""
-    read = {*self.images, *self.texts, *self.objects, *self.classes, *(place for _, place in self.sources)}
+    read = {*self.images, *self.texts, *self.objects, *self.classes, *(place for _, place in self.sources), *self.rejected}
     return [member.name for place, member in enumerate(group) if place not in read]
 
 
@@ -176,8 +180,11 @@ def _tar_sample(key: str, file: BinaryIO, group: list[tarfile.TarInfo], reading:
     texts += reading.texts(parse_text(data(place), group[place].name), group[place].name)
   for place in parts.classes:
     record.setdefault("cls", data(place).decode("utf-8", "replace").strip())
+  if len(parts.rejected) > 1:
+    raise ValueError(f"There are two rejected pictures, the second {group[parts.rejected[1]].name!r}: remove one of them.")
   sources = in_prompt_order((number, data(place)) for number, place in parts.sources)
-  return record_sample(key, record, _not_here, reading, data(parts.images[0]), f"{posixpath.basename(_tar_key(group[0]))}.", sources, texts)
+  rejected = data(parts.rejected[0]) if parts.rejected else b""
+  return record_sample(key, record, _not_here, reading, data(parts.images[0]), f"{posixpath.basename(_tar_key(group[0]))}.", sources, texts, rejected)
 
 
 def _not_here(name: str) -> bytes:

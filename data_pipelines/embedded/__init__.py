@@ -6,9 +6,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
-from data_pipelines import records
+from data_pipelines import folders, records
 from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
-from data_pipelines.tokenizer import train_tokenizer
+from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 
 _RECORDS_PER_SHARD = 8192
 
@@ -53,26 +53,34 @@ def prepare(dataset: str, out: str | os.PathLike, num_examples: int | None = Non
   if seed < 0:
     raise ValueError(f"seed={seed} must not be negative.")
   request = {"dataset": dataset, "num_examples": num_examples, "seed": seed, "vocab_size": vocab_size or SOURCES[dataset].vocab_size}
-  path = os.path.join(records.local_folder(out, "--out"), dataset)
+  return make(dataset, request, out, lambda partial: build(dataset, SOURCES[dataset], request, partial))
+
+
+def make(name: str, request: dict, out: str | os.PathLike, build_in: Callable[[str], dict]) -> dict:
+  """Returns the facts of the data set <out>/<name>: of the one that is there, or of what `build_in(folder)` builds as <folder>/<name>.
+
+  Raises:
+    ValueError: what is there answers another request.
+  """
+  path = os.path.join(folders.local_folder(out, "--out"), name)
   if not os.path.exists(path):
     os.makedirs(out, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dataset}.incomplete.", dir=out) as partial:
-      facts = _build(request, partial)
-      if records.publish(os.path.join(partial, dataset), path):
+    with tempfile.TemporaryDirectory(prefix=f".{name}.incomplete.", dir=out) as partial:
+      facts = build_in(partial)
+      if folders.publish(os.path.join(partial, name), path):
         return {"path": path, "reused": False} | facts
   return {"path": path, "reused": True} | records.matching_facts(path, request)
 
 
-def _build(request: dict, partial: str) -> dict:
-  """Writes the whole data set to <partial>/<dataset> and returns its facts."""
-  name, source = request["dataset"], SOURCES[request["dataset"]]
+def build(name: str, source: Source, request: dict, partial: str, tokenizer: PromptTokenizer | None = None) -> dict:
+  """Writes the whole data set to <partial>/<name> and returns its facts; its tokenizer is trained on its captions unless it is given."""
   columns, shards = {}, {}
   for split in records.SPLITS:
     columns[split] = records.Columns()
     examples = columns[split].watch(source.examples(split, request["num_examples"], request["seed"]))
     # Written as a stream, so that a data set larger than memory can pass.
     shards[split] = [records.write_shard(os.path.join(partial, f"{split}-{number:05d}"), some) for number, some in enumerate(_groups(examples))]
-  tokenizer = train_tokenizer(source.tokenizer_texts(columns["train"].captions), request["vocab_size"])
+  tokenizer = tokenizer or train_tokenizer(source.tokenizer_texts(columns["train"].captions), request["vocab_size"])
   index = {split: columns[split].arrays(tokenizer) for split in records.SPLITS}
   return records.finish(os.path.join(partial, name), name, shards, index, tokenizer, request, source.describe())
 

@@ -1,10 +1,13 @@
 """Flow matching: regress the velocity of the straight path between data and noise (equations 1 and 2 of `qimg2.flow`).
 
-  loss = mean over examples of mean over dimensions of (v(x_t, t, c) - (noise - x_0))²,   t from the schedule's density
+  loss = mean over examples of w(t) mean over dimensions of (v(x_t, t, c) - (noise - x_0))²,   t from the schedule's density
 
-The loss covers target tokens alone; prompt and condition images enter clean. Validation is deterministic: noise and time bin of a held-out
-sample are functions of its `sample_id`, and the mean of eight per-bin means is the figure to compare (protocol of MLPerf's text-to-image
-benchmark). Left out: weights over t other than one.
+The loss covers target tokens alone; prompt and condition images enter clean. w is 1 unless `weighting` says otherwise (equations 5 and 6 of
+`qimg2.flow`). Validation is deterministic and knows no weights: noise and time bin of a held-out sample are functions of its `sample_id`, and the
+mean of eight per-bin means is the figure to compare (protocol of MLPerf's text-to-image benchmark).
+
+Prior preservation (arXiv 2208.12242) needs nothing here: a data set of pictures that the model drew before is part of the mixture, and its
+`loss_weight` is the weight of their loss (data_pipelines/specs.py).
 """
 
 import jax
@@ -18,19 +21,26 @@ NUM_TIME_BINS = 8
 VALIDATION_SEED = 20_2
 
 
-def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.999) -> Algorithm:
+def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.999, weighting: str = "none") -> Algorithm:
   """The algorithm that trains role "model" with frozen "encoder" and "vae".
 
   Args:
     schedule: gives the times of training and validation.
     ema_decay: decay per step of the averaged weights "ema"; 0 keeps none.
+    weighting: of the loss by time, one of `qimg2.flow.WEIGHTINGS`.
+
+  Raises:
+    ValueError: another weighting.
   """
+  flow.check_weighting(weighting)
+
   def loss(trained, params, nets, batch, key):
     key_time, key_noise = jax.random.split(key)
     x_0, cond = latents_and_condition(params, nets, batch)
     t = schedule.training_times(key_time, x_0.shape[0], x_0.shape[1] * x_0.shape[2])
     noise = jax.random.normal(key_noise, x_0.shape)
-    return squared_error(nets, trained["model"], x_0, cond, t, noise), {"latent_std": jnp.std(x_0)}
+    error = squared_error(nets, trained["model"], x_0, cond, t, noise)
+    return (error if weighting == "none" else flow.time_weights(weighting, t) * error), {"latent_std": jnp.std(x_0)}
 
   def validation(params, nets, batch, key):
     del key  # every draw depends on sample_id alone
@@ -40,12 +50,24 @@ def flow_matching(schedule: flow.Schedule, ema_decay: float = 0.999) -> Algorith
     noise = sample_noise(jax.random.key(VALIDATION_SEED), batch["sample_id"], x_0.shape[1:])
     return {"loss": squared_error(nets, params["model"], x_0, cond, t, noise)}, bins
 
-  def deploy(weights):
-    return {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
+  return Algorithm(generator_roles(), (Update(("model",), loss),), model_averages(ema_decay), validation=validation, num_bins=NUM_TIME_BINS,
+                   deploy=deploy_generator)
 
-  roles = {"model": Role("mmdit"), "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
-  averages = {"ema": Average("model", ema_decay)} if ema_decay else {}
-  return Algorithm(roles, (Update(("model",), loss),), averages, validation=validation, num_bins=NUM_TIME_BINS, deploy=deploy)
+
+def generator_roles(*references: str) -> dict[str, Role]:
+  """The roles of a method that trains the generator: "model", frozen ones that start as it, and the frozen "encoder" and "vae"."""
+  start = {name: Role("mmdit", start="model", dtype=COMPUTE) for name in references}
+  return {"model": Role("mmdit"), **start, "encoder": Role("qwen3_vl", dtype=COMPUTE), "vae": Role("vae")}
+
+
+def model_averages(ema_decay: float) -> dict[str, Average]:
+  """The averaged weights "ema" of the model; none for a decay of 0."""
+  return {"ema": Average("model", ema_decay)} if ema_decay else {}
+
+
+def deploy_generator(weights: dict) -> dict:
+  """{network: weights}: the averaged generator where there is one, and the frozen networks; see `Algorithm.deploy`."""
+  return {"mmdit": weights["ema" if "ema" in weights else "model"], "qwen3_vl": weights["encoder"], "vae": weights["vae"]}
 
 
 def time_bins(sample_id: jax.Array) -> jax.Array:

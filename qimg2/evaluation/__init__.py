@@ -45,11 +45,14 @@ class Figure:
     denominator: another, such as the number of words that were asked for; "" for the number of pictures.
     is_share: whether it lies in 0..1 and is printed in per cent.
     lower_is_better: whether less of it is better.
+    null: what it would be if nothing were to be found, such as 1/2 of two models that are alike: a sign test over prompts is stated beside it; None
+      for no test.
   """
   numerator: str
   denominator: str = ""
   is_share: bool = True
   lower_is_better: bool = False
+  null: float | None = None
 
 
 def show(task: Task, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
@@ -57,6 +60,22 @@ def show(task: Task, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tup
   wrong = [name for name, value in metrics_of(scores).items() if value == 0]
   caption = task.prompt + (f" [wrong: {', '.join(wrong)}]" if wrong else "")
   return [(source, "(source)") for source in task.sources] + [(picture, caption)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """Pictures that a set is compared with. Their features are computed once for an evaluation, in blocks that its jobs and processes share.
+
+  Attributes:
+    name: of letters and digits, another one for other pictures: blocks that are kept under another name are not taken.
+    num_blocks: how many there are.
+    block: number of a block -> the features [n, D] float32 of its pictures. `ValueError` for one that cannot be read.
+    take: takes the features [N, D] of all blocks, before `Suite.of_set` is called.
+  """
+  name: str
+  num_blocks: int
+  block: Callable[[int], np.ndarray]
+  take: Callable[[np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +96,7 @@ class Suite:
     release: gives back device memory that scoring holds, such as a judge's weights; the next score fetches them again.
     of_set: blocks of (names of tasks, features), all pictures once and in the order of the tasks -> figures of the whole set, and texts that say what
       must be known of them. It raises nothing for what pictures look like.
+    reference: what `of_set` compares with, where it is still to be computed.
   """
   tasks: Callable[[int, int], Sequence[Task]]
   score: Callable[[Task, np.ndarray], Mapping[str, Any]] | None = None
@@ -86,6 +106,7 @@ class Suite:
   is_slow: bool = False
   features: Callable[[Sequence[Task], Sequence[np.ndarray]], np.ndarray] | None = None
   of_set: Callable[[Iterable[tuple[Sequence[str], np.ndarray]]], Mapping[str, float | str]] | None = None
+  reference: Reference | None = None
   release: Callable[[], None] = lambda: None
 
 

@@ -13,7 +13,7 @@ no 0.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -41,6 +41,34 @@ def kept_region(source: np.ndarray, target: np.ndarray, margin_px: int = MARGIN_
   if not region.any():
     raise ValueError(f"The edit may change every pixel within a margin of {margin_px} px: nothing is left that it should keep.")
   return region
+
+
+def outside_of_box(source: np.ndarray, target: np.ndarray, margin_px: int = MARGIN_PX) -> np.ndarray:
+  """[H, W] bool: what is further than `margin_px` from the smallest upright box around all pixels in which the clean pictures [H, W, C] before and
+  after an edit differ. For text: between the letters of an edited word nothing is asked to stay, because they may have other shapes.
+
+  Raises:
+    ValueError: shapes that differ, pictures that are equal, or no pixel is left.
+  """
+  if source.shape != target.shape:
+    raise ValueError(f"Clean pictures of shapes {source.shape} and {target.shape} cannot be compared pixel by pixel: render both at one size.")
+  rows, columns = np.nonzero((source != target).any(axis=-1))
+  if not len(rows):
+    raise ValueError("The clean pictures before and after the edit are equal: nothing is asked to change.")
+  region = np.ones(source.shape[:2], bool)
+  region[max(0, rows.min() - margin_px):rows.max() + 1 + margin_px, max(0, columns.min() - margin_px):columns.max() + 1 + margin_px] = False
+  if not region.any():
+    raise ValueError(f"The edit may change every pixel within a margin of {margin_px} px: nothing is left that it should keep.")
+  return region
+
+
+def scores_where_kept(picture: np.ndarray, source: np.ndarray, target: np.ndarray,
+                      region_of: Callable[[np.ndarray, np.ndarray], np.ndarray] = kept_region) -> dict[str, float]:
+  """`kept_scores` in the region that `region_of(source, target)` gives; {} for an edit that leaves none large enough: it has no such figures."""
+  try:
+    return kept_scores(picture, source, region_of(source, target))
+  except ValueError:
+    return {}
 
 
 def kept_scores(picture: np.ndarray, source: np.ndarray, region: np.ndarray) -> dict[str, float]:

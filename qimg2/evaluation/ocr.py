@@ -2,8 +2,10 @@
 
 What it can read is what its recogniser has a character for: Latin with the accents of Western, Northern and Central Europe, Greek, Chinese
 (simplified and traditional) and Japanese. Cyrillic, Arabic, Hebrew, Devanagari, Hangul and Thai are not among them; `unreadable` says so for a text,
-so that a prompt in such a script is left out and not scored 0. `model` names another recogniser, an ONNX file with its characters in the metadata,
-such as those that RapidOCR publishes for PP-OCRv5 (`eslav`, `arabic`, `devanagari`, `korean`, `th`); the detector stays.
+so that a prompt in such a script is left out and not scored 0. `model` names another recogniser; the detector stays. It is an ONNX file with its
+characters in the metadata, as those that RapidOCR publishes for PP-OCRv5 (`eslav`, `arabic`, `devanagari`, `korean`, `th`), or with PaddleOCR's
+dictionary beside it, a character a line: FILE.txt beside FILE.onnx. Of several the first that has all characters of a text reads it
+(`recogniser_for`).
 
 A line counts if it has a letter or digit and a confidence of 0.5, as in PaddleOCR; a letter or digit alone needs 0.9, because discs and rings are
 read as O or 8 with up to 0.83. Text that stands on its head is not turned first: a picture should not be paid for it.
@@ -18,15 +20,17 @@ whole, the left one first. So a table with two rows or more is read by columns.
 import functools
 import pathlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from qimg2.evaluation.prompt_files import read_text
 from qimg2.evaluation.text import normalise
 
 MIN_CONFIDENCE = 0.5
 MIN_CONFIDENCE_ALONE = 0.9  # of a letter or digit that is a line
+BUNDLED = "bundled"  # names the recogniser that comes with the package among others
 DETECTOR, RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 _INSTALL = "pip install -r requirements.txt, or take the suites that read text out of the list"
 
@@ -63,6 +67,30 @@ def _counts(text: str, confidence: float) -> bool:
   return any(map(str.isalnum, text)) and (len(text.strip()) > 1 or confidence >= MIN_CONFIDENCE_ALONE)
 
 
+def recogniser_for(text: str, models: str = "") -> tuple[str, str]:
+  """(recogniser, the characters of a text that it lacks): the first that lacks none, else the first that lacks fewest.
+
+  Args: the text; paths of recognisers with + between, `BUNDLED` among them for that of the package; "" for that alone.
+
+  Raises:
+    ValueError: the package or a model is missing.
+  """
+  found = [(model, unreadable(text, model)) for model in recognisers(models)]
+  return min(found, key=lambda one: len(one[1]))
+
+
+def recognisers(models: str) -> list[str]:
+  """The recognisers that a setting names, each as `read` takes it.
+
+  Raises:
+    ValueError: a name between two + is empty.
+  """
+  names = [name.strip() for name in models.split("+")] if models else [BUNDLED]
+  if "" in names:
+    raise ValueError(f"The recognisers {models!r} of the OCR have an empty name: give paths with + between, such as {BUNDLED}+FILE.onnx.")
+  return ["" if name == BUNDLED else name for name in names]
+
+
 def unreadable(text: str, model: str = "") -> str:
   """The letters, marks and digits of a text that the recogniser has no character for, each once, in order; "" if it can read all.
 
@@ -81,13 +109,31 @@ def alphabet(model: str = "") -> frozenset[str]:
   runtime = _imported("onnxruntime")
   path = _recogniser(model)
   try:
-    found = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
   except Exception as error:  # onnxruntime has one class per cause and no parent of them all
     raise ValueError(f"The OCR model {path} cannot be loaded ({error}): give an ONNX file that is whole.") from error
-  if "character" not in found:
-    raise ValueError(f"The OCR model {path} names no characters in its metadata: give a recogniser of RapidOCR, with the entry 'character'.")
-  characters = found["character"].splitlines()
+  characters = _characters(session.get_modelmeta().custom_metadata_map, path)
+  num = session.get_outputs()[0].shape[-1]
+  if isinstance(num, int) and num != len(characters) + 2:  # a blank before them and a space behind
+    raise ValueError(f"The OCR model {path} tells {num - 2} characters from each other, but {len(characters)} are named: give it its own dictionary.")
   return frozenset(characters) | {part for one in characters for part in normalise(one)}
+
+
+def _characters(metadata: Mapping[str, str], path: pathlib.Path) -> list[str]:
+  """The characters of a recogniser in the order of its outputs."""
+  if "character" in metadata:
+    return metadata["character"].splitlines()
+  beside = dictionary(path)
+  if not beside:
+    raise ValueError(f"The OCR model {path} names no characters in its metadata: give a recogniser of RapidOCR, with the entry 'character', or put "
+                     f"PaddleOCR's dictionary beside it, a character a line, as {path.with_suffix('.txt').name}.")
+  return [line.strip("\r") for line in read_text(beside, "the dictionary of the recogniser").removesuffix("\n").split("\n")]
+
+
+def dictionary(path: pathlib.Path) -> str:
+  """Path of the file of characters beside a recogniser, "" where there is none."""
+  beside = path.with_suffix(".txt")
+  return str(beside) if beside.is_file() else ""
 
 
 @functools.cache
@@ -97,7 +143,8 @@ def _engine(model: str) -> Any:
   threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
   return _imported("rapidocr").RapidOCR(params={
       **threads, "Global.use_cls": False, "Global.text_score": MIN_CONFIDENCE, "Global.log_level": "error",
-      "Det.model_path": str(_bundled(DETECTOR)), "Rec.model_path": str(_recogniser(model))})
+      "Det.model_path": str(_bundled(DETECTOR)), "Rec.model_path": str(_recogniser(model)),
+      "Rec.rec_keys_path": dictionary(_recogniser(model)) or None})
 
 
 def _recogniser(model: str) -> pathlib.Path:

@@ -1,4 +1,6 @@
-"""Texts of files of prompts. A line ends at a line feed alone: texts in JSON may hold other signs that Unicode calls the end of a line, as U+2028."""
+"""Texts of files that a user may have written: prompts, captions, manifests. A line ends at a line feed alone: texts in JSON may hold other signs
+that Unicode calls the end of a line, as U+2028.
+"""
 
 import pathlib
 from collections.abc import Iterator
@@ -15,7 +17,15 @@ def read_text(path: str | pathlib.Path, wanted: str) -> str:
   path = pathlib.Path(path)
   if not path.is_file():
     raise ValueError(f"There is no file of prompts {path}: give {wanted}.")
-  data = path.read_bytes()
+  return decode_text(path.read_bytes(), str(path))
+
+
+def decode_text(data: bytes, path: str) -> str:
+  """The text of a file's content in UTF-8, with or without a byte order mark.
+
+  Raises:
+    ValueError: another encoding, with its first line that shows it; it names `path`.
+  """
   try:
     return data.decode("utf-8-sig")
   except UnicodeDecodeError as error:

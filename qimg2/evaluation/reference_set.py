@@ -5,7 +5,7 @@ import io
 import math
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -127,20 +127,13 @@ def _num_zeros(features: np.ndarray) -> int:
   return int((np.einsum("nd,nd->n", features, features, dtype=np.float64).astype(np.float32) == 0).sum())
 
 
-def make_reference(pictures: Iterable[np.ndarray], features: Callable[..., np.ndarray], network: str, block: int = 32) -> ReferenceSet:
-  """The set of pictures [H, W, 3] uint8, read a block at a time.
+def make_reference(blocks: Iterable[np.ndarray], network: str) -> ReferenceSet:
+  """The set of all features of blocks [n, D].
 
   Raises:
     ValueError: no picture, or features that are not finite.
   """
-  parts, some = [], []
-  for picture in pictures:
-    some.append(picture)
-    if len(some) == block:
-      parts.append(features([None] * block, some))
-      some = []
-  if some:
-    parts.append(features([None] * len(some), some))
+  parts = list(blocks)
   if not parts:
     raise ValueError("The reference has no picture: give a folder with some.")
   found = np.concatenate(parts)

@@ -27,7 +27,7 @@ def text_suite(languages: str = ",".join(LANGUAGES), kinds: str = ",".join(KINDS
                by: str = "language") -> Suite:
   """Our own prompts.
 
-  Args: languages and kinds of `qimg2.evaluation.prompts`, separated by commas; path of another recogniser, "" for the one that comes with the OCR;
+  Args: languages and kinds of `qimg2.evaluation.prompts`, separated by commas; recognisers, see `ocr.recogniser_for`;
   side of a square of a picture's area; whether categories are those of "language" or "kind".
 
   Raises:
@@ -35,8 +35,8 @@ def text_suite(languages: str = ",".join(LANGUAGES), kinds: str = ",".join(KINDS
   """
   if by not in ("language", "kind"):
     raise ValueError(f"The figures of the text suite are given by language or by kind, not by {by!r}.")
-  chosen = prompts.written(_listed(languages), _listed(kinds))
-  sizes = [_size(side_px, *RATIOS[prompt.category]) for prompt in chosen]
+  chosen = prompts.written(listed(languages), listed(kinds))
+  sizes = [size_of_ratio(side_px, *RATIOS[prompt.category]) for prompt in chosen]
   chosen = [prompt._replace(category=prompt.language) for prompt in chosen] if by == "language" else chosen
   return _suite(chosen, sizes, score_text, model, FIGURES)
 
@@ -63,17 +63,19 @@ def cvtg_suite(path: str, model: str = "", side_px: int = 1024) -> Suite:
   return _suite(chosen, [(side_px, side_px)] * len(chosen), _cvtg, model, figures)
 
 
-def _listed(text: str) -> list[str]:
+def listed(text: str) -> list[str]:
+  """The names in a text, between commas."""
   return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _size(side_px: int, width: int, height: int) -> tuple[int, int]:
+def size_of_ratio(side_px: int, width: int, height: int) -> tuple[int, int]:
   """(height, width) in px of a ratio, multiples of 16, of the area of a square."""
   return tuple(round(side_px * (one / other) ** 0.5 / 16) * 16 for one, other in ((height, width), (width, height)))
 
 
 def _suite(chosen: Sequence[TextPrompt], sizes: Sequence[tuple[int, int]], score: Score, model: str, figures: Mapping[str, Figure]) -> Suite:
-  ocr.alphabet(model)  # a missing package or model is said before anything is drawn
+  for one in ocr.recognisers(model):
+    ocr.alphabet(one)  # a missing package or model is said before anything is drawn
   made = [Task(one.prompt, size, truth=one.texts, name=one.name, category=one.category) for one, size in zip(chosen, sizes)]
   return Suite(functools.partial(_some, made), functools.partial(read_and_score, score=score, model=model), figures=figures, is_slow=True)
 
@@ -90,10 +92,10 @@ def read_and_score(task: Task, picture: np.ndarray, score: Score, model: str = "
 
   {"error": why} for a script that the recogniser cannot read; a picture without text has its recall of 0.
   """
-  missing = ocr.unreadable(" ".join(task.truth), model)
+  recogniser, missing = ocr.recogniser_for(" ".join(task.truth), model)
   if missing:
-    return {ERROR: f"The OCR cannot read the characters {missing[:10]} of the text: give a recogniser for this script as `model`."}
-  lines = ocr.read(picture, model)
+    return {ERROR: f"The OCR cannot read the characters {missing[:10]} of the text: give a recogniser for this script, model=bundled+FILE.onnx."}
+  lines = ocr.read(picture, recogniser)
   texts = [line.text for line in lines]
   return {**score(task.truth, texts), "expected": list(task.truth), "recognised": texts,
           "confidence": [round(line.confidence, 3) for line in lines]}

@@ -17,6 +17,14 @@ from qimg2.sharding import Shard, identity
 SIDE_PX = 448
 
 
+def make_program(cfg: VisionConfig, dtype: str, shard: Shard) -> Callable[[dict, jax.Array], jax.Array]:
+  """The jitted function (weights of the tower, pixels [n, H, W, 3] uint8) -> features [n, out_width] float32."""
+  @jax.jit
+  def run(params, pixels):
+    return vision_apply(cfg, params, pixels, dtype, shard=shard)[0].astype("float32").mean(axis=1)
+  return run
+
+
 class VisionFeatures:
   """(tasks, pictures [H, W, 3] uint8) -> [n, out_width] float32; one program, which is compiled at the first call."""
 
@@ -37,10 +45,7 @@ class VisionFeatures:
       raise ValueError(f"The vision tower does not see squares of {side_px} px: their side must be a positive multiple of {cfg.token_px}.")
     self._side_px, self._batch_size, self._weights = side_px, batch_size, weights
 
-    @jax.jit
-    def run(params, pixels):
-      return vision_apply(cfg, params, pixels, dtype, shard=shard)[0].astype("float32").mean(axis=1)
-    self._run = run
+    self._run = make_program(cfg, dtype, shard)
 
   def __call__(self, tasks: Sequence[Task], pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Features of at least one picture; the tasks are not looked at."""

@@ -241,6 +241,21 @@ def load_weights(folder: PipelineFolder, network: str, specs: dict, shardings: d
   return tensors.load_tensors(files, specs, table, shardings, network, read)
 
 
+def load_vision(folder: PipelineFolder, specs: dict, shardings: dict | None = None) -> dict:
+  """The weights of the encoder's vision tower, and no other tensor of the encoder's files.
+
+  Args: the opened folder; what `networks.Networks.specs` declares of the encoder as "vision"; a tree of shardings for it, None for the first device.
+
+  Raises:
+    ValueError: no or damaged files, or tensors of the tower that differ from `specs`; checked before the first one is read.
+  """
+  files = component_files(folder, "qwen3_vl")
+  files = files.without({name for name in files.tensors if not name.startswith(qwen3_vl_names.VISION_ROOT)})
+  table = {path: entry for path, entry in qwen3_vl_names.table(folder.encoder).items() if path.split(P.SEPARATOR)[0] == "vision"}
+  _check_paths({"vision": specs}, table, files.folder)
+  return tensors.load_tensors(files, {"vision": specs}, table, None if shardings is None else {"vision": shardings}, "vision")["vision"]
+
+
 def component_files(folder: PipelineFolder, network: str) -> TensorFiles:
   """The tensors of a network under the names and with the values of the published class, whatever form their files have.
 

@@ -17,12 +17,14 @@ from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2.places import Place, find_place
 from qimg2.runtime import left_out, processes, report
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.evaluating.of_run import describe, evaluation, last_generator, recorded_evaluation, suites_hook
 from qimg2.runtime.generator import Size
 from qimg2.runtime.idle import idle_roles, take_off
 from qimg2.runtime.kept_data import identify_data
 from qimg2.runtime.lock import hold
 from qimg2.runtime.micro_batches import variants
+from qimg2.runtime.rewards import RewardedLoader
 from qimg2.runtime.run import HeldOut, Run, check_versions, save_config
 from qimg2.runtime.sheets import grid, save_picture
 from qimg2.sharding import to_host
@@ -37,7 +39,7 @@ from qimg2.training.trainer import train_stage
 from qimg2.training.validation import Evaluator
 
 LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha",  # keys of resolutions and data sets that the first checkpoints did not have
-         "shuffle_tags", "drop_tags", "keep_tags", "tag_separator")
+         "shuffle_tags", "drop_tags", "keep_tags", "tag_separator", "loss_weight", "ignore_rejected")
 PREFIXES = {"t2i": "", "ti2i": "ti2i/"}  # of metrics, per task
 
 
@@ -129,16 +131,18 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
     hooks.append((config.evals_every_steps, suites_hook(run, config, deployed)))
   stage = Stage(
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
-      run.batch_shapes(loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
+      run.batch_shapes(config, loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
       config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
       (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None,
-      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker)
+      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker, config.watch)
   if processes.is_first():
     report.save_counts(run, config, loader)
     left_out.say(config, loader, run.workdir / config.name)
-  train_stage(stage, run.nets, loader, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
-              lambda: next(iter(batches.values())), stop, began)
+  fed = RewardedLoader(loader, declare(config.rewards)) if config.rewards else loader
+  with run.scoring(config):
+    train_stage(stage, run.nets, fed, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
+                lambda: next(iter(batches.values())), stop, began)
 
 
 def _forget_evaluations(run: Run, name: str) -> None:

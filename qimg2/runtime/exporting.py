@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipelines.records import local_folder
+from data_pipelines.folders import local_folder
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.published.export import CHAT_TEMPLATES, DIFFUSERS_VERSION, export_pipeline, export_transformer
 from qimg2.published.folder import open_folder

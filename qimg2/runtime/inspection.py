@@ -90,9 +90,11 @@ def sheet(data: Data, start: int, num_batches: int, num_tiles: int = 8) -> np.nd
     number, batch = loader.batch(row["batch"])
     shape = data.loader.buckets[number]
     sources = "".join(f" from {height} x {width}" for height, width in shape.source_sizes)
-    heading = (f"batch {row['batch']}: {row['dataset']}, {row['task']}, height x width {shape.height} x {shape.width} px{sources}, "
+    pairs = ", pairs: the better picture, then the worse" if shape.pairs else ""
+    heading = (f"batch {row['batch']}: {row['dataset']}, {row['task']}{pairs}, height x width {shape.height} x {shape.width} px{sources}, "
                f"{shape.num_tokens} tokens, {shape.batch_size} rows")
-    columns = [*_sources(batch), batch["target"] if "target" in batch else _visible(batch["latents"])]
+    pictures = [*_seen(batch, "target", "latents"), *_seen(batch, "rejected", "rejected_latents")]
+    columns = [*_sources(batch), *pictures]
     captions = [data.tokenizer.decode_prompt(tokens).strip() or "(empty)" for tokens in batch["tokens"]]
     rows.append((heading, list(zip(zip(*columns), captions))))
   return strips(rows, SIDE_PX)
@@ -109,6 +111,11 @@ def first_rows(loader: Loader, num: int) -> Loader:
 def _sources(batch: dict) -> Sequence[np.ndarray]:
   """The condition images of a batch, or of a latent cache without them their latents, each B h w 3 uint8."""
   return batch["sources"] or [_visible(latents) for latents in batch.get("source_latents", ())]
+
+
+def _seen(batch: dict, pixels: str, latents: str) -> list[np.ndarray]:
+  """The pictures of a key, or what is seen of their latents; none where the batch has neither."""
+  return [batch[pixels]] if pixels in batch else [_visible(batch[latents])] if latents in batch else []
 
 
 def _visible(latents: np.ndarray) -> np.ndarray:

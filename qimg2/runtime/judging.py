@@ -131,7 +131,7 @@ def pairwise_suite(pretrained: str, prompts: str, rivals: str, rival_seed: int =
     for number, found in zip(numbers, compare_pictures(judge, [tasks[i] for i in numbers], first, second, rubric)):
       results[number] = found
     return results
-  figures = {"win": Figure("win"), "contradiction": Figure("contradiction", lower_is_better=True)}
+  figures = {"win": Figure("win", null=0.5), "contradiction": Figure("contradiction", lower_is_better=True)}
   return Suite(_tasks(read_prompts(prompts), prompts), show=_show(figures), release=judge.release, score_batch=score_batch, figures=figures)
 
 

@@ -15,7 +15,8 @@ NAME = "left_out.jsonl"
 _TOGETHER = 64  # records that are read at once
 _WORDS = {"too_long": "with a caption longer than num_tokens", "no_caption": "without a caption of the wanted languages and kinds",
           "low_stage": "below min_stage", "low_quality": "below min_quality", "cropped": "of which fitting a bucket cuts off more than max_crop",
-          "enlarged": "that would be scaled up more than max_enlarge", "rare": "for which no bucket is worth its program"}
+          "enlarged": "that would be scaled up more than max_enlarge", "no_rejected": "without a rejected picture",
+          "rare": "for which no bucket is worth its program"}
 
 
 def say(stage: StageConfig, loader: Loader, folder: Place) -> None:

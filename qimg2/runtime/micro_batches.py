@@ -17,9 +17,10 @@ from qimg2.runtime.config import RunConfig, StageConfig
 
 
 def num_tokens(bucket: Bucket, factor: int) -> int:
-  """Tokens of one row in the generator, at most: those of the prompt, and latents, which stand in the places of images; `factor` is px per latent."""
+  """Tokens of one row in the generator, at most: those of the prompt, and latents, which stand in the places of images, of a pair for each of its
+  pictures; `factor` is px per latent."""
   latents = sum((height // factor) * (width // factor) for height, width in (*bucket.source_sizes, (bucket.height, bucket.width)))
-  return bucket.num_tokens - sum(height * width for height, width in source_grids(bucket.source_sizes)) + latents
+  return (bucket.num_tokens - sum(height * width for height, width in source_grids(bucket.source_sizes)) + latents) * (2 if bucket.pairs else 1)
 
 
 def choose(cfg: RunConfig, stage: StageConfig, bucket: Bucket, parts: int) -> tuple[str, int]:

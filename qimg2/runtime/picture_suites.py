@@ -1,6 +1,7 @@
 """The evaluation suite of sets of pictures: how far they are from a reference set, and how different the pictures of one prompt are."""
 
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from data_pipelines.transforms import decode_image
-from qimg2.evaluation import Suite, Task
+from qimg2.evaluation import Reference, Suite, Task
 from qimg2.evaluation.features import Features, OnnxConfig, OnnxFeatures
 from qimg2.evaluation.prompt_files import numbered_lines, read_text
 from qimg2.evaluation.reference_set import ReferenceSet, make_reference
@@ -17,6 +18,9 @@ from qimg2.evaluation.vision_features import VisionFeatures
 from qimg2.networks import fingerprint
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.reconstruction import folder_pictures
+
+BLOCK = 32  # reference pictures that a process has in memory at a time
+_TOO_FEW = "The reference {} has one picture: distances between sets need at least two."
 
 
 def fidelity_suite(reference: str, network: str, prompts: str = "", keep: str = "", side_px: int = 1024, input_px: int = 299, mean: str = "0.5",
@@ -26,7 +30,8 @@ def fidelity_suite(reference: str, network: str, prompts: str = "", keep: str = 
   A picture has no score of its own. Diversity needs several seeds.
 
   Args:
-    reference: folder of pictures, or the .npz file that `keep` wrote. Features of a folder are computed at the first picture, by each process.
+    reference: folder of pictures, or the .npz file that `keep` wrote. Features of a folder are `Suite.reference`; where nothing computes it in parts,
+      `of_set` does.
     network: an .onnx file; or a published folder, whose vision tower is taken.
     prompts: text file of a prompt a line; "" for the captions beside the pictures of the folder, NAME.txt beside NAME.png.
     keep: .npz file to write the reference's features into, "" for none.
@@ -37,24 +42,27 @@ def fidelity_suite(reference: str, network: str, prompts: str = "", keep: str = 
     batch_size: pictures that the network sees at a time; for the vision tower rounded up to a multiple of this process's devices.
 
   Raises:
-    ValueError: files or settings that do not fit. At the first picture also a reference of another network, or fewer than two pictures in it.
+    ValueError: files or settings that do not fit, or fewer than two pictures in the reference. At the first picture also one of another network.
   """
   texts = _read_prompts(prompts) if prompts else _captions(reference)
   features, identity, release = _features(network, input_px, mean, std, layout, output, batch_size)
   kept = None if pathlib.Path(reference).is_dir() else ReferenceSet.load(reference)
+  taken: list[np.ndarray] = []
+  parts = _parts(reference, features, taken.append) if kept is None else None
+  if kept is not None and len(kept.features) < 2:
+    raise ValueError(_TOO_FEW.format(reference))
 
-  @functools.cache  # at the first picture: what is finished needs no network
+  @functools.cache  # not before it is needed: what is finished needs no network
   def found() -> ReferenceSet:
-    made = _reference(reference, features, identity()) if kept is None else kept
+    made = kept or make_reference(taken or map(parts.block, range(parts.num_blocks)), identity())
     made.check_network(identity())
-    if len(made.features) < 2:
-      raise ValueError(f"The reference {reference} has one picture: distances between sets need at least two.")
     if keep:
       made.save(keep)
     return made
 
   def measure(some: Sequence[Task], pictures: Sequence[np.ndarray]) -> np.ndarray:
-    found()
+    if kept is not None:
+      found()
     return features(some, pictures)
 
   def of_set(blocks: Iterable[tuple[Sequence[str], np.ndarray]]) -> Mapping[str, Any]:
@@ -68,7 +76,7 @@ def fidelity_suite(reference: str, network: str, prompts: str = "", keep: str = 
 
   if kept is not None and isinstance(features, OnnxFeatures):  # both are at hand
     found()
-  return Suite(tasks, score=_no_scores, features=measure, of_set=of_set, release=release)
+  return Suite(tasks, score=_no_scores, features=measure, of_set=of_set, release=release, reference=parts)
 
 
 def _no_scores(task: Task, picture: np.ndarray) -> dict[str, float]:
@@ -87,7 +95,7 @@ def _features(network: str, input_px: int, mean: str, std: str, layout: str, out
   vision = pretrained.nets.encoder.vision
   if vision is None:
     raise ValueError(f"The encoder of {network} has no vision tower: give an .onnx file, or another folder.")
-  weights = functools.cache(lambda: pretrained.offloaded()["qwen3_vl"]["vision"])
+  weights = functools.cache(pretrained.load_vision)
   rows = pretrained.mesh.shape["data"] * pretrained.mesh.shape["fsdp"]
   tower = VisionFeatures(vision, weights, input_px, pretrained.nets.encoder.dtype, -(-batch_size // rows) * rows, pretrained.nets.shard)
   return tower, lambda: f"qwen3_vl vision {fingerprint(weights())} {input_px} px", weights.cache_clear
@@ -104,8 +112,17 @@ def _numbers(text: str, name: str) -> tuple[float, float, float]:
   return found if len(found) == 3 else found * 3
 
 
-def _reference(folder: str, features: Features, identity: str) -> ReferenceSet:
-  return make_reference((decode_image(one.read(), one.name) for one in folder_pictures(folder)), features, identity)
+def _parts(folder: str, features: Features, take: Callable[[np.ndarray], None]) -> Reference:
+  """The pictures of a folder in blocks. Their names and sizes tell a folder from one that was changed meanwhile."""
+  found = list(folder_pictures(folder))
+  if len(found) < 2:
+    raise ValueError(_TOO_FEW.format(folder))
+  digest = hashlib.sha256(repr([(one.name, (pathlib.Path(folder) / one.name).stat().st_size) for one in found]).encode())
+
+  def block(number: int) -> np.ndarray:
+    some = [decode_image(one.read(), one.name) for one in found[number * BLOCK:(number + 1) * BLOCK]]
+    return features([None] * len(some), some)
+  return Reference(digest.hexdigest()[:16], -(-len(found) // BLOCK), block, take)
 
 
 def _read_prompts(path: str) -> list[str]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2 import params as P
-from qimg2.published.folder import load_weights, open_folder, stored_dtypes
+from qimg2.published.folder import load_vision, load_weights, open_folder, stored_dtypes
 from qimg2.runtime.offload import Offloaded
 
 COMPUTE = {"bfloat16": "bfloat16"}  # type of files -> what computes by default; float16 has too small a range for these networks
@@ -51,6 +51,11 @@ class Pretrained:
   def load(self) -> dict[str, dict]:
     """{network: weights}, read tensor by tensor onto the mesh; without the encoder's head, which nothing that draws reads."""
     return {network: self._load(network) for network in self.nets.specs()}
+
+  def load_vision(self) -> dict:
+    """The weights of the encoder's vision tower alone: of a large encoder a small part is read."""
+    specs = self._specs("qwen3_vl")["vision"]
+    return load_vision(self.folder, specs, sharding.param_shardings(specs, self.mesh, self.rules))
 
   def offloaded(self) -> Offloaded:
     """The weights of `load`, each network read onto the mesh whenever it is needed. The system keeps the files in memory while it has room."""

@@ -8,6 +8,7 @@
     <stage>/metrics.jsonl ...    see qimg2.training.metrics
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -20,22 +21,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
 from data_pipelines.cache import check_use, check_weights, open_cache
 from data_pipelines.embedded import prepare
 from data_pipelines.kept import check_folder, folder_of
 from data_pipelines.loader import Loader
-from data_pipelines.records import list_splits
+from data_pipelines.records import list_splits, read_meta
 from data_pipelines.specs import DatasetSpec
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2 import networks, sharding
 from qimg2.algorithms import Algorithm
 from qimg2.places import Place, find_place, named_failures, write_file
-from qimg2.runtime import micro_batches
+from qimg2.runtime import micro_batches, rewards
 from qimg2.runtime.caching import MADE_BY
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
 from qimg2.runtime.config.records import FORMAT, read_record, read_section
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.config.sources import check_source
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.kept_data import KEPT, data_changes, identify_data, run_tokenizer, tokenizer_path
@@ -53,7 +56,7 @@ FIXED = ("jax", "jaxlib", "libtpu", "numpy", "grain", "orbax-checkpoint")
 # order of batches may be another one, and the log says so.
 FREE = re.compile(r"config\.(mesh|data_dir|local_copies|num_workers|compile|random_frozen|order_dir|sampling|evals|"
                   r"stages\[\d+\]\.((log|eval|evals|sample|save)_every_steps|evals_num_prompts|save_every_s|keep|keep_every_steps|num_steps|faults|"
-                  r"max_programs|offload_frozen|mixture\[\d+\]\.data_dir))").fullmatch
+                  r"max_programs|offload_frozen|reward_workers|watch|mixture\[\d+\]\.data_dir))").fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Run(StageWeights):
       check_folder(cfg.order_dir)
     self._found: set[str] = set()
     self._generators: dict[Size, Generator] = {}
+    self._scorer: rewards.Scorer | None = None
     if not trained or not workdir or not (self.workdir / "config.json").is_file():
       self._ensure_data(*cfg.stages)
     elif cfg.tokenizer == "default" and cfg.stages[0].mixture[0].name in EMBEDDED and not (self.workdir / KEPT).is_file():
@@ -139,8 +143,8 @@ class Run(StageWeights):
         raise ValueError(f"There is no data set {name!r} in {self.cfg.data_dir}: write it with launch.prepare_data, or set config.data_dir.")
 
   def check_data(self, stage: StageConfig, weights: dict | None = None) -> None:
-    """Finds data sets whose alpha the VAE cannot take, and the latent caches of a stage that it cannot train on; with its frozen weights, those
-    that were made by others."""
+    """Finds data sets whose alpha the VAE cannot take, or without the truth that a stage's rewards need, and the latent caches of a stage that it
+    cannot train on; with its frozen weights, those that were made by others."""
     nets, sizes = self.nets, [(one.base_px, one.ratios, one.multiple) for one in stage.resolutions]
     needs = {"channels": nets.vae.latent_channels, "factor": nets.vae.spatial_factor, "feature_width": nets.encoder.width,
              "num_system_tokens": nets.num_system_tokens, "tokenizer": self.tokenizer.fingerprint, "num_tokens": self.cfg.num_tokens}
@@ -148,6 +152,7 @@ class Run(StageWeights):
       if part.alpha and nets.vae.image_channels != 4:
         raise ValueError(f"Stage {stage.name!r} keeps the alpha of data set {part.name!r}, but config.vae.image_channels is "
                          f"{nets.vae.image_channels}: choose a VAE of 4, or leave alpha out.")
+      self._check_pairs(stage, part)
       cache = open_cache(part.data_dir, part.name)
       if cache and stage.kind == "autoencoder":
         raise ValueError(f"Stage {stage.name!r} trains a VAE, but data set {part.name!r} holds latents: name the data set that it was made from.")
@@ -156,20 +161,32 @@ class Run(StageWeights):
       if cache and weights:
         made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
+    rewards.check_rewards(stage)
+
+  def _check_pairs(self, stage: StageConfig, part: DatasetSpec) -> None:
+    """Raises a `ValueError` for a stage that learns from pairs where a data set has none, or the other way round."""
+    number, pairs = read_meta(pathlib.Path(part.data_dir) / part.name)["facts"].get(f"{part.split}_pairs", 0), self.algorithm(stage).pairs
+    if pairs and not number:
+      raise ValueError(f"Stage {stage.name!r} learns from pairs, but no record of data set {part.name!r} has a rejected picture: take one that was "
+                       "prepared from pairs (docs/data.md), or a method without.")
+    if number and not pairs and not part.ignore_rejected:
+      raise ValueError(f"{number} records of data set {part.name!r} have a rejected picture, which the method {stage.algorithm.name!r} of stage "
+                       f"{stage.name!r} does not look at: set ignore_rejected=True in its part of the mixture to train on the others alone, or take "
+                       "a method that learns from pairs.")
 
   # Data.
 
   def loader(self, stage: StageConfig, process: tuple[int, int] | None = None) -> Loader:
     """The training data of a stage, as `process` (its index, how many there are) sees it; None for this one."""
     return self._loader(stage, stage.mixture, stage.caption_dropout, process, min_bucket_records=stage.min_bucket_records,
-                        max_programs=stage.max_programs)
+                        max_programs=stage.max_programs, tasks=bool(stage.rewards) or self.algorithm(stage).tasks)
 
   def evaluation_batches(self, stage: StageConfig, training: Loader) -> dict[str, "HeldOut"]:
     """Task -> held-out batches of the stage's data sets; tasks in the order of the mixture. A batch has the shape of one of `training`'s, which is
     the stage's loader, and the rows of one of the micro-batches of squares with prompts of the longest class, for which there is room."""
     batches = {}
     for task in dict.fromkeys(part.task for part in stage.mixture):
-      parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0)
+      parts = {part.name: dataclasses.replace(part, split=self._held_out(part.name, stage), weight=1.0, min_quality=0.0, loss_weight=1.0)
                for part in stage.mixture if part.task == task}
       rows = lambda one: micro_batches.held_out_rows(self.cfg, stage, task, one, self.tokenizer.num_image_tokens, self.nets.shard.parts("batch"))
       smaller = tuple(dataclasses.replace(one, batch_size=rows(one)) for one in stage.resolutions)
@@ -209,23 +226,42 @@ class Run(StageWeights):
                   caption_dropout=caption_dropout, max_crop=stage.max_crop, prompt_classes=classes, max_faulty=stage.max_faulty,
                   process_index=index, process_count=count, num_workers=self.cfg.num_workers, order_dir=folder_of(self.cfg.order_dir),
                   alpha=any(part.alpha for part in stage.mixture), unconditional=self.algorithm(stage).unconditional, truncate=stage.truncates,
-                  captions=stage.kind != "autoencoder", **buckets)
+                  captions=stage.kind != "autoencoder", pairs=self.algorithm(stage).pairs, **buckets)
 
   def put(self, batch: dict) -> dict:
     """This process's rows as global arrays on the mesh."""
     return sharding.put_batch(batch, self.mesh, self.rules)
 
-  def batch_shapes(self, loader: Loader) -> tuple[dict, ...]:
-    """The abstract global batch of each bucket."""
+  def batch_shapes(self, stage: StageConfig, loader: Loader) -> tuple[dict, ...]:
+    """The abstract global batch of each bucket of a stage."""
     rows = sharding.batch_sharding(self.mesh, self.rules)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
-    return tuple(jax.tree.map(shape, loader.example(bucket, loader.unconditional)) for bucket in loader.buckets)
+    more = lambda bucket: rewards.category_shapes(declare(stage.rewards), bucket.batch_size)
+    return tuple(jax.tree.map(shape, loader.example(bucket, loader.unconditional) | more(bucket)) for bucket in loader.buckets)
 
   # Methods.
 
   def algorithm(self, stage: StageConfig) -> Algorithm:
     """The stage's algorithm."""
-    return stage_algorithm(stage, self.schedule)
+    return stage_algorithm(stage, self.schedule, declare(stage.rewards, self._score))
+
+  @contextlib.contextmanager
+  def scoring(self, stage: StageConfig) -> Iterator[None]:
+    """A context in which the pictures of a stage can be scored by its rewards, where it has some.
+
+    Raises:
+      ValueError: a process that scores cannot begin.
+    """
+    if not stage.rewards:
+      yield
+      return
+    with rewards.make_scorer(stage) as self._scorer:
+      self._scorer.start()
+      yield
+    self._scorer = None
+
+  def _score(self, pictures: np.ndarray, tasks: Sequence[dict]) -> dict[str, np.ndarray]:
+    return self._scorer(pictures, tasks)
 
   def sampler_settings(self) -> dict[str, Any]:
     """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`, as the config says."""

@@ -267,11 +267,11 @@ class StepMonitor:
   """
 
   def __init__(self, name: str, settings: Settings, record: Callable[[int, dict], None], saved: Mapping[str, Any] | None = None,
-               gather: Callable[[Sequence], Sequence] = list):
+               gather: Callable[[Sequence], Sequence] = list, limits: Mapping[str, float] | None = None):
     """Args: name of the stage; settings; function of (step, JSON-serialisable row) that writes down a fault; what `saved` gave earlier; function
-    that makes of this process's sample ids those of all, called on all processes alike."""
+    that makes of this process's sample ids those of all, called on all processes alike; largest values of metrics (`Update.limits`)."""
     saved = saved or {}
-    self._name, self._settings, self._record = name, settings, record
+    self._name, self._settings, self._record, self._limits = name, settings, record, limits or {}
     self._gather = lambda ids: [int(i) for i in gather(ids)]
     self.skipped = int(saved.get("skipped", 0))
     self._row = [(step, list(ids)) for step, ids in saved.get("row", ())]
@@ -287,8 +287,12 @@ class StepMonitor:
     """Looks at the metrics of a step that is done; `sample_ids` are those of this process's rows.
 
     Raises:
-      FloatingPointError: more than `max_skipped` updates in a row were skipped.
+      FloatingPointError: more than `max_skipped` updates in a row were skipped, or a metric is above its limit.
     """
+    for name, limit in self._limits.items():
+      if name in metrics and float(metrics[name]) > limit:
+        raise FloatingPointError(f"Stage {self._name}, step {step}: {name} is {float(metrics[name]):.4g}, and must not be above {limit:g}: what the "
+                                 "method promises of itself is broken, and its docstring says what that is; the last checkpoint is kept.")
     losses = {name: float(value) for name, value in metrics.items() if name.split("/")[-1] == "loss"}
     for name, loss in losses.items():
       update = name.removesuffix("loss")

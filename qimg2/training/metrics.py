@@ -75,6 +75,14 @@ class MetricsWriter:
       if self._tracker:
         self._tracker.log_image(self._stage, step, name, image)
 
+  def write_histogram(self, step: int, name: str, values: np.ndarray) -> None:
+    """Adds the histogram of an array to TensorBoard, without what is not finite; nothing where that is all."""
+    values = values[np.isfinite(values)]
+    if self._active and values.size:
+      self._events.add_histogram(name, values, step)
+      if self._tracker:
+        self._tracker.log_histogram(self._stage, step, name, values)
+
   def sync(self) -> None:
     """Returns when all rows so far are on the disk, or in the bucket, so that no checkpoint is newer than its metrics.
 

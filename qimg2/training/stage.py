@@ -22,6 +22,7 @@ from qimg2.training.programs import Part, SplitStep, WholeStep
 from qimg2.training.rollout import Programs, compile_rollout
 from qimg2.training.state import Optimizers, TrainState, make_split_step, make_step
 from qimg2.training.tracker import Tracker
+from qimg2.training.watch import Settings as WatchSettings
 
 RolesFn = Callable[[dict[str, Any], int, MetricsWriter], dict[str, float]]
 
@@ -55,6 +56,7 @@ class Stage:
     first_needed: the numbers of all buckets in the order in which the steps from the given one on need them: their programs are compiled in this
       order while training runs. None compiles all before the first step.
     tracker: gets the metrics and pictures, beside TensorBoard; on the first process alone.
+    watch: rules that end the stage early.
   """
   name: str
   algorithm: Algorithm
@@ -76,6 +78,7 @@ class Stage:
   local_copies: tuple[str, float] = ("", 0.0)
   keep_every_steps: int = 0
   tracker: Tracker | None = None
+  watch: WatchSettings = WatchSettings()
 
 
 def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,

@@ -263,7 +263,7 @@ def _divide(nets: Any, accumulate: int, update: Update, optimizer: optim.Optimiz
       if jnp.shape(per_example) != (num // accumulate,):
         raise ValueError(f"The loss gives {jnp.shape(per_example)}: it must be one number for each of the {num // accumulate} examples, whose "
                          "weighted mean is taken here.")
-      value = mean(per_example)
+      value = mean(per_example * micro.get("loss_weight", 1.0))
       if odd := sorted(RESERVED & set(metrics)):
         raise ValueError(f"The loss gives a metric {odd[0]!r}, which is the step's own name: choose another.")
       return value, {name: jnp.asarray(x, jnp.float32) for name, x in {"loss": value, **jax.tree.map(mean, metrics)}.items()}

@@ -44,7 +44,7 @@ class Tracker:
     except Exception as error:  # it has many of its own
       raise ValueError(f"wandb does not begin ({' '.join(str(error).split())[:200]}): log in with `wandb login`, set WANDB_MODE=offline, or leave "
                        "--tracker out.") from error
-    self._picture, self._stages = wandb.Image, set()
+    self._picture, self._histogram, self._stages = wandb.Image, wandb.Histogram, set()
 
   def log(self, stage: str, step: int, scalars: Mapping[str, float]) -> None:
     """Logs numbers of a step of a stage."""
@@ -53,6 +53,10 @@ class Tracker:
   def log_image(self, stage: str, step: int, name: str, image: np.ndarray) -> None:
     """Logs an [H, W, 3] uint8 picture of a step of a stage."""
     self._try(lambda run: run.log({f"{stage}/{name}": self._picture(image)} | self._axis(run, stage, step)))
+
+  def log_histogram(self, stage: str, step: int, name: str, values: np.ndarray) -> None:
+    """Logs the histogram of finite numbers of a step of a stage."""
+    self._try(lambda run: run.log({f"{stage}/{name}": self._histogram(values)} | self._axis(run, stage, step)))
 
   def close(self, failed: bool = False) -> None:
     """Ends it when all is sent, or after `FINISH_S` seconds; `failed` where training did not come to its end."""

@@ -22,9 +22,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
 from qimg2.algorithms import Algorithm
+from qimg2.batch import for_device
 from qimg2.sharding import Rules, gather_ids, put_batch
 from qimg2.training.changes import check_frozen, warn_of_another_order
 from qimg2.training.checkpoint import Checkpoints
@@ -39,6 +41,7 @@ from qimg2.training.rollout import Programs
 from qimg2.training.space import when_there_is_room
 from qimg2.training.stage import Loader, Stage, compile_rollouts, step_compiler
 from qimg2.training.state import TrainState, abstract_state, as_configured, due_metrics, init_state
+from qimg2.training.watch import Watch
 
 MAX_DISPATCHED = 2  # steps whose results are still to come
 
@@ -52,6 +55,7 @@ class StageOutput:
   recorder: GoodputRecorder
   copies: LocalCopies
   progress: Progress
+  watch: Watch
 
 
 def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rules: Rules, workdir: pathlib.Path, key: jax.Array,
@@ -75,6 +79,7 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
 
   Raises:
     Preempted: `stop` said so. The stage is saved, and the same call goes on with it.
+    qimg2.training.watch.Ended: a rule of the watch ended the stage now, or did so before.
     FloatingPointError: too many updates in a row were skipped.
     OSError: a checkpoint (SaveError), or the rows up to it, could not be written.
     ValueError: there are checkpoints but none is intact, or they do not fit.
@@ -91,11 +96,14 @@ def train_stage(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh
     with recorder.measure("start"):
       abstract = abstract_state(stage.algorithm, stage.optimizers, stage.specs, mesh, rules)
       state, meta = _first_state(stage, checkpoints, copies, abstract, start, key)
-    step = int(state.step)
+    step, watch = int(state.step), Watch(stage.watch, meta.get("rules"))
+    if watch.ended:
+      checkpoints.close()
+      raise watch.reason(stage.name, step)
     writer = MetricsWriter(folder, step, first, meta.get("hooks_due", False), stage.tracker,
                            stage.faults.wait_for_space_s if jax.process_count() == 1 else 0.0)  # the others would wait in a collective
-    monitor = StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids)
-    output = StageOutput(writer, checkpoints, monitor, recorder, copies, progress)
+    monitor = StepMonitor(stage.name, stage.faults, writer.write_fault, meta.get("watch"), gather_ids, stage.algorithm.limits)
+    output = StageOutput(writer, checkpoints, monitor, recorder, copies, progress, watch)
     if step > (checkpoints.latest_step() or 0):  # it is from a copy, which may be lost with a machine
       _save(stage, state, step, output, meta["hooks_due"], can_continue=True)
     if meta:
@@ -124,7 +132,7 @@ def _train(stage: Stage, nets: Any, loader: Loader, mesh: jax.sharding.Mesh, rul
     output.writer.write_timing(step, recorder.row())
     with (contextlib.closing(loader.iterate(step)) as batches, contextlib.closing(Profiler(folder / "profile", stage.profile)) as profiler,
           SaveClock(stage.save_every_s) as is_save_due):
-      feed = Feed(batches, lambda batch: put_batch(batch, mesh, rules))
+      feed = Feed(batches, lambda batch: put_batch(for_device(batch), mesh, rules))
       return _loop(stage, state, frozen, programs, rollouts, feed, output, stop, profiler, is_save_due)
 
 
@@ -186,18 +194,19 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
       _wait(stage, state, step, first, programs, bucket, dispatched, output, stop, is_save_due)
       clock += time.monotonic() - pause
     profiler.before(step)
-    extra, due = {}, set()
+    extra, values, due = {}, {}, set()
     if rollouts is not None:
       if not rollouts[bucket].on_device:
         _observe(dispatched, len(dispatched), output)  # the time of the step before is not the rollout's
       with output.recorder.measure("rollout"):
-        batch, extra = rollouts[bucket](state, frozen, batch, rows)
+        batch, extra, values = rollouts[bucket](state, frozen, batch, rows)
     done = programs[bucket](state, frozen, batch, functools.partial(_is_dropped, step, clocks, due, stop))
     if done is None:
       _drop(stage, state, step, first, dispatched, output)
     state, metrics = done
     del batch, done  # so that the device is free of it as soon as the step is done
-    dispatched.append((step, num_rows, rows["sample_id"], extra | due_metrics(stage.algorithm, step, metrics)))
+    row = extra | due_metrics(stage.algorithm, step, metrics)
+    dispatched.append((step, num_rows, rows["sample_id"], row))
     if len(dispatched) > MAX_DISPATCHED:
       _observe(dispatched, 1, output)
     profiler.after(step, metrics)
@@ -205,11 +214,13 @@ def _loop(stage: Stage, state: TrainState, frozen: dict, programs: StepPrograms,
     if not last:
       feed.prefetch(next(iter(metrics.values())))
     if step % stage.log_every_steps == 0 or last:
-      metrics = dispatched[-1][-1]
       _observe(dispatched, len(dispatched), output)
       now = time.monotonic()
-      output.progress.show(**_log(stage, step, metrics, num_samples, now - clock, feed, output))
+      output.progress.show(**_log(stage, step, row, values, num_samples, now - clock, feed, output))
       clock, num_samples = now, 0
+    if output.watch.is_due(step):
+      _observe(dispatched, len(dispatched), output)
+      due |= {"end"} if output.watch.look(step, row) else set()
     if last:
       break
     if stop(step):
@@ -230,8 +241,12 @@ def _is_dropped(step: int, clocks: Mapping[str, Callable[[bool], bool]], due: se
 
 
 def _between(stage: Stage, state: TrainState, frozen: dict, step: int, dispatched: collections.deque, output: StageOutput, due: set[str]) -> None:
-  """What is due after `step`: the "stop"; or the hooks, the "save" and the "copy" on local disks."""
+  """What is due after `step`: the "end" of the stage, or the "stop"; or the hooks, the "save" and the "copy" on local disks."""
   _observe(dispatched, len(dispatched), output)  # the device is done with the steps: what follows is no time of theirs
+  if "end" in due:
+    output.progress.close_bar()
+    output.writer.write_fault(step, {"fault": "watch", "sentence": output.watch.ended})
+    _leave(stage, state, step, output, _is_due(stage, step), output.watch.reason(stage.name, step))
   if "stop" in due:
     output.progress.close_bar()
     _leave(stage, state, step, output, hooks_due=_is_due(stage, step))
@@ -280,13 +295,17 @@ def _observe(dispatched: collections.deque, num: int, output: StageOutput) -> No
     step, num_rows, sample_ids, metrics = dispatched.popleft()
     jax.block_until_ready(metrics)
     output.monitor.observe(step, sample_ids, metrics)
+    output.watch.observe(metrics)
     output.progress.done(step, num_rows, _loss(metrics))
 
 
-def _log(stage: Stage, step: int, metrics: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: Feed, output: StageOutput) -> dict[str, str]:
-  """Writes the rows of a step that is done, and returns what to show of it beside the progress."""
+def _log(stage: Stage, step: int, metrics: Mapping[str, Any], each: Mapping[str, Any], num_samples: int, elapsed_s: float, feed: Feed,
+         output: StageOutput) -> dict[str, str]:
+  """Writes the rows of a step that is done, and histograms of what `each` has of its samples; returns what to show of it beside the progress."""
   values = {name: float(value) for name, value in metrics.items()} | {"skipped": float(output.monitor.skipped)}
   output.writer.write(step, values)
+  for name, some in each.items():
+    output.writer.write_histogram(step, f"{name}/samples", np.asarray(some))
   timing = {"samples_per_second": num_samples / elapsed_s, **feed.timing(elapsed_s)}
   output.writer.write_timing(step, timing)
   output.recorder.add("data", timing["data_wait_share"] * elapsed_s)
@@ -329,14 +348,15 @@ def _save(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks
 
 
 def _meta(stage: Stage, step: int, output: StageOutput, hooks_due: bool = False) -> dict:
-  return {"loader_step": step, "stage": dict(stage.description), "watch": output.monitor.saved(), "hooks_due": hooks_due}
+  return {"loader_step": step, "stage": dict(stage.description), "watch": output.monitor.saved(), "hooks_due": hooks_due,
+          "rules": output.watch.saved()}
 
 
-def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool) -> None:
+def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput, hooks_due: bool, reason: Exception | None = None) -> None:
   """Saves the state after `step`; hooks_due: whether the evaluation there is still to come.
 
   Raises:
-    Preempted: always, once it is saved.
+    Preempted: always, once it is saved; or the `reason` that is given.
     SaveError: it could not be saved.
   """
   with output.recorder.measure("save"):
@@ -344,7 +364,7 @@ def _leave(stage: Stage, state: TrainState, step: int, output: StageOutput, hook
     output.checkpoints.close()
   output.writer.write_timing(step, output.recorder.row())
   output.writer.close()
-  raise Preempted(f"Stage {stage.name} was asked to stop and is saved at step {step} of {stage.num_steps}: the same command goes on.")
+  raise reason or Preempted(f"Stage {stage.name} was asked to stop and is saved at step {step} of {stage.num_steps}: the same command goes on.")
 
 
 def _leave_before_start(stage: Stage, step: int, output: StageOutput) -> None:

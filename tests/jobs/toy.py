@@ -20,11 +20,13 @@ from absl import flags
 from launch import cli
 from qimg2 import params as P
 from qimg2 import sharding
+from qimg2.batch import for_device
 from qimg2.places import find_place
 from qimg2.runtime import processes
 from qimg2.training import faults, optim, trainer
 from qimg2.training.state import make_optimizers
 from qimg2.training.validation import Evaluator
+from qimg2.training.watch import Settings as WatchSettings
 from tests.jobs.toy_methods import HEAPS, LABELS, METHODS, VOCABULARY, Nets
 
 ROWS = 16
@@ -34,7 +36,7 @@ SETTINGS = optim.Config(learning_rate=3e-3, warmup_steps=3, schedule="cosine", w
 def points(rng):
   """A batch of points around four heaps."""
   label = rng.integers(0, LABELS, ROWS).astype(np.int32)
-  return {"x": (HEAPS[label] + 0.3 * rng.normal(size=(ROWS, 2))).astype(np.float32), "label": label}
+  return {"x": (HEAPS[label] + 0.3 * rng.normal(size=(ROWS, 2))).astype(np.float32), "label": label, "null_label": np.full_like(label, LABELS)}
 
 
 def sentences(rng):
@@ -48,17 +50,22 @@ def sentences(rng):
 
 
 class Loader:
-  """Points, or sentences for a language model: batch k is a function of k, and its ids begin at ROWS k."""
+  """Points, or sentences for a language model: batch k is a function of k, and its ids begin at ROWS k. With `tasks` rewards are told of each row."""
 
-  def __init__(self, mesh, rules, slow_s=0.0, make=points):
+  def __init__(self, mesh, rules, slow_s=0.0, make=points, tasks=False):
     self._parts, self._num = sharding.local_parts(mesh, rules)
-    self._slow_s, self._make = slow_s, make
+    self._slow_s, self._make, self._tasks = slow_s, make, tasks
 
   def batch(self, k):
     """This process's rows of batch k."""
     whole = self._make(np.random.default_rng(k)) | {"sample_id": ROWS * k + np.arange(ROWS, dtype=np.int64)}
     size = ROWS // self._num
-    return {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
+    own = {name: np.concatenate([x[part * size:(part + 1) * size] for part in self._parts]) for name, x in whole.items()}
+    if not self._tasks:
+      return own
+    tasks = [{"label": label, "sample_id": sample_id, "category": ("even", "odd")[label % 2]}
+             for label, sample_id in zip(own["label"].tolist(), own["sample_id"].tolist())]
+    return {**own, "category": own["label"] % 2, "tasks": tuple(tasks)}
 
   def iterate(self, start):
     """(bucket, batch) from `start` on."""
@@ -87,17 +94,29 @@ class Job:
   description: dict = dataclasses.field(default_factory=lambda: {"seed": 0})
   save_every_s: float = 0.0
   local_copies: tuple = ("", 0.0)
+  watch: WatchSettings = WatchSettings()
 
   def loader(self, mesh, rules):
     """The loader of the method's data."""
-    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points)
+    return Loader(mesh, rules, self.slow_s, sentences if self.method == "language" else points, self.method in ("rewarded", "pictures"))
 
 
 def weights(job, role, algorithm, mesh, rules):
   """Random weights of a role: those of the role that it starts as."""
   specs = algorithm.specs(Nets().specs(), {})[role]
-  key = jax.random.key(zlib.crc32((algorithm.roles[role].start or role).encode()))
-  return jax.jit(lambda: P.init(specs, key), out_shardings=sharding.param_shardings(specs, mesh, rules))()
+  places, seed = sharding.param_shardings(specs, mesh, rules), zlib.crc32((algorithm.roles[role].start or role).encode())
+  if algorithm.roles[role].network.startswith("lora/"):  # as runs draw them
+    return jax.jit(lambda: P.init(specs, jax.random.key(seed)), out_shardings=places)()
+  rng = np.random.default_rng(seed)
+  drawn = P.map_with_path(lambda path, p: p.init(rng, p.shape, p.dtype), specs)
+  return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, places)
+
+
+def let_threads_end(folder):
+  """Waits for the save that a real kill would have ended: its threads live on in this process."""
+  limit = time.monotonic() + 60
+  while list((folder / "toy" / "checkpoints").glob("*tmp*")) and time.monotonic() < limit:
+    time.sleep(0.05)
 
 
 def stage_of(job):
@@ -106,12 +125,13 @@ def stage_of(job):
   mesh, rules = sharding.make_mesh(job.mesh, devices), sharding.RULES["fsdp_tensor"]
   algorithm = job.algorithm or METHODS[job.method]()
   specs = algorithm.specs(Nets().specs(), {})
-  example = job.loader(mesh, rules).batch(0)
+  example = for_device(job.loader(mesh, rules).batch(0))
   rows = sharding.batch_sharding(mesh, rules)
   shapes = {name: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows) for name, x in example.items()}
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
-                       job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies), mesh, rules
+                       job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies,
+                       watch=job.watch), mesh, rules
 
 
 def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
@@ -119,7 +139,7 @@ def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):
   stage, mesh, rules = stage_of(job)
   algorithm, loader = stage.algorithm, job.loader(mesh, rules)
   frozen = {role: weights(job, role, algorithm, mesh, rules) for role in algorithm.frozen}
-  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **loader.batch(2**20)}
+  held_out = {"weight": np.ones(ROWS // loader._num * len(loader._parts), np.float32), **for_device(loader.batch(2**20))}
   batches = [sharding.put_batch(held_out, mesh, rules)]
   evaluator = Evaluator(algorithm, Nets(), batches)
   stage = dataclasses.replace(stage, hooks=((job.eval_every, lambda params, step, writer: evaluator(params)),))

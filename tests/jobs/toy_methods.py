@@ -1,4 +1,4 @@
-"""Seven training methods on toy data, for tests of the contract in `qimg2.algorithms`: each uses another part of it.
+"""Eight training methods on toy data, for tests of the contract in `qimg2.algorithms`: each uses another part of it.
 
   supervised   one role and an average; weights that are set after the last step
   dpo          a frozen reference that starts as the model; pairs                                                    (arXiv 2311.12908)
@@ -7,12 +7,16 @@
   dmd          three roles, two updates with optimizers of their own, one of them at every second step               (arXiv 2405.14867)
   adapter      any method with a low-rank adapter on a frozen base, here one whose judge is a frozen role on the device  (arXiv 2106.09685)
   language     next tokens after a prompt; the mean over tokens, not over rows
+  rewarded     grpo in two chunks, whose rewards come from a process of their own and from a judge on the device, one of them in one category
 
-The network of the first six is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B], and no
-pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be learned, and as `weight` [B] how many tokens that is.
+The network of all but `language` is an MLP from (point, time, label) to a velocity. Their batch has points `x` [B, 2] in four heaps, `label` [B]
+and `null_label` [B], which is none of the labels, and no pictures. That of `language` has `tokens` [B, M], `loss_mask` [B, M], true for what is to be
+learned, and as `weight` [B] how many tokens that is.
 """
 
+import atexit
 import dataclasses
+import functools
 import os
 import signal
 
@@ -22,8 +26,10 @@ import numpy as np
 
 from qimg2 import adapters, layers, sampler
 from qimg2 import params as P
-from qimg2.algorithms import Algorithm, Average, Role, Rollout, Update
+from qimg2.algorithms import Algorithm, Average, Rewards, Role, Rollout, Update
 from qimg2.algorithms.adapter import with_adapter
+from qimg2.rewards.own import own
+from qimg2.rewards.scoring import Scorer
 from qimg2.training import optim
 
 WIDTH, RANK, LABELS, VOCABULARY = 16, 2, 4, 7
@@ -37,15 +43,37 @@ class Nets:
   """The toy networks: a velocity, a judge, a language model."""
 
   def specs(self):
-    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), P.fan_in(n), num_inputs=1)
-    mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), P.normal(0.1))}
-    language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), P.normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
-                "out": P.Param((WIDTH, VOCABULARY), (None, None), P.normal(0.1))}
-    return {"mlp": mlp, "judge": {"centre": P.Param((2,), (None,), P.ones)}, "language": language}
+    normal = lambda scale: lambda rng, shape, dtype: (scale * rng.normal(size=shape)).astype(dtype)  # drawn by numpy, which compiles nothing
+    constant = lambda value: lambda rng, shape, dtype: np.full(shape, value, dtype)
+    dense = lambda n, m: P.Param((n, m), ("embed", "mlp"), normal(n**-0.5), num_inputs=1)
+    mlp = {"in": dense(3 + LABELS, WIDTH), "hidden": dense(WIDTH, WIDTH), "out": P.Param((WIDTH, 2), (None, None), normal(0.1))}
+    language = {"embed": P.Param((VOCABULARY, WIDTH), (None, "embed"), normal(1.0)), "mix": dense(2 * WIDTH, WIDTH),
+                "out": P.Param((WIDTH, VOCABULARY), (None, None), normal(0.1))}
+    one = {"one": P.Param((1,), (None,), constant(1.0))}
+    return {"mlp": mlp, "judge": {"centre": P.Param((2,), (None,), constant(1.0))}, "language": language, "mmdit": mlp, "qwen3_vl": one, "vae": one}
 
   def velocity(self, params, x, t, label):
-    inputs = jnp.concatenate([x, t[:, None], jax.nn.one_hot(label, LABELS)], axis=1)
-    return jnp.tanh(layers.linear(jnp.tanh(inputs @ params["in"]), params["hidden"])) @ params["out"]
+    inputs = jnp.concatenate([x.reshape(-1, 2), t[:, None], jax.nn.one_hot(label, LABELS)], axis=1)
+    return (jnp.tanh(layers.linear(jnp.tanh(inputs @ params["in"]), params["hidden"])) @ params["out"]).reshape(x.shape)
+
+  # As `qimg2.networks.Networks`, for methods that draw pictures: latents [B, 1, 1, 2] are the points, and a label is all that a prompt says.
+
+  def compute_dtypes(self):
+    return {"mmdit": "float32"}
+
+  def target_latents(self, params, batch):
+    return batch["latents"] if "latents" in batch else batch["x"][:, None, None]
+
+  def encoded(self, params, batch):
+    return {"label": batch["label"]}
+
+  def condition(self, params, batch):
+    return batch["label"]
+
+  def decode(self, params, latents):
+    """Two by two px whose red and green are the coordinates, from -4 to 4."""
+    shade = jnp.clip(jnp.round(255 * (latents / 8 + 0.5)), 0, 255)
+    return jnp.broadcast_to(jnp.concatenate([shade, shade[..., :1]], axis=3), (latents.shape[0], 2, 2, 3)).astype(jnp.uint8)
 
   def logits(self, params, tokens):
     """[B, M, vocabulary]: what follows each token, of which only that token and the one before are seen."""
@@ -268,5 +296,37 @@ def language():
                    deploy=lambda weights: {"language": weights["ema"]})
 
 
+@functools.cache
+def scorer():
+  """What scores the pictures of `rewarded`, for as long as this process is there."""
+  functions = {name: own(f"tests.jobs.toy_rewards:{name}") for name in ("near", "odd")}
+  made = Scorer(functions, dict.fromkeys(functions, 60.0), lambda name, task: name == "near" or task["category"] == "odd", 1)
+  atexit.register(made.__exit__, None, None, None)
+  return made
+
+
+def rewarded(chunks=2):
+  base = grpo()
+
+  def generate(params, nets, batch, key):
+    samples = base.rollout.generate(params, nets, batch, key)
+    place = jnp.clip((samples["path"][:, -1] + 4) / 8, 0, 1)
+    return {**samples, "pictures": jnp.round(255 * place).astype(jnp.uint8)[:, None, :, None]}
+
+  def judge(params, nets, samples, batch):
+    del batch
+    return {"judge": -jnp.sum(jnp.square(samples["path"][:, -1] - params["judge"]["centre"].astype(jnp.float32)[None]), axis=1)}
+
+  def minibatches(samples, key):
+    weights = jnp.asarray(rewards.weights)[samples["category"]]  # B, rewards
+    total = sum(weights[:, place] * samples["rewards"][name] for place, name in enumerate(rewards.names))
+    return base.rollout.minibatches({**samples, "rewards": {"near": total}}, key)
+
+  score, weights = lambda pictures, tasks: scorer()(pictures, tasks), ((0.1, 1.0, 0.0), (0.1, 1.0, 0.5))
+  rewards = Rewards(("judge", "near", "odd"), score, weights, ("even", "other"), judge, ("judge",))
+  roles = {**base.roles, "judge": Role("judge", dtype="bfloat16")}
+  return dataclasses.replace(base, roles=roles, rollout=rewards.rollout(generate, minibatches, 2, chunks))
+
+
 METHODS = {"supervised": supervised, "dpo": dpo, "grpo": grpo, "nft": nft, "dmd": dmd, "adapter": adapter,
-           "language": language}
+           "language": language, "rewarded": rewarded}

@@ -3,6 +3,7 @@
 Our set has a file for each of the languages en, zh, mixed (English and Chinese), de, ru, ar and hi, and in each the kinds words (a sign of one to
 three words), lines (one sentence or several short texts), paragraphs (running text) and slides (a title with points or columns). An entry is
 [prompt with {} in place of each text, [texts]]; a prompt as a model sees it has the texts in double quotes. It was written for this project.
+edits.json is not one of them: it is what `qimg2.evaluation.text_pages` makes edits of.
 
 Published: LongText-Bench is a JSON file by lines for each language, with "prompt_id", "prompt", "text" (a list of texts, or one) and "category".
 CVTG-2K is a folder with CVTG/2.json to CVTG/5.json and CVTG-Style/2.json to CVTG-Style/5.json, each with "data_list", a list of "index" and "prompt".

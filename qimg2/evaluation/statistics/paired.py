@@ -93,6 +93,20 @@ def sign_test(wins: int, losses: int, ties: int = 0, mid: bool = False) -> PValu
   return dataclasses.replace(test, note="; ".join(notes))
 
 
+def sign_test_by_prompt(scores: Scores, null: float) -> PValue:
+  """The exact sign test of a figure against `null`: a prompt is won where its own figure, over all of its pictures, is above that, lost where it is
+  below. It asks whether more prompts are won than lost, and says nothing of by how much.
+
+  Raises:
+    ValueError: scores that `by_prompt` refuses.
+  """
+  sums = by_prompt(scores)
+  lead = sums.numerator - null * sums.denominator
+  won, lost = (int((sign * lead > 1e-12 * np.maximum(1.0, sums.denominator)).sum()) for sign in (1, -1))
+  test = sign_test(won, lost, len(lead) - won - lost)
+  return dataclasses.replace(test, note="; ".join([f"{won} prompts above {null:g}, {lost} below"] + [test.note] * bool(test.note)))
+
+
 def _binomial(b: int, c: int, mid: bool, name: str, nothing: str) -> PValue:
   if b < 0 or c < 0:
     raise ValueError(f"{b} and {c} prompts: give numbers of at least 0.")

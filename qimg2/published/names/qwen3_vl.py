@@ -18,6 +18,7 @@ LANGUAGE_NORMS = {
 }
 VISION = {"attn/qkv": ("attn.qkv", 1), "attn/out": ("attn.proj", 2), "mlp/in": ("mlp.linear_fc1", 1), "mlp/out": ("mlp.linear_fc2", 1)}
 MERGER = {"mlp/in": ("linear_fc1", 1), "mlp/out": ("linear_fc2", 1)}
+VISION_ROOT = "model.visual."
 CLASS, HEADLESS_CLASS, HEAD = "Qwen3VLForConditionalGeneration", "Qwen3VLModel", "lm_head.weight"
 # Beginnings of names that transformers 4 wrote, or a model saved without its head, and what transformers 5 writes. The first that fits counts.
 OLDER = {
@@ -70,7 +71,7 @@ def published_tensors(files: TensorFiles) -> TensorFiles:
 
 
 def _vision_table(cfg: VisionConfig) -> dict[str, Entry]:
-  root = "model.visual."
+  root = VISION_ROOT
   return {
       "vision/patch/weight": Entry(f"{root}patch_embed.proj.weight", "conv"),
       "vision/patch/bias": Entry(f"{root}patch_embed.proj.bias", "plain"),

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from data_pipelines import folders
 from data_pipelines import records as R
 from data_pipelines.buckets import Bucket, make_buckets
 from data_pipelines.cache import open_cache
@@ -83,9 +84,11 @@ class _Split:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-  """Records of one bucket that could be decoded, their pictures in the first rows, and what was wrong with the others."""
+  """Records of one bucket that could be decoded, their pictures in the first rows, the rejected ones of those that have one, and what was wrong with
+  the others."""
   records: list[dict]
   target: np.ndarray
+  rejected: np.ndarray
   sources: list[np.ndarray]
   broken: list[str]
 
@@ -131,7 +134,7 @@ class _Job:
       done = sum(self._place(*shard).with_suffix(".npz").exists() for shard in shards)
       return {"path": None, "shards_done": done, "shards": len(shards)}
     facts = self._finish(shards)
-    R.publish(self._work / self._out_name, path)
+    folders.publish(self._work / self._out_name, path)
     shutil.rmtree(self._work)
     return {"path": str(path), "reused": False} | facts
 
@@ -256,20 +259,23 @@ class _Job:
   def _load(self, mixture: Mixture, cell: Cell, positions: np.ndarray) -> _Batch:
     bucket = mixture.buckets[cell.bucket]
     num, good, broken = self._batch_size(bucket), [], []
-    target = np.zeros((num, bucket.height, bucket.width, bucket.image_channels), np.uint8)
+    target, rejected = np.zeros((2, num, bucket.height, bucket.width, bucket.image_channels), np.uint8)
     sources = [np.zeros((num, *size, bucket.image_channels), np.uint8) for size in bucket.source_sizes]
     for sample_id, record in zip(mixture.sample_ids(cell.dataset, positions), read_records(mixture.sources[cell.dataset], positions.tolist())):
       row, name = len(good), f"sample {sample_id} of data set {self._name!r}"
       try:
         check_record(record, int(sample_id), bucket, name)
         fill_pixels(target[row], load_picture(record["image"], bucket.height, bucket.width, name, bool(self._alpha)))
+        if record.get("rejected"):
+          picture = load_picture(record["rejected"], bucket.height, bucket.width, f"the rejected picture of {name}", bool(self._alpha))
+          fill_pixels(rejected[row], picture)
         for slot, size in enumerate(bucket.source_sizes):
           fill_pixels(sources[slot][row], load_source(record, slot, size, mixture.max_crop, name, bool(self._alpha)))
       except ValueError as error:
         broken.append(str(error))
       else:
         good.append(record)
-    return _Batch(good, target, sources, broken)
+    return _Batch(good, target, rejected, sources, broken)
 
   def _encode(self, bucket: Bucket, batch: _Batch) -> Iterator[dict]:
     """The records of the cache."""
@@ -278,10 +284,13 @@ class _Job:
       return
     name = f"samples {batch.records[0]['sample_id']} to {batch.records[-1]['sample_id']} of data set {self._name!r}"
     latents, *sources = [self._encoder.latents(pixels, num, name) for pixels in (batch.target, *batch.sources)]
+    is_pair = [bool(record.get("rejected")) for record in batch.records]
+    rejected = self._encoder.latents(batch.rejected, num, name) if any(is_pair) else [b""] * num
     captions = [_texts(record["captions"]) for record in batch.records]
     states = self._encoder.states(captions, batch.sources, sizes, len(batch.target), name) if features else [[]] * num
     for row, record in enumerate(batch.records):
-      yield {**record, "image": b"", "height": bucket.height, "width": bucket.width, "captions": captions[row],
+      yield {**record, "image": b"", "rejected": b"", "rejected_latents": rejected[row] if is_pair[row] else b"",
+             "height": bucket.height, "width": bucket.width, "captions": captions[row],
              "languages": _texts(record["languages"]), "kinds": _texts(record["kinds"]), "attributes": record["attributes"].decode(),
              "sources": [] if features else [encode_png(source[row]) for source in batch.sources],
              "source_height": [height for height, _ in sizes], "source_width": [width for _, width in sizes],

@@ -11,18 +11,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.records import local_folder
+from data_pipelines.folders import local_folder
 from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2 import adapters, flow
 from qimg2.algorithms.adapter import BASE
 from qimg2.layers import POLICIES
 from qimg2.models import mmdit, qwen3_vl, vae
+from qimg2.runtime.config.rewards import RewardConfig, declare, parse_rewards
 from qimg2.runtime.config.sections import checked, from_section, placed, plain
 from qimg2.runtime.config.sources import parse_source
 from qimg2.runtime.config.suites import ALONE, SETTINGS, check_settings
 from qimg2.runtime.methods import METHODS, make_algorithm, stage_algorithm
 from qimg2.training import faults, optim
 from qimg2.training.state import check_due, check_split
+from qimg2.training.watch import Settings as WatchSettings
 
 __all__ = ["RunConfig", "StageConfig", "MeshConfig", "from_section", "parse", "plain"]
 
@@ -118,6 +120,8 @@ class StageConfig:
     start_from, frozen: where weights come from, see `qimg2.runtime.config.sources`.
     mixture: the data sets, each with the run's `data_dir`.
     optimizer, optimizers: the settings of every update, and in their place those of the updates that are named.
+    watch: rules that end the stage early, see `qimg2.training.watch`.
+    rewards: name -> reward of a method that learns from its own pictures.
     adapter: what is trained beside the frozen generator, of rank 0 for none: the generator itself.
   """
   name: str
@@ -146,6 +150,9 @@ class StageConfig:
   keep_every_steps: int = 0
   evals_every_steps: int = 0
   evals_num_prompts: int = 16
+  watch: WatchSettings = WatchSettings()
+  rewards: Mapping[str, RewardConfig] = dataclasses.field(default_factory=dict)
+  reward_workers: int = 0
   adapter: adapters.Settings = adapters.Settings()
   offload_frozen: bool = False
 
@@ -163,6 +170,8 @@ class StageConfig:
                        "evals_num_prompts of at least 1, and evals_every_steps 0 for no suites while it trains.")
     if self.too_long not in TOO_LONG:
       raise ValueError(f"config.stages[{self.name}].too_long is {self.too_long!r}: choose one of {', '.join(TOO_LONG)}.")
+    if self.reward_workers < 0:
+      raise ValueError(f"config.stages[{self.name}].reward_workers is {self.reward_workers}: give a number of processes, or 0 for one per free core.")
     if self.max_programs < 0:
       raise ValueError(f"config.stages[{self.name}].max_programs is {self.max_programs}: give a number of buckets, or 0 for one per shape.")
 
@@ -268,12 +277,13 @@ def _stage(section: Any, number: int, run: RunConfig) -> StageConfig:
   rest, given = dict(section), {}
   if "algorithm" in rest:
     given["algorithm"] = _algorithm(rest.pop("algorithm"), f"{where}.algorithm")
+    given["rewards"] = _rewards(rest.pop("rewards", {}), given["algorithm"].name, f"{where}.rewards")
   if isinstance(rest.get("mixture"), tuple):
     given["mixture"] = tuple(from_section(DatasetSpec, part, f"{where}.mixture[{place}]", data_dir=run.data_dir)
                              for place, part in enumerate(rest.pop("mixture")))
   if "optimizer" in rest:
     given["optimizer"] = from_section(optim.Config, rest.pop("optimizer"), f"{where}.optimizer")
-    own = _own_optimizers(given["algorithm"], run.schedule, where) if "algorithm" in given else {}
+    own = _own_optimizers(given["algorithm"], given["rewards"], run.schedule, where) if "algorithm" in given else {}
     given["optimizers"] = _optimizers(given["optimizer"], own, rest.pop("optimizers", {}), f"{where}.optimizers")
   stage = from_section(StageConfig, rest, where, **given)
   if not stage.name or set(stage.name) & set(":/"):
@@ -291,9 +301,18 @@ def _algorithm(section: Any, where: str) -> AlgorithmConfig:
   return AlgorithmConfig(name, defaults | checked(settings, hints, [key for key in hints if key not in defaults], where))
 
 
-def _own_optimizers(algorithm: AlgorithmConfig, schedule: flow.Schedule, where: str) -> dict[str, optim.Config]:
+def _rewards(sections: Any, method: str, where: str) -> dict[str, RewardConfig]:
+  found = parse_rewards(sections, where)
+  if found and not METHODS[method].takes_rewards:
+    raise ValueError(f"{where} names {', '.join(found)}, but the method {method!r} learns from no rewards: leave them out, or choose another method.")
+  if not found and METHODS[method].needs_rewards:
+    raise ValueError(f"{where} is empty, but the method {method!r} learns from rewards: give at least one, such as dict(glyph=dict(weight=1.0)).")
+  return found
+
+
+def _own_optimizers(algorithm: AlgorithmConfig, rewards: Mapping[str, RewardConfig], schedule: flow.Schedule, where: str) -> dict[str, optim.Config]:
   """Update -> the settings that its method gives it."""
-  made = placed(f"{where}.algorithm", make_algorithm, algorithm.name, algorithm.settings, schedule)
+  made = placed(f"{where}.algorithm", make_algorithm, algorithm.name, algorithm.settings, schedule, declare(rewards))
   return {update.name: update.optimizer for update in made.updates if update.optimizer is not None}
 
 
@@ -312,8 +331,12 @@ def _optimizers(common: optim.Config, own: Mapping[str, optim.Config], sections:
 
 def _check_roles(stage: StageConfig, where: str, run: RunConfig) -> None:
   """Whether the stage says of each frozen role, and of no other, where its weights come from, names optimizers of its own updates alone, sums
-  gradients in float32 or the type of the network, and cuts no steps that cannot be cut."""
-  algorithm = placed(where, stage_algorithm, stage, run.schedule)
+  gradients in float32 or the type of the network, cuts no steps that cannot be cut, and empties no prompt that is scored."""
+  algorithm = placed(where, stage_algorithm, stage, run.schedule, declare(stage.rewards))
+  if (algorithm.tasks or stage.rewards) and stage.caption_dropout:
+    raise ValueError(f"{where}.caption_dropout is {stage.caption_dropout}, but pictures are drawn for the prompts and scored by them: set it to 0.0.")
+  if algorithm.rollout is not None and any(part.loss_weight != 1 for part in stage.mixture):
+    raise ValueError(f"{where}.mixture has a loss_weight, but the method {stage.algorithm.name!r} learns from its own samples: leave it at 1.")
   roles = [role for role in algorithm.frozen if not (stage.adapter.rank and role == BASE)]  # the base is what the stage starts from
   if stage.adapter.rank:
     placed(where, adapters.find_targets, mmdit.specs(run.model), stage.adapter)

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
-from data_pipelines.records import local_folder
+from data_pipelines.folders import local_folder
 from qimg2.places import Place, find_place
 
 DIFFUSERS, STAGE = "diffusers:", "stage:"

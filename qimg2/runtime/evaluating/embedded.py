@@ -14,9 +14,9 @@ import numpy as np
 
 from data_pipelines.embedded import emoji, emoji_pairs, glyph_edits, glyphs
 from qimg2.evaluation import Figure, Suite, Task, editing
+from qimg2.rewards.glyphs import PARTS, right_parts
 from qimg2.runtime.config import PrepareConfig
 
-SHARES = ("glyph", "ink", "paper", "change")  # what a picture of a glyph, or an edit of one, can get right
 
 def glyph_suite(prepare: PrepareConfig) -> Suite:
   """Pictures of glyphs for held-out (glyph, ink, paper) triples."""
@@ -33,9 +33,9 @@ def glyph_edit_suite(prepare: PrepareConfig) -> Suite:
   def score(task: Task, picture: np.ndarray) -> dict[str, float]:
     target, source = task.truth
     clean = [glyphs.render(one, *picture.shape[:2]) for one in (source, target)]
-    scores = _with_everything({**glyphs.score(picture, target), "change": _is_nearer(picture, *clean)})
-    return {f"edit: {name}": value for name, value in {**scores, **_kept(picture, *clean)}.items()}
-  figures = {name: Figure(name) for name in (*SHARES, "everything")} | editing.FIGURES
+    scores = _with_everything(right_parts(picture, target, source))
+    return {f"edit: {name}": value for name, value in {**scores, **editing.scores_where_kept(picture, *clean)}.items()}
+  figures = {name: Figure(name) for name in (*PARTS, "everything")} | editing.FIGURES
   return Suite(tasks, score, _show_glyphs("edit: "), {f"edit: {name}": _prefixed(figure) for name, figure in figures.items()})
 
 
@@ -43,19 +43,6 @@ def _prefixed(figure: Figure) -> Figure:
   prefixed = lambda name: name and f"edit: {name}"
   return dataclasses.replace(figure, numerator=prefixed(figure.numerator), denominator=prefixed(figure.denominator))
 
-
-def _is_nearer(picture: np.ndarray, source: np.ndarray, target: np.ndarray) -> bool:
-  """Whether a picture is nearer to the clean result than to the clean source: something was done."""
-  far = [np.square(picture.astype(float) - one).sum() for one in (target, source)]
-  return bool(far[0] < far[1])
-
-
-def _kept(picture: np.ndarray, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
-  """How well what an edit should leave alone was left alone, see `qimg2.evaluation.editing`; nothing for an edit that may change everything."""
-  try:
-    return editing.kept_scores(picture, source, editing.kept_region(source, target))
-  except ValueError:
-    return {}
 
 
 def _with_everything(right: Mapping[str, bool]) -> dict[str, float]:
@@ -65,7 +52,7 @@ def _with_everything(right: Mapping[str, bool]) -> dict[str, float]:
 def _show_glyphs(prefix: str) -> Callable[[Task, np.ndarray, Mapping[str, float]], list[tuple[np.ndarray, str]]]:
   """As `qimg2.evaluation.show`, with a prefix before captions that the names of metrics have too."""
   def show(task: Task, picture: np.ndarray, scores: Mapping[str, float]) -> list[tuple[np.ndarray, str]]:
-    wrong = [name.removeprefix(prefix) for name in (f"{prefix}{one}" for one in SHARES) if scores.get(name) == 0]
+    wrong = [name.removeprefix(prefix) for name in (f"{prefix}{one}" for one in PARTS) if scores.get(name) == 0]
     caption = prefix + task.prompt + (f" [wrong: {', '.join(wrong)}]" if wrong else "")
     return [(source, "(source)") for source in task.sources] + [(picture, caption)]
   return show

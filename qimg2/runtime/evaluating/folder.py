@@ -3,6 +3,7 @@
   <out>/request.json     what is evaluated, and on what; another request is refused there
         pictures/<suite>/<task>_<seed>.png
         parts/<suite>/<number>.jsonl .npy      scores and features of a chunk; removed when the files below are written
+        parts/<suite>.reference/<name>-<number>.npy      features of a block of reference pictures; likewise
         manifest.jsonl   a line per picture: file, suite, task, prompt, seed. With it, --images=<out> scores the pictures again
         scores.jsonl     a line per picture: suite, task, category, prompt, seed, file, metrics, details; or "error" in place of the last two
         features/<suite>.npy
@@ -28,6 +29,7 @@ import numpy as np
 
 from data_pipelines.transforms import decode_image
 from qimg2.evaluation import Task
+from qimg2.evaluation.prompt_files import decode_text, numbered_lines
 from qimg2.places import Place, find_place, is_remote, write_file
 
 REQUEST, MANIFEST, SCORES, SUMMARY, REPORT = "request.json", "manifest.jsonl", "scores.jsonl", "summary.json", "report.html"
@@ -80,9 +82,7 @@ class Folder:
     """Keeps what was found of a chunk. Features come first: a part is there when its scores are."""
     path = self.part(suite, number)
     if features is not None:
-      content = io.BytesIO()
-      np.save(content, features)
-      write_file(path.with_suffix(".npy"), content.getvalue())
+      write_array(path.with_suffix(".npy"), features)
     write_file(path, lines(rows))
 
   def write_features(self, suite: str, num: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -107,6 +107,10 @@ class Folder:
       with open(local, "rb") as file, path.open("wb") as there:
         shutil.copyfileobj(file, there)
       return np.load(local, mmap_mode="r")  # the file may be gone from its folder, but not while it is looked into
+
+  def reference_part(self, suite: str, name: str, number: int) -> Place:
+    """Where the features of a block of a suite's reference are until all are there."""
+    return self.place / "parts" / f"{suite}.reference" / f"{name}-{number:06d}.npy"
 
   def done_parts(self, suite: str) -> set[int]:
     """Numbers of the chunks whose scores are there."""
@@ -148,6 +152,18 @@ def make_folder(place: Place) -> None:
     raise ValueError(f"--out={place} cannot be made, because {error.filename} is a file, or below one: name another folder.") from error
 
 
+def write_array(path: Place, array: np.ndarray) -> None:
+  """Writes an .npy file, whole or not at all."""
+  content = io.BytesIO()
+  np.save(content, array)
+  write_file(path, content.getvalue())
+
+
+def read_array(path: Place) -> np.ndarray:
+  """The array of an .npy file. `FileNotFoundError` where there is none."""
+  return np.load(io.BytesIO(path.read_bytes()))
+
+
 def read_picture(path: Place) -> np.ndarray:
   """[H, W, 3] uint8; what is transparent is laid on white.
 
@@ -181,19 +197,14 @@ def read_lines(path: Place) -> list[dict[str, Any]]:
   """The rows of a file that `lines` wrote.
 
   Raises:
-    ValueError: a line is no JSON.
+    FileNotFoundError: there is none.
+    ValueError: it is not UTF-8, or a line is no JSON.
   """
-  try:
-    text = path.read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not written in UTF-8 ({error}): save it in that encoding.") from error
-  return list(_parsed(path, text.split("\n")))
+  return list(_parsed(path, decode_text(path.read_bytes(), str(path))))
 
 
-def _parsed(path: Place, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
-  for number, text in enumerate(texts, 1):
-    if not text.strip():
-      continue
+def _parsed(path: Place, content: str) -> Iterator[dict[str, Any]]:
+  for number, text in numbered_lines(content):
     try:
       row = json.loads(text)
     except ValueError as error:

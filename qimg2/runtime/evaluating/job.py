@@ -7,7 +7,6 @@ killed goes on, and parts of it may be other jobs' (`Share`). Processes of one j
 import dataclasses
 import functools
 import importlib.metadata
-import io
 import itertools
 import json
 import os
@@ -109,8 +108,7 @@ def evaluate_into(out: Folder, request: Mapping[str, Any], works: Sequence[Work]
   for work in works:
     _do(out, work, share, num_workers)
   processes.barrier("scored")
-  missing = {work.name: len(set(range(len(work.chunks))) - out.done_parts(work.name)) for work in works}
-  if _is_finished(out) or not any(missing.values()):
+  if _is_finished(out) or not any(_num_missing(out, work) for work in works):
     if processes.is_first() and not _is_finished(out):
       try:
         _finish(out, request, works)
@@ -146,6 +144,7 @@ def _do(out: Folder, work: Work, share: Share, num_workers: int) -> None:
   """Draws and scores the chunks of a share that are not done."""
   if json.loads(processes.from_first("finished", json.dumps(_is_finished(out)))):
     return
+  _measure_reference(out, work, share)
   left = sorted(set(range(share.index, len(work.chunks), share.num)) - out.done_parts(work.name))
   left = json.loads(processes.from_first("chunks", json.dumps(left)))
   num, ahead, pending = jax.process_count(), AHEAD if work.suite.is_slow else 0, []
@@ -161,6 +160,28 @@ def _do(out: Folder, work: Work, share: Share, num_workers: int) -> None:
     for number, begun in pending:
       _keep(out, work, number, begun)
   work.suite.release()  # the next suite needs the memory
+
+
+def _measure_reference(out: Folder, work: Work, share: Share) -> None:
+  """Keeps the features of this process's blocks of the reference; no process waits for another one there."""
+  if work.suite.reference is None:
+    return
+  own = range(share.index + share.num * jax.process_index(), work.suite.reference.num_blocks, share.num * jax.process_count())
+  paths = {number: out.reference_part(work.name, work.suite.reference.name, number) for number in own}
+  left = [number for number, path in paths.items() if not path.exists()]
+  for number in tqdm(left, desc=f"{work.name}, reference", unit="block", disable=None if processes.is_first() else True):
+    files.write_array(paths[number], work.suite.reference.block(number))
+
+
+def _num_missing(out: Folder, work: Work) -> int:
+  """Chunks and blocks of the reference that are not done."""
+  missing = len(set(range(len(work.chunks))) - out.done_parts(work.name))
+  return missing + sum(not path.exists() for path in _reference_parts(out, work))
+
+
+def _reference_parts(out: Folder, work: Work) -> list[Place]:
+  reference = work.suite.reference
+  return [out.reference_part(work.name, reference.name, number) for number in range(reference.num_blocks)] if reference else []
 
 
 def _pictures(work: Work, number: int, is_mine: bool) -> list[np.ndarray | str]:
@@ -214,6 +235,8 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
     if work.notes:
       summaries[work.name]["left_out_of_manifest"] = list(work.notes)
     if features is not None and work.suite.of_set is not None:
+      if parts := _reference_parts(out, work):
+        work.suite.reference.take(np.concatenate([files.read_array(path) for path in parts]))
       summaries[work.name]["of_set"] = _of_set(work.suite, mine, features)
   write_file(out.place / files.SCORES, files.lines(rows))
   if any(work.draw is not None for work in works):
@@ -222,7 +245,8 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
   write_page(out, summary, rows, {work.name: (work.suite, work.tasks) for work in works})
   write_file(out.place / files.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False))
   for work in works:
-    for path in list(out.part(work.name, 0).parent.glob("*")):
+    of_reference = out.reference_part(work.name, "", 0).parent.glob("*") if work.suite.reference else ()  # those of changed pictures, too
+    for path in [*out.part(work.name, 0).parent.glob("*"), *of_reference]:
       path.unlink(missing_ok=True)
 
 
@@ -242,7 +266,7 @@ def _merged(out: Folder, work: Work) -> tuple[list[dict[str, Any]], np.ndarray |
   if work.suite.features is None:
     return [rows[i] for i in order], None
   places = np.argsort(order)
-  blocks = (np.load(io.BytesIO(out.part(work.name, number).with_suffix(".npy").read_bytes())) for number in range(len(work.chunks)))
+  blocks = (files.read_array(out.part(work.name, number).with_suffix(".npy")) for number in range(len(work.chunks)))
   ends = itertools.accumulate(len(chunk) for chunk in work.chunks)
   pieces = ((places[end - len(block):end], block) for end, block in zip(ends, blocks))
   return [rows[i] for i in order], out.write_features(work.name, len(keys), pieces)

@@ -12,7 +12,7 @@ from qimg2.evaluation import ERROR, Suite, Task
 from qimg2.places import write_file
 from qimg2.runtime import html_parts
 from qimg2.runtime.evaluating import folder as files
-from qimg2.runtime.evaluating.summary import figures_of, in_words, of_set_in_words, scores_of
+from qimg2.runtime.evaluating.summary import figures_of, in_words, of_set_in_words, scores_of, test_in_words
 from qimg2.runtime.sheets import strips
 
 NUM_SHOWN = 6  # pictures of each end of a metric
@@ -54,7 +54,8 @@ def _counts(found: Mapping[str, Any]) -> str:
 
 def _figures(found: Mapping[str, Any]) -> str:
   categories = found.get("categories", {})
-  rows = [(name, in_words(value), value["method"], value["note"], *(in_words(categories[one][name]) for one in categories))
+  notes = lambda value: "; ".join(filter(None, (test_in_words(value), value["note"])))
+  rows = [(name, in_words(value), value["method"], notes(value), *(in_words(categories[one][name]) for one in categories))
           for name, value in found["figures"].items()]
   return html_parts.table(("figure", "value [95 %]", "interval", "note", *categories), rows)
 

@@ -34,6 +34,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "glyphs": _of_data(embedded.glyph_suite), "glyph_edits": _of_data(embedded.glyph_edit_suite), "emoji": _of_data(embedded.emoji_suite),
     "emoji_edits": _of_data(embedded.emoji_edit_suite),
     **{name: _imported("qimg2.evaluation.text_suites", f"{name}_suite") for name in ("text", "longtext_bench", "cvtg")},
+    "text_edits": _imported("qimg2.evaluation.text_edits", "text_edits_suite"),
     "fidelity": _imported("qimg2.runtime.picture_suites", "fidelity_suite"),
     **{name: _imported("qimg2.runtime.judging", f"{name}_suite") for name in ("judge", "tifa", "pairwise")}}
 

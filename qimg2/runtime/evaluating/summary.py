@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qimg2.evaluation import ERROR, Figure, Suite, Task
-from qimg2.evaluation.statistics import intervals
+from qimg2.evaluation.statistics import intervals, paired
 from qimg2.evaluation.statistics.sums import Scores
 
 MOST_REASONS = 5
@@ -53,9 +53,10 @@ def figures_of(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> dict[str, Fig
 
 
 def interval(figure: Figure, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-  """A figure of some rows as JSON, with what a reader needs to print it."""
-  rows = [row for row in rows if figure.numerator in row["metrics"]]
-  return dataclasses.asdict(intervals.figure(*scores_of(figure, rows))) | {"figure": dataclasses.asdict(figure)}
+  """A figure of some rows as JSON, with what a reader needs to print it; with "test", a `paired.PValue`, where the figure has a `null`."""
+  scores = scores_of(figure, [row for row in rows if figure.numerator in row["metrics"]])
+  found = dataclasses.asdict(intervals.figure(*scores)) | {"figure": dataclasses.asdict(figure)}
+  return found if figure.null is None else found | {"test": dataclasses.asdict(paired.sign_test_by_prompt(scores, figure.null))}
 
 
 def scores_of(figure: Figure, rows: Sequence[Mapping[str, Any]]) -> Scores:
@@ -113,6 +114,12 @@ def in_words(found: Mapping[str, Any], with_interval: bool = True) -> str:
   return f"{text} [{found['low'] * factor:.{digits}f}, {found['high'] * factor:.{digits}f}]"
 
 
+def test_in_words(found: Mapping[str, Any]) -> str:
+  """The test of a figure against its `null` as "p 0.031 (sign test, exact: 9 prompts above 0.5, 2 below)"; "" where there is none."""
+  test = found.get("test")
+  return f"p {test['p_value']:.3g} ({test['method']}: {test['note']})" if test else ""
+
+
 def of_set_in_words(value: Any) -> str:
   """A figure of a whole set, or a text about it."""
   return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
@@ -123,7 +130,7 @@ def describe(summary: Mapping[str, Any]) -> str:
   found = []
   for name, suite in summary["suites"].items():
     found.append(f"{name}: {suite['num_prompts']} prompts, {suite['num_pictures']} pictures{_left_out(suite)}")
-    found += [f"  {figure}: {in_words(value)}" for figure, value in suite["figures"].items()]
+    found += [f"  {figure}: {', '.join(filter(None, (in_words(value), test_in_words(value))))}" for figure, value in suite["figures"].items()]
     found += [f"  {figure}: {of_set_in_words(value)}" for figure, value in suite.get("of_set", {}).items() if value != ""]
   return "\n".join(found)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from data_pipelines.buckets import bucket_size
 from qimg2.runtime.config import RunConfig, StageConfig
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal.table import ROLLOUT, STEP, columns, serial_s
 
@@ -88,7 +89,8 @@ def costs(cfg: RunConfig, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cost]
 def _kind(cfg: RunConfig, stage: StageConfig) -> str:
   """Equal for stages whose steps take as long for the same bucket: those of one method and adapter, and with rollouts of the same settings."""
   method, adapter = stage.algorithm, str(stage.adapter) if stage.adapter.rank else ""
-  return (str(method.section()) if make_algorithm(method.name, method.settings, cfg.schedule).rollout else method.name) + adapter
+  has_rollout = make_algorithm(method.name, method.settings, cfg.schedule, declare(stage.rewards)).rollout is not None
+  return (str(method.section()) if has_rollout else method.name) + adapter
 
 
 def _shares(stage: StageConfig) -> dict[tuple[str, int, int, int], float]:

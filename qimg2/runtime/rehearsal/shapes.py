@@ -13,7 +13,9 @@ from data_pipelines.specs import Resolution, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.kept_data import tokenizer_path
+from qimg2.runtime.methods import make_algorithm
 from qimg2.runtime.rehearsal.table import EVALUATION, SAMPLES, STEP
 from qimg2.runtime.run import fold_name
 
@@ -51,7 +53,7 @@ class Shapes:
     """
     if choice.index:
       return self._chosen_of_index(config, choice)
-    found = {}
+    found, algorithm = {}, make_algorithm(config.algorithm.name, config.algorithm.settings, self.cfg.schedule, declare(config.rewards))
     for task in _tasks(config, choice):
       for resolution in config.resolutions:
         if choice.base_px and resolution.base_px not in choice.base_px:
@@ -59,8 +61,8 @@ class Shapes:
         for ratio in _ratios(resolution.ratios, choice):
           sources = (bucket_size(resolution.base_px, ratio, 32),) if task == "ti2i" else ()
           size = bucket_size(resolution.base_px, ratio, resolution.multiple)
-          classes = [Bucket(task, *size, sources, self._cache(config), num_tokens=words + self._image_tokens(source_grids(sources)),
-                            batch_size=resolution.batch_size)
+          classes = [Bucket(task, *size, sources, self._cache(config), num_tokens=words + self.image_tokens(source_grids(sources)),
+                            batch_size=resolution.batch_size, pairs=algorithm.pairs)
                      for words in (self.cfg.num_tokens, *sorted(self.cfg.prompt_classes, reverse=True))]
           found |= dict.fromkeys(self._heaviest(config, classes))
     return list(found)
@@ -120,7 +122,7 @@ class Shapes:
 
   def held_out(self, config: StageConfig, bucket: Bucket) -> Bucket:
     """`bucket` with as many rows as a held-out batch of its shape has."""
-    rows = micro_batches.held_out_rows(self.cfg, config, bucket.task, resolution_of(config, bucket), self._image_tokens, self._parts)
+    rows = micro_batches.held_out_rows(self.cfg, config, bucket.task, resolution_of(config, bucket), self.image_tokens, self._parts)
     return dataclasses.replace(bucket, batch_size=rows)
 
   def beside_the_step(self, config: StageConfig, buckets: Sequence[Bucket]) -> list[tuple[str, Bucket]]:
@@ -147,7 +149,7 @@ class Shapes:
     one = Loader.example(dataclasses.replace(bucket, batch_size=1))
     return -(-bucket.batch_size // self._parts) * sum(x.nbytes for x in _leaves(one))
 
-  def _image_tokens(self, grids: Sequence[tuple[int, int]]) -> int:
+  def image_tokens(self, grids: Sequence[tuple[int, int]]) -> int:
     return self.tokenizer.num_image_tokens(grids) if self.tokenizer else sum(h * w + WORDS_PER_IMAGE for h, w in grids)
 
 

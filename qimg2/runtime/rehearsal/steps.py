@@ -17,6 +17,7 @@ from qimg2 import params as P
 from qimg2.analysis import flops, hlo, roofline
 from qimg2.runtime import micro_batches
 from qimg2.runtime.config import RunConfig, StageConfig, parse, plain
+from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.generator import Generator, Size
 from qimg2.runtime.idle import idle_roles
 from qimg2.runtime.methods import stage_algorithm
@@ -81,7 +82,7 @@ class Rehearsal(Shapes):
 
   def _stage(self, config: StageConfig, bucket: Bucket, program: str) -> Stage:
     """What training has for the bucket alone."""
-    algorithm = stage_algorithm(config, self.cfg.schedule)
+    algorithm = stage_algorithm(config, self.cfg.schedule, declare(config.rewards))
     shards = self.nets.shard.parts("batch")
     remat, accumulate = self.cfg.model.remat, config.optimizer.accumulate
     if program != STEP:
@@ -148,8 +149,8 @@ class Rehearsal(Shapes):
 
   def programs_of_step(self, config: StageConfig) -> tuple[str, ...]:
     """The programs that a step of a stage is, in their order."""
-    rollout = stage_algorithm(config, self.cfg.schedule).rollout
-    return (STEP,) if rollout is None else (GENERATE, *(JUDGE,) * rollout.on_device, MINIBATCHES, STEP)
+    rollout = stage_algorithm(config, self.cfg.schedule, declare(config.rewards)).rollout
+    return (STEP,) if rollout is None else (GENERATE, *(JUDGE,) * bool(rollout.by_device), MINIBATCHES, STEP)
 
   def _measure(self, stage: Stage, config: StageConfig, bucket: Bucket, program: str) -> dict:
     """The measured fields of a row: those of memory alone if the program does not fit. "idle_bytes" are weights and state that it does not read."""

@@ -1,0 +1,80 @@
+"""What is said of a picture with texts: in English from many templates, and in the texts' own language. Every text is quoted to the letter.
+
+A block is described by what it says, its colour, its place in thirds of the picture, its weight, the kind of its letters and how it is set.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines import records
+from data_pipelines.text_rendering.languages import Language
+
+KINDS = (0, 1, 1)  # of the captions of a picture, places in `records.KINDS`
+PLACES = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
+_AT = {"center": "in the center", "left": "on the left", "right": "on the right"}
+_SET = {"start": "ragged", "middle": "centered", "end": "flush with the far edge", "justified": "justified"}
+_PAPERS = {"plain": "plain {0} paper", "grainy": "grainy {0} paper", "shaded": "{0} paper with a soft shade"}
+_OPENINGS = ("Text on {paper}.", "A picture of text on {paper}.", "{Paper} with {language} text.", "Typography in {language} on {paper}.",
+             "A sheet of {paper} carries {number} in {language}.", "{language} text, set on {paper}.")
+_BLOCKS = ("{At}, in {letters}: \"{text}\".", "{At} it says \"{text}\" in {letters}.", "\"{text}\" is written {at} in {letters}.",
+           "The {what} {at} reads \"{text}\", in {letters}.", "{Letters} {at}: \"{text}\".")
+_GENERAL = ("{number} of {language} text on {paper}, in {letters}.", "{Paper} with {number} of {language} text in {letters}.",
+            "A typeset page in {language}: {number} in {letters} on {paper}.")
+_WHAT = {"word": "word", "heading": "heading", "line": "line", "paragraph": "paragraph", "list": "list"}
+
+
+def place_of(box: Sequence[float], height: int, width: int) -> str:
+  """Name of the ninth of a picture in which the middle of a box (left, top, right, bottom) lies."""
+  left, top, right, bottom = box
+  thirds = (min(2, int(3 * (a + b) / 2 / side)) for a, b, side in ((top, bottom, height), (left, right, width)))
+  row, column = thirds
+  return PLACES[row][column]
+
+
+def captions(rng: np.random.Generator, truth: Mapping[str, Any], language: Language) -> dict[str, list[str]]:
+  """Returns the captions of a picture as columns of a record: captions, languages, kinds. Always three: in English without the words, in English with
+  all words, and in the language with all words."""
+  paper = _PAPERS[truth["paper"]["texture"]].format(truth["paper"]["colour"])
+  blocks = truth["blocks"]
+  words = {"paper": paper, "Paper": _capital(paper), "language": language.name, "number": _count(blocks), "letters": _letters(blocks[-1])}
+  general = _pick(rng, _GENERAL).format(**words)
+  text = " ".join([_pick(rng, _OPENINGS).format(**words), *(_block(rng, block) for block in blocks)])
+  return {"captions": [_capital(general), _capital(text), _own(truth, language)], "languages": ["en", "en", language.code],
+          "kinds": [records.KINDS[kind] for kind in KINDS]}
+
+
+def _block(rng: np.random.Generator, block: Mapping[str, Any]) -> str:
+  at = _AT.get(block["place"], f"at the {block['place']}")
+  letters = _letters(block)
+  return _pick(rng, _BLOCKS).format(text=block["text"], at=at, At=_capital(at), letters=letters, Letters=_capital(letters), what=_WHAT[block["what"]])
+
+
+def _letters(block: Mapping[str, Any]) -> str:
+  weight = "" if block["weight"] == "regular" else block["weight"]
+  looks = [weight, "slanted" if block["slanted"] else "", block["colour"], block["letters"], "letters"]
+  setting = "in vertical columns" if block["direction"] == "ttb" else _SET[block["align"]] if len(block["lines"]) > 1 else ""
+  return " ".join(filter(None, looks)) + (f", {setting}" if setting else "")
+
+
+def _count(blocks: Sequence[Mapping[str, Any]]) -> str:
+  kinds = [block["what"] for block in blocks]
+  named = [f"{kinds.count(kind)} {kind}s" if kinds.count(kind) > 1 else f"a {kind}" for kind in dict.fromkeys(kinds)]
+  return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
+
+
+def _own(truth: Mapping[str, Any], language: Language) -> str:
+  stop = {"cjk": "。", "thai": " "}.get(language.breaking, "। " if language.code == "hi" else ". ")
+  said = [language.captions["paper"][0].format(paper=language.colours[truth["paper"]["colour"]])]
+  said += [language.captions["block"][0].format(place=language.places[block["place"]], colour=language.colours[block["colour"]], text=block["text"])
+           for block in truth["blocks"]]
+  return stop.join(map(_capital, said)) + stop.strip()
+
+
+def _capital(text: str) -> str:
+  return text[:1].upper() + text[1:]
+
+
+def _pick(rng: np.random.Generator, some: Sequence[str]) -> str:
+  return some[rng.integers(len(some))]

@@ -1,0 +1,105 @@
+"""A folder for rendered text, so that a mixture names it like any other data set.
+
+Two kinds. With a number of pictures these are stored, as those of other data sets are. Without one nothing is: the folder holds an index of slots, a
+tokenizer, the settings and the user's texts, a few megabytes, and pictures are drawn when they are read (`data_pipelines.text_rendering.source`).
+`dataset.json` says with which fonts; on a machine with others the folder is refused, because its pictures would be others.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data_pipelines import embedded, records
+from data_pipelines.text_rendering import languages
+from data_pipelines.text_rendering.fonts import find_faces, typefaces
+from data_pipelines.text_rendering.source import RenderedText, Settings
+from data_pipelines.text_rendering.words import read_texts
+from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
+from data_pipelines.transforms import encode_png
+
+NAME = "rendered_text"
+NUM_SLOTS = {"train": 2**17, "validation": 2**10}
+VOCAB_SIZE = 8192
+_TRAINED_ON = 2500  # pictures whose captions a tokenizer is trained on
+_HELD_OUT = 25  # of stored pictures one in so many is for validation, and as many more
+_TEXTS = "texts.json"
+
+
+def read_settings(seed: int, texts: Mapping[str, str], **settings: Any) -> tuple[Settings, dict[str, int]]:
+  """Returns (settings with the paragraphs of the user's files, code -> path; code -> how many paragraphs no font can set).
+
+  Raises:
+    ValueError: a file cannot be read, or settings that make no sense.
+  """
+  plain = Settings(seed, texts=dict.fromkeys(texts, ()), **settings)
+  faces = find_faces(plain.font_folders) if plain.font_folders else find_faces()
+  kept, left_out = {}, {}
+  for code, path in texts.items():
+    fit = typefaces(faces, languages.load(code))
+    kept[code], left_out[code] = read_texts(path, lambda text, fit=fit: all(one.covers(text) for one in fit))
+  return dataclasses.replace(plain, texts=kept), left_out
+
+
+def prepare(settings: Settings, out: str | os.PathLike, name: str = NAME, num_examples: int | None = None, vocab_size: int | None = None,
+            tokenizer: str = "", left_out: Mapping[str, int] = {}) -> dict:
+  """Returns the facts of the data set <out>/<name>, which is made unless the same one is there already.
+
+  Args: settings; folder; name; how many training pictures to store, None for none; tokens of the tokenizer that is trained on captions, None for
+  `VOCAB_SIZE`; path of one that exists, "" to train one; paragraphs that were left out, to be told.
+
+  Raises:
+    ValueError: a language has no font here, or what is there was made otherwise.
+  """
+  if num_examples is not None and num_examples < 1:
+    raise ValueError(f"num_examples={num_examples} must be at least 1, or not given: then no pictures are stored.")
+  fonts = RenderedText(settings, "train", 1).fonts
+  request = {"dataset": NAME, "num_examples": num_examples, "seed": settings.seed, "vocab_size": None if tokenizer else vocab_size or VOCAB_SIZE,
+             "tokenizer": PromptTokenizer.load(tokenizer).fingerprint if tokenizer else "", "settings": settings.plain(), "fonts": fonts,
+             "texts": {code: list(some) for code, some in settings.texts.items()}}
+  given = PromptTokenizer.load(tokenizer) if tokenizer else None
+  facts = {"fonts": fonts, **{f"left_out_{code}": number for code, number in left_out.items()}}
+  if num_examples is not None:
+    source = embedded.Source(lambda split, num, _: _stored(settings, split, num), request["vocab_size"] or 0, lambda: facts)
+    return embedded.make(name, request, out, lambda partial: embedded.build(name, source, request, partial, given))
+  return embedded.make(name, request, out, lambda partial: _endless(settings, name, request, os.path.join(partial, name), facts, given))
+
+
+def _stored(settings: Settings, split: str, num_examples: int) -> Iterator[dict]:
+  num = num_examples if split == "train" else max(1, num_examples // _HELD_OUT)
+  source = RenderedText(settings, split, num)
+  for number in range(num):
+    record = source.record(number)
+    yield record | {"image": encode_png(record["image"])}
+
+
+def _endless(settings: Settings, name: str, request: dict, folder: str, facts: dict, tokenizer: PromptTokenizer | None) -> dict:
+  """Writes a data set without pictures."""
+  if tokenizer is None:
+    source = RenderedText(settings, "train", _TRAINED_ON)
+    tokenizer = train_tokenizer((text for number in range(_TRAINED_ON) for text in source.record(number)["captions"]), request["vocab_size"])
+  os.makedirs(folder)
+  with open(os.path.join(folder, _TEXTS), "w", encoding="utf-8") as file:
+    json.dump(settings.texts, file, ensure_ascii=False)
+  index = {split: RenderedText(settings, split, num, tokenizer).index() for split, num in NUM_SLOTS.items()}
+  return records.finish(folder, name, {split: () for split in records.SPLITS}, index, tokenizer, request, facts, **{records.RENDERED: {
+      "settings": settings.plain(), "texts": records.checksum(os.path.join(folder, _TEXTS)), "fonts": facts["fonts"]}})
+
+
+def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int) -> RenderedText:
+  """Returns the pictures of a split of a folder that stores none.
+
+  Raises:
+    ValueError: fonts or texts are not those that it was made with.
+  """
+  said = meta[records.RENDERED]
+  if records.checksum(os.path.join(folder, _TEXTS)) != said["texts"]:
+    raise ValueError(f"{folder}/{_TEXTS} is not the one that dataset.json beside it was written with: copy both again, or prepare the data set anew.")
+  with open(os.path.join(folder, _TEXTS), encoding="utf-8") as file:
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in said["settings"].items()}
+    source = RenderedText(Settings(**settings, texts=json.load(file)), split, num_slots, PromptTokenizer.load(folder))
+  if source.fonts != said["fonts"]:
+    raise ValueError(f"{folder} was prepared with other fonts than this machine has ({said['fonts']}, here {source.fonts}): install the same "
+                     "packages in the same versions, or remove that folder and prepare it anew.")
+  return source

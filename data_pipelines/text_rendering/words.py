@@ -1,0 +1,165 @@
+"""What is written: words, headings, sentences and paragraphs of a language, with names, numbers, dates and prices of CLDR, and a user's own texts.
+
+Everything is drawn from a random generator. Grammars stay clear of inflection: a slot of a pattern stands where the plain form of a name is right.
+"""
+
+import dataclasses
+import datetime
+import functools
+import pathlib
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from babel import Locale, dates, numbers
+
+from data_pipelines.text_rendering.languages import Language
+
+_COUNTRIES = "AR AU BR CA CL CN DE EG ES FI FR GR ID IE IL IN IT JP KE KR MX NG NO NZ PE PL PT SE TH TR UA US VN ZA".split()
+_LANGUAGES = "ar bn de el en es fi fr he hi id it ja ko nl pl pt ru sv sw th tr uk vi zh".split()
+_CURRENCIES = {"en_US": "USD", "vi_VN": "VND", "pl_PL": "PLN", "ru_RU": "RUB", "ar_EG": "EGP", "he_IL": "ILS", "hi_IN": "INR", "th_TH": "THB",
+               "zh_Hans_CN": "CNY", "zh_Hant_TW": "TWD", "ja_JP": "JPY", "ko_KR": "KRW"}
+_FIRST_DAY = datetime.date(1990, 1, 1)
+_NUM_DAYS = 20000
+_JOINERS = "\u200c\u200d"  # which Indic and Arabic spelling needs
+_SLOT = re.compile(r"\{(\w+)\}")
+_SPACED = {"cjk": "", "thai": " "}  # between sentences, where it is not a space
+
+
+def clean(text: str) -> str:
+  """Returns a text in composed form (NFC) without what is not drawn: control characters, direction marks, variation selectors, soft hyphens. Each run
+  of spaces becomes one, but for no-break spaces; lines stay lines."""
+  kept = (" " if c == "\t" else c for c in unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\u2028", "\n").replace("\u2029", "\n")))
+  drawn = "".join(c for c in kept if c in "\n" + _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs") and not _is_variation(c))
+  return "\n".join(re.sub(r"[ \u2000-\u200a\u205f]+", " ", line).strip(" " + _JOINERS) for line in drawn.split("\n")).strip("\n")
+
+
+def _is_variation(character: str) -> bool:
+  return 0xFE00 <= ord(character) <= 0xFE0F or 0xE0100 <= ord(character) <= 0xE01EF
+
+
+@functools.cache
+def _locale(code: str) -> Locale:
+  return Locale.parse(code)
+
+
+@functools.cache
+def _names(code: str) -> dict[str, tuple[str, ...]]:
+  """Kind of name -> names in the language of a locale."""
+  locale = _locale(code)
+  found = {"country": [locale.territories.get(one) for one in _COUNTRIES], "language": [locale.languages.get(one) for one in _LANGUAGES],
+           "weekday": locale.days["format"]["wide"].values(), "month": locale.months["format"]["wide"].values()}
+  return {kind: tuple(clean(name) for name in some if name) for kind, some in found.items()}
+
+
+def _date(rng: np.random.Generator, locale: str) -> str:
+  return dates.format_date(_FIRST_DAY + datetime.timedelta(days=int(rng.integers(_NUM_DAYS))), format="long", locale=locale)
+
+
+def _time(rng: np.random.Generator, locale: str) -> str:
+  return dates.format_time(datetime.time(int(rng.integers(6, 23)), int(rng.integers(12)) * 5), format="short", locale=locale)
+
+
+def _number(rng: np.random.Generator, locale: str) -> str:
+  return numbers.format_decimal(int(10 ** rng.uniform(1, 6)), locale=locale, numbering_system="default")
+
+
+def _percent(rng: np.random.Generator, locale: str) -> str:
+  return numbers.format_percent(int(rng.integers(1, 100)) / 100, locale=locale, numbering_system="default")
+
+
+def _price(rng: np.random.Generator, locale: str) -> str:
+  return numbers.format_currency(int(10 ** rng.uniform(2, 4.5)) / 4, _CURRENCIES.get(locale, "EUR"), locale=locale, numbering_system="default")
+
+
+_SLOTS: dict[str, Callable[[np.random.Generator, str], str]] = {"date": _date, "time": _time, "number": _number, "percent": _percent, "price": _price}
+
+
+def fill_slot(rng: np.random.Generator, slot: str, language: Language) -> str:
+  """Returns what stands for a {slot}: date, time, number, percent, price, or a name: country, language, weekday, month."""
+  if slot in _SLOTS:
+    return clean(_SLOTS[slot](rng, language.locale))
+  some = _names(language.locale)[slot.rstrip("2")]
+  return some[rng.integers(len(some))]
+
+
+def cldr_characters(language: Language) -> frozenset[str]:
+  """All characters of what `fill_slot` gives."""
+  rng = np.random.default_rng(0)
+  drawn = [fill_slot(rng, slot, language) for slot in _SLOTS for _ in range(40)]
+  return frozenset("".join([*drawn, *(name for some in _names(language.locale).values() for name in some)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """What texts of a language are made of; `own` are a user's paragraphs, which half of the texts are then taken from."""
+
+  language: Language
+  own: tuple[str, ...] = ()
+
+  def word(self, rng: np.random.Generator) -> str:
+    """A word, sometimes with a capital or in capitals where there are such."""
+    word, look = _pick(rng, self.language.words), rng.random()
+    if not self.language.has_capitals or look > 0.5:
+      return word
+    return word.upper() if look < 0.2 else word[0].upper() + word[1:]
+
+  def heading(self, rng: np.random.Generator) -> str:
+    """A few words as they stand on a sign or above a text."""
+    return _pick(rng, self.language.headings)
+
+  def figures(self, rng: np.random.Generator) -> str:
+    """A sentence with numbers or names."""
+    return _SLOT.sub(lambda found: fill_slot(rng, found[1], self.language), _pick(rng, self.language.patterns))
+
+  def line(self, rng: np.random.Generator) -> str:
+    """A short text: words, a heading, or a sentence with numbers or names."""
+    kind = rng.random()
+    if kind < 0.25:
+      return self.word(rng)
+    return self.heading(rng) if kind < 0.65 else self.figures(rng)
+
+  def paragraph(self, rng: np.random.Generator, num_characters: int, figures: bool = True) -> str:
+    """Sentences of at most so many characters, or one; none comes twice. `figures` allows those with numbers and names."""
+    if self.own and rng.random() < 0.5:
+      return self._own(rng, num_characters)
+    between, text = _SPACED.get(self.language.breaking, " "), ""
+    for i in rng.permutation(len(self.language.sentences)):
+      chosen = self.figures(rng) if figures and rng.random() < 0.2 else self.language.sentences[i]
+      if text and len(text) + len(chosen) > num_characters:
+        break
+      text += (between if text else "") + chosen
+    return text
+
+  def _own(self, rng: np.random.Generator, num_characters: int) -> str:
+    """One of the user's paragraphs, or its beginning up to the end of a sentence or word."""
+    text = _pick(rng, self.own)
+    if len(text) <= num_characters:
+      return text
+    ends = [found.end() for found in re.finditer(r"[.!?。！？।]+\s*", text) if found.end() <= num_characters]
+    ends = ends or [found.start() for found in re.finditer(r"\s", text) if found.start() <= num_characters]
+    return text[:ends[-1] if ends else num_characters].strip()
+
+
+def read_texts(path: str, covers: Callable[[str], bool]) -> tuple[tuple[str, ...], int]:
+  """Returns (the paragraphs of a text file, cleaned; how many are left out because no font has all of their characters). A paragraph ends at an empty
+  line.
+
+  Raises:
+    ValueError: the file cannot be read as UTF-8, or nothing of it can be set.
+  """
+  try:
+    text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f"Cannot read the texts in {path} ({error}): give a file of UTF-8.") from error
+  paragraphs = [clean(" ".join(one.split("\n"))).replace('"', "”") for one in re.split(r"\n\s*\n", text.replace("\r\n", "\n"))]
+  paragraphs = list(dict.fromkeys(one for one in paragraphs if one))
+  kept = tuple(one for one in paragraphs if covers(one))
+  if not kept:
+    raise ValueError(f"None of the {len(paragraphs)} paragraphs of {path} can be set with the fonts of its language: give others or install fonts.")
+  return kept, len(paragraphs) - len(kept)
+
+
+def _pick(rng: np.random.Generator, some: Sequence[str]) -> str:
+  return some[rng.integers(len(some))]

@@ -1,0 +1,68 @@
+"""A reward of the user's: module:function, a function of a picture and its task.
+
+  def darkness(picture, task):
+    return 1 - picture.mean() / 255
+
+It is called in processes of their own, one picture [H, W, C] uint8 at a time, with the task that `qimg2.rewards` describes, and returns a number, or
+raises `ValueError` for a picture that has none. What a process needs for it, such as a network, it makes once, at the first call. The function must
+be pure: no clock, no random numbers, no state that a picture changes.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import numpy as np
+
+from qimg2.rewards import Reward, Task
+
+Function = Callable[[np.ndarray, Task], float]
+
+
+def own(function: str) -> Reward:
+  """What a function of the user's says.
+
+  Args:
+    function: "module:function", of a module that can be imported where the run is started.
+
+  Raises:
+    ValueError: it is written otherwise.
+  """
+  module, _, name = function.partition(":")
+  if not all(part.isidentifier() for part in (*module.split("."), name)):
+    raise ValueError(f"function is {function!r}: write module:function, such as my_rewards:darkness for that of my_rewards.py.")
+  return Reward(Lazy(function), check_machine=functools.partial(_check_module, function), sees_pictures=True)
+
+
+class Lazy:
+  """A function by its name: imported where it is called, or where a process gets it; this one does not import what it needs."""
+
+  def __init__(self, function: str):
+    self._function = function
+
+  def __call__(self, picture: np.ndarray, task: Task) -> float:
+    return load(self._function)(picture, task)
+
+  def __reduce__(self) -> tuple:
+    return load, (self._function,)
+
+
+def load(function: str) -> Function:
+  """The function of "module:function"; `ValueError` where the module has none of this name."""
+  module, _, name = function.partition(":")
+  _check_module(function)
+  found = getattr(importlib.import_module(module), name, None)
+  if not callable(found):
+    raise ValueError(f"the module {module} has no function {name!r}")
+  return found
+
+
+def _check_module(function: str) -> None:
+  module = function.partition(":")[0]
+  try:
+    known = importlib.util.find_spec(module)
+  except ModuleNotFoundError:  # of the package that it is in
+    known = None
+  if known is None:
+    raise ValueError(f"there is no module {module!r} for the function {function!r}: start the run where it lies, or set PYTHONPATH.")

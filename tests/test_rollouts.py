@@ -1,0 +1,115 @@
+"""Methods that learn from their own pictures, on the toy job: on-policy where they say so, killed, on eight devices, and better after it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from kill_points import last_arrays
+
+from qimg2.algorithms import Rewards
+from qimg2.algorithms.diffusion_nft import diffusion_nft
+from qimg2.algorithms.flow_grpo import flow_grpo
+from qimg2.flow import Schedule
+from qimg2.training import optim
+from qimg2.training.metrics import read_rows
+from tests.jobs import toy
+from tests.jobs.toy_methods import HEAPS
+
+SCHEDULE = Schedule(shift="none", terminal=None)
+GRPO = dict(group=4, num_steps=6, guidance=2.0, window=3, window_end=5, num_train_steps=2, clip=0.1, kl=0.1, chunks=2, oversample=2.0, min_spread=1.8)
+
+
+def near(pictures, tasks):
+  """How near the point that a picture shows is to the heap of its label; a judge that fails now and then."""
+  points = 8 * (pictures[:, 0, 0, :2] / 255 - 0.5)
+  reward = -np.linalg.norm(points - HEAPS[[task["label"] for task in tasks]], axis=1).astype(np.float32)
+  reward[pictures[:, 0, 0, 0] % 16 == 5] = np.nan
+  return {"near": reward}
+
+
+def train(folder, algorithm, num_steps=3, num_devices=1):
+  """The rows of a run."""
+  settings = optim.Config(learning_rate=0.01, warmup_steps=0)
+  toy.run(toy.Job("pictures", num_steps, algorithm=algorithm, num_devices=num_devices, settings=settings, save_every=2), folder)
+  return [row for row in read_rows(folder / "toy" / "metrics.jsonl") if "reward/near" in row]
+
+
+def grpo(score=near, **settings):
+  return flow_grpo(SCHEDULE, Rewards(("near",), score), **GRPO | settings)
+
+
+def nft(**settings):
+  return diffusion_nft(SCHEDULE, Rewards(("near",), near), **dict(group=4, num_steps=4, num_train_times=2, num_minibatches=2) | settings)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """(folder, rows) of a run of `grpo` that nothing stopped."""
+  folder = tmp_path_factory.mktemp("whole")
+  return folder, train(folder, grpo())
+
+
+def test_the_first_minibatch_is_on_policy_and_groups_without_spread_are_replaced(whole):
+  assert len(whole[1]) == 3 and all(np.isfinite(value) for row in whole[1] for value in row.values())
+  for row in whole[1]:
+    assert row["ratio_off"] == 0.0 and 0.0 <= row["float32_off"] < 1e-5 and row["divergence"] > 0 and row["skipped"] == 0
+    assert row["reward/left_out"] > 0 and row["ratio"] != 1.0 and 0 < row["advantage"] < 5
+  assert max(row["replaced"] for row in whole[1]) > 0 and whole[1][0]["kl"] < whole[1][2]["kl"]
+
+
+def test_the_guided_policy_may_learn_and_starts_at_its_reference(tmp_path):
+  row, = train(tmp_path, grpo(guidance_in_loss=True, objective="guard", num_minibatches=1), num_steps=1)
+  assert row["ratio_off"] == 0.0 and row["ratio"] == 1.0 and row["kl"] == 0.0 and row["grad_norm"] > 0
+
+
+def test_a_rollout_of_another_policy_than_the_update_s_ends_the_stage(tmp_path):
+  method = grpo()
+  other = lambda params, *rest: method.rollout.generate({**params, "model": jax.tree.map(lambda x: 1.02 * x, params["model"])}, *rest)
+  with pytest.raises(FloatingPointError, match="Stage toy, step 1: float32_off is 0.0[0-9]+, and must not be above 0.001: "):
+    train(tmp_path, dataclasses.replace(method, rollout=dataclasses.replace(method.rollout, generate=other)))
+  assert not list((tmp_path / "toy" / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_run_that_is_killed_while_it_scores_ends_with_the_same_bits(whole, tmp_path):
+  asked = []
+  def dying(pictures, tasks):
+    asked.append(len(tasks))
+    if len(asked) == 5:
+      raise KeyboardInterrupt
+    return near(pictures, tasks)
+  with pytest.raises(KeyboardInterrupt):
+    train(tmp_path, grpo(dying))
+  toy.let_threads_end(tmp_path)
+  assert train(tmp_path, grpo()) == whole[1] and set(asked) == {32}
+  jax.tree.map(np.testing.assert_array_equal, last_arrays(tmp_path / "toy"), last_arrays(whole[0] / "toy"))
+
+
+def test_eight_devices_give_the_numbers_of_one(whole, tmp_path):
+  for mine, its in zip(train(tmp_path, grpo(), num_devices=8), whole[1], strict=True):
+    np.testing.assert_allclose([mine[key] for key in sorted(mine)], [its[key] for key in sorted(its)], rtol=2e-3, atol=1e-5)
+
+
+def test_what_learns_by_contrast_gets_nearer(tmp_path):
+  rows = train(tmp_path, nft(), num_steps=20)
+  assert np.mean([row["reward/near"] for row in rows[-3:]]) > np.mean([row["reward/near"] for row in rows[:3]]) + 0.3
+  assert rows[0]["away_from_reference"] < rows[-1]["away_from_reference"] and 0.4 < rows[0]["good"] < 0.6
+
+
+@pytest.mark.parametrize("make, settings, message", [
+    (grpo, dict(window=7), "window=7, window_end=5 and num_steps=6 must rise"), (grpo, dict(objective="ppo"), "choose one of grpo, guard, dppo"),
+    (grpo, dict(kl_form="k3"), "choose one of gaussian, flow_grpo"), (grpo, dict(group=1), "group is 1: an advantage needs at least 2"),
+    (grpo, dict(deviation="prompt"), "choose one of group, batch"), (grpo, dict(clip=0.0), "clip=0.0 must be above 0"),
+    (nft, dict(num_train_times=5), "must be from 1 to num_steps=4"), (nft, dict(old_cap=1.0), r"old_cap=1.0 must be in \[0, 1\)"),
+    (nft, dict(beta=0.0), "beta=0.0 must be above 0"), (nft, dict(num_steps=1), "num_steps=1 at least 2")])
+def test_settings_that_do_not_fit_are_one_sentence(make, settings, message):
+  with pytest.raises(ValueError, match=message):
+    make(**settings)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(chunks=3), "divides 16 rows into 3 chunks"), (dict(num_minibatches=5), "32 samples cannot be divided into num_minib"),
+    (dict(oversample=20.0), "Of 16 prompts in a batch oversample=20.0 leaves none")])
+def test_numbers_that_do_not_divide_the_batch_are_one_sentence(settings, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    train(tmp_path, grpo(**settings))
