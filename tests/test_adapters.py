@@ -90,6 +90,19 @@ def test_merged_equals_unmerged_in_the_whole_generator_and_zero_is_the_base():
   np.testing.assert_allclose(apply(merged), on, atol=2e-5)
 
 
+def test_the_encoder_s_language_layers_take_an_adapter():
+  cfg = qwen3_vl.Config(vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, mrope_sections=(2, 1, 1),
+                        image_token_id=1, vision=None)
+  specs = qwen3_vl.specs(cfg)
+  base, low = draw(specs, 1), draw(adapters.specs(specs, ALL), 2)
+  assert set(low) == {"blocks"} and set(low["blocks"]["attn"]) == {"q", "k", "v", "out"}
+  apply = jax.jit(lambda weights: qwen3_vl.apply(cfg, weights, jnp.arange(10).reshape(2, 5) + 2, jnp.array([5, 3])))
+  adapted = adapters.adapt(base, low, ALL.scale)
+  on = apply(adapted)
+  assert np.abs(on - apply(base)).max() > 0.1
+  np.testing.assert_allclose(apply(adapters.merge(jax.tree.map(jnp.copy, adapted))), on, atol=1e-4)
+
+
 def test_a_merge_takes_the_memory_of_the_base_and_adapters_add_up():
   specs, x = {"w": P.Param((8, 8), (None, None), num_inputs=1)}, jnp.eye(8)
   base, one, other = draw(specs, 0), draw(adapters.specs(specs, ALL), 1), draw(adapters.specs(specs, ALL), 2)
@@ -98,6 +111,9 @@ def test_a_merge_takes_the_memory_of_the_base_and_adapters_add_up():
   np.testing.assert_allclose(layers.linear(x, adapted["w"]), expected, atol=1e-6)
   np.testing.assert_allclose(adapters.merge(adapted)["w"], expected, atol=1e-6)
   assert base["w"].is_deleted()
+  rows = jax.NamedSharding(jax.make_mesh((8,), ("fsdp",)), jax.P("fsdp"))
+  spread = adapters.adapt(jax.device_put(draw(specs, 0), rows), one, 1.0)
+  assert adapters.merge(spread)["w"].sharding.is_equivalent_to(rows, 2)
 
 
 def test_the_gradient_reaches_the_factors_alone_in_bfloat16_too():
