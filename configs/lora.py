@@ -6,7 +6,8 @@ one rare word that stands for it ("a photo of zwx dog"). A few hundred steps are
 pictures begin to copy yours. docs/lora.md says how to choose.
 
 A subject drags its class with it: after a while every dog is your dog. Prior preservation (arXiv 2208.12242) holds it back: pictures of the class
-that the generator drew before are a second data set, half of each batch. Draw 100 or more of them, and name both data sets with a + between:
+that the generator drew before are a second data set, which half of the steps are of. Draw 100 or more of them, and name both data sets with a +
+between. --config.stages[0].mixture[1].loss_weight=0.5 has them count half as much:
 
   python -m launch.sample --pretrained=DIR --prompt="a photo of a dog" --num_images_per_prompt=100 --pictures=CLASS --captions
   python -m launch.prepare_data --source=CLASS --name=dogs --out=runs/data --config=configs/curation.py:small

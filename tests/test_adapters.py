@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qimg2 import adapters, layers, sharding
+from qimg2 import adapters, flow, layers, sharding
 from qimg2 import params as P
-from qimg2.algorithms import COMPUTE, Algorithm, Average, Role, Update
+from qimg2.algorithms import COMPUTE, Algorithm, Average, Rewards, Role, Update
 from qimg2.algorithms.adapter import with_adapter
 from qimg2.models import mmdit, qwen3_vl
 from qimg2.published.names import mmdit as mmdit_names
 from qimg2.published.names import qwen3_vl as qwen3_vl_names
+from qimg2.runtime import methods
 from tests.jobs import toy
 from tests.jobs.toy_methods import METHODS, Nets, dmd, dpo
 
@@ -89,6 +90,19 @@ def test_merged_equals_unmerged_in_the_whole_generator_and_zero_is_the_base():
   np.testing.assert_allclose(apply(merged), on, atol=2e-5)
 
 
+def test_the_encoder_s_language_layers_take_an_adapter():
+  cfg = qwen3_vl.Config(vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48, mrope_sections=(2, 1, 1),
+                        image_token_id=1, vision=None)
+  specs = qwen3_vl.specs(cfg)
+  base, low = draw(specs, 1), draw(adapters.specs(specs, ALL), 2)
+  assert set(low) == {"blocks"} and set(low["blocks"]["attn"]) == {"q", "k", "v", "out"}
+  apply = jax.jit(lambda weights: qwen3_vl.apply(cfg, weights, jnp.arange(10).reshape(2, 5) + 2, jnp.array([5, 3])))
+  adapted = adapters.adapt(base, low, ALL.scale)
+  on = apply(adapted)
+  assert np.abs(on - apply(base)).max() > 0.1
+  np.testing.assert_allclose(apply(adapters.merge(jax.tree.map(jnp.copy, adapted))), on, atol=1e-4)
+
+
 def test_a_merge_takes_the_memory_of_the_base_and_adapters_add_up():
   specs, x = {"w": P.Param((8, 8), (None, None), num_inputs=1)}, jnp.eye(8)
   base, one, other = draw(specs, 0), draw(adapters.specs(specs, ALL), 1), draw(adapters.specs(specs, ALL), 2)
@@ -97,6 +111,9 @@ def test_a_merge_takes_the_memory_of_the_base_and_adapters_add_up():
   np.testing.assert_allclose(layers.linear(x, adapted["w"]), expected, atol=1e-6)
   np.testing.assert_allclose(adapters.merge(adapted)["w"], expected, atol=1e-6)
   assert base["w"].is_deleted()
+  rows = jax.NamedSharding(jax.make_mesh((8,), ("fsdp",)), jax.P("fsdp"))
+  spread = adapters.adapt(jax.device_put(draw(specs, 0), rows), one, 1.0)
+  assert adapters.merge(spread)["w"].sharding.is_equivalent_to(rows, 2)
 
 
 def test_the_gradient_reaches_the_factors_alone_in_bfloat16_too():
@@ -161,6 +178,15 @@ def test_the_losses_of_the_first_step_are_those_of_all_weights(make):
     losses.append([loss(update) for update in method.updates])
   np.testing.assert_array_equal(*losses)
   assert set(whole.roles) - set(adapted.roles) == ({"ref"} if make is dpo else {"teacher"})
+
+
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.kind == "generator"])
+def test_every_method_of_a_generator_takes_an_adapter(name):
+  whole = methods.make_algorithm(name, {}, flow.Schedule(), Rewards(("right",), lambda pictures, tasks: {}))
+  method = with_adapter(whole, ALL)
+  assert method.trained == ("adapter",) and "ref" not in method.roles and "model" in method.frozen and "encoder" in method.frozen
+  assert {one.role for one in method.averages.values()} <= {"adapter"} and method.averages.keys() == whole.averages.keys()
+  assert set(method.deployed({name: name for name in (*method.roles, *method.averages)} | {"model": {}})) == {"mmdit", "qwen3_vl", "vae"}
 
 
 @pytest.mark.parametrize("method, message", [

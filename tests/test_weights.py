@@ -108,6 +108,9 @@ class Run(StageWeights):
   def key(self, name):
     return jax.random.key(len(name))
 
+  def random_weights(self, stage, role):
+    return toy.weights(None, role, self.algorithm(stage), self.mesh, self.rules)  # the toy networks are drawn by numpy
+
 
 def equal(one, other):
   return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), one, other)))
