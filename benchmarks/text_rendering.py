@@ -97,9 +97,10 @@ def _pango(text: str, family: str, weight: str) -> tuple[int, int]:
 def sheet(base_px: int, codes: Sequence[str], columns: int, layout_name: str) -> Image.Image:
   """Pictures beside each other, a row for each language."""
   rows = []
-  for code in codes:
-    source = source_of(base_px, [code], ("1:1",), layout_name)
-    rows.append(np.hstack([np.pad(source.record(number)["image"], ((2, 2), (2, 2), (0, 0)), constant_values=128) for number in range(columns)]))
+  for row, code in enumerate(codes):
+    source, edge = source_of(base_px, [code], ("1:1",), layout_name), ((2, 2), (2, 2), (0, 0))
+    some = range(row * columns, (row + 1) * columns)
+    rows.append(np.hstack([np.pad(source.record(number)["image"], edge, constant_values=128) for number in some]))
   return Image.fromarray(np.vstack(rows))
 
 
@@ -110,7 +111,7 @@ def main(_: Sequence[str]) -> None:
   if f.measure == "speed":
     print(speed(f.base_px, codes, f.num))
   elif f.measure == "sheet":
-    sheet(f.base_px, codes, f.columns, f.layout).save(f.out)
+    sheet(f.base_px, codes, f.columns, f.layout).quantize(200).save(f.out, optimize=True)
   else:
     for code in codes:
       print(read_back(f.base_px, code, f.num) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)

@@ -111,7 +111,8 @@ class Corpus:
 
   def figures(self, rng: np.random.Generator) -> str:
     """A sentence with numbers or names."""
-    return _SLOT.sub(lambda found: fill_slot(rng, found[1], self.language), _pick(rng, self.language.patterns))
+    text = _SLOT.sub(lambda found: fill_slot(rng, found[1], self.language), _pick(rng, self.language.patterns))
+    return re.sub(r"\.\.$", ".", text)  # what fills a slot may be an abbreviation
 
   def line(self, rng: np.random.Generator) -> str:
     """A short text: words, a heading, or a sentence with numbers or names."""
