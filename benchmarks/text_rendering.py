@@ -28,7 +28,7 @@ from qimg2.evaluation import ocr
 from qimg2.evaluation.text import score_text
 
 ROUNDS = 5
-PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2.0
+PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 
 def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS, layout_name: str = "") -> RenderedText:
@@ -74,15 +74,15 @@ def beside_pango(code: str, num: int) -> str:
   language, rng = languages.load(code), np.random.default_rng(0)
   fit = [one for one in typefaces(find_faces(), language) if "Noto" in one.main.family and not one.main.is_italic]
   texts = [*language.sentences, *language.headings, *language.words]
-  worst, far = 0.0, 0
+  worst, far = 0, 0
   for _ in range(num):
     face, text = fit[rng.integers(len(fit))], texts[rng.integers(len(texts))]
     style = layout.Style(face, language, 1.5, breaks="never")
-    found = layout.fit([text], style, 10**5, 10**3, (PANGO_PX, PANGO_PX + 1e-3)).ink
-    seen = _pango(text, face.main.family, "Bold" if face.main.is_bold else "")
-    apart = max(abs(found[2] - found[0] - seen[0]), abs(found[3] - found[1] - seen[1]))
+    found = layout.fit([text], style, 10**5, 10**3, (PANGO_PX, PANGO_PX + 1e-3)).moved(MARGIN_PX, MARGIN_PX)
+    own = _extent(drawing.coverage(found, (0, 0, int(found.ink[2]) + MARGIN_PX, int(found.ink[3]) + MARGIN_PX)))
+    apart = max(abs(a - b) for a, b in zip(own, _pango(text, face.main.family, "Bold" if face.main.is_bold else "")))
     worst, far = max(worst, apart), far + (apart > AGREE_PX)
-  return f"{code}: {num - far} of {num} strings within {AGREE_PX:.0f} px, the furthest {worst:.1f} px apart"
+  return f"{code}: {num - far} of {num} strings within {AGREE_PX} px, the furthest {worst} px apart"
 
 
 def _pango(text: str, family: str, weight: str) -> tuple[int, int]:
@@ -90,7 +90,11 @@ def _pango(text: str, family: str, weight: str) -> tuple[int, int]:
   with tempfile.NamedTemporaryFile(suffix=".png") as file:
     subprocess.run(["pango-view", "-q", f"--output={file.name}", f"--font={family} {weight} {PANGO_PX}px", f"--margin={MARGIN_PX}", "--hinting=none",
                     "--hint-metrics=off", "--subpixel-positions", "--antialias=gray", f"--text={text}"], check=True, stdin=subprocess.DEVNULL)
-    rows, columns = np.nonzero(np.asarray(Image.open(file.name).convert("L")) < 250)
+    return _extent(255 - np.asarray(Image.open(file.name).convert("L")))
+
+
+def _extent(ink: np.ndarray) -> tuple[int, int]:
+  rows, columns = np.nonzero(ink > 5)  # of 255
   return int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1
 
 

@@ -8,7 +8,7 @@ Everything is drawn from the given generator. A text that does not fit is drawn 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def _lines(rng: np.random.Generator, page: Page) -> list[_Block] | None:
   ends = np.linspace(top, bottom, int(rng.integers(2, most + 1)) + 1)
   styles, blocks = [_style(rng, page, "middle") for _ in range(2)], []
   for above, below in zip(ends, ends[1:]):
-    text, frame = page.corpus.line(rng), (left, above, right, below - 0.12 * (below - above))
+    text, frame = _new(page.corpus.line, rng, [block.paragraphs[0] for block in blocks]), (left, above, right, below - 0.12 * (below - above))
     share = rng.uniform(0.5, 1.0)
     style = _short(styles[rng.integers(2)], "middle", text)
     setting = fit([text], style, (right - left) * share, frame[3] - frame[1], (_least(page), 0.25 * min(page.height, page.width)))
@@ -144,7 +144,9 @@ def _list(rng: np.random.Generator, page: Page) -> list[_Block] | None:
   left, top, right, bottom = _margins(rng, page)
   num = int(rng.integers(3, 8))
   corpus, short = page.corpus, rng.random() < 0.5
-  lines = list(dict.fromkeys(corpus.word(rng) if short else corpus.line(rng) for _ in range(num)))
+  lines = []
+  for _ in range(num):
+    lines.append(_new(corpus.word if short else corpus.line, rng, lines))
   if sum(map(len, lines)) > max(page.num_characters, 24):
     return None
   lines = [f"{number}. {line}" for number, line in enumerate(lines, 1)]
@@ -157,6 +159,15 @@ _SETTERS = {"single": _single, "lines": _lines, "paragraph": _paragraph, "column
 
 
 # ---- what layouts share -------------------------------------------------------------------------------
+
+
+def _new(draw: Callable[[np.random.Generator], str], rng: np.random.Generator, known: Sequence[str]) -> str:
+  """A text that is not among the known ones, in capitals neither."""
+  for _ in range(_TRIES):
+    text = draw(rng)
+    if text.lower() not in map(str.lower, known):
+      break
+  return text
 
 
 def _margins(rng: np.random.Generator, page: Page) -> tuple[float, float, float, float]:
@@ -202,11 +213,11 @@ def _typeface(rng: np.random.Generator, page: Page) -> Typeface:
 
 
 def _sentences(rng: np.random.Generator, page: Page, area: float, figures: bool) -> list[str]:
-  """One to three paragraphs with about as many characters as the area holds at a size somewhat above the least."""
+  """At most three paragraphs with about as many characters as the area holds at a size somewhat above the least."""
   size, wide = _least(page) * rng.uniform(1.05, 2.2), page.corpus.language.breaking == "cjk"
   room = int(min(page.num_characters, 0.8 * area / (size**2 * np.mean(page.corpus.language.leading) * (1.0 if wide else 0.52))))
   num = int(rng.integers(1, 4)) if room > (60 if wide else 160) else 1
-  return [page.corpus.paragraph(rng, max(1, room // num), figures) for _ in range(num)]
+  return page.corpus.paragraphs(rng, num, max(1, room // num), figures)
 
 
 def _put(setting: Setting, frame: Sequence[float], across: float | None, down: float) -> Setting:
