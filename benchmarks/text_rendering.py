@@ -80,16 +80,17 @@ def beside_pango(code: str, num: int) -> str:
     style = layout.Style(face, language, 1.5, breaks="never")
     found = layout.fit([text], style, 10**5, 10**3, (PANGO_PX, PANGO_PX + 1e-3)).moved(MARGIN_PX, MARGIN_PX)
     own = _extent(drawing.coverage(found, (0, 0, int(found.ink[2]) + MARGIN_PX, int(found.ink[3]) + MARGIN_PX)))
-    apart = max(abs(a - b) for a, b in zip(own, _pango(text, face.main.family, "Bold" if face.main.is_bold else "")))
+    apart = max(abs(a - b) for a, b in zip(own, _pango(text, face.main.family, "Bold" if face.main.is_bold else "", code)))
     worst, far = max(worst, apart), far + (apart > AGREE_PX)
   return f"{code}: {num - far} of {num} strings within {AGREE_PX} px, the furthest {worst} px apart"
 
 
-def _pango(text: str, family: str, weight: str) -> tuple[int, int]:
+def _pango(text: str, family: str, weight: str, code: str) -> tuple[int, int]:
   """(width, height) in px of the ink that pango-view draws."""
   with tempfile.NamedTemporaryFile(suffix=".png") as file:
-    subprocess.run(["pango-view", "-q", f"--output={file.name}", f"--font={family} {weight} {PANGO_PX}px", f"--margin={MARGIN_PX}", "--hinting=none",
-                    "--hint-metrics=off", "--subpixel-positions", "--antialias=gray", f"--text={text}"], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(["pango-view", "-q", f"--output={file.name}", f"--font={family} {weight} {PANGO_PX}px", f"--margin={MARGIN_PX}",
+                    "--hinting=none", "--hint-metrics=off", "--subpixel-positions", "--antialias=gray", f"--language={code}", f"--text={text}"],
+                   check=True, stdin=subprocess.DEVNULL)
     return _extent(255 - np.asarray(Image.open(file.name).convert("L")))
 
 
