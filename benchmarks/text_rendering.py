@@ -28,7 +28,7 @@ from qimg2.evaluation import ocr
 from qimg2.evaluation.text import score_text
 
 ROUNDS = 5
-PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2.0
+PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 
 def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS, layout_name: str = "") -> RenderedText:
@@ -74,32 +74,38 @@ def beside_pango(code: str, num: int) -> str:
   language, rng = languages.load(code), np.random.default_rng(0)
   fit = [one for one in typefaces(find_faces(), language) if "Noto" in one.main.family and not one.main.is_italic]
   texts = [*language.sentences, *language.headings, *language.words]
-  worst, far = 0.0, 0
+  worst, far = 0, 0
   for _ in range(num):
     face, text = fit[rng.integers(len(fit))], texts[rng.integers(len(texts))]
     style = layout.Style(face, language, 1.5, breaks="never")
-    found = layout.fit([text], style, 10**5, 10**3, (PANGO_PX, PANGO_PX + 1e-3)).ink
-    seen = _pango(text, face.main.family, "Bold" if face.main.is_bold else "")
-    apart = max(abs(found[2] - found[0] - seen[0]), abs(found[3] - found[1] - seen[1]))
+    found = layout.fit([text], style, 10**5, 10**3, (PANGO_PX, PANGO_PX + 1e-3)).moved(MARGIN_PX, MARGIN_PX)
+    own = _extent(drawing.coverage(found, (0, 0, int(found.ink[2]) + MARGIN_PX, int(found.ink[3]) + MARGIN_PX)))
+    apart = max(abs(a - b) for a, b in zip(own, _pango(text, face.main.family, "Bold" if face.main.is_bold else "", code)))
     worst, far = max(worst, apart), far + (apart > AGREE_PX)
-  return f"{code}: {num - far} of {num} strings within {AGREE_PX:.0f} px, the furthest {worst:.1f} px apart"
+  return f"{code}: {num - far} of {num} strings within {AGREE_PX} px, the furthest {worst} px apart"
 
 
-def _pango(text: str, family: str, weight: str) -> tuple[int, int]:
+def _pango(text: str, family: str, weight: str, code: str) -> tuple[int, int]:
   """(width, height) in px of the ink that pango-view draws."""
   with tempfile.NamedTemporaryFile(suffix=".png") as file:
-    subprocess.run(["pango-view", "-q", f"--output={file.name}", f"--font={family} {weight} {PANGO_PX}px", f"--margin={MARGIN_PX}", "--hinting=none",
-                    "--hint-metrics=off", "--subpixel-positions", "--antialias=gray", f"--text={text}"], check=True, stdin=subprocess.DEVNULL)
-    rows, columns = np.nonzero(np.asarray(Image.open(file.name).convert("L")) < 250)
+    subprocess.run(["pango-view", "-q", f"--output={file.name}", f"--font={family} {weight} {PANGO_PX}px", f"--margin={MARGIN_PX}",
+                    "--hinting=none", "--hint-metrics=off", "--subpixel-positions", "--antialias=gray", f"--language={code}", f"--text={text}"],
+                   check=True, stdin=subprocess.DEVNULL)
+    return _extent(255 - np.asarray(Image.open(file.name).convert("L")))
+
+
+def _extent(ink: np.ndarray) -> tuple[int, int]:
+  rows, columns = np.nonzero(ink > 5)  # of 255
   return int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1
 
 
 def sheet(base_px: int, codes: Sequence[str], columns: int, layout_name: str) -> Image.Image:
   """Pictures beside each other, a row for each language."""
   rows = []
-  for code in codes:
-    source = source_of(base_px, [code], ("1:1",), layout_name)
-    rows.append(np.hstack([np.pad(source.record(number)["image"], ((2, 2), (2, 2), (0, 0)), constant_values=128) for number in range(columns)]))
+  for row, code in enumerate(codes):
+    source, edge = source_of(base_px, [code], ("1:1",), layout_name), ((2, 2), (2, 2), (0, 0))
+    some = range(row * columns, (row + 1) * columns)
+    rows.append(np.hstack([np.pad(source.record(number)["image"], edge, constant_values=128) for number in some]))
   return Image.fromarray(np.vstack(rows))
 
 
@@ -110,7 +116,7 @@ def main(_: Sequence[str]) -> None:
   if f.measure == "speed":
     print(speed(f.base_px, codes, f.num))
   elif f.measure == "sheet":
-    sheet(f.base_px, codes, f.columns, f.layout).save(f.out)
+    sheet(f.base_px, codes, f.columns, f.layout).quantize(200).save(f.out, optimize=True)
   else:
     for code in codes:
       print(read_back(f.base_px, code, f.num) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)

@@ -87,7 +87,7 @@ def parts(text, code, breaks="anywhere"):
     ("fr", "rouge\u00a0; bleu", "anywhere", ["rouge\u00a0;", "bleu"]),
     ("ja", "「あ」、っい。ABC", "anywhere", ["「あ」、っ", "い。", "ABC"]),
     ("zh-Hans", "价格¥25，好", "anywhere", ["价", "格", "¥25，", "好"]),
-    ("ja", "焼きたてのパン", "phrases", ["焼きたての", "パン"]),
+    ("ja", "焼きたてのパン", "phrases", ["焼きたての", "パン"]), ("zh-Hant", "會議：1993年", "phrases", ["會議：", "1993年"]),
     ("th", "คนทำขนมปังรู้เวลา", "anywhere", ["คน", "ทำ", "ขนมปัง", "รู้", "เวลา"]),
     ("en", "no break here", "never", ["no break here"])])
 def test_lines_may_end_where_the_language_allows(code, text, breaks, expected):
@@ -123,7 +123,7 @@ def test_lines_are_as_full_as_they_can_be_and_the_size_as_large():
 
 def test_ragged_lines_are_balanced():
   mono = style(name="DejaVu Sans Mono Book")
-  assert lines(layout.fit(["aa bb cc dd ee f"], mono, 14 * MONO_EM * 20, 1000, (20, 20.001))) == ["aa bb cc", "dd ee f"]
+  assert lines(layout.fit(["aa bb cc d eee f"], mono, 10.1 * MONO_EM * 20, 1000, (20, 20.001))) == ["aa bb cc", "d eee f"]
 
 
 @pytest.mark.parametrize("align, rtl, share", [
@@ -216,3 +216,15 @@ def test_every_language_says_all_there_is_to_say(code):
   for pattern in language.patterns:
     assert words.Corpus(language).figures(rng) and "{}" not in pattern
   assert not any('"' in text for text in (*language.words, *language.headings, *language.sentences, *language.patterns))
+
+
+def test_texts_are_spelt_as_they_are_set():
+  greek = words.Corpus(languages.load("el"))
+  drawn = {greek.word(np.random.default_rng(number)) for number in range(200)}
+  assert "ΒΙΒΛΙΟΘΗΚΗ" in drawn and "Βιβλιοθήκη" in drawn
+  assert not any("\u0301" in unicodedata.normalize("NFD", word) for word in drawn if word.isupper())
+  for number in range(50):
+    found = words.Corpus(languages.load("pl")).paragraphs(np.random.default_rng(number), 3, 90, figures=False)
+    sentences = [text + "." for paragraph in found for text in paragraph.rstrip(".").split(". ")]
+    assert len(set(sentences)) == len(sentences) and set(sentences) <= set(languages.load("pl").sentences) and len(found) == 3
+  assert words.clean("a\u00adb\u200f  c\x07\r\nd\u2009e") == "ab c\nd e"

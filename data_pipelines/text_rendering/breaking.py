@@ -59,7 +59,7 @@ def _ends(word: str, language: Language, breaks: str) -> list[tuple[int, bool]]:
   if language.breaking == "thai":
     found |= dict.fromkeys(_allowed(word, _thai_words(word)), False)
   if language.breaking == "cjk" and breaks == "phrases":
-    found = dict.fromkeys(_allowed(word, _phrases(language.code).parse(word)), False)
+    found = {end: False for end in _allowed(word, _phrases(language.code).parse(word)) if end in found}
   if language.hyphenation and breaks == "hyphenated":
     for letters in re.finditer(r"[^\W\d_]{%d,}" % _LEAST_HYPHENATED, word):
       if not letters[0].isupper():

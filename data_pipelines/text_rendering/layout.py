@@ -23,6 +23,7 @@ _OVERHANG = 0.25  # of letters that reach out of a line's length, such as slante
 _MOST_STRETCH, _MOST_SPACING = 0.45, 0.12  # of a gap between words, or between characters, in ems; beyond it a justified line looks torn
 _STEPS = 9  # of the search for a size
 _SMALLER, _TRIES = 0.96, 8  # by which a size is made smaller where the ink does not fit, and how often
+_NARROWEST = 0.8  # share of the length of a line that ragged lines have at least, to be equally long
 _USUAL_INK = 0.95  # height of a line's ink, in ems
 _COLUMN_GAP = 1.6  # in ems
 
@@ -170,7 +171,7 @@ class _Measured:
 
   def balanced(self, length: float, indent: float, num_lines: int) -> list[tuple[int, int, bool]]:
     """As many lines, as equally long as they can be, so that no word stands alone in the last one."""
-    low, high, best = 0.5 * length, length, self.broken(length, indent)
+    low, high, best = _NARROWEST * length, length, self.broken(length, indent)
     for _ in range(6):
       middle = (low + high) / 2
       lines = self.broken(middle, indent)

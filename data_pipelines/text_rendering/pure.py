@@ -8,7 +8,7 @@ Everything is drawn from the given generator. A text that does not fit is drawn 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def _single(rng: np.random.Generator, page: Page) -> list[_Block] | None:
   what = "word" if rng.random() < 0.5 or page.num_characters < 12 else "heading"
   text = page.corpus.word(rng) if what == "word" else page.corpus.heading(rng)
   left, top, right, bottom = _margins(rng, page)
-  style = _short(_style(rng, page, "middle", vertical=_is_vertical(rng, page)), "middle")
+  style = _short(_style(rng, page, "middle", vertical=_is_vertical(rng, page)), "middle", text)
   share = rng.uniform(0.4, 1.0)
   setting = fit([text], style, (right - left) * share, (bottom - top) * share, (_least(page), 0.6 * min(page.height, page.width)))
   if setting is None:
@@ -94,11 +94,12 @@ def _lines(rng: np.random.Generator, page: Page) -> list[_Block] | None:
   if most < 2:
     return None
   ends = np.linspace(top, bottom, int(rng.integers(2, most + 1)) + 1)
-  styles, blocks = [_short(_style(rng, page, "middle"), "middle") for _ in range(2)], []
+  styles, blocks = [_style(rng, page, "middle") for _ in range(2)], []
   for above, below in zip(ends, ends[1:]):
-    text, frame = page.corpus.line(rng), (left, above, right, below - 0.12 * (below - above))
+    text, frame = _new(page.corpus.line, rng, [block.paragraphs[0] for block in blocks]), (left, above, right, below - 0.12 * (below - above))
     share = rng.uniform(0.5, 1.0)
-    setting = fit([text], styles[rng.integers(2)], (right - left) * share, frame[3] - frame[1], (_least(page), 0.25 * min(page.height, page.width)))
+    style = _short(styles[rng.integers(2)], "middle", text)
+    setting = fit([text], style, (right - left) * share, frame[3] - frame[1], (_least(page), 0.25 * min(page.height, page.width)))
     if setting is None:
       return None
     blocks.append(_Block([text], _put(setting, frame, rng.choice((0.0, 0.5, 1.0)), 0.5), "line"))
@@ -113,7 +114,7 @@ def _paragraph(rng: np.random.Generator, page: Page, columns: int = 1) -> list[_
   if rng.random() < 0.5 and not vertical:
     heading = page.corpus.heading(rng)
     most = min(0.16 * (bottom - top), 0.11 * page.width)
-    found = fit([heading], _short(style, "middle" if style.align == "middle" else "start"), right - left, 0.28 * (bottom - top),
+    found = fit([heading], _short(style, "middle" if style.align == "middle" else "start", heading), right - left, 0.28 * (bottom - top),
                 (_least(page), max(_least(page), most)))
     if found is None:
       return None
@@ -124,12 +125,12 @@ def _paragraph(rng: np.random.Generator, page: Page, columns: int = 1) -> list[_
     paragraphs = paragraphs[:1]
   elif len(paragraphs) > 1 or columns > 1:
     style = dataclasses.replace(style, indent=page.corpus.language.indent)
-  sizes = (_least(page), max(_least(page), 0.09 * min(page.height, page.width)))
+  sizes = (_least(page), max(_least(page), 0.12 * min(page.height, page.width)))
   if blocks:
     sizes = (sizes[0], max(sizes[0], min(sizes[1], 0.85 * blocks[0].setting.size)))
   setting = fit(paragraphs, style, right - left, bottom - top, sizes)
   if setting is not None and setting.is_torn:
-    setting = fit(paragraphs, dataclasses.replace(style, align="start"), right - left, bottom - top, sizes)
+    setting = fit(paragraphs, dataclasses.replace(style, align="start", breaks="anywhere"), right - left, bottom - top, sizes)
   if setting is None:
     return None
   return [*blocks, _Block(paragraphs, _put(setting, (left, top, right, bottom), None, 0.0 if blocks else rng.choice((0.0, 0.5))), "paragraph")]
@@ -143,7 +144,9 @@ def _list(rng: np.random.Generator, page: Page) -> list[_Block] | None:
   left, top, right, bottom = _margins(rng, page)
   num = int(rng.integers(3, 8))
   corpus, short = page.corpus, rng.random() < 0.5
-  lines = list(dict.fromkeys(corpus.word(rng) if short else corpus.line(rng) for _ in range(num)))
+  lines = []
+  for _ in range(num):
+    lines.append(_new(corpus.word if short else corpus.line, rng, lines))
   if sum(map(len, lines)) > max(page.num_characters, 24):
     return None
   lines = [f"{number}. {line}" for number, line in enumerate(lines, 1)]
@@ -156,6 +159,15 @@ _SETTERS = {"single": _single, "lines": _lines, "paragraph": _paragraph, "column
 
 
 # ---- what layouts share -------------------------------------------------------------------------------
+
+
+def _new(draw: Callable[[np.random.Generator], str], rng: np.random.Generator, known: Sequence[str]) -> str:
+  """A text that is not among the known ones, in capitals neither."""
+  for _ in range(_TRIES):
+    text = draw(rng)
+    if text.lower() not in map(str.lower, known):
+      break
+  return text
 
 
 def _margins(rng: np.random.Generator, page: Page) -> tuple[float, float, float, float]:
@@ -186,10 +198,10 @@ def _alignment(rng: np.random.Generator, page: Page) -> str:
   return ("justified", "start", "middle")[rng.choice(3, p=(0.4, 0.45, 0.15))]
 
 
-def _short(style: Style, align: str) -> Style:
-  """The style of a heading or of another short text."""
-  leading = _TIGHTER * style.language.leading[0]
-  return dataclasses.replace(style, align=align, leading=leading, columns=1, indent=0.0, breaks="phrases")
+def _short(style: Style, align: str, text: str) -> Style:
+  """The style of a heading or of another short text; words stay whole."""
+  leading, is_word = _TIGHTER * style.language.leading[0], text.lower() in map(str.lower, style.language.words)
+  return dataclasses.replace(style, align=align, leading=leading, columns=1, indent=0.0, breaks="never" if is_word else "phrases")
 
 
 def _typeface(rng: np.random.Generator, page: Page) -> Typeface:
@@ -201,11 +213,11 @@ def _typeface(rng: np.random.Generator, page: Page) -> Typeface:
 
 
 def _sentences(rng: np.random.Generator, page: Page, area: float, figures: bool) -> list[str]:
-  """One to three paragraphs with about as many characters as the area holds at a size somewhat above the least."""
+  """At most three paragraphs with about as many characters as the area holds at a size somewhat above the least."""
   size, wide = _least(page) * rng.uniform(1.05, 2.2), page.corpus.language.breaking == "cjk"
   room = int(min(page.num_characters, 0.8 * area / (size**2 * np.mean(page.corpus.language.leading) * (1.0 if wide else 0.52))))
   num = int(rng.integers(1, 4)) if room > (60 if wide else 160) else 1
-  return [page.corpus.paragraph(rng, max(1, room // num), figures) for _ in range(num)]
+  return page.corpus.paragraphs(rng, num, max(1, room // num), figures)
 
 
 def _put(setting: Setting, frame: Sequence[float], across: float | None, down: float) -> Setting:

@@ -18,7 +18,7 @@ from data_pipelines.text_rendering.fonts import Face, Typeface, is_blank
 script_of = functools.lru_cache(maxsize=2**16)(script_of)
 _NEUTRAL = ("Zyyy", "Zinh", "Zzzz")
 _RTL = ("R", "AL", "AN")
-_STRETCHED = ("Hani", "Hira", "Kana", "Hang")  # scripts whose letters are moved apart in justified lines
+_STRETCHED, _FIRST_WIDE = ("Hani", "Hira", "Kana"), 0x2E80  # scripts whose letters and signs, but for narrow ones, are moved apart in justified lines
 
 
 class Glyph(NamedTuple):
@@ -174,7 +174,7 @@ def _shape(run: _Run, face: Face, language: str, vertical: bool, pen: float) -> 
 
 @functools.lru_cache(maxsize=2**16)
 def _may_stretch(character: str, script: str) -> bool:
-  return character in " \u3000" or script in _STRETCHED and script != "Hang" and not character.isspace()
+  return character in " \u3000" or script in _STRETCHED and ord(character) >= _FIRST_WIDE
 
 
 def _ink(glyphs: Sequence[Glyph]) -> tuple[float, float, float, float]:

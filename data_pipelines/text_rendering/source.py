@@ -177,7 +177,7 @@ class RenderedText(Sequence):
     return {"height": np.array([slot.height for slot in slots], np.int32), "width": np.array([slot.width for slot in slots], np.int32),
             "quality": ones.astype(np.float32), "sample_id": FIRST_ID[self._split] + np.arange(self._num, dtype=np.int64),
             "stage": np.full(self._num, complete({"captions": []})["stage"], np.uint8), "has_text": ones.astype(bool),
-            "source_sizes": np.zeros((self._num, 0, 2), np.int32), "num_captions": each * ones,
+            "has_rejected": np.zeros(self._num, bool), "source_sizes": np.zeros((self._num, 0, 2), np.int32), "num_captions": each * ones,
             "caption_language": np.array(said, np.uint16).ravel(), "language_names": np.array(names, str),
             "caption_kind": np.tile(np.array(KINDS, np.uint8), self._num), "caption_tokens": np.repeat(tokens, each),
             "tokenizer": np.array(self._tokenizer.fingerprint)}

@@ -103,7 +103,7 @@ class Corpus:
     word, look = _pick(rng, self.language.words), rng.random()
     if not self.language.has_capitals or look > 0.5:
       return word
-    return word.upper() if look < 0.2 else word[0].upper() + word[1:]
+    return _capitals(word) if look < 0.2 else word[0].upper() + word[1:]
 
   def heading(self, rng: np.random.Generator) -> str:
     """A few words as they stand on a sign or above a text."""
@@ -111,7 +111,8 @@ class Corpus:
 
   def figures(self, rng: np.random.Generator) -> str:
     """A sentence with numbers or names."""
-    return _SLOT.sub(lambda found: fill_slot(rng, found[1], self.language), _pick(rng, self.language.patterns))
+    text = _SLOT.sub(lambda found: fill_slot(rng, found[1], self.language), _pick(rng, self.language.patterns))
+    return re.sub(r"\.\.$", ".", text)  # what fills a slot may be an abbreviation
 
   def line(self, rng: np.random.Generator) -> str:
     """A short text: words, a heading, or a sentence with numbers or names."""
@@ -120,17 +121,22 @@ class Corpus:
       return self.word(rng)
     return self.heading(rng) if kind < 0.65 else self.figures(rng)
 
-  def paragraph(self, rng: np.random.Generator, num_characters: int, figures: bool = True) -> str:
-    """Sentences of at most so many characters, or one; none comes twice. `figures` allows those with numbers and names."""
+  def paragraphs(self, rng: np.random.Generator, num: int, num_characters: int, figures: bool = True) -> list[str]:
+    """At most `num` paragraphs of sentences, at least one, each of at most `num_characters` or of one sentence; none comes twice. `figures` allows
+    sentences with numbers and names. Half of them are the user's where there are such."""
     if self.own and rng.random() < 0.5:
-      return self._own(rng, num_characters)
-    between, text = _SPACED.get(self.language.breaking, " "), ""
-    for i in rng.permutation(len(self.language.sentences)):
-      chosen = self.figures(rng) if figures and rng.random() < 0.2 else self.language.sentences[i]
-      if text and len(text) + len(chosen) > num_characters:
-        break
-      text += (between if text else "") + chosen
-    return text
+      return list(dict.fromkeys(self._own(rng, num_characters) for _ in range(num)))
+    between, left, found = _SPACED.get(self.language.breaking, " "), rng.permutation(len(self.language.sentences)).tolist(), []
+    while left and len(found) < num:
+      text = ""
+      while left:
+        chosen = self.figures(rng) if figures and rng.random() < 0.2 else self.language.sentences[left[-1]]
+        if text and len(text) + len(chosen) > num_characters:
+          break
+        text += (between if text else "") + chosen
+        left.pop()
+      found.append(text)
+    return found
 
   def _own(self, rng: np.random.Generator, num_characters: int) -> str:
     """One of the user's paragraphs, or its beginning up to the end of a sentence or word."""
@@ -140,6 +146,13 @@ class Corpus:
     ends = [found.end() for found in re.finditer(r"[.!?。！？।]+\s*", text) if found.end() <= num_characters]
     ends = ends or [found.start() for found in re.finditer(r"\s", text) if found.start() <= num_characters]
     return text[:ends[-1] if ends else num_characters].strip()
+
+
+def _capitals(word: str) -> str:
+  """A word in capitals, which have no accents in Greek."""
+  if any("\u0370" <= c <= "\u03ff" for c in word):
+    word = unicodedata.normalize("NFC", unicodedata.normalize("NFD", word).replace("\u0301", ""))
+  return word.upper()
 
 
 def read_texts(path: str, covers: Callable[[str], bool]) -> tuple[tuple[str, ...], int]:
