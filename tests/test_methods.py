@@ -176,7 +176,7 @@ def test_an_adapter_starts_as_its_base_and_leaves_it(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", all_but_one_slow(["grpo", "adapter", "dmd", "language", "rewarded"]))
+@pytest.mark.parametrize("method", all_but_one_slow(["grpo", "adapter", "dmd", "language"]))
 def test_eight_devices_give_the_numbers_of_one(whole, method, tmp_path):
   toy.run(toy.Job(method, mesh={"fsdp": 4, "tensor": 2}), tmp_path)
   for mine, its in zip(rows(tmp_path), rows(whole(method)), strict=True):

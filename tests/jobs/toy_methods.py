@@ -311,7 +311,7 @@ def rewarded(chunks=2):
   def generate(params, nets, batch, key):
     samples = base.rollout.generate(params, nets, batch, key)
     place = jnp.clip((samples["path"][:, -1] + 4) / 8, 0, 1)
-    return {**samples, "pictures": jnp.round(255 * place).astype(jnp.uint8)[:, None, :, None]}
+    return {**samples, "pictures": jnp.pad(jnp.round(255 * place), ((0, 0), (0, 1))).astype(jnp.uint8)[:, None, None]}
 
   def judge(params, nets, samples, batch):
     del batch

@@ -1,5 +1,5 @@
-"""Rewards for processes without jax: those of the toy method `rewarded`, whose picture is a point, [1, 2, 1] uint8, from -4 to 4; and some for tests
-of the processes themselves."""
+"""Rewards for processes without jax: those of the toy method `rewarded`, whose picture is one pixel, red and green a point from -4 to 4; and some for
+tests of the processes themselves."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ def near(picture, task):
   """Minus the distance to the heap of the task's label; now and then it fails."""
   if task["sample_id"] % 16 == 5:
     raise ValueError("this one is blurred")
-  return -float(np.hypot(*(picture[0, :, 0] / 255 * 8 - 4 - CENTRES[task["label"]])))
+  return -float(np.hypot(*(picture[0, 0, :2] / 255 * 8 - 4 - CENTRES[task["label"]])))
 
 
 def bright(picture, task):
