@@ -97,9 +97,6 @@ def published_probabilities(judge, logits, question):
   return odds / odds.sum()
 
 
-# By hand.
-
-
 def test_sizes_equal_published_rule():
   from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
   r = np.random.RandomState(0)
