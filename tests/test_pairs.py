@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import resize_crop
 from data_pipelines.verify import verify
-from qimg2.runtime import inspection
+from qimg2.runtime import curriculum, inspection, report
 from qimg2.runtime.caching import latents as caching
 from qimg2.runtime.caching.networks import Options
 from qimg2.runtime.config import plain
 from qimg2.runtime.run import Run
+from qimg2.training.watch import Ended
 
 NUM = 24
 ENCODED = {(i, worse): encoded(picture(100 * worse + i), "PNG") for i in range(NUM) for worse in (False, True)}
@@ -169,6 +171,15 @@ def test_a_stage_and_its_data_agree_on_pairs(data_dir, tmp_path):
   with pytest.raises(ValueError, match=r"\d+ records of data set 'pairs' have a rejected picture, which the method 'flow_matching'"):
     Run(config(data_dir, "flow_matching"), tmp_path)
   Run(config(data_dir, "flow_matching", ignore_rejected=True), tmp_path)
+
+
+def test_a_stage_that_its_watch_ends_is_reported(data_dir, tmp_path, monkeypatch):
+  reported = []
+  monkeypatch.setattr(curriculum, "train_one", mock.Mock(side_effect=Ended("the watch")))
+  monkeypatch.setattr(report, "write_report", reported.append)
+  with pytest.raises(Ended, match="the watch"):
+    curriculum.train(config(data_dir), tmp_path)
+  assert len(reported) == 1
 
 
 def test_the_sheet_of_inspect_data_shows_both(data_dir):

@@ -37,6 +37,7 @@ from qimg2.training.state import make_optimizers
 from qimg2.training.tracker import Tracker, check_package, tracking
 from qimg2.training.trainer import train_stage
 from qimg2.training.validation import Evaluator
+from qimg2.training.watch import Ended
 
 LATER = ("multiple", "ratio_weights", "max_enlarge", "alpha",  # keys of resolutions and data sets that the first checkpoints did not have
          "shuffle_tags", "drop_tags", "keep_tags", "tag_separator", "loss_weight", "ignore_rejected")
@@ -55,6 +56,7 @@ def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
 
   Raises:
     qimg2.training.faults.Preempted: SIGTERM or SIGINT came; what is trained is saved, and the same call goes on with it.
+    qimg2.training.watch.Ended: a rule of a stage's watch ended it; the same call ends there again.
   """
   cfg, workdir, began = parse(cfg), find_place(workdir, "--workdir"), time.monotonic()
   check_versions()
@@ -72,7 +74,12 @@ def train(cfg: Any, workdir: str | Place, allow_config_change: bool = False,
       for stage in cfg.stages:
         if stage.name not in left:
           continue  # its data and weights, which may take minutes to read, are not needed any more
-        train_one(run, stage, stop, began, profile, allow_config_change, tracked)
+        try:
+          train_one(run, stage, stop, began, profile, allow_config_change, tracked)
+        except Ended:
+          if processes.is_first():
+            report.write_report(run)  # which says why
+          raise
         gc.collect()  # or what only its own cycles hold of this stage would share the devices with the next one
         if processes.is_first():
           report.write_report(run)

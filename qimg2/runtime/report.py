@@ -127,13 +127,12 @@ def _goodput(timing: Sequence[dict]) -> str:
 def _faults(folder: Place) -> str:
   """How many updates were skipped, how many losses jumped, and which rule ended the stage; nothing where none did."""
   rows = read_rows(folder / "faults.jsonl")
-  kinds, ends = [row["fault"] for row in rows], [row for row in rows if row["fault"] == "watch"]
-  if not kinds:
-    return ""
-  ended = "".join(f"<p>Ended by its watch after step {row['step']}: {html.escape(row['sentence'])}.</p>" for row in ends)
-  return (f"<h3>Faults</h3>{ended}<p>{kinds.count('skipped')} updates were skipped because the loss or a gradient was not finite, and "
-          f"{kinds.count('spike')} times the "
-          "loss was far above its median: steps and samples are in faults.jsonl.</p>")
+  kinds = [row["fault"] for row in rows]
+  said = [f"<p>Ended by its watch after step {row['step']}: {html.escape(row['sentence'])}.</p>" for row in rows if row["fault"] == "watch"]
+  if len(said) < len(rows):
+    said.append(f"<p>{kinds.count('skipped')} updates were skipped because the loss or a gradient was not finite, and {kinds.count('spike')} times "
+                "the loss was far above its median: steps and samples are in faults.jsonl.</p>")
+  return f"<h3>Faults</h3>{''.join(said)}" if said else ""
 
 
 def _counts(folder: Place) -> str:
