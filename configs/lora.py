@@ -16,8 +16,8 @@ The argument is NAME:SOURCE, or NAME:PLAN:SOURCE. NAME is the name that launch.p
 the published layout, or run:RUN, the --workdir of a run of launch.train, whose networks, tokenizer and last generator are taken. PLAN, of `PLANS`,
 says which chips there are and how large pictures are: v6e-1-512 is one chip of v6e with pictures of 512 px.
 
-What it costs. docs/lora.md has the figures for each plan. Without a plan: 1,000 steps of 4 pictures; on a run of configs/emoji.py some minutes on two
-CPU cores.
+What it costs. docs/lora.md has memory and bounds of each plan. Without a plan: 1,000 steps of 4 pictures of 1024 px, or for run:RUN of 8 pictures of
+the size that the run was trained on, which takes a few minutes on two CPU cores for the networks of configs/quickstart.py.
 
 Commands:
   python -m launch.prepare_data --source=FOLDER --name=mine --out=runs/data --config=configs/curation.py:small
@@ -43,23 +43,23 @@ RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How chips are used: `fsdp`, their number; `base_px`, side of the square whose area pictures have; `batch_size`, pictures in a batch, as many in
-  one micro-batch as fit; `cached`, whether encoder and VAE stay in the host's memory while steps run, for data sets of launch.cache_latents."""
+  """How chips are used: `fsdp`, their number; `base_px`, side of the square whose area pictures have; `batch_size`, pictures in a batch, at most as
+  many as fit with a tenth of the memory free; rematerialisation policy; `cached`, whether encoder and VAE stay in the host's memory while steps run,
+  for data sets of launch.cache_latents."""
   fsdp: int
   base_px: int
   batch_size: int
-  micro_batches: int = 1
-  remat: str = "dots"
+  remat: str = "attention"
   cached: bool = False
 
 
 PLANS = {
-    "v6e-1-512": Plan(1, 512, 4, cached=True),
-    "v6e-1-1024": Plan(1, 1024, 4, 4, cached=True),
-    "v5e-4-512": Plan(4, 512, 4),
+    "v6e-1-512": Plan(1, 512, 8, cached=True),
+    "v6e-1-1024": Plan(1, 1024, 2, cached=True),
+    "v5e-4-512": Plan(4, 512, 12),
     "v5e-4-1024": Plan(4, 1024, 4),
-    "v5p-4-512": Plan(4, 512, 16),
-    "v5p-4-1024": Plan(4, 1024, 16),
+    "v5p-4-512": Plan(4, 512, 16, "dots"),
+    "v5p-4-1024": Plan(4, 1024, 16, "dots"),
 }
 
 
@@ -147,7 +147,7 @@ def planned(cfg: ConfigDict, plan: Plan) -> ConfigDict:
   own = cfg.stages[0]
   cfg.mesh.fsdp, cfg.model.remat = plan.fsdp, plan.remat
   own.resolutions[0].update(dict(base_px=plan.base_px, batch_size=plan.batch_size))
-  own.optimizer.accumulate, own.offload_frozen = plan.micro_batches, plan.cached
+  own.offload_frozen = plan.cached
   return cfg
 
 

@@ -110,7 +110,6 @@ def test_what_peft_writes_draws_the_same_here(folder, tmp_path):
   transformer.delete_adapters("made")
   file = tmp_path / "pytorch_lora_weights.safetensors"
   assert reference.relative_error(ours(folder, tmp_path, str(file)), drawn) <= 1e-4
-  assert np.abs(ours(folder, tmp_path, f"{file},0.5") - drawn).max() > 0.01
   assert lora_files.open_lora(file, model(folder)).specs()["blocks"]["attn"]["q"]["a"].shape == (2, 64, 4), "layer 1 has rank 2"
 
 

@@ -53,7 +53,6 @@ def test_a_lora_of_a_run_is_trained_and_draws_the_same_from_its_file(smoke_run, 
   drawn, plain = draw(Drawer(workdir=str(run.workdir))), draw(Drawer(workdir=str(theirs)))
   assert np.abs(drawn - plain).max() > 1e-3
   np.testing.assert_allclose(draw(Drawer(workdir=str(theirs), loras=(str(file),))), drawn, atol=1e-4)
-  np.testing.assert_allclose(draw(Drawer(workdir=str(theirs), loras=(f"{file},0",))), plain, atol=1e-5)
   folder = export(run, tmp_path / "folder", dtype="float32")
   written = Pretrained(folder, devices=jax.devices()[:1]).load()["mmdit"]
   jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), written, adapters.merge(run.deployed_weights("lora")["mmdit"]))

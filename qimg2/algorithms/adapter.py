@@ -93,7 +93,7 @@ def _with_base(update: Update, role: str, scale: float, seen: Callable[[Mapping]
 
 def _rollout(rollout: Rollout, seen: Callable[[Mapping], Mapping]) -> Rollout:
   score = _seeing(rollout.score, seen) if rollout.on_device else rollout.score
-  return dataclasses.replace(rollout, generate=_seeing(rollout.generate, seen), score=score)
+  return dataclasses.replace(rollout, generate=_seeing(rollout.generate, seen), score=score, judge=_seeing(rollout.judge, seen))
 
 
 def _seeing(function: Callable | None, seen: Callable[[Mapping], Mapping]) -> Callable | None:
