@@ -1,18 +1,18 @@
 """How many pictures a core scores in a pool while the device draws, and whether the device waits for the pool.
 
-  python -m benchmarks.scoring [--metrics=ocr --metrics=ssim] [--num_pictures=16] [--side_px=512] [--num_workers=0] [--network=FILE.onnx --lpips]
+  python -m benchmarks.scoring [--metrics=ocr --metrics=ssim] [--num_pictures=32] [--side_px=512] [--num_workers=0] [--network=FILE.onnx --lpips]
 
 Scores run in the pool of an evaluation (`qimg2.runtime.evaluating.scoring`), one process per core, on texts set in type. For each metric:
 
   alone       pictures per second of one core's time, in this process, with nothing beside it
-  in a pool   pictures per second and core while this process keeps the device at products of matrices all the time
+  in a pool   the same of the pool's processes, while this process keeps the device at products of matrices all the time
   device      speed of these products beside the pool, over that without it: what scoring takes from drawing
   waits       share of the time in which the device waits, where chunks are drawn as `qimg2.runtime.evaluating.job` does, with as many ahead, and a
               chunk takes the device a quarter longer than the pool; 0 where the pool keeps up
 
-Where the device is the CPU, its products take the cores that score: what is "in a pool" then is a lower bound, and so is "device". Features of a
-network in an ONNX file (`--network`) and LPIPS (`--lpips`, AlexNet with random weights) are computed by the process that draws, so that the device
-waits for them; they have pictures per second and core, or per second of the device, alone.
+A core's time is that which a process had, so that others on the machine change it little. Where the device is the CPU, its products take the cores
+that score, and "device" is a lower bound. Features of a network in an ONNX file (`--network`) and LPIPS (`--lpips`, AlexNet with random weights) are
+computed by the process that draws, so that the device waits for them; they have pictures per second and core, or per second of the device, alone.
 """
 
 import dataclasses
@@ -48,6 +48,13 @@ def _kept(task: Task, picture: np.ndarray) -> dict[str, float]:
 
 def _ocr(task: Task, picture: np.ndarray) -> dict[str, object]:
   return text_suites.read_and_score(dataclasses.replace(task, truth=(task.prompt,)), picture, score_text)
+
+
+def _timed(score: Callable[[Task, np.ndarray], dict], task: Task, picture: np.ndarray) -> dict[str, float]:
+  """Seconds of this thread's processor time that a score takes."""
+  begin = time.thread_time()
+  score(task, picture)
+  return {"seconds": time.thread_time() - begin}
 
 
 METRICS: dict[str, Callable[[Task, np.ndarray], dict]] = {"ocr": _ocr, "ssim": _ssim, "kept": _kept}
@@ -92,18 +99,16 @@ def measure(name: str, tasks: Sequence[Task], pictures: Sequence[np.ndarray], nu
   """The figures of one metric on these pictures, at least one of them."""
   score, num = METRICS[name], len(tasks)
   score(tasks[0], pictures[0])
-  begin = time.process_time()
-  for task, picture in zip(tasks, pictures):
-    score(task, picture)
-  alone, usual = num / max(time.process_time() - begin, 1e-9), device.work(1.0)
-  with Scorer(Suite(lambda num, seed: [], score=score, is_slow=True), num_workers) as scorer:
+  rate = lambda scores: num / max(sum(one["seconds"] for one in scores), 1e-9)
+  alone, usual = rate([_timed(score, task, picture) for task, picture in zip(tasks, pictures)]), device.work(1.0)
+  with Scorer(Suite(lambda num, seed: [], score=functools.partial(_timed, score), is_slow=True), num_workers) as scorer:
     scorer.begin(tasks[:1] * num_workers, pictures[:1] * num_workers).finish()  # its processes start and load
     begin, pending = time.perf_counter(), scorer.begin(tasks, pictures)
     beside = device.work(float("inf"), until=lambda: all(one.done() for one in pending.futures))
-    pending.finish()
-    speed = num / (time.perf_counter() - begin)
-    waits = _waits(scorer, tasks, pictures, device, SLOWER * CHUNK / speed)
-  return Row(name, alone, speed / num_workers, beside / usual, waits)
+    in_pool, _ = pending.finish()
+    seconds = (time.perf_counter() - begin) / num
+    waits = _waits(scorer, tasks, pictures, device, SLOWER * CHUNK * seconds)
+  return Row(name, alone, rate(in_pool), beside / usual, waits)
 
 
 def _waits(scorer: Scorer, tasks: Sequence[Task], pictures: Sequence[np.ndarray], device: Device, chunk_s: float) -> float:
@@ -159,7 +164,8 @@ def main(_: Sequence[str]) -> None:
 def define_flags() -> None:
   """The command's flags."""
   flags.DEFINE_multi_enum("metrics", list(METRICS), list(METRICS), "Metrics on the host; repeat the flag for more.")
-  flags.DEFINE_integer("num_pictures", 16, "Pictures that are scored, by each metric.", lower_bound=1)
+  flags.DEFINE_integer("num_pictures", 32, "Pictures that are scored, by each metric; with fewer than the pool is ahead by nothing could wait.",
+                       lower_bound=CHUNK * (AHEAD + 1))
   flags.DEFINE_integer("side_px", 512, "Side of a picture.", lower_bound=64)
   flags.DEFINE_integer("num_workers", 0, "Processes; 0: one less than there are cores, as an evaluation has.", lower_bound=0)
   flags.DEFINE_string("network", "", "A feature network of 299 px in an ONNX file, as `fidelity` takes it.")

@@ -4,9 +4,10 @@
   python -m launch.inspect_data --config=configs/pretrain.py --num_processes=4 --process_id=1
 
 Each line on stdout is one batch as JSON: its number, stage, data set, task, bucket, and the ids of the samples that this process loads. That is
-the plan, and no picture is read for it. --out reads the batches and draws them: for each sample the condition images, then the target, and below
-them the prompt that the batch's tokens say. --summary prints to stderr what became of the records, how the batches divide over data sets, tasks
-and buckets, and how much of the prompts is padding.
+the plan, and no picture is read for it. --truth adds what the records of these samples say of their pictures, which is what rewards are told. --out
+reads the batches and draws them: for each sample the condition images, then the target, and below them the prompt that the batch's tokens say.
+--summary prints to stderr what became of the records, how the batches divide over data sets, tasks and buckets, and how much of the prompts is
+padding.
 """
 
 import json
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 
 from launch import cli
 from qimg2.runtime.config import parse
-from qimg2.runtime.inspection import open_data, plan, sheet, summary, table
+from qimg2.runtime.inspection import open_data, plan, sheet, summary, table, truths
 from qimg2.runtime.sheets import save_picture
 
 
@@ -34,6 +35,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("process_id", 0, "Which of them to look at.", lower_bound=0)
   flags.DEFINE_string("out", "", "A PNG file to draw the batches into; empty draws nothing.")
   flags.DEFINE_integer("num_tiles", 8, "How many samples of each batch to draw.", lower_bound=1)
+  flags.DEFINE_bool("truth", False, "Add to each line what the records of its samples say of their pictures.")
   flags.DEFINE_bool("summary", False, "Print counts and shares to stderr; with --num_batches=0 nothing else.")
 
 
@@ -43,7 +45,7 @@ def main(_: Sequence[str]) -> None:
   jax.config.update("jax_platforms", "cpu")  # training may be using the accelerators
   data = open_data(parse(args.config), args.stage, (args.process_id, args.num_processes))
   for row in plan(data, args.start, args.num_batches):
-    print(json.dumps(row))
+    print(json.dumps(row | ({"truth": truths(data, row["batch"])} if args.truth else {}), ensure_ascii=False))
   if args.summary:
     print(table(summary(data)), file=sys.stderr)
   if args.out:

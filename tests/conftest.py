@@ -24,6 +24,7 @@ LONG = ("smoke_run", "test_methods", "test_sharded_equality", "published", "test
 NUMBERS = itertools.count()
 LIMIT_S = 10 * float(os.environ.get("QIMG2_TEST_SLOWNESS", 1))
 
+gc.disable()  # until all is imported, of which nothing is garbage
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for milliseconds but take minutes to compile: skip what makes them fast, in this process and in those that it starts. Measured on
 # a gradient of the VAE: 5.8 s with LLVM's first level of optimisation, 3.0 s without, 1.4 s without fused code and LLVM's dearer passes as well. Cut
@@ -113,8 +114,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-  """What all tests import is never looked through for garbage again."""
+  """From here on Python looks for garbage, but not in what all tests import."""
   gc.freeze()
+  gc.enable()
 
 
 def pytest_itemcollected(item):

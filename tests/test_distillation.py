@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_dpo import SCHEDULE, Linear, draw
+from linear_flow import SCHEDULE, Linear, draw
 
 from qimg2.algorithms.distillation import distillation
 from qimg2.training.metrics import read_rows

@@ -6,35 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_flow import SCHEDULE, Linear, draw
 
 from qimg2.algorithms import Rewards
 from qimg2.algorithms.dpo import best_and_worst, dpo, online_dpo, preference
-from qimg2.flow import Schedule
 from qimg2.training.metrics import read_rows
 from tests.jobs import toy
 
-SCHEDULE = Schedule(shift="none")
-BETA, SHAPE = 50.0, (6, 2, 3, 4)
-
-
-class Linear:
-  """Networks whose velocity is x a + b + t c for channels a, b and a scalar c, and whose pictures are their own latents."""
-
-  def velocity(self, params, x_t, t, cond):
-    per_channel = lambda x: x[None, None, None]
-    return x_t * per_channel(params["a"]) + per_channel(params["b"]) + cond + t[:, None, None, None] * params["c"]
-
-  def target_latents(self, params, batch):
-    return batch["latents"] if "latents" in batch else batch["target"]
-
-  def condition(self, params, batch):
-    return batch["prompt"][:, None, None, None]
-
-
-def draw(seed):
-  rng = np.random.default_rng(seed)
-  weights = lambda scale: {"a": scale * rng.normal(size=4), "b": scale * rng.normal(size=4), "c": scale * rng.normal()}
-  return weights(0.5), weights(0.5), rng.normal(size=SHAPE), rng.normal(size=SHAPE), rng.uniform(0.05, 0.95, 6), rng.normal(size=SHAPE)
+BETA = 50.0
 
 
 def by_hand(model, reference, x_w, x_l, t, noise):

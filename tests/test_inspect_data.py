@@ -16,6 +16,7 @@ from PIL import Image
 from configs import quickstart
 from data_pipelines import mixture as mixtures
 from data_pipelines.cache import Cache
+from data_pipelines.embedded import glyph_edits, glyphs
 from data_pipelines.loader import Loader
 from qimg2.runtime import inspection, sheets
 from qimg2.runtime.inspection import open_data
@@ -69,6 +70,13 @@ def test_processes_divide_the_plan(config, data):
   for whole, *rows in zip(inspection.plan(data, 7, 5), *(inspection.plan(part, 7, 5) for part in parts)):
     assert all(len(row["sample_ids"]) == 2 for row in rows)
     assert [number for row in rows for number in row["sample_ids"]] == whole["sample_ids"]
+
+
+def test_the_truth_of_each_row_is_that_of_its_record(data):
+  made = {"t2i": lambda number: glyphs.example(number, 0), "ti2i": lambda number: glyph_edits.example(number, "train", 0)}
+  for row in inspection.plan(data, 0, 8):
+    expected = [json.loads(made[row["task"]](number)["attributes"]) for number in row["sample_ids"]]
+    assert inspection.truths(data, row["batch"]) == expected
 
 
 def test_no_weights_and_no_mesh_of_the_config_are_needed(config):
@@ -190,11 +198,12 @@ def test_nothing_to_draw_is_named(data):
 def test_the_command(config, data, tmp_path):
   inspect = lambda *arguments: launch("launch.inspect_data", "--config=configs/quickstart.py:smoke", f"--config.data_dir={config.data_dir}",
                                       "--config.prepare.num_examples=120", *arguments)
-  result = inspect("--stage=sft", "--num_batches=3", "--start=2", "--num_processes=4", "--process_id=1", "--summary",
+  result = inspect("--stage=sft", "--num_batches=3", "--start=2", "--num_processes=4", "--process_id=1", "--summary", "--truth",
                    f"--out={tmp_path}/sheets/a.png")
   assert result.returncode == 0, result.stderr
   rows = [json.loads(line) for line in result.stdout.splitlines()]
-  assert [row["batch"] for row in rows] == [2, 3, 4] and all(row["stage"] == "sft" and len(row["sample_ids"]) == 2 for row in rows)
+  assert [row["batch"] for row in rows] == [2, 3, 4]
+  assert all(row["stage"] == "sft" and len(row["sample_ids"]) == len(row["truth"]) == 2 for row in rows)
   assert "compiled steps" in result.stderr
   assert Image.open(tmp_path / "sheets" / "a.png").size[1] > 3 * 128
   result = inspect("--stage=nope")

@@ -1,5 +1,6 @@
 """The judge: rubrics and figures by hand; the template, the scores and the programs against the published classes with the same small weights."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import reference
 import safetensors.numpy
 import torch
+from PIL import Image
 
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import encode_png
@@ -18,9 +20,12 @@ from qimg2.evaluation import judge as pure
 from qimg2.evaluation import judge_prompts, judge_scores, rubrics
 from qimg2.evaluation.judge_scores import Preference
 from qimg2.models import qwen3_vl
+from qimg2.rewards import vlm
 from qimg2.runtime import judging
 from qimg2.runtime.judge import MAX_CHOICES, Judge, Question, fit_size
+from qimg2.runtime.judged import StageJudge, resize
 from qimg2.runtime.rehearsal.judging import Batch, judge_part
+from qimg2.sharding import identity
 
 DIGITS = tuple((digit,) for digit in rubrics.SCALE)
 TEXTS = ["Reply with one number and nothing else. 1 2 3 4 5", "yes no Yes No", "user system assistant the picture"] * 3
@@ -389,3 +394,36 @@ def remove_head(path):
   weights = safetensors.numpy.load_file(path)
   weights.pop("lm_head.weight")
   safetensors.numpy.save_file(weights, path)
+
+
+@pytest.mark.parametrize("shape, size", [((96, 192), (64, 64)), ((64, 64), (96, 128)), ((64, 96), (64, 96))])
+def test_pictures_are_resized_on_the_device_as_on_the_host(shape, size):
+  pictures = np.stack([picture(seed, *shape) for seed in range(2)])
+  expected = np.stack([Image.fromarray(one).resize(size[::-1], Image.Resampling.BICUBIC) for one in pictures])
+  found = np.asarray(jax.jit(resize, static_argnums=1)(pictures, size))
+  off = np.abs(found.astype(int) - expected)
+  assert found.dtype == np.uint8 and off.max() <= 1 and off.mean() < 0.02
+
+
+@pytest.mark.slow
+def test_a_stage_asks_its_judge_about_every_picture_inside_jit(judged, tmp_path, caplog):
+  """Two pictures of each prompt beside its source, as the judge itself is asked; resized as on the host; a prompt that is too long has no score."""
+  (tmp_path / "short.toml").write_text('user = "{sources}{picture}{prompt}"')
+  settings = vlm.Judge(str(judged[0]), str(tmp_path / "short.toml"), 64, 48)
+  rewards, sizes = StageJudge({"edit": settings}), ((96, 192), ((64, 64),))
+  tasks = [{"prompt": "a cat"}, {"prompt": "a dog, " * 20, "sample_id": 7}, {"prompt": "a bird"}]
+  pictures, sources = np.stack([picture(seed, *sizes[0]) for seed in range(6)]), np.stack([picture(seed, *sizes[1][0]) for seed in range(6, 9)])
+  asked = rewards.arrays(tasks, *sizes)
+  assert {key: x.shape for key, x in asked.items()} == {key: x.shape for key, x in rewards.shapes(3, *sizes).items()}
+  judge, weights = rewards.rewards["edit"].judge, judged[3].weights
+  judge._weights = weights
+  score = jax.jit(lambda params, samples, batch: rewards.score(params, types.SimpleNamespace(shard=identity), samples, batch))
+  found = score({"judge": weights}, {"pictures": pictures}, asked | {"sources": (sources,)})["edit"]
+  fill = rubrics.find_rubric(settings.rubric).fill
+  rows = [judge.prepare(Question(fill(tasks[row // 2], {"picture": [judge.fit(pictures[row], sources[row // 2])], "sources": [sources[row // 2]]}),
+                                 DIGITS)) for row in (0, 1, 4, 5)]
+  expected = np.stack(judge.ask(rows)) @ np.arange(1, 6, dtype=np.float32)
+  np.testing.assert_allclose(found, [*expected[:2], np.nan, np.nan, *expected[2:]], atol=1e-3)
+  assert "reward edit is not asked about sample 7: rubric and prompt have" in caplog.text
+  with pytest.raises(ValueError, match="name one folder"):
+    StageJudge({name: dataclasses.replace(settings, pretrained=name) for name in ("here", "elsewhere")})

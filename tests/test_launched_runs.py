@@ -94,13 +94,10 @@ def test_two_processes_train_evaluate_and_draw_as_one_does(alone, config_file, c
   assert names(tmp_path) == names(alone) and (tmp_path / "high_resolution" / "samples" / f"{STEPS:08d}_ti2i.png").is_file()
   assert len(list((tmp_path / "high_resolution").glob("events.*"))) == 1
   assert "Report:" in printed[0] and not any(printed[1:])
-  before = {stage: (tmp_path / stage / "metrics.jsonl").read_bytes() for stage in STAGES}
-  together(2, *train(config_file, tmp_path, compilation_cache), heartbeat_s=UNHURRIED_S)  # both find that there is nothing left to do
-  assert {stage: (tmp_path / stage / "metrics.jsonl").read_bytes() for stage in STAGES} == before
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws(alone, tmp_path):
+def test_two_processes_draw_what_one_draws(alone, tmp_path, one_device):
   arguments = lambda num: (f"--workdir={alone}", "--prompt=red star on white", "--prompt=blue A", "--prompt=a green K", "--num_steps=2",
                            "--guidance=2", f"--out={tmp_path}/{num}.png", f"--save_latents={tmp_path}/{num}.npy", f"--pictures={tmp_path}/{num}")
   printed = [commands.launch("launch.sample", *arguments(1)).stdout, *together(2, "-m", "launch.sample", *arguments(2), heartbeat_s=UNHURRIED_S)]
@@ -111,12 +108,12 @@ def test_two_processes_draw_what_one_draws(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(alone, tmp_path):
+def test_two_processes_evaluate_as_one(alone, tmp_path, one_device):
   results = []
   for num in (1, 2):
     workdir = shutil.copytree(alone, tmp_path / str(num))
     record = json.loads((workdir / "config.json").read_text())
-    record["config"]["evals"] = {"glyphs": {"num_prompts": 8}, "glyph_edits": {"num_prompts": 4}}
+    record["config"]["evals"] = {"glyph_edits": {"num_prompts": 4}}  # which draws, from more
     (workdir / "config.json").write_text(json.dumps(record))
     if num == 1:
       printed = [commands.launch("launch.evaluate", f"--workdir={workdir}").stdout]

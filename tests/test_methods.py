@@ -28,26 +28,9 @@ def all_but_one_slow(methods):
   return [first, *(pytest.param(method, marks=pytest.mark.slow) for method in others)]
 
 
-class Killed(BaseException):
-  """Ends a run where it is, as a kill does: nothing catches it."""
-
-
-def die_before(batch, reason=Killed):
-  """Wraps a loader: the process ends, or fails, when it asks for this batch."""
-  def wrap(loader):
-    class Dying:
-      def iterate(self, first):
-        for bucket_and_rows in loader.iterate(first):
-          if bucket_and_rows[1]["sample_id"][0] == toy.ROWS * batch:
-            raise reason
-          yield bucket_and_rows
-    return Dying()
-  return wrap
-
-
 def test_a_mistake_in_a_batch_does_not_cut_off_the_save_before(tmp_path):
   with pytest.raises(ValueError, match="a broken record"):
-    toy.run(toy.Job("supervised", save_every=1, **ONE), tmp_path, wrap=die_before(6, ValueError("a broken record")))
+    toy.run(toy.Job("supervised", save_every=1, **ONE), tmp_path, wrap=toy.die_before(6, ValueError("a broken record")))
   assert newest_step(tmp_path / "toy" / "checkpoints") == 6 and not list(tmp_path.rglob("*tmp*"))
 
 
@@ -64,8 +47,8 @@ def test_saves_by_time_change_no_number(whole, tmp_path, monkeypatch):
   """Saved after every third step, which is no multiple of what is due by number, and killed between."""
   monkeypatch.setattr(faults, "time", types.SimpleNamespace(monotonic=itertools.count().__next__))
   job = toy.Job("supervised", save_every=1000, save_every_s=3, **ONE)
-  with pytest.raises(Killed):
-    toy.run(job, tmp_path, wrap=die_before(10))
+  with pytest.raises(toy.Killed):
+    toy.run(job, tmp_path, wrap=toy.die_before(10))
   toy.let_threads_end(tmp_path)
   assert max(int(path.name) for path in (tmp_path / "toy" / "checkpoints").iterdir() if path.name.isdigit()) == 9
   toy.run(job, tmp_path)
@@ -89,8 +72,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("method", all_but_one_slow(METHODS))
 def test_a_killed_run_ends_with_the_same_bits(whole, method, tmp_path):
   """Killed between two saves."""
-  with pytest.raises(Killed):
-    toy.run(toy.Job(method, **ONE), tmp_path, wrap=die_before(6))
+  with pytest.raises(toy.Killed):
+    toy.run(toy.Job(method, **ONE), tmp_path, wrap=toy.die_before(6))
   toy.let_threads_end(tmp_path)
   toy.run(toy.Job(method, **ONE), tmp_path)
   assert_same(tmp_path, whole(method))
@@ -110,8 +93,8 @@ def test_a_run_that_is_asked_to_stop_ends_with_the_same_bits(whole, at, tmp_path
 @pytest.mark.slow
 def test_a_run_that_is_killed_before_any_checkpoint_goes_on_from_its_copies(whole, tmp_path, caplog):
   job = toy.Job("supervised", save_every=1000, local_copies=(str(tmp_path / "disk"), 1e-6), **ONE)
-  with pytest.raises(Killed):
-    toy.run(job, tmp_path / "run", wrap=die_before(8))
+  with pytest.raises(toy.Killed):
+    toy.run(job, tmp_path / "run", wrap=toy.die_before(8))
   toy.run(job, tmp_path / "run")
   assert "Stage toy goes on at step 7 from copies on the machines' own disks: the newest checkpoint is of step None" in caplog.text
   assert_same(tmp_path / "run", whole("supervised"))
@@ -226,7 +209,7 @@ def test_rows_that_the_mesh_does_not_divide_are_named(tmp_path):
 
 def test_a_finished_stage_is_left_alone(whole):
   before = (whole("supervised") / "toy" / "metrics.jsonl").read_bytes()
-  assert toy.run(toy.Job("supervised", **ONE), whole("supervised"), wrap=die_before(0)) is None
+  assert toy.run(toy.Job("supervised", **ONE), whole("supervised"), wrap=toy.die_before(0)) is None
   assert (whole("supervised") / "toy" / "metrics.jsonl").read_bytes() == before
 
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from raw_folder import encoded, picture
 from raw_sources import parquet, tar, write
-from test_curation import settings
 
-from configs import base, quickstart
+from configs import base, curation, quickstart
 from data_pipelines import records
 from data_pipelines.curation import encode
 from data_pipelines.curation.reading import Reading
@@ -21,6 +20,7 @@ from data_pipelines.transforms import resize_crop
 from qimg2.runtime import inspection
 from qimg2.runtime.caching.latents import cache_latents
 from qimg2.runtime.caching.networks import Encoder, Options
+from qimg2.runtime.config import plain
 from qimg2.runtime.run import Run
 
 NUM = 24
@@ -83,7 +83,7 @@ def test_a_pair_of_two_shapes_is_refused(tmp_path):
 
 def build(out, name, samples):
   """A data set of samples as curation writes their records, the last quarter of them held out."""
-  made = [encode.record(one, settings()["encode"], 6) | {"sample_id": i} for i, one in enumerate(samples)]
+  made = [encode.record(one, plain(curation.get_config("small"))["encode"], 6) | {"sample_id": i} for i, one in enumerate(samples)]
   parts = dict(zip(records.SPLITS, (made[:-NUM // 4], made[-NUM // 4:])))
   columns = {split: records.Columns() for split in parts}
   shards = {split: [records.write_shard(out / split, columns[split].watch(some))] for split, some in parts.items()}

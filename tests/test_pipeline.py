@@ -99,13 +99,14 @@ def compare(first, folder, seed, num_sources, guidance, rows=(0, 1, 2), cache=Tr
     assert np.abs(pixels[row] / 255 - picture).max() <= PIXELS_TOLERANCE
 
 
-@pytest.mark.parametrize("num_sources, guidance", [(0, 3.0), pytest.param(2, 1.0, marks=pytest.mark.slow)])
+# No condition image to three, guided and not; one of them is below. To compile what draws takes most of the time: these cases share it.
+@pytest.mark.parametrize("num_sources, guidance", [(0, 3.0), pytest.param(3, 1.0, marks=pytest.mark.slow)])
 def test_latents_and_pixels_equal_the_pipeline(folders, num_sources, guidance):
   compare(folders(0), folders(0), 0, num_sources, guidance)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_sources, guidance", [(0, 1.0), (1, 3.0), (2, 3.0), (3, 1.0)])
+@pytest.mark.parametrize("num_sources, guidance", [(0, 3.0), (2, 3.0), (3, 1.0)])
 def test_three_seeds_equal_the_pipeline(folders, num_sources, guidance):
   for seed in range(3):
     compare(folders(0), folders(seed), seed, num_sources, guidance, rows=(seed % 3,))

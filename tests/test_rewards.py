@@ -21,6 +21,7 @@ from qimg2.rewards import LARGEST
 from qimg2.rewards.edits import kept
 from qimg2.rewards.glyphs import glyph
 from qimg2.rewards.own import own
+from qimg2.rewards.pool import Pool
 from qimg2.rewards.scoring import Scorer
 from qimg2.rewards.service import service
 from qimg2.rewards.text import read_text, texts_of
@@ -59,6 +60,14 @@ def test_what_is_not_asked_for_is_not_scored_and_not_missed(caplog):
   found = score({"trouble": ours("trouble")}, PICTURES[:3], tasks, 1, is_asked=lambda name, task: task["do"] != "raise")
   np.testing.assert_array_equal(found["trouble"], [1, np.nan, 3])
   assert "no number" not in caplog.text
+
+
+def test_a_pool_that_is_left_waits_for_no_picture():
+  with Pool({"trouble": ours("trouble").score}, {"trouble": 60.0}, 1) as pool:
+    pool.start()
+    futures = pool.begin(PICTURES[:2], [{"do": "sleep"}] * 2, [["trouble"]] * 2)
+    begin = time.monotonic()
+  assert time.monotonic() - begin < 30 and futures[1].cancelled() and isinstance(futures[0].exception(), RuntimeError)
 
 
 @pytest.mark.parametrize("name, message", [("nothing", "ValueError: the module tests.jobs.toy_rewards has no function 'nothing'"),

@@ -3,10 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kill_points import last_arrays
+from small_networks import FEATURES, LATENTS, NETS, PIXELS, abstract_batch
 
+from qimg2 import params as P
 from qimg2.algorithms import Rewards
 from qimg2.algorithms.diffusion_nft import diffusion_nft
 from qimg2.algorithms.flow_grpo import flow_grpo
@@ -94,6 +97,28 @@ def test_what_learns_by_contrast_gets_nearer(tmp_path):
   rows = train(tmp_path, nft(), num_steps=20)
   assert np.mean([row["reward/near"] for row in rows[-3:]]) > np.mean([row["reward/near"] for row in rows[:3]]) + 0.3
   assert rows[0]["away_from_reference"] < rows[-1]["away_from_reference"] and 0.4 < rows[0]["good"] < 0.6
+
+
+@pytest.mark.parametrize("make, settings, fields, is_edit", [
+    (grpo, dict(guidance_in_loss=True), PIXELS, True), (grpo, dict(), FEATURES, True), (nft, dict(guidance=2.0), LATENTS, False)])
+def test_the_networks_of_a_run_take_part_from_prompt_to_loss(make, settings, fields, is_edit):
+  """Edits and drawing, from pixels and from caches, as far as shapes tell."""
+  method = make(**settings)
+  if not is_edit:
+    fields = {name: () if name in ("sources", "source_latents") else field for name, field in fields.items()}
+  fields = fields | {f"null_{name}": fields[name] for name in ("tokens", "token_count", "features") if name in fields}
+  params = {name: P.abstract(NETS.specs()[role.network]) for name, role in method.roles.items()}
+  params |= {name: params[average.role] for name, average in method.averages.items()}
+
+  def step(params, batch, key):
+    samples = method.rollout.generate(params, NETS, batch, key)
+    scores = {"rewards": {"near": jnp.zeros(32)}, "weight": jnp.ones(32)}
+    data = method.rollout.minibatches({**samples, **scores}, key)
+    return samples["pictures"], *method.updates[0].loss(params, params, NETS, jax.tree.map(lambda x: x[0], data), key)
+
+  pictures, loss, metrics = jax.eval_shape(step, params, abstract_batch(fields, 8), jax.random.key(0))
+  assert pictures.shape == (32, 64, 32, 4) and pictures.dtype == jnp.uint8 and loss.shape == (16 if make is grpo else 32,)
+  assert "pictures" in method.rollout.scored and {x.shape for x in metrics.values()} == {loss.shape}
 
 
 @pytest.mark.parametrize("make, settings, message", [

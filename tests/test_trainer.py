@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from qimg2.algorithms import Algorithm, Role, Update
-from qimg2.training import changes, checkpoint, faults, feed, metrics, progress, space, trainer
+from qimg2.training import changes, checkpoint, faults, feed, metrics, progress, space, trainer, watch
 from qimg2.training.profiler import Profiler
 from qimg2.training.programs import StepPrograms
 
@@ -63,10 +63,10 @@ class Loop:
     writer = types.SimpleNamespace(write=self.log, write_timing=self.log, sync=lambda: None, close=lambda: None)
     save = lambda state, meta: self.saved.append(meta)
     checkpoints = types.SimpleNamespace(folder=pathlib.Path(), save=save, wait=lambda: None, close=lambda: None)
-    watch = faults.StepMonitor("s", stage.faults, lambda step, row: self.faults.append((step, row)))
+    monitor = faults.StepMonitor("s", stage.faults, lambda step, row: self.faults.append((step, row)))
     recorder = metrics.GoodputRecorder()
-    self.output = trainer.StageOutput(writer, checkpoints, watch, recorder, types.SimpleNamespace(is_due=lambda by_number: False),
-                                      progress.Progress("s", num_steps, recorder))
+    self.output = trainer.StageOutput(writer, checkpoints, monitor, recorder, types.SimpleNamespace(is_due=lambda by_number: False),
+                                      progress.Progress("s", num_steps, recorder), watch.Watch(watch.Settings()))
     self.programs = StepPrograms(lambda bucket: self.step, range(2))
     self.run = lambda: trainer._loop(stage, types.SimpleNamespace(step=start, params={}, averages={}), {}, self.programs, None,
                                      trainer.Feed(self.iterate(start), self.put), self.output, stop, Profiler(pathlib.Path(), None), is_save_due)

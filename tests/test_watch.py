@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_methods import Killed, die_before, let_threads_end
 
 from qimg2 import sampler
 from qimg2.algorithms import Algorithm, Role, Rollout, Update
@@ -91,9 +90,9 @@ def test_a_gold_reward_that_fails_leaves_nothing_out(ended):
 
 
 def test_a_run_that_was_killed_ends_at_the_same_step(ended, tmp_path):
-  with pytest.raises(Killed):
-    toy.run(job(BAND), tmp_path, wrap=die_before(4))
-  let_threads_end(tmp_path)
+  with pytest.raises(toy.Killed):
+    toy.run(job(BAND), tmp_path, wrap=toy.die_before(4))
+  toy.let_threads_end(tmp_path)
   with pytest.raises(watch.Ended) as error:
     toy.run(job(BAND), tmp_path)
   assert str(error.value) == ended[1]

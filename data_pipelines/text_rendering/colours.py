@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RGB = {"black": (22, 22, 24), "white": (252, 252, 250), "grey": (112, 114, 118), "red": (190, 24, 34), "orange": (236, 120, 18),
-       "yellow": (250, 214, 70), "green": (26, 118, 62), "blue": (30, 92, 200), "navy": (20, 34, 88), "purple": (108, 40, 140),
+RGB = {"black": (22, 22, 24), "white": (252, 252, 250), "grey": (88, 90, 94), "red": (190, 24, 34), "orange": (236, 120, 18),
+       "yellow": (250, 214, 70), "green": (20, 102, 52), "blue": (30, 92, 200), "navy": (20, 34, 88), "purple": (108, 40, 140),
        "brown": (98, 60, 34), "cream": (247, 238, 216), "pink": (250, 196, 208)}
 CONTRAST, LARGE_CONTRAST = 4.5, 3.0
 LARGE_PX = 24

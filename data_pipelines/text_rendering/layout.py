@@ -94,7 +94,12 @@ def fit(paragraphs: Sequence[str], style: Style, width: float, height: float, si
   Args: paragraphs, at least one, none empty; style; sides of the frame; least and greatest size in px.
 
   Returns None where not even the least size fits.
+
+  Raises:
+    ValueError: a paragraph is empty, or no face of the typeface has one of its characters.
   """
+  if not paragraphs or not all(map(str.strip, paragraphs)):
+    raise ValueError("A text has no paragraph, or an empty one: leave it out.")
   text = _Text(tuple(paragraphs), style)
   low, high = sizes
   if not text.fits(width, height, low):

@@ -156,6 +156,11 @@ class RenderedText(Sequence):
     raise ValueError(f"No caption of picture {number} ({corpus.language.name}) has at most {slot.tokens} tokens: give a tokenizer that knows the "
                      "language, with a larger vocabulary.")
 
+  @staticmethod
+  def truth(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a record says that its picture shows, see `pure.truth_of`, and "picture", its number."""
+    return json.loads(record["attributes"])
+
   def index(self) -> dict[str, np.ndarray]:
     """Returns the index of all slots, see `records.open_split`; caption_tokens says how many there are at most, with the template.
 

@@ -25,6 +25,7 @@ ValidationFn = Callable[[Weights, Any, dict, jax.Array], tuple[Metrics, jax.Arra
 FinalizeFn = Callable[[Weights, Any, list[dict]], Weights]
 DeployFn = Callable[[Weights], Weights]
 
+RESERVED = {"left_out", "learned"}  # names of no reward
 COMPUTE = "compute"  # a role's dtype: the one that its network computes in
 
 
@@ -133,8 +134,9 @@ class Rollout:
   scored: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if not self.rewards or "left_out" in self.rewards:
-      raise ValueError("A rollout needs the names of its rewards, and reward/left_out is the share of samples without a finite one.")
+    if not self.rewards or RESERVED & set(self.rewards):
+      raise ValueError("A rollout needs the names of its rewards, and reward/left_out is the share of samples without a finite one, reward/learned "
+                       "of those that are learned from: choose other names.")
     if self.chunks < 1 or set(self.judged) - set(self.rewards) or (self.judge is None) == bool(self.judged):
       raise ValueError(f"A rollout in {self.chunks} chunks whose judge gives {', '.join(self.judged) or 'nothing'}: give at least one chunk, and a "
                        "judge with the names, among the rewards, of what it gives.")

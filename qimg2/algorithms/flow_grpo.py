@@ -141,7 +141,8 @@ class _Recipe:
     loss, ratio, is_bounded = OBJECTIVES[self.objective](step, difference, batch["noise"], batch["advantage"], self.clip)
     divergence = sde.divergence(difference, step.deviation)
     at_first = lambda value: jnp.where(first, self.scoring.num_minibatches * value, 0.0)  # so that the mean over minibatches is that of the first
-    off = jnp.sqrt(sde.row_mean(jnp.square(now - batch["velocity"])) / sde.row_mean(jnp.square(batch["velocity"])))
+    off = sde.row_mean(jnp.square(now - batch["velocity"]))
+    off = jnp.where(off == 0, 0.0, jnp.sqrt(off / sde.row_mean(jnp.square(batch["velocity"]))))  # a velocity of 0 may be met exactly
     metrics = {"ratio": ratio, "clipped": is_bounded, "divergence": divergence, "ratio_off": at_first(jnp.abs(ratio - 1) + divergence),
                f"{nets.compute_dtypes()['mmdit']}_off": at_first(off), "advantage": jnp.abs(batch["advantage"]),
                "replaced": batch["replaced"], "without_spread": batch["without_spread"]}

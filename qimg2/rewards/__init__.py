@@ -13,6 +13,7 @@ Nothing here imports jax: rewards run in processes beside the one that has the d
   edits    what an edit should leave as it is
   own      a function of the user's
   service  an HTTP endpoint of the user's
+  vlm      a vision-language model as a judge on the device: its settings
   kinds    the rewards that a config can name
   pool, worker, scoring   the processes, and all rewards of a stage together
 """
@@ -40,19 +41,21 @@ def ready() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """One reward. It has a `score` or a `score_batch`.
+  """One reward. It has a `score`, a `score_batch` or a `judge`.
 
   Attributes:
     score: (picture [H, W, C] uint8, task) -> a number, in a process of the pool; a function of a module or a partial of one. `ValueError` or
       `OSError` for a picture that cannot be scored.
     score_batch: (pictures [B, H, W, C] uint8, tasks) -> B times `Scored`, in a thread of this process: for a service that waits, and takes many
       pictures at a time.
+    judge: settings of a judge on the device, `qimg2.rewards.vlm.Judge`.
     check: raises `ValueError`, a clause without a full stop, for a task without the truth that the reward needs.
     check_machine: raises `ValueError` where this machine lacks what the reward needs, such as a package.
     sees_pictures: whether it looks at those of the task. Others get a task without them, because to send them takes time.
   """
   score: Callable[[np.ndarray, Task], float] | None = None
   score_batch: Callable[[np.ndarray, Sequence[Task]], Sequence[Scored]] | None = None
+  judge: Any = None
   check: Callable[[Task], None] = accept
   check_machine: Callable[[], None] = ready
   sees_pictures: bool = False

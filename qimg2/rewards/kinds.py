@@ -8,5 +8,7 @@ from qimg2.rewards.glyphs import glyph
 from qimg2.rewards.own import own
 from qimg2.rewards.service import service
 from qimg2.rewards.text import read_text
+from qimg2.rewards.vlm import judge
 
-KINDS: dict[str, Callable[..., Reward]] = {"glyph": glyph, "ocr": read_text, "kept": kept, "function": own, "http": service}
+KINDS: dict[str, Callable[..., Reward]] = {"glyph": glyph, "ocr": read_text, "kept": kept, "function": own, "http": service,
+                                            "judge": judge}

@@ -30,12 +30,14 @@ class Process:
     self._process: subprocess.Popen | None = None
     self._connection: Connection | None = None
     self._life = -1
+    self._is_over = False
 
   def score(self, picture: np.ndarray, task: Task, names: Sequence[str]) -> list[Scored]:
     """What the functions of these names say of a picture, in their order.
 
     Raises:
       ValueError: the process cannot be started, or the functions cannot be imported there.
+      RuntimeError: `end` was called.
     """
     scored: list[Scored] = []
     while len(scored) < len(names):
@@ -54,9 +56,13 @@ class Process:
 
   def start(self) -> None:
     """Starts the process unless it runs; see `score` for what it raises."""
-    if self._process is not None and self._process.poll() is None:
-      return
-    self.close()  # it may have ended between two pictures, which is the fault of neither
+    if self._process is None or self._process.poll() is not None:
+      self.close()  # it may have ended between two pictures, which is the fault of neither
+      self._begin()
+    if self._is_over:
+      raise RuntimeError("This process scores no more pictures.")
+
+  def _begin(self) -> None:
     self._connection, theirs = multiprocessing.Pipe()
     life, self._life = os.pipe()
     environment = {**os.environ, **dict.fromkeys(ONE_CORE, "1"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -85,8 +91,14 @@ class Process:
     self.close()
     return f"code {self._code}"
 
+  def end(self) -> None:
+    """Ends the process for good, from any thread; the one that scores with it notices."""
+    self._is_over = True
+    if (process := self._process) is not None:
+      process.kill()
+
   def close(self) -> None:
-    """Ends the process, whatever it is at."""
+    """Ends the process, whatever it is at, and forgets it."""
     if self._process is None:
       return
     self._connection.close()
@@ -115,8 +127,10 @@ class Pool:
 
   def __exit__(self, *_) -> None:
     for process in self._processes:
-      process.close()
+      process.end()
     self._threads.shutdown(cancel_futures=True)
+    for process in self._processes:
+      process.close()
 
   def start(self) -> None:
     """Starts one of the processes, so that functions that are not there are noticed; `ValueError` says which."""

@@ -17,7 +17,7 @@ class Scorer:
 
   def __init__(self, rewards: Mapping[str, Reward], timeouts: Mapping[str, float], is_asked: Callable[[str, Task], bool], num_processes: int):
     """Args:
-      rewards: by name.
+      rewards: by name, those of the host alone.
       timeouts: seconds that one picture may take, by name.
       is_asked: whether the reward of a name is asked for a task at all.
       num_processes: of the pool.

@@ -139,7 +139,7 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
   if processes.is_first():
     report.save_counts(run, config, loader)
     left_out.say(config, loader, run.workdir / config.name)
-  fed = RewardedLoader(loader, declare(config.rewards)) if config.rewards else loader
+  fed = RewardedLoader(loader, declare(config.rewards), run.judge(config)) if config.rewards else loader
   with run.scoring(config):
     train_stage(stage, run.nets, fed, run.mesh, run.rules, run.workdir, run.key(config.name), lambda: run.start_weights(config), frozen,
                 lambda: next(iter(batches.values())), stop, began)

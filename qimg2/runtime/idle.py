@@ -29,7 +29,7 @@ def idle_roles(config: StageConfig, algorithm: Algorithm, buckets: Sequence[Buck
   if not held:
     raise ValueError(f"config.stages[{config.name}].offload_frozen is for data that hold what frozen networks give, but a data set of the stage "
                      "holds pixels: write it anew with launch.cache_latents --features, or set it to False.")
-  networks = {MADE_BY[name] for name in held}
+  networks = {MADE_BY[name] for name in held} - ({"vae"} if algorithm.rollout else set())  # which draws what is scored
   return tuple(role for role in algorithm.frozen if algorithm.roles[role].network in networks)
 
 

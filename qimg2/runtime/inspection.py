@@ -9,11 +9,12 @@ import numpy as np
 
 from data_pipelines.arrangement import usable_captions
 from data_pipelines.buckets import Bucket
-from data_pipelines.loader import Loader
+from data_pipelines.loader import Loader, read_records
 from data_pipelines.mixture import Cell, Mixture
 from data_pipelines.records import KINDS, open_split
 from data_pipelines.specs import DatasetSpec, source_grids
 from data_pipelines.tokenizer import PromptTokenizer
+from data_pipelines.truths import read_truth
 from qimg2.runtime.config import MeshConfig, parse
 from qimg2.runtime.run import Run
 from qimg2.runtime.sheets import strips
@@ -67,6 +68,24 @@ def plan(data: Data, start: int, num_batches: int) -> Iterator[dict]:
     own = one.records[data.loader.own_rows(len(one.places))]
     yield {"batch": k, "stage": data.stage, "dataset": spec.name, "task": bucket.task, "bucket": _shape(bucket),
            "sample_ids": mixture.sample_ids(one.dataset, own).tolist()}
+
+
+def truths(data: Data, k: int) -> list[dict]:
+  """What the records of this process's rows of batch k say of their pictures, in the order of the rows: what rewards are told beside the prompt.
+
+  Raises:
+    ValueError: a record that cannot be read, or says nothing that can be understood.
+  """
+  mixture = data.loader.mixture
+  one = mixture.plan(k)
+  places = one.records[data.loader.own_rows(len(one.places))]
+  found = []
+  for place, record in zip(places.tolist(), read_records(mixture.sources[one.dataset], places.tolist())):
+    name = f"record {place} of data set {mixture.datasets[one.dataset].name!r}"
+    if isinstance(record, Exception):
+      raise ValueError(f"Cannot read {name} ({record}): check the files with launch.prepare_data --verify.")
+    found.append(read_truth(record, name))
+  return found
 
 
 def _shape(bucket: Bucket) -> dict:

@@ -51,7 +51,12 @@ class Row:
 
 
 class Judge:
-  """Answers questions about pictures. Weights are read at the first answer, and kept until `release`."""
+  """Answers questions about pictures. Weights are read at the first answer, and kept until `release`.
+
+  Attributes:
+    folder, cfg, tokenizer, specs: what was opened.
+    pixels: (fewest, most) px of a picture that it sees as it is, see `fit_size`.
+  """
 
   def __init__(self, folder: str | pathlib.Path, side_px: int = 1024, batch_size: int = 8, max_tokens: int = 8192, dtype: str | None = None,
                rules: str = "fsdp_tensor", devices: Sequence[Any] | None = None):
@@ -76,7 +81,7 @@ class Judge:
       raise ValueError(f"The tokenizer in {folder} gives pictures the id {self.tokenizer.image_token_id}, its model {self.cfg.image_token_id}: "
                        "they are of different models.")
     fewest, most = self.folder.image_pixels
-    self._pixels, self._max_tokens = (min(fewest, side_px ** 2), min(most, side_px ** 2)), max_tokens
+    self.pixels, self._max_tokens = (min(fewest, side_px ** 2), min(most, side_px ** 2)), max_tokens
     parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     self._rows = math.ceil(batch_size / parts) * parts
     self.specs = P.with_dtype(qwen3_vl.specs(self.cfg), narrower(stored, self.cfg.dtype))
@@ -109,7 +114,7 @@ class Judge:
     """
     if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
       raise ValueError(f"A picture for the judge is uint8 [h, w, 3], but this one is {picture.dtype} {list(picture.shape)}: composite it on white.")
-    height, width = fit_size(*(picture if like is None else like).shape[:2], self.cfg.vision.token_px, *self._pixels)
+    height, width = fit_size(*(picture if like is None else like).shape[:2], self.cfg.vision.token_px, *self.pixels)
     if picture.shape[:2] == (height, width):
       return picture
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))

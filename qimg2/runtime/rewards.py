@@ -8,22 +8,24 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Loader, read_records
 from data_pipelines.records import open_split
 from data_pipelines.specs import DatasetSpec
 from data_pipelines.truths import make_task
-from qimg2.algorithms import Rewards
+from qimg2.algorithms import Algorithm, Rewards, Role
 from qimg2.rewards.scoring import Scorer
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.rewards import declare
 from qimg2.runtime.evaluating.scoring import num_cores
+from qimg2.runtime.judged import NETWORK, ROLE, StageJudge
 
 NUM_LOOKED_AT = 32  # records of a data set whose truth is looked at before a stage begins
 
 
 def make_scorer(stage: StageConfig) -> Scorer:
   """What scores the pictures of a stage with rewards, to be closed."""
-  made = {name: one.make() for name, one in stage.rewards.items()}
+  made = {name: one.make() for name, one in stage.rewards.items() if not one.make().judge}
   return Scorer(made, {name: one.timeout_s for name, one in stage.rewards.items()}, asks(stage), stage.reward_workers or max(1, num_cores() - 1))
 
 
@@ -38,16 +40,19 @@ def asks(stage: StageConfig) -> Callable[[str, Mapping[str, Any]], bool]:
 
 @dataclasses.dataclass(frozen=True)
 class RewardedLoader:
-  """A stage's loader, made with `tasks`, whose batches have what its rewards need: "tasks" with their pictures, and "category" where these have
-  weights of their own."""
+  """A stage's loader, made with `tasks`, whose batches have what its rewards need: "tasks" with their pictures, "category" where these have weights
+  of their own, and what the judge is asked."""
   loader: Loader
   rewards: Rewards
+  judge: StageJudge | None
 
   def iterate(self, start: int = 0) -> Generator[tuple[int, dict], None, None]:
     """As `Loader.iterate`."""
     with contextlib.closing(self.loader.iterate(start)) as batches:
       for bucket, batch in batches:
-        yield bucket, with_tasks(batch, self.rewards)
+        shape = self.loader.buckets[bucket]
+        asked = self.judge.arrays(batch["tasks"], (shape.height, shape.width), shape.source_sizes) if self.judge else {}
+        yield bucket, with_tasks(batch, self.rewards) | asked
 
 
 def with_tasks(batch: dict, rewards: Rewards) -> dict:
@@ -58,9 +63,28 @@ def with_tasks(batch: dict, rewards: Rewards) -> dict:
   return {**batch, "tasks": tasks, **category}
 
 
-def category_shapes(rewards: Rewards | None, num_rows: int) -> dict[str, np.ndarray]:
-  """What `with_tasks` adds to a global batch for the device, with no meaning."""
-  return {"category": np.zeros(num_rows, np.int32)} if rewards is not None and rewards.categories else {}
+def added_shapes(rewards: Rewards | None, judge: StageJudge | None, bucket: Bucket) -> dict[str, np.ndarray]:
+  """What `RewardedLoader` adds to a global batch of a bucket for the device, with no meaning."""
+  category = {"category": np.zeros(bucket.batch_size, np.int32)} if rewards is not None and rewards.categories else {}
+  return category | (judge.shapes(bucket.batch_size, (bucket.height, bucket.width), bucket.source_sizes) if judge else {})
+
+
+def open_judge(stage: StageConfig) -> StageJudge | None:
+  """The judge of a stage, None where it has none; its weights are not read.
+
+  Raises:
+    ValueError: its folder or a rubric is not what it should be.
+  """
+  asked = {name: one.make().judge for name, one in stage.rewards.items() if one.make().judge}
+  try:
+    return StageJudge(asked) if asked else None
+  except ValueError as error:
+    raise ValueError(f"Stage {stage.name!r} has a judge, but {error}") from error
+
+
+def with_judge(algorithm: Algorithm) -> Algorithm:
+  """The algorithm with the judge's weights as one more frozen role, which nothing draws with."""
+  return dataclasses.replace(algorithm, roles={**algorithm.roles, ROLE: Role(NETWORK)}, deploy=algorithm.deployed)
 
 
 def check_rewards(stage: StageConfig) -> None:

@@ -90,11 +90,13 @@ class Run(StageWeights):
     self.rules = sharding.find_rules(cfg.rules, self.mesh)
     self.schedule = cfg.schedule
     self.stages = {stage.name: stage for stage in cfg.stages}
+    self._trained = trained
     if not trained:
       self._check_sources()
       check_folder(cfg.order_dir)
     self._found: set[str] = set()
     self._generators: dict[Size, Generator] = {}
+    self._judges: dict[str, rewards.StageJudge | None] = {}
     self._scorer: rewards.Scorer | None = None
     if not trained or not workdir or not (self.workdir / "config.json").is_file():
       self._ensure_data(*cfg.stages)
@@ -106,7 +108,6 @@ class Run(StageWeights):
                        f"{cfg.encoder.vocab_size}: raise it.")
     encoder = dataclasses.replace(cfg.encoder, image_token_id=self.tokenizer.image_token_id)
     self.nets = networks.Networks(cfg.model, encoder, cfg.vae, self.tokenizer.num_system_tokens, sharding.make_shard(self.mesh, self.rules))
-    self._trained = trained
     for stage in () if trained else cfg.stages:
       self.check_data(stage)
 
@@ -162,6 +163,7 @@ class Run(StageWeights):
         made_by = {self.algorithm(stage).roles[role].network: tree for role, tree in weights.items()}
         check_weights(part.data_dir, part.name, stage.name, {name: networks.fingerprint(made_by[MADE_BY[name]]) for name in cache.roles})
     rewards.check_rewards(stage)
+    self.judge(stage)
 
   def _check_pairs(self, stage: StageConfig, part: DatasetSpec) -> None:
     """Raises a `ValueError` for a stage that learns from pairs where a data set has none, or the other way round."""
@@ -236,14 +238,23 @@ class Run(StageWeights):
     """The abstract global batch of each bucket of a stage."""
     rows = sharding.batch_sharding(self.mesh, self.rules)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
-    more = lambda bucket: rewards.category_shapes(declare(stage.rewards), bucket.batch_size)
+    more = lambda bucket: rewards.added_shapes(declare(stage.rewards), self.judge(stage), bucket)
     return tuple(jax.tree.map(shape, loader.example(bucket, loader.unconditional) | more(bucket)) for bucket in loader.buckets)
 
   # Methods.
 
   def algorithm(self, stage: StageConfig) -> Algorithm:
-    """The stage's algorithm."""
-    return stage_algorithm(stage, self.schedule, declare(stage.rewards, self._score))
+    """The stage's algorithm; with the judge of its rewards, but in a run that is only read."""
+    judge = lambda *arguments: self.judge(stage).score(*arguments)
+    declared = declare(stage.rewards, self._score, judge)
+    made = stage_algorithm(stage, self.schedule, declared)
+    return rewards.with_judge(made) if declared and declared.judged and not self._trained else made
+
+  def judge(self, stage: StageConfig) -> rewards.StageJudge | None:
+    """The judge of a stage's rewards, None where it has none; `ValueError` where its folder is not what it should be."""
+    if stage.name not in self._judges:
+      self._judges[stage.name] = rewards.open_judge(stage)
+    return self._judges[stage.name]
 
   @contextlib.contextmanager
   def scoring(self, stage: StageConfig) -> Iterator[None]:

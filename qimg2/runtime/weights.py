@@ -18,6 +18,7 @@ from qimg2.algorithms import Algorithm
 from qimg2.algorithms.adapter import BASE
 from qimg2.places import Place, find_place, is_complete
 from qimg2.published.folder import check_configs, check_sampling, has_head, load_weights, open_folder
+from qimg2.runtime import judged
 from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
 from qimg2.runtime.held_adapters import HeldAdapters
@@ -25,6 +26,7 @@ from qimg2.runtime.offload import Loaded, Offloaded, from_host
 from qimg2.training.changes import check_frozen, saved_description
 from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights, saved_steps
 
+LANGUAGE = "language"  # source of the judge's weights: the folder that its rewards name
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
 
 
@@ -35,7 +37,8 @@ class StageWeights(HeldAdapters):
     """{role: declared weights} of a stage, in the types that they are stored in. An encoder that is read from a published folder without a head does
     without it, if it is frozen: nothing reads it then."""
     algorithm = self.algorithm(stage)
-    specs = dict(algorithm.specs(self.nets.specs(), self.nets.compute_dtypes()))
+    judge = {judged.NETWORK: self.judge(stage).specs} if judged.ROLE in algorithm.roles else {}
+    specs = dict(algorithm.specs(self.nets.specs() | judge, self.nets.compute_dtypes()))
     for role in algorithm.frozen:
       if algorithm.roles[role].network == "qwen3_vl" and "head" in specs[role] and self._is_headless(self._frozen_source(stage, role)):
         specs[role] = {name: tree for name, tree in specs[role].items() if name != "head"}
@@ -114,6 +117,8 @@ class StageWeights(HeldAdapters):
     return {one.name for source in sources for one in self.adapter_chain(source) if one.kind == "stage"}
 
   def _frozen_source(self, stage: StageConfig, role: str) -> Source:
+    if role == judged.ROLE:
+      return Source(LANGUAGE)
     source = parse_source(stage.frozen.get(role, "default"))
     if source.kind != "default":
       return source
@@ -200,6 +205,8 @@ class StageWeights(HeldAdapters):
       return base if self._is_base(stage, role) else held.merge_into(base)
     if source.kind == "scratch":
       return self.random_weights(stage, role)
+    if source.kind == LANGUAGE:
+      return self.judge(stage).load(self._shardings(specs))
     if source.kind == "diffusers":
       return self._published(source, one.network, specs)
     return self._item(source, f"average.{source.average}" if source.average else f"params.{name}", specs)

@@ -23,6 +23,9 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped as asked; the sam
 ON_SAVE_ERROR = ("stop", "continue")
 STOP_AFTER = ("step", "micro_batch")
 WINDOW = 100  # losses that the median of a spike is taken over
+LEARNED = "reward/learned"  # metric of a method with rollouts: the share of samples that it learns from
+NOT_FINITE = "the loss or a gradient is not finite"
+NOTHING = "no sample is learned from, as where no group of one prompt has pictures of different reward"
 MIN_LOSSES = 20  # fewer say nothing about a spike
 NUM_SHOWN = 8  # sample ids in a message; faults.jsonl has all
 HOUR_MS = 3_600_000
@@ -298,7 +301,9 @@ class StepMonitor:
       update = name.removesuffix("loss")
       (self._failing.discard if math.isfinite(loss + float(metrics.get(f"{update}grad_norm", 0.0))) else self._failing.add)(update)
     if float(metrics["skipped"]):
-      self._skip(step, self._gather(sample_ids), losses | {name: float(metrics[name]) for name in metrics if "grad_norm" in name})
+      idle = metrics.get(LEARNED) is not None and not float(metrics[LEARNED])
+      values = losses | {name: float(metrics[name]) for name in metrics if "grad_norm" in name}
+      self._skip(step, self._gather(sample_ids), {LEARNED: 0.0} if idle else values, NOTHING if idle else NOT_FINITE)
       return
     if not self._failing:  # an update that rests in this step is no better for it
       self._row.clear()
@@ -311,18 +316,17 @@ class StepMonitor:
         self._record(step, {"fault": "spike", name: loss, "median": median, "sample_ids": ids})
       earlier.append(loss)
 
-  def _skip(self, step: int, ids: list[int], values: dict[str, float]) -> None:
+  def _skip(self, step: int, ids: list[int], values: dict[str, float], why: str) -> None:
     self.skipped += 1
     self._row.append((step, ids))
     said = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    logging.warning("Stage %s, step %d: the update is skipped because the loss or a gradient is not finite: %s (%s).", self._name, step, said,
-                    _show(ids))
+    logging.warning("Stage %s, step %d: the update is skipped because %s: %s (%s).", self._name, step, why, said, _show(ids))
     self._record(step, {"fault": "skipped", **{name: str(value) for name, value in values.items()}, "sample_ids": ids})
     if len(self._row) > self._settings.max_skipped:
       batches = "; ".join(f"step {step}: {_show(ids)}" for step, ids in self._row)
-      raise FloatingPointError(f"Stage {self._name} skipped {len(self._row)} updates in a row, steps {self._row[0][0]} to {step}, because losses or "
-                               f"gradients were not finite ({batches}): lower the learning rate, look at these samples, or raise "
-                               "faults.max_skipped; the last checkpoint is kept.")
+      mend = "look at the rewards of these prompts" if why is NOTHING else "lower the learning rate, look at these samples"
+      raise FloatingPointError(f"Stage {self._name} skipped {len(self._row)} updates in a row, steps {self._row[0][0]} to {step}, the last of them "
+                               f"because {why} ({batches}): {mend}, or raise faults.max_skipped; the last checkpoint is kept.")
 
 
 def _show(ids: Sequence[int]) -> str:

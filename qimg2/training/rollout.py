@@ -31,6 +31,7 @@ from qimg2.sharding import (
   stacked_batch_sharding,
 )
 from qimg2.training import pictures
+from qimg2.training.faults import LEARNED
 from qimg2.training.programs import Part
 from qimg2.training.state import TrainState
 
@@ -196,7 +197,8 @@ class _Functions:
     shares = {f"reward/{name}/scored": jnp.mean(x.astype(jnp.float32)) for name, x in finite.items()}
     figures = {f"pictures/{name}": x for name, x in pictures.statistics(samples["pictures"]).items()} if "pictures" in samples else {}
     means |= {name: jnp.mean(x) for name, x in figures.items()}
-    return data, {**means, **shares, "reward/left_out": 1.0 - jnp.mean(weight)}, values | figures
+    learned = jnp.mean((data["weight"] > 0).astype(jnp.float32)) if "weight" in data else 1.0
+    return data, {**means, **shares, "reward/left_out": 1.0 - jnp.mean(weight), LEARNED: learned}, values | figures
 
   def _chunk(self, batch: dict, number: jax.Array) -> dict:
     chunks = self.rollout.chunks

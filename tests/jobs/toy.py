@@ -112,6 +112,23 @@ def weights(job, role, algorithm, mesh, rules):
   return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, places)
 
 
+class Killed(BaseException):
+  """Ends a run where it is, as a kill does: nothing catches it."""
+
+
+def die_before(batch, reason=Killed):
+  """Wraps a loader: the process ends, or fails, when it asks for this batch."""
+  def wrap(loader):
+    class Dying:
+      def iterate(self, first):
+        for bucket_and_rows in loader.iterate(first):
+          if bucket_and_rows[1]["sample_id"][0] == ROWS * batch:
+            raise reason
+          yield bucket_and_rows
+    return Dying()
+  return wrap
+
+
 def let_threads_end(folder):
   """Waits for the save that a real kill would have ended: its threads live on in this process."""
   limit = time.monotonic() + 60

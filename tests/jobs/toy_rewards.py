@@ -17,6 +17,11 @@ def near(picture, task):
   return -float(np.hypot(*(picture[0, :, 0] / 255 * 8 - 4 - CENTRES[task["label"]])))
 
 
+def bright(picture, task):
+  """How bright a picture is, 0 to 1."""
+  return float(picture.mean() / 255)
+
+
 def odd(picture, task):
   """What only tasks of one category are scored by, and some of them cannot be."""
   if task["sample_id"] % 4 == 3:

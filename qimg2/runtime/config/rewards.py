@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from qimg2.algorithms import Rewards
+from qimg2.algorithms import RESERVED, Rewards
 from qimg2.rewards import Reward
 from qimg2.rewards.kinds import KINDS
 from qimg2.runtime.config.sections import checked, placed
@@ -67,9 +67,9 @@ def parse_rewards(sections: Any, where: str) -> dict[str, RewardConfig]:
   """
   if not isinstance(sections, Mapping):
     raise ValueError(f"{where} is {sections!r}: give a section, such as dict(glyph=dict(weight=1.0)).")
-  odd = [name for name in sections if not str(name).isidentifier() or name == "left_out"]
+  odd = [name for name in sections if not str(name).isidentifier() or name in RESERVED]
   if odd:
-    raise ValueError(f"{where} has the name {odd[0]!r}: give one of letters, digits and _, other than left_out, the metric of what has no number.")
+    raise ValueError(f"{where} has the name {odd[0]!r}: give one of letters, digits and _, other than {' and '.join(sorted(RESERVED))}.")
   found = {name: _reward(name, sections[name], f"{where}.{name}") for name in sorted(sections)}
   if found and not any(any(row) for row in declare(found).weights):
     raise ValueError(f"{where} has weight 0 everywhere, so that nothing is learned: give one of {', '.join(found)} another.")
@@ -95,17 +95,18 @@ def _reward(name: str, section: Any, where: str) -> RewardConfig:
   return made
 
 
-def declare(rewards: Mapping[str, RewardConfig], score: Any = None) -> Rewards | None:
+def declare(rewards: Mapping[str, RewardConfig], score: Any = None, judge: Any = None) -> Rewards | None:
   """The rewards of a stage as its method sees them, None where it has none.
 
-  Args: name -> reward; what scores them, None where nothing will be scored.
+  Args: name -> reward; what scores them on the host, and what on the device, as in `Rewards`; None where nothing will be scored.
   """
   if not rewards:
     return None
   named = sorted({category for one in rewards.values() if isinstance(one.weight, Mapping) for category in one.weight} - {OTHER})
   rows = tuple(tuple(one.weight_in(category) for one in rewards.values()) for category in (*named, OTHER))
-  return Rewards(tuple(rewards), score or _never, rows, (*named, OTHER) if named else ())
+  judged = tuple(name for name, one in rewards.items() if one.make().judge)
+  return Rewards(tuple(rewards), score or _never, rows, (*named, OTHER) if named else (), judge or _never if judged else None, judged)
 
 
-def _never(pictures: Any, tasks: Any) -> Any:
+def _never(*_: Any) -> Any:
   raise RuntimeError("These rewards are declared, and nothing was started that scores them.")

@@ -89,8 +89,8 @@ def costs(cfg: RunConfig, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Cost]
 def _kind(cfg: RunConfig, stage: StageConfig) -> str:
   """Equal for stages whose steps take as long for the same bucket: those of one method and adapter, and with rollouts of the same settings."""
   method, adapter = stage.algorithm, str(stage.adapter) if stage.adapter.rank else ""
-  has_rollout = make_algorithm(method.name, method.settings, cfg.schedule, declare(stage.rewards)).rollout is not None
-  return (str(method.section()) if has_rollout else method.name) + adapter
+  rollout = make_algorithm(method.name, method.settings, cfg.schedule, declare(stage.rewards)).rollout
+  return (str(method.section()) if rollout else method.name) + adapter
 
 
 def _shares(stage: StageConfig) -> dict[tuple[str, int, int, int], float]:

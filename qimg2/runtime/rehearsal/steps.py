@@ -25,6 +25,7 @@ from qimg2.runtime.rehearsal import table
 from qimg2.runtime.rehearsal.measure import Child, ChildProcess, bytes_of, measure
 from qimg2.runtime.rehearsal.shapes import SYSTEM_TOKENS, Choice, Shapes, find_tokenizer
 from qimg2.runtime.rehearsal.table import EVALUATION, GENERATE, JUDGE, MINIBATCHES, ROLLOUT, STEP, Row
+from qimg2.runtime.rewards import added_shapes
 from qimg2.training.programs import Part
 from qimg2.training.rollout import RolloutParts, rollout_parts
 from qimg2.training.stage import Stage, step_parts
@@ -95,14 +96,15 @@ class Rehearsal(Shapes):
                        "config.micro_batches.")
     specs = algorithm.specs(self.specs, self.nets.compute_dtypes())
     optimizers = make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers)
-    batch, variant = self._batch(bucket, algorithm.unconditional), (micro_batches.with_remat(self.nets, remat), accumulate)
+    batch, variant = self._batch(config, bucket, algorithm.unconditional), (micro_batches.with_remat(self.nets, remat), accumulate)
     return Stage(config.name, algorithm, optimizers, specs, config.num_steps, (batch,), faults=config.faults, variants=(variant,))
 
-  def _batch(self, bucket: Bucket, unconditional: bool) -> dict:
+  def _batch(self, config: StageConfig, bucket: Bucket, unconditional: bool) -> dict:
     """The abstract global batch, as the loader would make it."""
     rows = sharding.batch_sharding(self.mesh, self.rules)
     shape = lambda x: jax.ShapeDtypeStruct((bucket.batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=rows)
-    return jax.tree.map(shape, Loader.example(dataclasses.replace(bucket, batch_size=1), unconditional))
+    row = dataclasses.replace(bucket, batch_size=1)
+    return jax.tree.map(shape, Loader.example(row, unconditional) | added_shapes(declare(config.rewards), None, row))
 
   def _arrays(self, stage: Stage) -> tuple[TrainState, dict]:
     """(abstract state, abstract weights of the frozen roles that are on the devices)."""

@@ -1,0 +1,41 @@
+"""The configs of post-training: what they name, what they refuse, and a method that learns from rewards in a real run."""
+
+import numpy as np
+import pytest
+
+from configs import post_training
+from qimg2.runtime.config import parse
+from qimg2.runtime.curriculum import train
+from qimg2.training.metrics import read_rows
+
+
+@pytest.mark.parametrize("name", [*post_training.METHODS, "half", "grpo+lora", "nft+lora"])
+def test_every_method_is_a_run(name):
+  cfg = parse(post_training.get_config(f"{name}:smoke"))
+  stage, = cfg.stages
+  assert bool(stage.rewards) == (name.split("+")[0] in post_training.REWARDED) and bool(stage.adapter.rank) == name.endswith("+lora")
+  assert cfg.sampling.guidance == 1.0  # as pictures are drawn for rewards
+
+
+@pytest.mark.parametrize("arg, message", [
+    ("ppo", "post_training.py:ppo is not understood: say METHOD"), ("half+lora", "post_training.py:half.lora is not understood"),
+    ("grpo:nowhere", "There is no run in nowhere: train it first by launch.train --config=configs/post_training.py:half"),
+    ("half:nowhere", "There is no run in nowhere: train it first by make quickstart")])
+def test_what_is_no_run_is_refused(arg, message):
+  with pytest.raises(ValueError, match=message):
+    post_training.get_config(arg)
+
+
+@pytest.mark.slow
+def test_a_policy_gradient_run_learns_from_scored_pictures(smoke_config, tmp_path, one_device):
+  cfg = post_training.get_config("smoke")
+  cfg.data_dir, cfg.evals = smoke_config.data_dir, {}
+  cfg.stages[0].rewards.bright = dict(kind="function", function="tests.jobs.toy_rewards:bright")  # random networks draw no glyph, but no two alike
+  train(cfg, tmp_path)
+  rows = [row for row in read_rows(tmp_path / "grpo" / "metrics.jsonl") if "loss" in row]
+  assert len(rows) == 2 and all(np.isfinite(value) for row in rows for value in row.values())
+  for row in rows:
+    assert row["skipped"] == 0.0 and row["reward/learned"] == 1.0 and 0.0 < row["reward/bright"] < 1.0
+    assert row["ratio_off"] == 0.0 and row["float32_off"] < 1e-3 and row["reward/left_out"] == 0.0
+    assert all(0.0 <= row[f"reward/{part}"] <= 1.0 for part in ("glyph", "ink", "paper"))
+    np.testing.assert_allclose(8 * 2 * row["reward/paper"] % 1, 0, atol=1e-5)  # each of 16 pictures is right or not

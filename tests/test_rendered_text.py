@@ -1,0 +1,124 @@
+"""Rendered text as a data set: any picture by its number, and the folder by which a mixture names it."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from configs import rendered_text
+from data_pipelines import identity, records
+from data_pipelines.loader import Loader
+from data_pipelines.specs import DatasetSpec, Resolution
+from data_pipelines.text_rendering import captions, stored
+from data_pipelines.text_rendering.source import RenderedText, Settings
+from data_pipelines.tokenizer import train_tokenizer
+from data_pipelines.transforms import decode_image
+from data_pipelines.verify import verify
+from launch import prepare_data
+
+# With the fonts that Matplotlib brings, so that every machine draws the same.
+SETTINGS = dict(languages={"en": 2.0, "ru": 1.0}, font_folders=("/none",))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  source = RenderedText(Settings(**SETTINGS), "train", 100)
+  return train_tokenizer([text for number in range(100) for text in source.record(number)["captions"]], 2000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  out = tmp_path_factory.mktemp("rendered")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stored, "NUM_SLOTS", {"train": 64, "validation": 8})
+    patch.setattr(stored, "_TRAINED_ON", 100)
+    stored.prepare(Settings(**SETTINGS), out, vocab_size=2000)
+    assert stored.prepare(Settings(**SETTINGS), out, vocab_size=2000)["reused"]
+    with pytest.raises(ValueError, match="seed=0, not seed=1"):
+      stored.prepare(Settings(seed=1, **SETTINGS), out, vocab_size=2000)
+  return out
+
+
+def test_a_picture_is_a_function_of_its_number(tokenizer):
+  source = RenderedText(Settings(**SETTINGS), "train", 64, tokenizer)
+  other = pickle.loads(pickle.dumps(source))  # as a worker process gets it
+  numbers = [7, 10**9, 3, 7 + 64]
+  assert [other[number] for number in numbers[::-1]] == [source[number] for number in numbers][::-1]
+  assert len({source[number]["image"] for number in numbers}) == 4
+  assert RenderedText(Settings(seed=1, **SETTINGS), "train", 64, tokenizer)[7] != source[7] != RenderedText(Settings(**SETTINGS), "validation", 64)[7]
+
+
+def test_the_index_holds_for_every_epoch(tokenizer):
+  source = RenderedText(Settings(**SETTINGS), "train", 16, tokenizer)
+  index = source.index()
+  for number in range(48):
+    record, slot = source[number], number % 16
+    own = slice(len(captions.KINDS) * slot, len(captions.KINDS) * (slot + 1))
+    assert (record["height"], record["width"], record["sample_id"]) == tuple(index[name][slot] for name in ("height", "width", "sample_id"))
+    assert decode_image(record["image"]).shape == (record["height"], record["width"], 3)
+    assert [one.decode() for one in record["languages"]] == index["language_names"][index["caption_language"][own]].tolist()
+    assert [records.KINDS.index(one.decode()) for one in record["kinds"]] == index["caption_kind"][own].tolist()
+    assert (tokenizer.count([one.decode() for one in record["captions"]]) <= index["caption_tokens"][own]).all()
+
+
+def test_truth_is_what_is_drawn_and_captions_quote_it():
+  source = RenderedText(Settings(**SETTINGS), "train", 64)
+  for number in range(60):
+    record = source.record(number)
+    truth, image = json.loads(record["attributes"]), record["image"].astype(int)
+    boxes = [line["box"] for block in truth["blocks"] for line in block["lines"]]
+    assert all(0 <= left < right <= image.shape[1] and 0 <= top < bottom <= image.shape[0] for left, top, right, bottom in boxes)
+    for block in truth["blocks"]:
+      ink = np.abs(image - block["rgb"]).sum(2) < 12
+      left, top, right, bottom = block["box"]
+      assert block["size_px"] < 12 or ink[top:bottom, left:right].any()
+      assert block["contrast"] >= 4.5 and all(f'"{block["text"]}"' in text for text in record["captions"][1:2])
+      assert block["text"] in record["captions"][2] and block["text"] in truth["texts"]
+      drawn = "".join(line["text"] for line in block["lines"])
+      assert "".join(drawn.replace("-", "").split()) == "".join(block["text"].replace("-", "").split())
+    for box in boxes:  # nothing is drawn outside the boxes
+      image[box[1]:box[3], box[0]:box[2]] = truth["paper"]["rgb"]
+    assert np.abs(image - truth["paper"]["rgb"]).max() <= 14
+
+
+def test_a_mixture_draws_new_pictures_in_every_epoch(folder):
+  tokenizer = records.load_tokenizer(folder, stored.NAME)
+  loader = Loader([DatasetSpec(str(folder), stored.NAME)], [Resolution(256, 4)], 200, tokenizer, 0)
+  seen = {}
+  for k in (0, 1, 2, 3, 10**6):
+    plan, (_, batch) = loader.mixture.plan(k), loader.batch(k)
+    assert batch["sample_id"].tolist() == plan.records.tolist() and not loader.faults
+    for row, epoch in enumerate(plan.epochs):
+      seen[int(plan.records[row]), int(epoch)] = batch["target"][row].tobytes()
+      image = decode_image(loader.mixture.sources[0][int(plan.records[row] + epoch * 64)]["image"])
+      assert (batch["target"][row] == image).all()
+  assert len(set(seen.values())) == len(seen) == 20
+  assert sum(len(batch["target"]) for _, batch in loader.evaluation_batches(8)) >= 8
+  assert verify(folder, stored.NAME)["records"] == 72
+
+
+def test_other_fonts_are_other_data(folder, monkeypatch):
+  before = identity.identify(folder, stored.NAME)
+  assert before["train"]["records"] == 64 and before["fonts"]["digest"] == RenderedText(Settings(**SETTINGS), "train", 1).fonts
+  assert identity.differences(before, before | {"fonts": {"digest": "0"}}) == "other fonts"
+  monkeypatch.setattr(RenderedText, "fonts", "0123")
+  with pytest.raises(ValueError, match="with other fonts than this machine has"):
+    records.open_split(folder, stored.NAME, "train")
+
+
+def test_pictures_can_be_stored(tmp_path):
+  cfg = rendered_text.get_config()
+  cfg.languages, cfg.font_folders = SETTINGS["languages"], SETTINGS["font_folders"]
+  facts = prepare_data.prepare_rendered(str(tmp_path), cfg, "texts", num_examples=25, vocab_size=1000)
+  assert (facts["train"], facts["validation"]) == (25, 1) and verify(tmp_path, "texts")["records"] == 26
+  record = records.open_split(tmp_path, "texts", "train")[0][3]
+  assert (decode_image(record["image"]) == RenderedText(Settings(**SETTINGS), "train", 25).record(3)["image"]).all()
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    (dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 64"),
+    (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single")])
+def test_settings_that_make_no_sense_are_refused(wrong, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    Settings(**wrong)
