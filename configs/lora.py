@@ -123,7 +123,8 @@ def from_run(cfg: ConfigDict, workdir: str) -> None:
     raise ValueError(f"The run in {workdir} trains no generator: name another one.")
   for key in ("model", "encoder", "vae", "schedule", "sampling", "prepare"):
     cfg[key] = ConfigDict(plain(getattr(run, key)))
-  cfg.num_tokens, cfg.prompt_classes, cfg.random_frozen = run.num_tokens, run.prompt_classes, run.random_frozen
+  # Your captions may be longer than what the run was trained on, and its tokenizer is not the one that your data set was indexed with.
+  cfg.num_tokens, cfg.prompt_classes, cfg.random_frozen = max(96, run.num_tokens), (), run.random_frozen
   cfg.tokenizer = f"{workdir}/tokenizer.json"
   own = cfg.stages[0]
   own.start_from = f"{workdir}/{last.name}" + (":ema" if last.algorithm.settings.get("ema_decay") else "")
