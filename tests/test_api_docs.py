@@ -45,7 +45,7 @@ def test_the_page_runs(smoke_run, smoke_config, tmp_path, monkeypatch, one_devic
 
 @pytest.mark.slow
 def test_the_method_of_the_page_trains(smoke_run, smoke_config, tmp_path, monkeypatch, one_device):
-  code, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+  *_, code = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
   found = {"__name__": "page"}
   exec(code, found)
   monkeypatch.setitem(METHODS, "reward_weighting", Method("generator", found["reward_weighting"]))

@@ -87,8 +87,9 @@ def test_every_package_is_found():
 
 
 # What is not code: a script, rubrics of the judge, sets of prompts.
-DATA = {"launch/tpu_pod.sh"} | {path.relative_to(ROOT).as_posix() for folder in ("rubrics", "prompts")
-                                for path in (ROOT / "qimg2" / "evaluation" / folder).glob("*.[tj]*")}
+DATA = {"launch/tpu_pod.sh"} | {path.relative_to(ROOT).as_posix() for folder in (
+    "qimg2/evaluation/rubrics", "qimg2/evaluation/prompts", "data_pipelines/text_rendering/language_files")
+                                for path in (ROOT / folder).glob("*.[tj]*")}
 
 
 def test_the_wheel_holds_every_module(wheel):
