@@ -53,6 +53,14 @@ def test_several_rewards_count_by_category_and_gold_does_not():
   assert np.abs(found).max() == 1.5
 
 
+def test_where_a_reward_does_not_count_its_zeros_are_in_no_deviation():
+  text = np.array([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]], np.float32)  # not computed for the second prompt
+  taste = np.array([[0.0, 0.0, 0.0, 0.0], [1.0, 5.0, 1.0, 5.0]], np.float32)
+  found, spread = advantages.combine({"text": text, "taste": taste}, jnp.ones((2, 4)), jnp.eye(2), over="batch", eps=1e-6)
+  np.testing.assert_allclose(found, [[-1, 1, -1, 1]] * 2, rtol=1e-5)  # by 0.5 and by 2, each over its own prompt
+  assert spread.all()
+
+
 def test_rewards_count_alike_without_weights():
   np.testing.assert_allclose(advantages.weigh((), 4, None, 2), 0.25)
   np.testing.assert_allclose(advantages.weigh(((0.0, 0.0),), 2, None, 1), 0.0)  # a category that learns nothing

@@ -77,7 +77,8 @@ def combine(rewards: Mapping[str, jax.Array], weight: jax.Array, counts: jax.Arr
   """
   total, spread = jnp.zeros_like(weight), jnp.zeros(weight.shape[:1], bool)
   for k, reward in enumerate(rewards.values()):
-    total += counts[:, k, None] * normalise(reward, weight, over, eps)
+    own = weight * (counts[:, k, None] > 0)  # where it does not count it was not computed, and its 0 is no value
+    total += counts[:, k, None] * normalise(reward, own, over, eps)
     spread |= (counts[:, k] > 0) & has_spread(reward, weight, threshold)
   return jnp.clip(total, -limit, limit), spread
 
