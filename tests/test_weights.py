@@ -290,6 +290,15 @@ def test_an_adapter_of_other_settings_is_refused(adapted):
     run.start_weights(run.stages["next"])
 
 
+def test_a_reference_without_the_adapter_that_goes_on_is_refused(adapted):
+  run = lora_run(adapted[0], adapter=LORA)
+  run.stages["next"].method = "dpo"
+  with pytest.raises(ValueError, match=r"stages\[next\] goes on with the adapter .*'ref' would be .* without any adapter.*set frozen.ref"):
+    run.start_weights(run.stages["next"])
+  run.stages["next"].frozen = {"ref": "stage:lora"}
+  run.start_weights(run.stages["next"])
+
+
 # A frozen encoder of a published folder.
 
 

@@ -231,6 +231,7 @@ class Algorithm:
     unconditional: whether batches carry the unconditional prompt, "null_tokens" and "null_token_count", for guidance inside the method.
     pairs: whether batches carry "rejected", or "rejected_latents", the worse picture of each row's prompt.
     tasks: whether batches carry "tasks" for a score of the method's own; where the stage has rewards they do anyway.
+    switched_off: of a method with an adapter, the roles that are its base with the adapter off.
 
   Raises:
     ValueError: names that do not fit each other.
@@ -245,6 +246,7 @@ class Algorithm:
   deploy: DeployFn | None = None
   unconditional: bool = False
   tasks: bool = False
+  switched_off: tuple[str, ...] = ()
   pairs: bool = False
 
   def __post_init__(self):

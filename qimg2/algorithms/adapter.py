@@ -44,7 +44,7 @@ def with_adapter(algorithm: Algorithm, settings: adapters.Settings, own: Collect
   return dataclasses.replace(
       algorithm, roles=roles, updates=tuple(_with_base(update, role, settings.scale, seen) for update in algorithm.updates), averages=averages,
       rollout=algorithm.rollout and _rollout(algorithm.rollout, seen), validation=_seeing(algorithm.validation, seen),
-      deploy=lambda weights: algorithm.deployed(seen(weights)))
+      deploy=lambda weights: algorithm.deployed(seen(weights)), switched_off=bases[1:])
 
 
 def _is_copy(algorithm: Algorithm, name: str, one: Role, role: str) -> bool:

@@ -15,8 +15,8 @@ Why the ratio is 1. A ratio compares one policy under the weights of the rollout
 latents, never from two rounded densities (equation 6 of `qimg2.sde`). In the first minibatch of a step no weight has moved: there the velocity of
 now, without gradient, is taken for the old one, so that the ratio is exactly 1 and the divergence exactly 0 in any type. Later minibatches compare
 with the velocity that the rollout computed. Rollout and update are different programs and round differently: `TYPE_off` is how far the two velocities
-are apart in the first minibatch, relative and root mean square. With float32 a step where it exceeds 1e-3, or where the ratio is not 1, ends the
-stage, because rollout and update do not compute the same policy; with bfloat16 it is logged. The reference's velocity is computed beside the model's.
+are apart in the first minibatch, relative and root mean square. A step where it exceeds 1e-3 with float32 or 0.1 with bfloat16, or where the ratio
+is not 1, ends the stage, because rollout and update do not compute the same policy. The reference's velocity is computed beside the model's.
 
 Memory: a sample keeps, per step that is learned from, three arrays of its latents in float32 (`qimg2.sde.Path`): 3 MiB at 1,024 px with 64 x 64
 latents of 64 channels, so 3.4 GiB per step of 48 groups of 24 over all devices; besides its picture in uint8 and the prompt's states
@@ -38,9 +38,9 @@ from qimg2 import flow, sampler, sde
 from qimg2.algorithms import Algorithm, Rewards, Update
 from qimg2.algorithms.flow_matching import NUM_TIME_BINS, deploy_generator, flow_matching, generator_roles, model_averages
 from qimg2.algorithms.policy_losses import KL_FORMS, OBJECTIVES, reference_divergence
-from qimg2.algorithms.rollouts import Sampling, Scoring
+from qimg2.algorithms.rollouts import Sampling, Scoring, conditional
 
-LIMITS = {"ratio_off": 0.0, "float32_off": 1e-3}
+LIMITS = {"ratio_off": 0.0, "float32_off": 1e-3, "bfloat16_off": 0.1}
 
 
 def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_steps: int = 10, guidance: float = 4.0, guidance_in_loss: bool = False,
@@ -98,6 +98,8 @@ class _Recipe:
       raise ValueError(f"objective is {self.objective!r}: choose one of {', '.join(OBJECTIVES)}.")
     if self.kl_form not in KL_FORMS:
       raise ValueError(f"kl_form is {self.kl_form!r}: choose one of {', '.join(KL_FORMS)}.")
+    if self.kl and self.kl_form == "flow_grpo" and self.process.kind == "cps":
+      raise ValueError("kl_form 'flow_grpo' is that of the samplers 'flow' and 'dance': take 'gaussian' with 'cps'.")
     if not 1 <= self.num_train_steps <= self.window <= self.window_end < self.sampling.num_steps:
       raise ValueError(f"num_train_steps={self.num_train_steps}, window={self.window}, window_end={self.window_end} and "
                        f"num_steps={self.sampling.num_steps} must rise in this order, the last of them strictly, from at least 1.")
@@ -120,7 +122,8 @@ class _Recipe:
 
     of_group = lambda x: jnp.repeat(x, group, axis=0)
     x, path = sde.sample(policy, rows["noise"], steps, of_group(drawn), of_group(learned), key_path, rows["ids"])
-    return {"prompts": rows["prompts"], "path": path, "pictures": nets.decode(params["vae"], x)}
+    prompts = rows["prompts"] if self.guidance_in_loss else conditional(rows["prompts"])
+    return {"prompts": prompts, "path": path, "pictures": nets.decode(params["vae"], x)}
 
   def minibatches(self, samples: dict, key: jax.Array) -> dict:
     """One row for each sample and step that is learned from; see `Rollout.minibatches`."""

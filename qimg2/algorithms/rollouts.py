@@ -70,11 +70,12 @@ class Sampling:
     return jax.tree.map(lambda *both: jnp.concatenate(both), cond, one(unconditional(prompts))) if guided else cond
 
   def draw(self, params: dict, nets: Any, role: str, batch: dict, key: jax.Array) -> dict:
-    """Samples of the ODE under the weights of `role`: "prompts", "latents" [P G, h, w, C] float32 and "pictures" [P G, H, W, C] uint8."""
+    """Samples of the ODE under the weights of `role`: "prompts", without the unconditional ones, "latents" [P G, h, w, C] float32 and "pictures"
+    [P G, H, W, C] uint8."""
     rows = self.rows(params, nets, batch, key)
     cond = self.condition(params, nets, rows["prompts"], rows["noise"], self.is_guided)
     latents = sampler.sample(nets.velocity, params[role], rows["noise"], cond, self.sigmas(rows["noise"]), self.guidance)
-    return {"prompts": rows["prompts"], "latents": latents, "pictures": nets.decode(params["vae"], latents)}
+    return {"prompts": conditional(rows["prompts"]), "latents": latents, "pictures": nets.decode(params["vae"], latents)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,11 @@ class Scoring:
     data = jax.tree.map(lambda x: jnp.repeat(cut(x), n, axis=1), rows)
     data |= jax.tree.map(lambda x: cut(x).reshape(self.num_minibatches, -1, *x.shape[2:]), steps)
     return {**data, "first": jnp.broadcast_to((jnp.arange(self.num_minibatches) == 0)[:, None], data["weight"].shape)}
+
+
+def conditional(prompts: dict) -> dict:
+  """Encoded prompts without the unconditional ones, which an update without guidance does not read."""
+  return {name: x for name, x in prompts.items() if not name.startswith("null_")}
 
 
 def _frozen(params: dict) -> dict:

@@ -71,12 +71,18 @@ class HeldAdapters:
     """What `start_adapter` would read.
 
     Raises:
-      ValueError: it has another rank, alpha or other targets than the stage's.
+      ValueError: it has another rank, alpha or other targets than the stage's; or the stage's method compares with what it starts from, and that
+        would be the base without the adapter.
     """
-    network = self.algorithm(stage).roles[BASE].network
+    algorithm = self.algorithm(stage)
+    network = algorithm.roles[BASE].network
     held, specs, where = self.held_adapter(source, network), self.role_specs(stage)[ADAPTER], source.lora or source.name
     if held is None:
       return None
+    if algorithm.switched_off:
+      role = algorithm.switched_off[0]
+      raise ValueError(f"config.stages[{stage.name}] goes on with the adapter of {where}, and its {role!r} would be the generator without any "
+                       f"adapter, not what the stage starts from: set frozen.{role} to what start_from is, {stage.start_from!r}.")
     if held.settings not in (None, stage.adapter):
       raise ValueError(f"config.stages[{stage.name}].adapter is {stage.adapter}, but that of {where} is {held.settings}: make them equal to go on "
                        "with it, or export the merged weights with launch.export and start from these.")

@@ -13,6 +13,7 @@ from data_pipelines.buckets import Bucket
 from data_pipelines.loader import Loader, read_records
 from data_pipelines.records import open_split
 from data_pipelines.specs import DatasetSpec
+from data_pipelines.transforms import composite_on_white
 from data_pipelines.truths import make_task
 from qimg2.algorithms import Algorithm, Rewards, Role
 from qimg2.models import qwen3_vl
@@ -59,10 +60,16 @@ class RewardedLoader:
 
 def with_tasks(batch: dict, rewards: Rewards) -> dict:
   """A batch with its tasks completed, see `RewardedLoader`."""
-  reference = [{"reference": picture} for picture in batch["target"]] if "target" in batch else [{}] * len(batch["tasks"])
-  tasks = tuple({**task, "sources": tuple(source[row] for source in batch["sources"]), **reference[row]} for row, task in enumerate(batch["tasks"]))
+  reference = [{"reference": picture} for picture in on_paper(batch["target"])] if "target" in batch else [{}] * len(batch["tasks"])
+  sources = [on_paper(source) for source in batch["sources"]]
+  tasks = tuple({**task, "sources": tuple(source[row] for source in sources), **reference[row]} for row, task in enumerate(batch["tasks"]))
   category = {"category": np.array([rewards.find_category(task) for task in tasks], np.int32)} if rewards.categories else {}
   return {**batch, "tasks": tasks, **category}
+
+
+def on_paper(pictures: np.ndarray) -> np.ndarray:
+  """RGB [B, H, W, 3] uint8 of RGB or RGBA pictures: what rewards see of transparency is white paper, as everybody else does."""
+  return pictures if pictures.shape[-1] == 3 else np.stack([composite_on_white(picture) for picture in pictures])
 
 
 def added_shapes(rewards: Rewards | None, judge: StageJudge | None, bucket: Bucket) -> dict[str, np.ndarray]:

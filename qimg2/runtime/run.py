@@ -272,7 +272,7 @@ class Run(StageWeights):
     self._scorer = None
 
   def _score(self, pictures: np.ndarray, tasks: Sequence[dict]) -> dict[str, np.ndarray]:
-    return self._scorer(pictures, tasks)
+    return self._scorer(rewards.on_paper(pictures), tasks)
 
   def sampler_settings(self) -> dict[str, Any]:
     """num_steps, guidance and base_times for `qimg2.runtime.generator.Generator`, as the config says."""

@@ -40,8 +40,9 @@ class RewardConfig:
 
   def __post_init__(self):
     weights = self.weight.values() if isinstance(self.weight, Mapping) else [self.weight]
-    if not all(map(math.isfinite, weights)):
-      raise ValueError(f"weight is {self.weight!r}: give finite numbers, 0 for a reward that is watched and not learned from.")
+    if not all(0 <= one < math.inf for one in weights):
+      raise ValueError(f"weight is {self.weight!r}: give finite numbers of at least 0; 0 is a reward that is watched and not learned from, and one "
+                       "that is to be low must itself be turned round.")
     if not 0 < self.timeout_s < math.inf:
       raise ValueError(f"timeout_s is {self.timeout_s}: give seconds above 0.")
 
