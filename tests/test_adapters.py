@@ -173,7 +173,8 @@ def test_the_losses_of_the_first_step_are_those_of_all_weights(make):
   adapted = with_adapter(whole, adapters.Settings(2, targets="hidden"), own=("fake",))
   losses = []
   for method in (whole, adapted):
-    params = {role: P.init(tree, jax.random.key(1)) for role, tree in method.specs(nets.specs(), {}).items()}
+    draw = lambda role, tree: P.init(tree, jax.random.key(1)) if role == "adapter" else toy.drawn(tree, 1)
+    params = {role: draw(role, tree) for role, tree in method.specs(nets.specs(), {}).items()}
     loss = lambda update: update.loss({role: params[role] for role in update.roles}, params, nets, batch, jax.random.key(2))[0]
     losses.append([loss(update) for update in method.updates])
   np.testing.assert_array_equal(*losses)

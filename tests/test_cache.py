@@ -192,7 +192,7 @@ def test_an_interrupted_cache_ends_byte_identical(config, caches, workdir, tmp_p
     cache_latents(cfg, STAGE, workdir, name, Options(True, "float16", shard_records=SHARD))
 
   with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
-    patch.setattr(launcher.R, "publish", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    patch.setattr(launcher.folders, "publish", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     write()
   assert not (tmp_path / name).exists()
 

@@ -55,6 +55,6 @@ def test_a_rehearsal_takes_the_data_as_cached_and_what_is_idle_as_gone():
   rehearsal = Rehearsal(cfg, jax.devices()[:1])
   config, = rehearsal.cfg.stages
   found, *_ = rehearsal.buckets(config)
-  assert found.cache.has_features and set(rehearsal._batch(found, False)) >= {"features", "latents"}
+  assert found.cache.has_features and set(rehearsal._batch(rehearsal.cfg.stages[0], found, False)) >= {"features", "latents"}
   state, frozen = rehearsal._arrays(rehearsal._stage(config, found, "step"))
   assert frozen["encoder"] == frozen["vae"] == {} and jax.tree.leaves(frozen["model"]) and set(state.params) == {"adapter"}

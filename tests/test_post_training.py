@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs import post_training
+from configs import post_training, rl_7b
 from qimg2.runtime.config import parse
 from qimg2.runtime.curriculum import train
 from qimg2.training.metrics import read_rows
@@ -24,6 +24,17 @@ def test_every_method_is_a_run(name):
 def test_what_is_no_run_is_refused(arg, message):
   with pytest.raises(ValueError, match=message):
     post_training.get_config(arg)
+
+
+def test_the_recipe_of_the_published_size_names_each_of_its_parts():
+  cfg = parse(rl_7b.get_config("diffusers:nowhere:judges"))
+  first, second, last = cfg.stages
+  assert {one.settings["pretrained"] for stage in (first, second) for one in stage.rewards.values() if one.kind == "judge"} == {"judges"}
+  assert first.algorithm.settings["deviation"] == "group" and first.rewards["text"].weight_in("text") == 0.5
+  assert last.frozen == {"encoder": "diffusers:nowhere", "vae": "diffusers:nowhere", "teacher_t2i": "stage:rl_t2i", "teacher_ti2i": "stage:rl_edit"}
+  assert len(parse(rl_7b.get_config("smoke")).stages) == 2
+  with pytest.raises(ValueError, match="rl_7b.py:diffusers:DIR is not understood: say diffusers:DIR:JUDGE"):
+    rl_7b.get_config("diffusers:DIR")
 
 
 @pytest.mark.slow

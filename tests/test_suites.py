@@ -11,9 +11,9 @@ from marks import needs_emoji
 from configs import emoji as emoji_config
 from data_pipelines.embedded import emoji, glyphs
 from qimg2.evaluation import Suite, Task
+from qimg2.rewards.glyphs import PARTS
 from qimg2.runtime.config import parse
 from qimg2.runtime.evaluating import of_run, registry
-from qimg2.runtime.evaluating.embedded import SHARES
 from qimg2.runtime.generator import Generator
 from qimg2.runtime.run import load_run
 
@@ -46,7 +46,7 @@ def test_an_edit_that_changes_nothing_is_wrong():
     target, source = task.truth
     assert (task.sources[0] == glyphs.render(source, *task.size)).all()
     scores = suite.score(task, glyphs.render(target, *task.size))
-    assert {scores[f"edit: {name}"] for name in (*SHARES, "everything")} == {1.0}
+    assert {scores[f"edit: {name}"] for name in (*PARTS, "everything")} == {1.0}
     assert scores.get("edit: kept_psnr", 100) == 100 and scores.get("edit: kept_ssim", 1) == 1 and scores.keys() <= {
         name for figure in suite.figures.values() for name in (figure.numerator, figure.denominator)}
     unchanged = suite.score(task, task.sources[0])

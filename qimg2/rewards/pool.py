@@ -21,6 +21,9 @@ START_S = 120.0  # for a process to import what it scores with
 ONE_CORE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+OVER = "This process scores no more pictures."
+
+
 class Process:
   """One process, started at its first picture, and again when it was lost."""
 
@@ -50,8 +53,11 @@ class Process:
             scored.append(missing(f"it took more than {self._timeouts[name]:g} s"))
             break
           scored.append(self._connection.recv())
-      except (EOFError, OSError):
-        scored.append(missing(f"the process that scored it ended with {self._ended()}"))
+      except (EOFError, OSError) as error:
+        ended = self._ended()
+        if self._is_over:
+          raise RuntimeError(OVER) from error
+        scored.append(missing(f"the process that scored it ended with {ended}"))
     return scored
 
   def start(self) -> None:
@@ -60,7 +66,7 @@ class Process:
       self.close()  # it may have ended between two pictures, which is the fault of neither
       self._begin()
     if self._is_over:
-      raise RuntimeError("This process scores no more pictures.")
+      raise RuntimeError(OVER)
 
   def _begin(self) -> None:
     self._connection, theirs = multiprocessing.Pipe()

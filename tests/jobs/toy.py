@@ -107,9 +107,13 @@ def weights(job, role, algorithm, mesh, rules):
   places, seed = sharding.param_shardings(specs, mesh, rules), zlib.crc32((algorithm.roles[role].start or role).encode())
   if algorithm.roles[role].network.startswith("lora/"):  # as runs draw them
     return jax.jit(lambda: P.init(specs, jax.random.key(seed)), out_shardings=places)()
+  return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn(specs, seed), places)
+
+
+def drawn(specs, seed):
+  """Random weights of a toy network, as numpy arrays."""
   rng = np.random.default_rng(seed)
-  drawn = P.map_with_path(lambda path, p: p.init(rng, p.shape, p.dtype), specs)
-  return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, x.__getitem__), drawn, places)
+  return P.map_with_path(lambda path, p: p.init(rng, p.shape, p.dtype), specs)
 
 
 class Killed(BaseException):
