@@ -79,9 +79,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def half() -> ConfigDict:
   """The quickstart's first stage of the generator, stopped early."""
-  return base.stage("half", "flow_matching", algorithm=dict(ema_decay=0.0), num_steps=500,
+  return base.stage("half", "flow_matching", algorithm=dict(ema_decay=0.0), num_steps=700,
                     resolutions=(dict(base_px=32, batch_size=16, ratios=("1:1",), weight=1.0),),
-                    optimizer=dict(learning_rate=2e-3, warmup_steps=30), eval_every_steps=250, sample_every_steps=250, save_every_steps=100)
+                    optimizer=dict(learning_rate=2e-3, warmup_steps=30), eval_every_steps=350, sample_every_steps=350, save_every_steps=100)
 
 
 def improve(method: str) -> ConfigDict:
