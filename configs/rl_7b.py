@@ -1,7 +1,7 @@
 """Reinforcement learning of the published generator at full size, after the 2.0-RL report (arXiv 2606.27608): two specialists, then one student.
 
   rl_t2i   GRPO-Guard on text to image      48 prompts of 24 pictures a step, 1024 px, 10 steps, guidance 4 in the rollout alone
-  rl_edit  the same on edits                rewards: a judge with one rubric for the instruction and one for over-editing, and what should stay
+  rl_edit  the same on edits                rewards: a judge with rubrics for the instruction, over-editing, naturalness; what should stay is watched
   distill  on-policy distillation           the student draws without guidance; its teachers are the two, each for its task, with guidance
 
 Rewards are normalised each for itself in each group of one prompt and added with the weights of the prompt's category (the record's "category"):

@@ -5,6 +5,7 @@ Python code is enough once the two operators that it expects have a schema. A wh
 them defined, so it is loaded first.
 """
 
+import functools
 import importlib.util
 import pathlib
 
@@ -157,3 +158,12 @@ def tiny_pipeline(seed=0, num_layers=2, channels=8, tied=False, causal_condition
       FlowMatchEulerDiscreteScheduler(**(settings | scheduler)), tiny_vae(seed, channels, **sizes["vae"]),
       tiny_qwen3_vl(seed, tied, len(tokenizer), text=sizes["text"], vision=sizes["vision"], **ids), processor,
       tiny_transformer(seed, num_layers, channels, causal_condition, **sizes["transformer"]))
+
+
+@functools.cache
+def pipeline(folder):
+  """The published pipeline of a folder."""
+  from diffusers import QwenImage21Pipeline
+  pipe = QwenImage21Pipeline.from_pretrained(folder)
+  pipe.set_progress_bar_config(disable=True)
+  return pipe

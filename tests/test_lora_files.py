@@ -35,14 +35,6 @@ def folder(tmp_path_factory):
 
 
 @functools.cache
-def pipeline(folder):
-  from diffusers import QwenImage21Pipeline
-  pipe = QwenImage21Pipeline.from_pretrained(folder)
-  pipe.set_progress_bar_config(disable=True)
-  return pipe
-
-
-@functools.cache
 def model(folder):
   return open_folder(folder).model
 
@@ -65,8 +57,8 @@ def theirs(folder):
   def keep(pipe, step, t, values):
     last.update(values)
     return values
-  pipeline(folder)(REQUEST.prompts[0], latents=torch.from_numpy(noise()).reshape(1, -1, 8), height=64, width=96, num_inference_steps=3,
-                   true_cfg_scale=1.0, callback_on_step_end=keep, output_type="latent")
+  reference.pipeline(folder)(REQUEST.prompts[0], latents=torch.from_numpy(noise()).reshape(1, -1, 8), height=64, width=96, num_inference_steps=3,
+                             true_cfg_scale=1.0, callback_on_step_end=keep, output_type="latent")
   return last["latents"].numpy().reshape(4, 6, 8)
 
 
@@ -81,9 +73,9 @@ def ours(folder, tmp_path, *loras):
 def test_what_we_write_draws_the_same_in_diffusers(folder, adapter, tmp_path):
   file = lora_files.export_lora(tmp_path / "x.safetensors", model(folder), adapter, EVERY.scale, "float32")
   plain = theirs(folder)
-  pipeline(folder).load_lora_weights(file)
+  reference.pipeline(folder).load_lora_weights(file)
   drawn = theirs(folder)
-  pipeline(folder).unload_lora_weights()
+  reference.pipeline(folder).unload_lora_weights()
   assert np.abs(drawn - plain).max() > 0.1
   assert reference.relative_error(ours(folder, tmp_path, str(file)), drawn) <= 1e-4
   back = lora_files.open_lora(file, model(folder)).load(scale=EVERY.scale)
@@ -96,7 +88,7 @@ def test_what_peft_writes_draws_the_same_here(folder, tmp_path):
   from diffusers import QwenImage21Pipeline
   from peft import LoraConfig
   from peft.utils import get_peft_model_state_dict
-  transformer = pipeline(folder).transformer
+  transformer = reference.pipeline(folder).transformer
   config = LoraConfig(r=4, lora_alpha=10, target_modules=["to_q", "img_mlp.out", "modulation.1"], rank_pattern={"1.attn.to_q": 2},
                       alpha_pattern={"img_mlp.out": 3})
   torch.manual_seed(0)

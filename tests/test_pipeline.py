@@ -38,14 +38,6 @@ def folders(tmp_path_factory):
 
 
 @functools.cache
-def pipeline(folder):
-  from diffusers import QwenImage21Pipeline
-  pipe = QwenImage21Pipeline.from_pretrained(folder)
-  pipe.set_progress_bar_config(disable=True)
-  return pipe
-
-
-@functools.cache
 def pictures(num):
   rng = np.random.default_rng(num)
   return [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for size in SOURCE_SIZES[:num]]
@@ -59,9 +51,9 @@ def run_published(folder, prompt, noise, images=(), guidance=1.0, negative_promp
     return values
   height, width, channels = noise.shape
   packed = torch.from_numpy(noise).reshape(1, -1, channels)
-  out = pipeline(folder)(prompt, image=list(images) or None, latents=packed, height=16 * height, width=16 * width, output_type="np",
-                         negative_prompt=negative_prompt if guidance != 1 else None, true_cfg_scale=guidance, output_resolution=RESOLUTION,
-                         callback_on_step_end=keep, **({"num_inference_steps": NUM_STEPS} | options))
+  out = reference.pipeline(folder)(prompt, image=list(images) or None, latents=packed, height=16 * height, width=16 * width, output_type="np",
+                                   negative_prompt=negative_prompt if guidance != 1 else None, true_cfg_scale=guidance, output_resolution=RESOLUTION,
+                                   callback_on_step_end=keep, **({"num_inference_steps": NUM_STEPS} | options))
   return last["latents"].numpy().reshape(noise.shape), out.images[0]
 
 
@@ -142,7 +134,7 @@ def test_condition_images_are_prepared_as_published(folders, tmp_path, size, mod
   image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)).convert(mode)
   image.save(tmp_path / "image.png")
   ours = load_condition_image(tmp_path / "image.png", RESOLUTION, 4)
-  processor, area = pipeline(folders(0)).image_processor, RESOLUTION**2
+  processor, area = reference.pipeline(folders(0)).image_processor, RESOLUTION**2
   width = (area * size[0] / size[1]) ** 0.5
   sides = [round(side / 32) * 32 for side in (width * size[1] / size[0], width)]
   theirs = np.array(processor.resize(image.convert("RGBA"), *sides))
@@ -175,7 +167,7 @@ def test_the_size_of_an_edit_is_the_pipelines(folders, tmp_path):
   defaults = pretrained_defaults(source) | {"num_steps": 1}
   request = Request(("x",), images=(str(tmp_path / "image.png"),), output_resolution=RESOLUTION + 7)  # rounded down, and that is said
   _, pictures, _ = sample(source, lambda: weights_of(folders(0)), request, defaults)
-  theirs = pipeline(folders(0))("x", image=[image], num_inference_steps=2, output_resolution=RESOLUTION, output_type="np").images[0]
+  theirs = reference.pipeline(folders(0))("x", image=[image], num_inference_steps=2, output_resolution=RESOLUTION, output_type="np").images[0]
   assert pictures[0].shape == theirs.shape
 
 
