@@ -114,7 +114,7 @@ def test_the_networks_of_a_run_take_part_from_prompt_to_loss(make, settings, fie
     return samples["pictures"], *method.updates[0].loss(params, params, NETS, jax.tree.map(lambda x: x[0], data), key)
 
   pictures, loss, metrics = jax.eval_shape(step, params, abstract_batch(fields, 8), jax.random.key(0))
-  assert pictures.shape == (32, 64, 32, 4) and pictures.dtype == jnp.uint8 and loss.shape == (16 if make is grpo else 32,)
+  assert pictures.shape == (32, 64, 32, 4) and pictures.dtype == jnp.uint8 and loss.shape == (8 if make is grpo else 16,)
   assert "pictures" in method.rollout.scored and {x.shape for x in metrics.values()} == {loss.shape}
 
 
