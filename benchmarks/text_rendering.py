@@ -3,18 +3,22 @@
   python -m benchmarks.text_rendering --measure=speed [--base_px=256] [--num=400]
   python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans]
   python -m benchmarks.text_rendering --measure=pango [--num=200] [--languages=en,ru,el,ar,he,hi,th,zh-Hans,ja,ko]
+  python -m benchmarks.text_rendering --measure=memory [--base_px=96] [--num=100000]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--layout=paragraph]
 
 speed: pictures with captions per second of processor time, median and range of rounds, and how many a core could draw if it did nothing but fill
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
-boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools.
+boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools. memory: of the
+process, after each power of ten of pictures and their thirds, from all over the first 10^9.
 """
 
+import pathlib
+import re
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
@@ -28,6 +32,7 @@ from qimg2.evaluation import ocr
 from qimg2.evaluation.text import score_text
 
 ROUNDS = 5
+FAR, STRIDE = 10**9, 618_033_989  # pictures are taken from all over the first FAR: STRIDE has no factor in common with it
 PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 
@@ -57,6 +62,21 @@ def speed(base_px: int, codes: Sequence[str], num: int) -> str:
   drawing.coverage = plain
   return (f"{base_px} px, {len(codes)} languages: {statistics.median(rates):.0f} pictures per CPU second ({min(rates):.0f} to {max(rates):.0f} in "
           f"{ROUNDS} rounds of {num}); outlines alone {statistics.median(bare):.0f}")
+
+
+def memory(base_px: int, codes: Sequence[str], num: int) -> Iterator[str]:
+  """Yields in sentences how much memory the process has after some of `num` pictures."""
+  source, told = source_of(base_px, codes), {some * 10**power for some in (1, 3) for power in range(3, 10)} | {num}
+  for number in range(1, num + 1):
+    source.record(number * STRIDE % FAR)
+    if number in told:
+      yield f"{number} pictures of {base_px} px: {_resident_mib()} MiB"
+
+
+def _resident_mib() -> int:
+  """Memory that this process has now, in MiB."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) // 1024
 
 
 def read_back(base_px: int, code: str, num: int) -> str:
@@ -115,6 +135,9 @@ def main(_: Sequence[str]) -> None:
   codes = f.languages or languages.codes()
   if f.measure == "speed":
     print(speed(f.base_px, codes, f.num))
+  elif f.measure == "memory":
+    for line in memory(f.base_px, codes, f.num):
+      print(line, flush=True)
   elif f.measure == "sheet":
     sheet(f.base_px, codes, f.columns, f.layout).quantize(200).save(f.out, optimize=True)
   else:
@@ -124,7 +147,7 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_enum("measure", "speed", ["speed", "ocr", "pango", "sheet"], "What is measured.")
+  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "ocr", "pango", "sheet"], "What is measured.")
   flags.DEFINE_integer("base_px", 256, "About the square root of a picture's area.", lower_bound=64)
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
   flags.DEFINE_integer("columns", 6, "Of a sheet: pictures of each language.", lower_bound=1)
