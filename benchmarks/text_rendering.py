@@ -5,6 +5,7 @@
   python -m benchmarks.text_rendering --measure=pango [--num=200] [--languages=en,ru,el,ar,he,hi,th,zh-Hans,ja,ko]
   python -m benchmarks.text_rendering --measure=memory [--base_px=96] [--num=100000]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--layout=paragraph]
+  python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...]
 
 speed: pictures with captions per second of processor time, median and range of rounds, and how many a core could draw if it did nothing but fill
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
@@ -12,6 +13,7 @@ boxes of strings beside those that pango-view draws unhinted at the same size, b
 process, after each power of ten of pictures and their thirds, from all over the first 10^9.
 """
 
+import itertools
 import pathlib
 import re
 import statistics
@@ -130,6 +132,28 @@ def sheet(base_px: int, codes: Sequence[str], columns: int, layout_name: str) ->
   return Image.fromarray(np.vstack(rows))
 
 
+def edit_sheet(base_px: int, codes: Sequence[str], columns: int) -> Image.Image:
+  """Edits: source, target, and the instructions in English and in the language; a row for each language, `columns` edits in it."""
+  rows = []
+  for code in codes:
+    settings = Settings(base_px=base_px, languages=dict.fromkeys([code, *(one for one in codes if one != code)], 1.0), ratios=("1:1",))
+    source, found = RenderedText(settings, "train", 2**20, are_edits=True), []
+    faces = next(one for one in typefaces(find_faces(), languages.load(code)) if one.main.style == "Regular")
+    for number in itertools.count(1000 * codes.index(code)):
+      if len(found) == columns:
+        break
+      if source.slot(number).language == code:
+        record = source.record(number)
+        panel = Image.new("RGB", (base_px * 2 // 3, record["height"]), "white")
+        width, height = panel.width - 16, panel.height // 2 - 16
+        for said, of, top in ((record["captions"][0], "en", 8), (record["captions"][-1], code, 8 + panel.height // 2)):
+          text = layout.fit([said], layout.Style(faces, languages.load(of), 1.4), width, height, (4, base_px / 18))
+          drawing.draw_on(panel, text.moved(8, top), (0, 0, 0))
+        found.append(np.hstack([np.pad(one, ((2, 2), (2, 2), (0, 0)), constant_values=128) for one in (*record["sources"], record["image"], panel)]))
+    rows.append(np.hstack(found))
+  return Image.fromarray(np.vstack(rows))
+
+
 def main(_: Sequence[str]) -> None:
   """The command; see the module docstring."""
   f = flags.FLAGS
@@ -139,8 +163,9 @@ def main(_: Sequence[str]) -> None:
   elif f.measure == "memory":
     for line in memory(f.base_px, codes, f.num):
       print(line, flush=True)
-  elif f.measure == "sheet":
-    sheet(f.base_px, codes, f.columns, f.layout).quantize(200).save(f.out, optimize=True)
+  elif f.measure in ("sheet", "edits"):
+    drawn = edit_sheet(f.base_px, codes, f.columns) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.layout)
+    drawn.quantize(200).save(f.out, optimize=True)
   else:
     for code in codes:
       print(read_back(f.base_px, code, f.num) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)
@@ -148,13 +173,13 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "ocr", "pango", "sheet"], "What is measured.")
+  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "ocr", "pango", "sheet", "edits"], "What is measured.")
   flags.DEFINE_integer("base_px", 256, "About the square root of a picture's area.", lower_bound=64)
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
-  flags.DEFINE_integer("columns", 6, "Of a sheet: pictures of each language.", lower_bound=1)
+  flags.DEFINE_integer("columns", 6, "Of a sheet: pictures or edits of each language.", lower_bound=1)
   flags.DEFINE_list("languages", [], "Their codes; all where none is given.")
   flags.DEFINE_string("layout", "", "Of a sheet: one layout in place of all.")
-  flags.DEFINE_string("out", "sheet.png", "Of a sheet: its file.")
+  flags.DEFINE_string("out", "sheet.png", "Of a sheet, of edits too: its file.")
 
 
 if __name__ == "__main__":

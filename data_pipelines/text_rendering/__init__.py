@@ -14,8 +14,9 @@ Reading order:
   captions.py   what is said of a picture
   pages.py      what all kinds of pictures share: the page, texts in their places, their truth
   pure.py       words, lines and paragraphs on paper, with their truth
+  edits.py      another word, number, colour, font or place; texts that come, go or are translated: pairs of pictures with an instruction
   source.py     any picture by its number
   stored.py     the folder by which a mixture names it
 
-Left out: kinds with a user's pictures behind the text, templates, and edits.
+Left out: kinds with a user's pictures behind the text, and templates.
 """
