@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
   cfg.edits = ConfigDict(dict(word=2.0, number=1.0, colour=1.0, font=1.0, move=1.0, remove=1.0, add=1.0, translate=1.0))
   cfg.min_px = 10.0  # least size of Latin letters; others are as much larger as they need to be
   cfg.max_tokens = 0  # of a caption, 128 at least; 0 for one per px of base_px
-  cfg.texts = ConfigDict()  # code -> a file of your own paragraphs, with empty lines between them
+  # code -> a file of your own paragraphs, with empty lines between them, or the texts of a Debian package, such as "debian:fortunes"; or several.
+  cfg.texts = ConfigDict()
   cfg.font_folders = ()  # where fonts are looked for; empty for the usual places
   cfg.tokenizer = ""  # a tokenizer.json or its folder; empty to train one on the captions
   return cfg

@@ -2,8 +2,8 @@
 
 Eight changes: another *word* or *number* in a line; another *colour* or *font* of a text; *move* it to a free place; *remove* it, or *add* it;
 *translate* a name or a date, whose translations CLDR has. Whatever the instruction does not speak of keeps its place: a line whose word changes is
-set anew at its size and none of the others is, and an edit for which there is no room is not made. So source and target are equal to the pixel outside
-of the boxes that the truth names. An instruction quotes a text that stands once on the page.
+set anew at its size and none of the others is, and an edit for which there is no room is not made. So source and target are equal to the pixel
+outside of the boxes that the truth names. An instruction quotes a text that stands once on the page.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ class Settings:
     edits: those of `EDITS` -> how often; empty for a data set without edits.
     min_px: least size of Latin letters in px; other scripts are as much larger as they need to be.
     max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most.
-    texts: code -> paragraphs of the user, cleaned.
+    texts: code -> further paragraphs, cleaned.
     font_folders: where fonts are looked for, beside Matplotlib's; empty for the usual places.
   """
   seed: int = 0

@@ -6,17 +6,18 @@ tokenizer, the settings and the user's texts, a few megabytes, and pictures are 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import embedded, records
 from data_pipelines.text_rendering import languages
+from data_pipelines.text_rendering.corpora import read_texts
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
 from data_pipelines.text_rendering.settings import Settings
 from data_pipelines.text_rendering.source import RenderedText, WithEdits
-from data_pipelines.text_rendering.words import read_texts
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 from data_pipelines.transforms import encode_png
 
@@ -29,18 +30,18 @@ _HELD_OUT = 25  # of stored pictures one in so many is for validation, and as ma
 _TEXTS = "texts.json"
 
 
-def read_settings(seed: int, texts: Mapping[str, str], **settings: Any) -> tuple[Settings, dict[str, int]]:
-  """Returns (settings with the paragraphs of the user's files, code -> path; code -> how many paragraphs no font can set).
+def read_settings(seed: int, texts: Mapping[str, str | Sequence[str]], **settings: Any) -> tuple[Settings, dict[str, int]]:
+  """Returns (settings with the paragraphs of texts, code -> one or several names that `corpora` knows; code -> how many paragraphs no font can set).
 
   Raises:
-    ValueError: a file cannot be read, or settings that make no sense.
+    ValueError: a file or package cannot be read, or settings that make no sense.
   """
   plain = Settings(seed, texts=dict.fromkeys(texts, ()), **settings)
   faces = find_faces(plain.font_folders) if plain.font_folders else find_faces()
   kept, left_out = {}, {}
-  for code, path in texts.items():
+  for code, names in texts.items():
     fit = typefaces(faces, languages.load(code))
-    kept[code], left_out[code] = read_texts(path, lambda text, fit=fit: all(one.covers(text) for one in fit))
+    kept[code], left_out[code] = read_texts(names, lambda text, fit=fit: all(one.covers(text) for one in fit))
   return dataclasses.replace(plain, texts=kept), left_out
 
 
@@ -59,7 +60,7 @@ def prepare(settings: Settings, out: str | os.PathLike, name: str = NAME, num_ex
   fonts = RenderedText(settings, "train", 1).fonts
   request = {"dataset": NAME, "num_examples": num_examples, "seed": settings.seed, "vocab_size": None if tokenizer else vocab_size or VOCAB_SIZE,
              "tokenizer": PromptTokenizer.load(tokenizer).fingerprint if tokenizer else "", "settings": settings.plain(), "fonts": fonts,
-             "texts": {code: list(some) for code, some in settings.texts.items()}}
+             "texts": {code: [len(some), hashlib.sha256("\n".join(some).encode()).hexdigest()] for code, some in settings.texts.items()}}
   given = PromptTokenizer.load(tokenizer) if tokenizer else None
   facts = {"fonts": fonts, **{f"left_out_{code}": number for code, number in left_out.items()}}
   if num_examples is not None:

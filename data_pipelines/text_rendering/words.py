@@ -1,4 +1,4 @@
-"""What is written: words, headings, sentences and paragraphs of a language, with names, numbers, dates and prices of CLDR, and a user's own texts.
+"""What is written: words, headings, sentences and paragraphs of a language, with names, numbers, dates and prices of CLDR, and texts of `corpora`.
 
 Everything is drawn from a random generator. Grammars stay clear of inflection: a slot of a pattern stands where the plain form of a name is right.
 """
@@ -6,7 +6,6 @@ Everything is drawn from a random generator. Grammars stay clear of inflection: 
 import dataclasses
 import datetime
 import functools
-import pathlib
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -209,25 +208,6 @@ def lesser_number(rng: np.random.Generator, number: str) -> str | None:
   value = str(rng.integers(10 ** (len(one[0]) - 1), int(one[0])))
   zero = ord(one[0][0]) - int(one[0][0])
   return number[:one.start()] + "".join(chr(zero + int(digit)) for digit in value) + number[one.end():]
-
-
-def read_texts(path: str, covers: Callable[[str], bool]) -> tuple[tuple[str, ...], int]:
-  """Returns (the paragraphs of a text file, cleaned; how many are left out because no font has all of their characters). A paragraph ends at an empty
-  line.
-
-  Raises:
-    ValueError: the file cannot be read as UTF-8, or nothing of it can be set.
-  """
-  try:
-    text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"Cannot read the texts in {path} ({error}): give a file of UTF-8.") from error
-  paragraphs = [clean(" ".join(one.split("\n"))).replace('"', "”") for one in re.split(r"\n\s*\n", text.replace("\r\n", "\n"))]
-  paragraphs = list(dict.fromkeys(one for one in paragraphs if one))
-  kept = tuple(one for one in paragraphs if covers(one))
-  if not kept:
-    raise ValueError(f"None of the {len(paragraphs)} paragraphs of {path} can be set with the fonts of its language: give others or install fonts.")
-  return kept, len(paragraphs) - len(kept)
 
 
 def _pick(rng: np.random.Generator, some: Sequence[str]) -> str:
