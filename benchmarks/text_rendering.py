@@ -3,37 +3,45 @@
   python -m benchmarks.text_rendering --measure=speed [--base_px=256] [--num=400]
   python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans]
   python -m benchmarks.text_rendering --measure=pango [--num=200] [--languages=en,ru,el,ar,he,hi,th,zh-Hans,ja,ko]
+  python -m benchmarks.text_rendering --measure=memory [--base_px=96] [--num=100000]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--layout=paragraph]
+  python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...]
 
 speed: pictures with captions per second of processor time, median and range of rounds, and how many a core could draw if it did nothing but fill
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
-boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools.
+boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools. memory: of the
+process, after each power of ten of pictures and their thirds, from all over the first 10^9.
 """
 
+import itertools
+import pathlib
+import re
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.text_rendering import drawing, languages, layout, pure
+from data_pipelines.text_rendering import drawing, languages, layout
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
-from data_pipelines.text_rendering.source import RATIOS, RenderedText, Settings
+from data_pipelines.text_rendering.settings import LAYOUTS, RATIOS, Settings
+from data_pipelines.text_rendering.source import RenderedText
 from launch import cli
 from qimg2.evaluation import ocr
 from qimg2.evaluation.text import score_text
 
 ROUNDS = 5
+FAR, STRIDE = 10**9, 618_033_989  # pictures are taken from all over the first FAR: STRIDE has no factor in common with it
 PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 
 def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS, layout_name: str = "") -> RenderedText:
   """The pictures that are measured."""
-  layouts = {layout_name: 1.0} if layout_name else pure.LAYOUTS
+  layouts = {layout_name: 1.0} if layout_name else LAYOUTS
   return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), layouts=layouts), "train", 2**20)
 
 
@@ -57,6 +65,21 @@ def speed(base_px: int, codes: Sequence[str], num: int) -> str:
   drawing.coverage = plain
   return (f"{base_px} px, {len(codes)} languages: {statistics.median(rates):.0f} pictures per CPU second ({min(rates):.0f} to {max(rates):.0f} in "
           f"{ROUNDS} rounds of {num}); outlines alone {statistics.median(bare):.0f}")
+
+
+def memory(base_px: int, codes: Sequence[str], num: int) -> Iterator[str]:
+  """Yields in sentences how much memory the process has after some of `num` pictures."""
+  source, told = source_of(base_px, codes), {some * 10**power for some in (1, 3) for power in range(3, 10)} | {num}
+  for number in range(1, num + 1):
+    source.record(number * STRIDE % FAR)
+    if number in told:
+      yield f"{number} pictures of {base_px} px: {_resident_mib()} MiB"
+
+
+def _resident_mib() -> int:
+  """Memory that this process has now, in MiB."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) // 1024
 
 
 def read_back(base_px: int, code: str, num: int) -> str:
@@ -109,14 +132,40 @@ def sheet(base_px: int, codes: Sequence[str], columns: int, layout_name: str) ->
   return Image.fromarray(np.vstack(rows))
 
 
+def edit_sheet(base_px: int, codes: Sequence[str], columns: int) -> Image.Image:
+  """Edits: source, target, and the instructions in English and in the language; a row for each language, `columns` edits in it."""
+  rows = []
+  for code in codes:
+    settings = Settings(base_px=base_px, languages=dict.fromkeys([code, *(one for one in codes if one != code)], 1.0), ratios=("1:1",))
+    source, found = RenderedText(settings, "train", 2**20, are_edits=True), []
+    faces = next(one for one in typefaces(find_faces(), languages.load(code)) if one.main.style == "Regular")
+    for number in itertools.count(1000 * codes.index(code)):
+      if len(found) == columns:
+        break
+      if source.slot(number).language == code:
+        record = source.record(number)
+        panel = Image.new("RGB", (base_px * 2 // 3, record["height"]), "white")
+        width, height = panel.width - 16, panel.height // 2 - 16
+        for said, of, top in ((record["captions"][0], "en", 8), (record["captions"][-1], code, 8 + panel.height // 2)):
+          text = layout.fit([said], layout.Style(faces, languages.load(of), 1.4), width, height, (4, base_px / 18))
+          drawing.draw_on(panel, text.moved(8, top), (0, 0, 0))
+        found.append(np.hstack([np.pad(one, ((2, 2), (2, 2), (0, 0)), constant_values=128) for one in (*record["sources"], record["image"], panel)]))
+    rows.append(np.hstack(found))
+  return Image.fromarray(np.vstack(rows))
+
+
 def main(_: Sequence[str]) -> None:
   """The command; see the module docstring."""
   f = flags.FLAGS
   codes = f.languages or languages.codes()
   if f.measure == "speed":
     print(speed(f.base_px, codes, f.num))
-  elif f.measure == "sheet":
-    sheet(f.base_px, codes, f.columns, f.layout).quantize(200).save(f.out, optimize=True)
+  elif f.measure == "memory":
+    for line in memory(f.base_px, codes, f.num):
+      print(line, flush=True)
+  elif f.measure in ("sheet", "edits"):
+    drawn = edit_sheet(f.base_px, codes, f.columns) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.layout)
+    drawn.quantize(200).save(f.out, optimize=True)
   else:
     for code in codes:
       print(read_back(f.base_px, code, f.num) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)
@@ -124,13 +173,13 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_enum("measure", "speed", ["speed", "ocr", "pango", "sheet"], "What is measured.")
+  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "ocr", "pango", "sheet", "edits"], "What is measured.")
   flags.DEFINE_integer("base_px", 256, "About the square root of a picture's area.", lower_bound=64)
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
-  flags.DEFINE_integer("columns", 6, "Of a sheet: pictures of each language.", lower_bound=1)
+  flags.DEFINE_integer("columns", 6, "Of a sheet: pictures or edits of each language.", lower_bound=1)
   flags.DEFINE_list("languages", [], "Their codes; all where none is given.")
   flags.DEFINE_string("layout", "", "Of a sheet: one layout in place of all.")
-  flags.DEFINE_string("out", "sheet.png", "Of a sheet: its file.")
+  flags.DEFINE_string("out", "sheet.png", "Of a sheet, of edits too: its file.")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from data_pipelines import identity, records
 from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.text_rendering import captions, stored
-from data_pipelines.text_rendering.source import RenderedText, Settings
+from data_pipelines.text_rendering.settings import Settings
+from data_pipelines.text_rendering.source import RenderedText
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import decode_image
 from data_pipelines.verify import verify
@@ -32,6 +33,7 @@ def folder(tmp_path_factory):
   out = tmp_path_factory.mktemp("rendered")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(stored, "NUM_SLOTS", {"train": 64, "validation": 8})
+    patch.setattr(stored, "NUM_EDITS", {"train": 32, "validation": 4})
     patch.setattr(stored, "_TRAINED_ON", 100)
     stored.prepare(Settings(**SETTINGS), out, vocab_size=2000)
     assert stored.prepare(Settings(**SETTINGS), out, vocab_size=2000)["reused"]
@@ -91,16 +93,16 @@ def test_a_mixture_draws_new_pictures_in_every_epoch(folder):
     assert batch["sample_id"].tolist() == plan.records.tolist() and not loader.faults
     for row, epoch in enumerate(plan.epochs):
       seen[int(plan.records[row]), int(epoch)] = batch["target"][row].tobytes()
-      image = decode_image(loader.mixture.sources[0][int(plan.records[row] + epoch * 64)]["image"])
+      image = decode_image(loader.mixture.sources[0][int(plan.records[row] + epoch * 96)]["image"])
       assert (batch["target"][row] == image).all()
   assert len(set(seen.values())) == len(seen) == 20
   assert sum(len(batch["target"]) for _, batch in loader.evaluation_batches(8)) >= 8
-  assert verify(folder, stored.NAME)["records"] == 72
+  assert verify(folder, stored.NAME)["records"] == 108
 
 
 def test_other_fonts_are_other_data(folder, monkeypatch):
   before = identity.identify(folder, stored.NAME)
-  assert before["train"]["records"] == 64 and before["fonts"]["digest"] == RenderedText(Settings(**SETTINGS), "train", 1).fonts
+  assert before["train"]["records"] == 96 and before["fonts"]["digest"] == RenderedText(Settings(**SETTINGS), "train", 1).fonts
   assert identity.differences(before, before | {"fonts": {"digest": "0"}}) == "other fonts"
   monkeypatch.setattr(RenderedText, "fonts", "0123")
   with pytest.raises(ValueError, match="with other fonts than this machine has"):
@@ -111,14 +113,15 @@ def test_pictures_can_be_stored(tmp_path):
   cfg = rendered_text.get_config()
   cfg.languages, cfg.font_folders = SETTINGS["languages"], SETTINGS["font_folders"]
   facts = prepare_data.prepare_rendered(str(tmp_path), cfg, "texts", num_examples=25, vocab_size=1000)
-  assert (facts["train"], facts["validation"]) == (25, 1) and verify(tmp_path, "texts")["records"] == 26
+  assert (facts["train"], facts["train_edits"], facts["validation_edits"]) == (37, 12, 1) and verify(tmp_path, "texts")["records"] == 39
   record = records.open_split(tmp_path, "texts", "train")[0][3]
   assert (decode_image(record["image"]) == RenderedText(Settings(**SETTINGS), "train", 25).record(3)["image"]).all()
 
 
 @pytest.mark.parametrize("wrong, sentence", [
     (dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 64"),
-    (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single")])
+    (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single"),
+    (dict(kinds={"plain": 1.0}), "choose among pure")])
 def test_settings_that_make_no_sense_are_refused(wrong, sentence):
   with pytest.raises(ValueError, match=sentence):
     Settings(**wrong)

@@ -116,6 +116,32 @@ def fit(paragraphs: Sequence[str], style: Style, width: float, height: float, si
   return _set(text, style, width, height, sizes[0])
 
 
+def reset_line(setting: Setting, row: int, text: str) -> Setting | None:
+  """Returns a text with other words in one of its lines, all other lines as they are; None where the line would be longer than the longest one, or if
+  justified torn, or where what stands there now cannot be told from that text alone.
+
+  Args: the text; number of the line; what it should say. A line that stands alone may become as long as it likes.
+  """
+  style, one = setting.style, setting.placed[row]
+  new, old = (set_line(some, style.typeface, style.language.code, style.language.is_rtl, style.vertical) for some in (text, one.line.text))
+  length, longest = abs(one.line.advance), max(abs(some.line.advance) for some in setting.placed)
+  if [glyph[:2] for glyph in old.glyphs] != [glyph[:2] for glyph in one.line.glyphs]:
+    return None
+  if length > abs(old.advance) + 1e-6:
+    if not new.num_gaps or abs(new.advance) > length:
+      return None
+    stretch = (length - abs(new.advance)) / new.num_gaps
+    new, setting = new.stretched(stretch), dataclasses.replace(setting, stretch=max(setting.stretch, stretch))
+    if setting.is_torn:
+      return None
+  elif len(setting.placed) > 1 and abs(new.advance) > longest:
+    return None
+  share = _SHARES[style.align]
+  shift = (length - abs(new.advance)) * setting.size * (1 - share if style.language.is_rtl and not style.vertical else share)
+  moved = Placed(new, one.x, one.y + shift, one.paragraph) if style.vertical else Placed(new, one.x + shift, one.y, one.paragraph)
+  return dataclasses.replace(setting, placed=(*setting.placed[:row], moved, *setting.placed[row + 1:]))
+
+
 class _Text:
   """Paragraphs with their pieces measured."""
 
