@@ -44,10 +44,10 @@ LIMITS = {"ratio_off": 0.0, "float32_off": 1e-3, "bfloat16_off": 0.1}
 
 
 def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_steps: int = 10, guidance: float = 4.0, guidance_in_loss: bool = False,
-              sampler: str = "flow", eta: float = 0.7, window: int = 2, window_end: int = 5, num_train_steps: int = 2, step_bias: float = 1.0,
-              objective: str = "grpo", clip: float = 1e-5, kl: float = 0.0, kl_form: str = "gaussian", num_minibatches: int = 2,
-              deviation: str = "batch", advantage_limit: float = 5.0, min_spread: float = 0.0, oversample: float = 1.0, chunks: int = 1,
-              ema_decay: float = 0.0) -> Algorithm:
+              shared_noise: bool = False, sampler: str = "flow", eta: float = 0.7, window: int = 2, window_end: int = 5, num_train_steps: int = 2,
+              step_bias: float = 1.0, objective: str = "grpo", clip: float = 1e-5, kl: float = 0.0, kl_form: str = "gaussian",
+              num_minibatches: int = 2, deviation: str = "batch", advantage_limit: float = 5.0, min_spread: float = 0.0, oversample: float = 1.0,
+              chunks: int = 1, ema_decay: float = 0.0) -> Algorithm:
   """Policy gradient of role "model" on its own pictures.
 
   Args:
@@ -55,6 +55,8 @@ def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_st
     rewards: of the stage.
     group, num_steps, guidance: pictures of a prompt, sampling steps and guidance scale, see `Sampling`.
     guidance_in_loss: whether the guided policy learns, see above.
+    shared_noise: whether the pictures of a prompt begin with the same noise (arXiv 2505.07818), so that what the SDE draws alone tells them apart;
+      for windows that cover most of the steps.
     sampler, eta: the SDE, see `sde.SDE`.
     window, window_end: steps that the SDE draws, and how many of the first ones they may be; at most num_steps - 1, which is all but the last.
     num_train_steps, step_bias: how many of them are learned from, drawn in proportion to time^step_bias.
@@ -69,7 +71,7 @@ def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_st
   Raises:
     ValueError: a setting that is none, or a number out of its range.
   """
-  recipe = _Recipe(Sampling(schedule, group, num_steps, guidance),
+  recipe = _Recipe(Sampling(schedule, group, num_steps, guidance, shared_noise),
                    Scoring(rewards, group, deviation, advantage_limit, min_spread, oversample, num_minibatches), sde.SDE(sampler, eta), window,
                    window_end, num_train_steps, step_bias, guidance_in_loss, objective, clip, kl, kl_form)
   return Algorithm(generator_roles(*(["ref"] if kl else [])), (Update(("model",), recipe.loss, limits=LIMITS),), model_averages(ema_decay),

@@ -30,6 +30,7 @@ class Sampling:
     group: G, pictures of each prompt.
     num_steps: T.
     guidance: scale of classifier-free guidance; at most 1 is none.
+    shared_noise: whether the pictures of a group begin with the same noise, for an SDE, whose later noise tells them apart.
 
   Raises:
     ValueError: a number that is out of its range.
@@ -38,6 +39,7 @@ class Sampling:
   group: int
   num_steps: int
   guidance: float = 1.0
+  shared_noise: bool = False
 
   def __post_init__(self):
     if self.group < 1 or self.num_steps < 2:
@@ -53,8 +55,8 @@ class Sampling:
     return self.schedule.sigmas(self.num_steps, latents.shape[-3] * latents.shape[-2])
 
   def rows(self, params: dict, nets: Any, batch: dict, key: jax.Array) -> dict:
-    """What the P G samples begin with: "prompts", encoded, of P rows; "noise" [P G, h, w, C], a function of the key and of a sample's number; "ids"
-    [P G] int32, these numbers."""
+    """What the P G samples begin with: "prompts", encoded, of P rows; "noise" [P G, h, w, C], a function of the key and of a sample's number, or its
+    prompt's; "ids" [P G] int32, these numbers."""
     encode = lambda some: nets.encoded(_frozen(params), some)
     prompts = encode(batch)
     if self.is_guided:
@@ -62,7 +64,8 @@ class Sampling:
       prompts |= {f"null_{name}": x for name, x in encode({**unconditional(batch), **shared}).items() if name not in shared}
     num, *shape = jax.eval_shape(lambda: nets.target_latents(params, batch)).shape
     ids = jnp.arange(num * self.group)
-    return {"prompts": prompts, "noise": sampler.sample_noise(key, ids, tuple(shape)), "ids": ids}
+    begins = ids // self.group if self.shared_noise else ids
+    return {"prompts": prompts, "noise": sampler.sample_noise(key, begins, tuple(shape)), "ids": ids}
 
   def condition(self, params: dict, nets: Any, prompts: dict, latents: jax.Array, guided: bool) -> Any:
     """The condition of encoded prompts for `latents` [B, h, w, C]; of 2B rows, the unconditional ones last, where it is to be `guided`."""
