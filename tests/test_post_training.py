@@ -21,7 +21,8 @@ def test_every_method_is_a_run(name):
 @pytest.mark.parametrize("arg, message", [
     ("ppo", "post_training.py:ppo is not understood: say METHOD"), ("half+lora", "post_training.py:half.lora is not understood"),
     ("grpo:nowhere", "There is no run in nowhere: train it first by launch.train --config=configs/post_training.py:half"),
-    ("half:nowhere", "There is no run in nowhere: train it first by make quickstart")])
+    ("half:nowhere", "There is no run in nowhere: train it first by make quickstart"),
+    ("distill:a:b", "post_training.py:distill:a:b is not understood: say .* distill:RUN:T2I:TI2I"), ("nft:a:b:c", "is not understood")])
 def test_what_is_no_run_is_refused(arg, message):
   with pytest.raises(ValueError, match=message):
     post_training.get_config(arg)
