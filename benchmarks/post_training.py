@@ -124,8 +124,8 @@ def _start(rows: Sequence[Row]) -> str:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_string("half", "", "Run to start from, what configs/post_training.py:half made.", required=True)
-  flags.DEFINE_string("out", "", "Folder of the runs.", required=True)
+  flags.DEFINE_string("half", None, "Run to start from, what configs/post_training.py:half made.", required=True)
+  flags.DEFINE_string("out", None, "Folder of the runs.", required=True)
   flags.DEFINE_list("methods", ["grpo", "guard", "nft", "dpo"], "Methods of configs/post_training.py, with commas between.")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, with commas between.")
   flags.DEFINE_integer("num_prompts", 200, "Held-out prompts.", lower_bound=1)
