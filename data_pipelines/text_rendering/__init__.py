@@ -15,9 +15,17 @@ Reading order:
   captions.py   what is said of a picture
   pages.py      what all kinds of pictures share: the page, texts in their places, their truth
   pure.py       words, lines and paragraphs on paper, with their truth
+  templates.py  what a template of a complex page is: one file each in templates/
+  filling.py    what fills it
+  schemes.py    its colours
+  shapes.py     boxes, lines, polygons and sectors
+  regions.py    texts, rows, columns and boxes; tables.py, charts.py, scenes.py and formulas.py have more regions
+  building.py   from a template to regions
+  complex.py    pages from templates, with their truth
+  page_captions.py   what is said of them
   edits.py      another word, number, colour, font or place; texts that come, go or are translated: pairs of pictures with an instruction
   source.py     any picture by its number
   stored.py     the folder by which a mixture names it
 
-Left out: kinds with a user's pictures behind the text, and templates.
+Left out: kinds with a user's pictures behind the text.
 """

@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -140,6 +141,20 @@ def reset_line(setting: Setting, row: int, text: str) -> Setting | None:
   shift = (length - abs(new.advance)) * setting.size * (1 - share if style.language.is_rtl and not style.vertical else share)
   moved = Placed(new, one.x, one.y + shift, one.paragraph) if style.vertical else Placed(new, one.x + shift, one.y, one.paragraph)
   return dataclasses.replace(setting, placed=(*setting.placed[:row], moved, *setting.placed[row + 1:]))
+def lay(paragraphs: Sequence[str], style: Style, width: float, size: float) -> Setting | None:
+  """Returns a text set at a size in px in lines of at most `width` px, from the corner (0, 0) down; None where a piece is longer."""
+  return _set(_Text(tuple(paragraphs), style), style, width, math.inf, size)
+
+
+def count_lines(paragraphs: Sequence[str], style: Style, width: float, size: float) -> int | None:
+  """How many lines `lay` makes, without setting them; None where a piece is longer than one."""
+  broken = [_measured(text, style.typeface, style.language, style.breaks, style.vertical).broken(width / size, style.indent) for text in paragraphs]
+  return None if None in broken else sum(map(len, broken))
+
+
+def length_of(text: str, style: Style) -> float:
+  """Length of a text in one line, in ems."""
+  return measure(text, style.typeface, style.language.code, style.language.is_rtl, style.vertical)
 
 
 class _Text:
