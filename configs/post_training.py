@@ -35,9 +35,9 @@ from configs import base, lora, quickstart
 POLICY = dict(group=8, num_steps=10, guidance=1.0, shared_noise=True, eta=1.0, window=7, window_end=7, num_train_steps=4, num_minibatches=2)
 # method -> (name in `qimg2.runtime.methods`, settings, learning rate, steps, prompts of a step)
 METHODS = {
-    "grpo": ("flow_grpo", dict(POLICY, clip=3e-3), 5e-4, 400, 12),
-    "guard": ("flow_grpo", dict(POLICY, objective="guard", clip=1e-3), 5e-4, 400, 12),
-    "dppo": ("flow_grpo", dict(POLICY, objective="dppo", clip=1e-4), 5e-4, 400, 12),
+    "grpo": ("flow_grpo", dict(POLICY, clip=3e-3), 5e-4, 200, 12),
+    "guard": ("flow_grpo", dict(POLICY, objective="guard", clip=1e-3), 5e-4, 200, 12),
+    "dppo": ("flow_grpo", dict(POLICY, objective="dppo", clip=1e-4), 5e-4, 200, 12),
     "nft": ("diffusion_nft", dict(group=4, num_steps=10, num_train_times=2, reference=0.0, advantage_limit=2.0), 5e-4, 200, 16),
     "dpo": ("online_dpo", dict(group=8, num_steps=10, guidance=1.0, beta=100.0), 5e-4, 400, 12),
     "distill": ("distillation", dict(teachers=("t2i",), num_steps=10, guidance=3.0, num_train_steps=2), 5e-4, 400, 16),
