@@ -3,6 +3,7 @@
   python -m benchmarks.text_rendering --measure=speed [--base_px=256] [--num=400]
   python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans]
   python -m benchmarks.text_rendering --measure=pango [--num=200] [--languages=en,ru,el,ar,he,hi,th,zh-Hans,ja,ko]
+  python -m benchmarks.text_rendering --measure=nasty [--num=2000]
   python -m benchmarks.text_rendering --measure=memory [--base_px=96] [--num=100000]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--layout=paragraph]
   python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...]
@@ -10,9 +11,10 @@
 speed: pictures with captions per second of processor time, median and range of rounds, and how many a core could draw if it did nothing but fill
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
 boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools. memory: of the
-process, after each power of ten of pictures and their thirds, from all over the first 10^9.
+process, after each power of ten of pictures and their thirds, from all over the first 10^9. nasty: what becomes of strings that no one would write.
 """
 
+import collections
 import itertools
 import pathlib
 import re
@@ -26,8 +28,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.text_rendering import drawing, languages, layout
-from data_pipelines.text_rendering.fonts import find_faces, typefaces
+from data_pipelines.text_rendering import drawing, languages, layout, words
+from data_pipelines.text_rendering.fonts import FOLDERS, find_faces, typefaces
 from data_pipelines.text_rendering.settings import LAYOUTS, RATIOS, Settings
 from data_pipelines.text_rendering.source import RenderedText
 from launch import cli
@@ -80,6 +82,56 @@ def _resident_mib() -> int:
   """Memory that this process has now, in MiB."""
   status = pathlib.Path("/proc/self/status").read_text()
   return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) // 1024
+
+
+# ---- strings that no one would write --------------------------------------------------------------------
+
+_MARKS = [*map(chr, (*range(0x300, 0x370), *range(0x591, 0x5C8), *range(0x64B, 0x660), 0x93F, 0xE34))]
+_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u180e\ufe0f"
+_CONTROLS, _SPACES, _PRIVATE = [*map(chr, range(32)), "\x7f", "\x85"], " \t\n\u00a0\u3000\u2028", "\ue000\ufffe\ufffd\u115f\u3164\u034f"
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2069\u200e\u200f"
+_EMOJI = ("👩\u200d👩\u200d👧\u200d👦", "🇩🇪", "👍🏽", "❤\ufe0f\u200d🔥", "1\ufe0f\u20e3", "🏴\U000e0067\U000e0062\U000e007f")
+
+
+def nasty_text(rng: np.random.Generator, code: str) -> str:
+  """A string of a language that hardly anyone would write: any code points, stacks of marks, joiners, control characters, lone surrogates, mixed
+  directions, words without end, or nothing."""
+  some = lambda letters, num: "".join(letters[i] for i in rng.integers(len(letters), size=num))
+  any_of = lambda low, high, num: "".join(map(chr, rng.integers(low, high, size=num)))
+  known = languages.load(code).words
+  word = lambda: known[rng.integers(len(known))]
+  kinds = (
+      lambda: any_of(0, 0x110000, 8), lambda: any_of(0x20, 0x3000, 12), lambda: any_of(0xD800, 0xE000, 1) + word(), lambda: "",
+      lambda: word()[0] + some(_MARKS, int(rng.integers(1, 40))), lambda: word() + some(_EMOJI, 3), lambda: some(_INVISIBLE, 3).join(word()),
+      lambda: some(_CONTROLS, 4) + word(), lambda: word() * int(rng.integers(2, 400)), lambda: some(_SPACES, 5), lambda: some(_PRIVATE, 4),
+      lambda: some(_DIRECTIONS, 2) + word() + some("0123456789,.()", 5) + some(_DIRECTIONS, 2) + word())
+  return " ".join(kinds[rng.integers(len(kinds))]() for _ in range(rng.integers(1, 4)))
+
+
+def survey(num: int, codes: Sequence[str], folders: Sequence[str] = FOLDERS) -> collections.Counter:
+  """What became of `num` nasty strings: "empty" when cleaned, "left out" for want of a glyph, "too long" for a line, or "set".
+
+  Raises:
+    AssertionError: one was set with a missing glyph, or outside of its frame.
+  """
+  faces, outcomes, side = find_faces(folders), collections.Counter(), 256
+  fit = {code: typefaces(faces, languages.load(code)) for code in codes}
+  for number in range(num):
+    rng = np.random.default_rng((11, number))
+    code = codes[rng.integers(len(codes))]
+    text, typeface = words.clean(nasty_text(rng, code)).replace("\n", " ").strip(), fit[code][rng.integers(len(fit[code]))]
+    outcome = "left out" if text and not typeface.covers(text) else "too long" if text else "empty"
+    found = layout.fit([text], layout.Style(typeface, languages.load(code), 1.4), side, side, (10, 40)) if outcome == "too long" else None
+    if found:
+      outcome, slack = "set", layout.OVERHANG * found.size
+      assert all(glyph.number for one in found.placed for glyph in one.line.glyphs), f"String {number} is set with a missing glyph."
+      assert found.ink[0] >= -slack and found.ink[2] <= side + slack, f"String {number} is set outside of its frame."
+      drawing.draw_on(Image.new("RGB", (side, side), "white"), found, (0, 0, 0))
+    outcomes[outcome] += 1
+  return outcomes
+
+
+# ---- what is read, and what others draw -----------------------------------------------------------------
 
 
 def read_back(base_px: int, code: str, num: int) -> str:
@@ -163,6 +215,8 @@ def main(_: Sequence[str]) -> None:
   elif f.measure == "memory":
     for line in memory(f.base_px, codes, f.num):
       print(line, flush=True)
+  elif f.measure == "nasty":
+    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(survey(f.num, codes).items())))
   elif f.measure in ("sheet", "edits"):
     drawn = edit_sheet(f.base_px, codes, f.columns) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.layout)
     drawn.quantize(200).save(f.out, optimize=True)
@@ -173,7 +227,7 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "ocr", "pango", "sheet", "edits"], "What is measured.")
+  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "nasty", "ocr", "pango", "sheet", "edits"], "What is measured.")
   flags.DEFINE_integer("base_px", 256, "About the square root of a picture's area.", lower_bound=64)
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
   flags.DEFINE_integer("columns", 6, "Of a sheet: pictures or edits of each language.", lower_bound=1)

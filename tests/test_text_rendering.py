@@ -11,6 +11,7 @@ import pytest
 from bidi import get_display
 from hypothesis import strategies as st
 
+from benchmarks import text_rendering
 from data_pipelines.text_rendering import breaking, colours, corpora, drawing, fonts, languages, layout, shaping, words
 
 LANGUAGES = ("en", "de", "ru", "el", "ar", "he")  # Matplotlib's DejaVu has all of their letters
@@ -186,6 +187,16 @@ def test_no_text_is_drawn_with_a_missing_glyph(text, code):
     return
   found = layout.fit([text], own, 400, 300, (6, 30))
   assert found is None or all(glyph.number for one in found.placed for glyph in one.line.glyphs)
+
+
+def test_what_no_one_would_write_is_set_or_left_out():
+  outcomes = text_rendering.survey(150, LANGUAGES, ())
+  assert outcomes.total() == 150 and set(outcomes) == {"empty", "left out", "too long", "set"} and min(outcomes.values()) > 3
+
+
+def test_joiners_have_the_level_of_what_is_before_them():
+  assert shaping.levels("می\u200cخواهم ab\u200d", True) == [1] * 9 + [2] * 3
+  assert shaping.levels("\u200cاب", True) == [1, 1, 1]
 
 
 def test_a_language_without_a_font_is_one_sentence_with_the_package():

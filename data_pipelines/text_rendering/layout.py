@@ -20,7 +20,7 @@ from data_pipelines.text_rendering.shaping import Line, levels, measure, set_lin
 _SHARES = {"start": 0.0, "justified": 0.0, "middle": 0.5, "end": 1.0}  # of the room left in a line that is before it
 ALIGNMENTS = tuple(_SHARES)
 _CLEARANCE = 0.06  # between the ink of two lines, in ems
-_OVERHANG = 0.25  # of letters that reach out of a line's length, such as slanted ones, in ems
+OVERHANG = 0.25  # of letters that reach out of a line's length, such as slanted ones, in ems
 _MOST_STRETCH, _MOST_SPACING = 0.45, 0.12  # of a gap between words, or between characters, in ems; beyond it a justified line looks torn
 _STEPS = 9  # of the search for a size
 _SMALLER, _TRIES = 0.96, 8  # by which a size is made smaller where the ink does not fit, and how often
@@ -245,7 +245,7 @@ def _set(text: _Text, style: Style, width: float, height: float, size: float) ->
   placed = tuple(_place(one, place, i // per_column, style, length, width, size) for i, (one, place) in enumerate(zip(lines, places)))
   found = Setting(style, size, placed, max(one.stretch for one in lines))
   left, top, right, bottom = found.ink
-  slack = _OVERHANG * size
+  slack = OVERHANG * size
   return found if left >= -slack and top >= -slack and right <= width + slack and bottom <= height + slack else None
 
 
