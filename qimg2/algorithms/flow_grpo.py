@@ -135,7 +135,7 @@ class _Recipe:
   def loss(self, trained: dict, params: dict, nets: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
     """The objective of each row, and the divergence from the reference; see `Update.loss`."""
     del key
-    x, first, guided = batch["x"], batch["first"], self.guidance_in_loss and self.sampling.is_guided
+    x, first, guided = batch["x"], batch["first"] > 0, self.guidance_in_loss and self.sampling.is_guided
     step = self.process.steps(self.sampling.sigmas(x)).at(batch["step"])
     cond = self.sampling.condition(params, nets, batch["prompts"], x, guided)
     velocity = lambda weights: sampler.guided_velocity(nets.velocity, weights, x, step.sigma, cond, self.sampling.guidance if guided else 1.0)
@@ -144,7 +144,7 @@ class _Recipe:
     difference = slope * (jnp.where(flow.expand(first, x), now, batch["velocity"]) - v)
     loss, ratio, is_bounded = OBJECTIVES[self.objective](step, difference, batch["noise"], batch["advantage"], self.clip)
     divergence = sde.divergence(difference, step.deviation)
-    at_first = lambda value: jnp.where(first, self.scoring.num_minibatches * value, 0.0)  # so that the mean over minibatches is that of the first
+    at_first = lambda value: batch["first"] * value  # so that the mean over minibatches is that of the first
     off = sde.row_mean(jnp.square(now - batch["velocity"]))
     off = jnp.where(off == 0, 0.0, jnp.sqrt(off / sde.row_mean(jnp.square(batch["velocity"]))))  # a velocity of 0 may be met exactly
     metrics = {"ratio": ratio, "clipped": is_bounded, "divergence": divergence, "ratio_off": at_first(jnp.abs(ratio - 1) + divergence),

@@ -135,8 +135,8 @@ class Scoring:
     return jax.tree.map(chosen, rows) | {name: jnp.full(num * self.group, x) for name, x in figures.items()}
 
   def minibatches(self, rows: dict, steps: dict) -> dict:
-    """[K, B n / K, ...]: `rows` [B, ...] and `steps` [B, n, ...] as one row for each sample and step, and "first", whether it is in the first
-    minibatch. Sample s is in minibatch s mod K, with all its steps.
+    """[K, B n / K, ...]: `rows` [B, ...] and `steps` [B, n, ...] as one row for each sample and step, and "first": in the first minibatch the number
+    of those with a row to learn from, over which metrics are means, and 0 in the others. Sample s is in minibatch s mod K, with all its steps.
 
     Raises:
       ValueError: a number of samples that K does not divide.
@@ -147,7 +147,8 @@ class Scoring:
     cut = lambda x: x.reshape(-1, self.num_minibatches, *x.shape[1:]).swapaxes(0, 1)  # each is spread over all devices
     data = jax.tree.map(lambda x: jnp.repeat(cut(x), n, axis=1), rows)
     data |= jax.tree.map(lambda x: cut(x).reshape(self.num_minibatches, -1, *x.shape[2:]), steps)
-    return {**data, "first": jnp.broadcast_to((jnp.arange(self.num_minibatches) == 0)[:, None], data["weight"].shape)}
+    some = jnp.sum(jnp.any(data["weight"] > 0, axis=1)).astype(jnp.float32)
+    return {**data, "first": jnp.broadcast_to(jnp.where(jnp.arange(self.num_minibatches) == 0, some, 0.0)[:, None], data["weight"].shape)}
 
 
 def conditional(prompts: dict) -> dict:
