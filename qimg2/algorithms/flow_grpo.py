@@ -143,10 +143,10 @@ class _Recipe:
                                                        self.sampling.guidance if guided else 1.0)
     v = velocity(trained["model"])
     now, slope = jax.lax.stop_gradient(v), flow.expand(step.slope, x)
-    difference = slope * (jnp.where(flow.expand(first, x), now, path.velocity) - v)
+    difference = slope * (jnp.where(flow.expand(first > 0, x), now, path.velocity) - v)
     loss, ratio, is_bounded = OBJECTIVES[self.objective](step, difference, path.noise, advantage, self.clip)
     divergence = sde.divergence(difference, step.deviation)
-    at_first = lambda value: jnp.where(first, self.scoring.num_minibatches * value, 0.0)  # so that the mean over minibatches is that of the first
+    at_first = lambda value: first * value  # so that the mean over minibatches is that of the first
     off = sde.row_mean(jnp.square(now - path.velocity))
     off = jnp.where(off == 0, 0.0, jnp.sqrt(off / sde.row_mean(jnp.square(path.velocity))))  # a velocity of 0 may be met exactly
     metrics = {"ratio": ratio, "clipped": is_bounded, "divergence": divergence, "ratio_off": at_first(jnp.abs(ratio - 1) + divergence),

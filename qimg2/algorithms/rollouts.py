@@ -144,7 +144,8 @@ class Scoring:
     return jax.tree.map(chosen, rows) | {name: jnp.full(num * self.group, x) for name, x in figures.items()}
 
   def minibatches(self, rows: dict) -> dict:
-    """[K, B / K, ...] of `rows` [B, ...], and "first", whether a row is in the first minibatch. Sample s is in minibatch s mod K, with all its steps.
+    """[K, B / K, ...] of `rows` [B, ...], and "first": in the first minibatch the number of those with a row to learn from, over which metrics are
+    means, and 0 in the others. Sample s is in minibatch s mod K, with all its steps.
 
     Raises:
       ValueError: a number of samples that K does not divide.
@@ -153,7 +154,8 @@ class Scoring:
     if num % self.num_minibatches:
       raise ValueError(f"{num} samples cannot be divided into num_minibatches={self.num_minibatches}: change it, group or the batch size.")
     data = jax.tree.map(lambda x: x.reshape(-1, self.num_minibatches, *x.shape[1:]).swapaxes(0, 1), rows)  # each is spread over all devices
-    return {**data, "first": jnp.broadcast_to((jnp.arange(self.num_minibatches) == 0)[:, None], data["weight"].shape)}
+    some = jnp.sum(jnp.any(data["weight"] > 0, axis=1)).astype(jnp.float32)
+    return {**data, "first": jnp.broadcast_to(jnp.where(jnp.arange(self.num_minibatches) == 0, some, 0.0)[:, None], data["weight"].shape)}
 
 
 def repeat_rows(tree: Any, num: int) -> Any:
