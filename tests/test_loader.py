@@ -29,6 +29,7 @@ from qimg2.runtime import left_out
 RATIOS = ("1:1", "1:2", "2:1")
 DEFAULT = (Resolution(64, 8, RATIOS, multiple=16),)
 NUM_TRAIN = 90
+shared_memory = lambda: {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}  # of other tests, too, who make and remove theirs
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +165,10 @@ def test_worker_processes_change_nothing(data, tokenizer):
     kept = list(itertools.islice(workers, 5))
     processes = multiprocessing.active_children()
     assert len(processes) == 2
-  left = shared_memory() - before  # other tests make and remove theirs meanwhile
   for first, second in zip(plain, kept, strict=True):
     assert_same(first, second)
   assert not any(process.is_alive() for process in processes)
-  gone_soon(lambda: left & shared_memory(), "shared memory, although batches are still in use")
+  gone_soon(lambda left=shared_memory() - before: left & shared_memory(), "shared memory, although batches are still in use")
 
 
 FOREVER = """
@@ -182,10 +182,6 @@ loader = Loader([DatasetSpec({folder!r}, "glyphs")], [Resolution(64, 8, ("1:1",)
 for _ in loader.iterate():
   print("read", flush=True)
 """
-
-
-def shared_memory():
-  return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
 
 
 def mapped(pids):
