@@ -71,6 +71,7 @@ def test_emoji_know_right_from_wrong():
 
 @pytest.mark.slow
 @needs_emoji
+@pytest.mark.apart("emoji")
 def test_emoji_edits_know_right_from_wrong():
   suite = made("emoji_edits")
   assert_tasks_are_a_function_of_number_and_seed(suite)
