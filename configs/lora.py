@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from configs import base, sizes
 from qimg2.published.folder import open_folder
-from qimg2.runtime.config import RunConfig, plain
+from qimg2.runtime.config import RunConfig, StageConfig, plain
 from qimg2.runtime.config.records import read_record
 from qimg2.runtime.config.sources import DIFFUSERS, STAGE, parse_source
 
@@ -117,21 +117,33 @@ def from_folder(cfg: ConfigDict, source: str) -> None:
 
 def from_run(cfg: ConfigDict, workdir: str) -> None:
   """Sets what a run of launch.train was trained with, and starts from what its last generator deploys."""
-  run = read_record(pathlib.Path(workdir) / "config.json")
-  last = next((one for one in reversed(run.stages) if one.kind == "generator"), None)
-  if last is None:
-    raise ValueError(f"The run in {workdir} trains no generator: name another one.")
+  run, last = last_generator(workdir)
   for key in ("model", "encoder", "vae", "schedule", "sampling", "prepare"):
     cfg[key] = ConfigDict(plain(getattr(run, key)))
   # Your captions may be longer than what the run was trained on, and its tokenizer is not the one that your data set was indexed with.
   cfg.num_tokens, cfg.prompt_classes, cfg.random_frozen = max(96, run.num_tokens), (), run.random_frozen
   cfg.tokenizer = f"{workdir}/tokenizer.json"
   own = cfg.stages[0]
-  own.start_from = f"{workdir}/{last.name}" + (":ema" if last.algorithm.settings.get("ema_decay") else "")
+  own.start_from = weights_of(workdir)
   own.frozen.update({role: from_elsewhere(run, workdir, role, last.frozen[role]) for role in ("encoder", "vae")})
   own.resolutions[0].update(plain(last.resolutions[-1]))
   own.resolutions[0].batch_size = 8
   own.optimizer.learning_rate = 1e-3  # small networks bear, and need, more
+
+
+def last_generator(workdir: str) -> tuple[RunConfig, StageConfig]:
+  """A run of launch.train, and its last stage that trains a generator."""
+  run = read_record(pathlib.Path(workdir) / "config.json")
+  last = next((one for one in reversed(run.stages) if one.kind == "generator"), None)
+  if last is None:
+    raise ValueError(f"The run in {workdir} trains no generator: name another one.")
+  return run, last
+
+
+def weights_of(workdir: str) -> str:
+  """The weights that a run's last generator deploys, as `start_from` and `frozen` say it."""
+  last = last_generator(workdir)[1]
+  return f"{workdir}/{last.name}" + (":ema" if last.algorithm.settings.get("ema_decay") else "")
 
 
 def from_elsewhere(run: RunConfig, workdir: str, role: str, text: str) -> str:

@@ -113,6 +113,7 @@ def test_a_jump_of_the_loss_is_said_with_its_samples(caplog):
   assert rows == [(40, {"fault": "spike", "loss": 50.0, "median": 1.01, "sample_ids": [400, 401]})]
   assert "Stage s, step 40: loss is 50, the median of the steps before 1.01 (samples 400, 401)." in caplog.text
   assert not watch_all(losses, faults.Settings(spike_factor=0))[1]
+  assert not watch_all([(0, -1.0), *losses], faults.Settings())[1]  # a loss with a sign has no scale
 
 
 def test_what_a_watch_remembers_goes_on_after_a_restart():

@@ -62,6 +62,24 @@ def test_what_is_not_asked_for_is_not_scored_and_not_missed(caplog):
   assert "no number" not in caplog.text
 
 
+def test_what_a_function_loads_is_loaded_before_its_first_picture_with_a_time_out_of_its_own():
+  assert score({"loaded": ours("loaded")}, PICTURES[:1], [{}], 1, timeout_s=0.5) == {"loaded": [1.0]}
+  late = own("tests.jobs.toy_rewards:loaded", setup_timeout_s=0.2)
+  with Scorer({"own": late}, {"own": 1.0}, lambda *_: True, 1) as scorer, pytest.raises(ValueError, match="the setup of .* not done within 0.2 s"):
+    scorer.start()
+
+
+def test_a_process_that_is_killed_and_not_replaced_costs_its_pictures_and_at_last_the_stage(tmp_path, monkeypatch, caplog):
+  monkeypatch.setenv("LOADED_FAILS", str(tmp_path / "mark"))
+  with Scorer({"loaded": ours("loaded")}, {"loaded": 5.0}, lambda *_: True, 1) as scorer:
+    scorer.start()
+    np.testing.assert_array_equal(scorer(PICTURES[:3], [{}, {"do": "die"}, {}])["loaded"], [1, np.nan, np.nan])
+    assert "ended with SIGKILL, as the system ends one when memory is short" in caplog.text
+    assert "cannot begin (setup: MemoryError: no room)" in caplog.text
+    with pytest.raises(ValueError, match="setup: MemoryError: no room"):
+      scorer(PICTURES[:3], [{}] * 3)
+
+
 def test_a_pool_that_is_left_waits_for_no_picture():
   with Pool({"trouble": ours("trouble").score}, {"trouble": 60.0}, 1) as pool:
     pool.start()

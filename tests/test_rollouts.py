@@ -17,7 +17,7 @@ from qimg2.flow import Schedule
 from qimg2.training import optim
 from qimg2.training.metrics import read_rows
 from tests.jobs import toy
-from tests.jobs.toy_methods import HEAPS
+from tests.jobs.toy_methods import HEAPS, Nets
 
 SCHEDULE = Schedule(shift="none", terminal=None)
 GRPO = dict(group=4, num_steps=6, guidance=2.0, window=3, window_end=5, num_train_steps=2, clip=0.1, kl=0.1, chunks=2, oversample=2.0, min_spread=1.8)
@@ -93,6 +93,20 @@ def test_eight_devices_give_the_numbers_of_one(whole, tmp_path):
     np.testing.assert_allclose([mine[key] for key in sorted(mine)], [its[key] for key in sorted(its)], rtol=2e-3, atol=1e-5)
 
 
+def test_a_group_begins_with_one_noise_where_it_is_shared():
+  """Then the SDE alone tells its pictures apart."""
+  params = {role: jax.tree.map(lambda p: np.full(p.shape, 0.1, np.float32), Nets().specs()[network], is_leaf=P.is_param) for role, network in (
+      ("model", "mmdit"), ("encoder", "qwen3_vl"), ("vae", "vae"))}
+  batch = {"x": jnp.zeros((2, 2)), "label": jnp.array([1, 2])}
+
+  def begins(shared):
+    settings = dict(shared_noise=shared, window=5, num_train_steps=5, guidance=1.0)
+    samples = grpo(**settings).rollout.generate(params, Nets(), batch, jax.random.key(0))
+    return np.asarray(samples["path"].x[:, 0, 0, 0]).reshape(2, 4, 2), np.asarray(samples["path"].x[:, 1, 0, 0])
+  (one, after), (own, _) = begins(True), begins(False)
+  assert (one == one[:, :1]).all() and (one[0] != one[1]).all() and len(np.unique(after[:, 0])) == 8 == len(np.unique(own[..., 0]))
+
+
 def test_what_learns_by_contrast_gets_nearer(tmp_path):
   rows = train(tmp_path, nft(), num_steps=20)
   assert np.mean([row["reward/near"] for row in rows[-3:]]) > np.mean([row["reward/near"] for row in rows[:3]]) + 0.3
@@ -114,7 +128,7 @@ def test_the_networks_of_a_run_take_part_from_prompt_to_loss(make, settings, fie
     return samples["pictures"], *method.updates[0].loss(params, params, NETS, jax.tree.map(lambda x: x[0], data), key)
 
   pictures, loss, metrics = jax.eval_shape(step, params, abstract_batch(fields, 8), jax.random.key(0))
-  assert pictures.shape == (32, 64, 32, 4) and pictures.dtype == jnp.uint8 and loss.shape == (16 if make is grpo else 32,)
+  assert pictures.shape == (32, 64, 32, 4) and pictures.dtype == jnp.uint8 and loss.shape == (8 if make is grpo else 16,)
   assert "pictures" in method.rollout.scored and {x.shape for x in metrics.values()} == {loss.shape}
 
 

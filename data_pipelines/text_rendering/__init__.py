@@ -2,18 +2,30 @@
 
 Reading order:
 
+  settings.py   what is drawn, as one value
   languages.py  what a language is: one file each in language_files/
   fonts.py      fonts of this machine, by what they cover
-  words.py      what is written: grammars, CLDR, a user's texts
+  words.py      what is written: grammars, CLDR, further texts
+  corpora.py    further texts: a user's files, and what Debian packages carry
   shaping.py    a line of text to glyphs with their places
   breaking.py   where a line may end
   layout.py     a text in a frame: lines, size, columns, ink boxes
   colours.py    names, and contrast by WCAG
   drawing.py    paper and ink
   captions.py   what is said of a picture
+  pages.py      what all kinds of pictures share: the page, texts in their places, their truth
   pure.py       words, lines and paragraphs on paper, with their truth
+  templates.py  what a template of a complex page is: one file each in templates/
+  filling.py    what fills it
+  schemes.py    its colours
+  shapes.py     boxes, lines, polygons and sectors
+  regions.py    texts, rows, columns and boxes; tables.py, charts.py, scenes.py and formulas.py have more regions
+  building.py   from a template to regions
+  complex.py    pages from templates, with their truth
+  page_captions.py   what is said of them
+  edits.py      another word, number, colour, font or place; texts that come, go or are translated: pairs of pictures with an instruction
   source.py     any picture by its number
   stored.py     the folder by which a mixture names it
 
-Left out: kinds with a user's pictures behind the text, templates, and edits.
+Left out: kinds with a user's pictures behind the text.
 """

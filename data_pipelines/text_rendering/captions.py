@@ -36,22 +36,38 @@ def place_of(box: Sequence[float], height: int, width: int) -> str:
 def captions(rng: np.random.Generator, truth: Mapping[str, Any], language: Language) -> dict[str, list[str]]:
   """Returns the captions of a picture as columns of a record: captions, languages, kinds. Always three: in English without the words, in English with
   all words, and in the language with all words."""
-  paper = _PAPERS[truth["paper"]["texture"]].format(truth["paper"]["colour"])
+  paper = paper_of(truth)
   blocks = truth["blocks"]
-  words = {"paper": paper, "Paper": _capital(paper), "language": language.name, "number": _count(blocks), "letters": _letters(blocks[-1])}
-  general = _pick(rng, _GENERAL).format(**words)
-  text = " ".join([_pick(rng, _OPENINGS).format(**words), *(_block(rng, block) for block in blocks)])
-  return {"captions": [_capital(general), _capital(text), _own(truth, language)], "languages": ["en", "en", language.code],
+  words = {"paper": paper, "Paper": capital(paper), "language": language.name, "number": _count(blocks), "letters": letters_of(blocks[-1])}
+  general = pick(rng, _GENERAL).format(**words)
+  text = " ".join([pick(rng, _OPENINGS).format(**words), *(_block(rng, block) for block in blocks)])
+  return {"captions": [capital(general), capital(text), _own(truth, language)], "languages": ["en", "en", language.code],
           "kinds": [records.KINDS[kind] for kind in KINDS]}
 
 
 def _block(rng: np.random.Generator, block: Mapping[str, Any]) -> str:
-  at = _AT.get(block["place"], f"at the {block['place']}")
-  letters = _letters(block)
-  return _pick(rng, _BLOCKS).format(text=block["text"], at=at, At=_capital(at), letters=letters, Letters=_capital(letters), what=_WHAT[block["what"]])
+  at = at_place(block["place"])
+  letters = letters_of(block)
+  return pick(rng, _BLOCKS).format(text=block["text"], at=at, At=capital(at), letters=letters, Letters=capital(letters), what=_WHAT[block["what"]])
 
 
-def _letters(block: Mapping[str, Any]) -> str:
+def paper_of(truth: Mapping[str, Any]) -> str:
+  """What the paper of a picture is, such as "grainy cream paper"."""
+  return _PAPERS[truth["paper"]["texture"]].format(truth["paper"]["colour"])
+
+
+def at_place(place: str) -> str:
+  """A place of `PLACES` as it stands in a sentence."""
+  return _AT.get(place, f"at the {place}")
+
+
+def own_stop(language: Language) -> str:
+  """What stands between sentences of a language."""
+  return {"cjk": "。", "thai": " "}.get(language.breaking, "। " if language.code == "hi" else ". ")
+
+
+def letters_of(block: Mapping[str, Any]) -> str:
+  """What the letters of a block look like."""
   weight = "" if block["weight"] == "regular" else block["weight"]
   looks = [weight, "slanted" if block["slanted"] else "", block["colour"], block["letters"], "letters"]
   setting = "in vertical columns" if block["direction"] == "ttb" else _SET[block["align"]] if len(block["lines"]) > 1 else ""
@@ -65,16 +81,18 @@ def _count(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _own(truth: Mapping[str, Any], language: Language) -> str:
-  stop = {"cjk": "。", "thai": " "}.get(language.breaking, "। " if language.code == "hi" else ". ")
+  stop = own_stop(language)
   said = [language.captions["paper"][0].format(paper=language.colours[truth["paper"]["colour"]])]
   said += [language.captions["block"][0].format(place=language.places[block["place"]], colour=language.colours[block["colour"]], text=block["text"])
            for block in truth["blocks"]]
-  return stop.join(map(_capital, said)) + stop.strip()
+  return stop.join(map(capital, said)) + stop.strip()
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+  """A text that begins with a capital."""
   return text[:1].upper() + text[1:]
 
 
-def _pick(rng: np.random.Generator, some: Sequence[str]) -> str:
+def pick(rng: np.random.Generator, some: Sequence[str]) -> str:
+  """One of some texts."""
   return some[rng.integers(len(some))]

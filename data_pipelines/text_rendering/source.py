@@ -2,93 +2,51 @@
 
 A *slot* is what the loader's index must know beforehand: the size of the picture, its language, and how long its captions may be. Picture p has slot
 p mod n of the n slots of the index, and draws everything else from (seed, split, p). So a few megabytes of index name 2^40 pictures: in epoch e the
-loader reads slot s as picture s + e n, and no picture comes twice.
+loader reads slot s as picture s + e n, and no picture comes twice. Edits have slots and numbers of their own, behind those of pictures.
 """
 
-import dataclasses
 import functools
+import importlib
 import io
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data_pipelines.buckets import bucket_size
-from data_pipelines.records import SPLITS, complete
-from data_pipelines.text_rendering import languages, pure
-from data_pipelines.text_rendering.captions import KINDS, captions
-from data_pipelines.text_rendering.fonts import Face, Typeface, find_faces, fingerprint, typefaces
+from data_pipelines.records import FIXED, SPLITS, complete
+from data_pipelines.text_rendering import languages
+from data_pipelines.text_rendering.captions import KINDS
+from data_pipelines.text_rendering.edits import KINDS as EDIT_KINDS
+from data_pipelines.text_rendering.fonts import Face, Typeface, find_faces, fingerprint, monospaced, typefaces
+from data_pipelines.text_rendering.pages import Page
+from data_pipelines.text_rendering.settings import BUDGETS, Settings, draw_key
 from data_pipelines.text_rendering.words import Corpus
 from data_pipelines.tokenizer import PromptTokenizer
 
-RATIOS = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
-FIRST_ID = {"train": 0, "validation": 2**30}
+FIRST_ID = {"train": 0, "validation": 2**30}  # those of edits begin 2^29 later
+_FIRST_EDIT = 2**29
 NUM_PICTURES = 2**40
-BUDGETS = (128, 192, 320, 512, 1024)  # tokens that captions may have, the template not counted
 _CHARACTERS = {"cjk": 0.6, "thai": 0.8}  # per token, at least about; of other languages _OTHER
 _OTHER = 2.2
 _OVERHEAD = 70  # tokens of a caption beside the text
+_ROOM = ((0.55, 1.0), (0.85, 1.0))  # powers of the most characters that a picture of other kinds, or of the complex kind, has
 _TRIES = 10
 _SHORTER = 0.6
+_EDITS = "edits"  # the kind of pictures that have a source
+_EDIT_BUDGETS = BUDGETS[:2]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What is drawn.
-
-  Attributes:
-    seed: of everything.
-    base_px: pictures have about the area of a square of this side, and sides as batches at that resolution have.
-    ratios: width to height of the pictures, each as often as it is listed.
-    languages: code -> how often, relative to the others; empty for all languages that there are, alike.
-    layouts: those of `pure.LAYOUTS` -> how often.
-    min_px: least size of Latin letters in px; other scripts are as much larger as they need to be.
-    max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most.
-    texts: code -> paragraphs of the user, cleaned.
-    font_folders: where fonts are looked for, beside Matplotlib's; empty for the usual places.
-  """
-  seed: int = 0
-  base_px: int = 256
-  ratios: tuple[str, ...] = RATIOS
-  languages: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  layouts: Mapping[str, float] = dataclasses.field(default_factory=lambda: pure.LAYOUTS)
-  min_px: float = 10.0
-  max_tokens: int = 0
-  texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-  font_folders: tuple[str, ...] = ()
-
-  def __post_init__(self):
-    if self.seed < 0 or self.base_px < 64 or self.min_px < 5 or 0 != self.max_tokens < BUDGETS[0]:
-      raise ValueError(f"seed={self.seed}, base_px={self.base_px}, min_px={self.min_px} and max_tokens={self.max_tokens} must be at least 0, 64, 5 "
-                       f"and {BUDGETS[0]} (or 0).")
-    for name, known in (("languages", languages.codes()), ("layouts", pure.LAYOUTS), ("texts", self.languages or languages.codes())):
-      odd = [one for one in getattr(self, name) if one not in known]
-      if odd:
-        raise ValueError(f"{name} has {odd[0]!r}: choose among {', '.join(known)}.")
-    if any(not share > 0 for some in (self.languages, self.layouts) for share in some.values()) or not self.layouts or not self.ratios:
-      raise ValueError(f"languages={dict(self.languages)}, layouts={dict(self.layouts)} and ratios={self.ratios}: give shares above 0, and leave out "
-                       "what is not wanted.")
-
-  @property
-  def shares(self) -> dict[str, float]:
-    """Language -> how often."""
-    return dict(self.languages) or dict.fromkeys(languages.codes(), 1.0)
-
-  def plain(self) -> dict[str, Any]:
-    """The settings as JSON, without the user's texts."""
-    return {key: json.loads(json.dumps(value)) for key, value in dataclasses.asdict(self).items() if key != "texts"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-  """What is known of a picture before it is drawn: sides in px, language, tokens of its captions, the template not counted."""
+class Slot(NamedTuple):
+  """What is known of a picture before it is drawn: sides in px, language, tokens of its captions, the template not counted, and its kind."""
   height: int
   width: int
   language: str
   tokens: int
+  kind: str
 
 
 class RenderedText(Sequence):
@@ -96,20 +54,24 @@ class RenderedText(Sequence):
 
   endless = True
 
-  def __init__(self, settings: Settings, split: str, num_slots: int, tokenizer: PromptTokenizer | None = None):
-    """Args: settings; "train" or "validation"; slots, n; what counts the tokens of captions, without which they may have any number.
+  def __init__(self, settings: Settings, split: str, num_slots: int, tokenizer: PromptTokenizer | None = None, are_edits: bool = False):
+    """Args: settings; "train" or "validation"; slots, n; what counts the tokens of captions, without which they may have any number; whether these
+    are edits, each with a source, in place of pictures.
 
     Raises:
       ValueError: a language has no font on this machine; names the package.
     """
     self._settings, self._split, self._num, self._tokenizer = settings, split, num_slots, tokenizer
-    self._key = (settings.seed, SPLITS.index(split))
+    self._are_edits = are_edits
+    self._keys = [(settings.seed, SPLITS.index(split), which + 2 * are_edits) for which in (1, 2)]  # of a slot, of a picture
     self._sizes = [bucket_size(settings.base_px, ratio) for ratio in settings.ratios]
-    self._languages, self._layouts = _Choice(settings.shares), _Choice(settings.layouts)
-    self._budgets = [budget for budget in BUDGETS if budget <= max(BUDGETS[0], settings.max_tokens or settings.base_px)]
+    self._shares = settings.shares
+    self._first_id, self._kinds = FIRST_ID[split] + _FIRST_EDIT * are_edits, {_EDITS: 1.0} if are_edits else settings.kinds
+    most = max(BUDGETS[0], settings.max_tokens or settings.base_px)
+    self._budgets = [budget for budget in (_EDIT_BUDGETS if are_edits else BUDGETS) if budget <= most]
 
   def __getstate__(self) -> tuple:
-    return self._settings, self._split, self._num, self._tokenizer  # fonts are opened anew in another process
+    return self._settings, self._split, self._num, self._tokenizer, self._are_edits  # fonts are opened anew in another process
 
   def __setstate__(self, state: tuple) -> None:
     self.__init__(*state)
@@ -123,42 +85,49 @@ class RenderedText(Sequence):
       raise IndexError(f"Picture {position} is not one of 2^40.")
     record = self.record(number)
     texts = {key: [one.encode() for one in record[key]] for key in ("captions", "languages", "kinds")}  # as TFDS gives them
-    return record | texts | {"image": _ppm(record["image"]), "attributes": record["attributes"].encode()}
+    return record | texts | {"image": _ppm(record["image"]), "sources": list(map(_ppm, record["sources"])),
+                             "attributes": record["attributes"].encode()}
 
   def __getitems__(self, positions: Sequence[int]) -> list[dict]:
     return [self[position] for position in positions]
 
   def slot(self, number: int) -> Slot:
     """Returns the slot of a picture."""
-    rng = np.random.default_rng((*self._key, 1, number % self._num))
+    rng = np.random.default_rng((*self._keys[0], number % self._num))
     height, width = self._sizes[rng.integers(len(self._sizes))]
-    return Slot(height, width, self._languages(rng), self._budgets[rng.integers(len(self._budgets))])
+    language, share = draw_key(rng, self._shares), rng.random()
+    kind = draw_key(rng, self._kinds)
+    budgets = self._budgets[len(self._budgets) // 2 if kind == "complex" else 0:]
+    return Slot(height, width, language, budgets[int(share * len(budgets))], kind)
 
   def record(self, number: int) -> dict:
-    """Returns a picture as a record of `records`, but that `image` is an array H W 3 uint8, and its truth is in `attributes`.
+    """Returns a picture as a record of `records`, but that `image` and what is in `sources` are arrays H W 3 uint8; its truth is in `attributes`.
 
     Raises:
       ValueError: the tokenizer needs so many tokens that no caption of the language is short enough.
     """
-    slot, rng = self.slot(number), np.random.default_rng((*self._key, 2, number))
+    slot, rng = self.slot(number), np.random.default_rng((*self._keys[1], number))
     corpus = self._corpus(slot.language)
     per_token = _CHARACTERS.get(corpus.language.breaking, _OTHER)
     most = max(12.0, (slot.tokens - _OVERHEAD) * per_token)
-    room = most ** rng.uniform(0.55, 1.0)
+    room = most ** rng.uniform(*_ROOM[slot.kind == "complex"])
+    kind = importlib.import_module(f"{__package__}.{slot.kind}")
     for trial in range(_TRIES):
-      page = pure.Page(corpus, self._typefaces[slot.language], slot.height, slot.width, self._settings.min_px, int(room * _SHORTER**trial),
-                       self._layouts(rng) if trial < _TRIES // 2 else "single")
-      image, truth = pure.render(rng, page)
-      said = captions(rng, truth, corpus.language)
+      page = Page(corpus, self._typefaces[slot.language], slot.height, slot.width, self._settings, int(room * _SHORTER**trial), self._typefaces,
+                  trial >= _TRIES // 2)
+      image, truth, *sources = kind.render(rng, page)
+      said = kind.captions(rng, truth, corpus.language)
       if self._fit(said["captions"], slot.tokens):
-        return complete(said | {"image": image, "height": slot.height, "width": slot.width, "has_text": True, "attributes": json.dumps(
-            {**truth, "picture": number}, ensure_ascii=False), "sample_id": FIRST_ID[self._split] + number % self._num})
+        sides = {"height": slot.height, "width": slot.width}
+        size = sides | {f"source_{side}": [px] * len(sources) for side, px in sides.items()}
+        return complete(said | size | {"image": image, "sources": sources, "has_text": True, "attributes": json.dumps(
+            {**truth, "picture": number}, ensure_ascii=False), "sample_id": self._first_id + number % self._num})
     raise ValueError(f"No caption of picture {number} ({corpus.language.name}) has at most {slot.tokens} tokens: give a tokenizer that knows the "
                      "language, with a larger vocabulary.")
 
   @staticmethod
   def truth(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a record says that its picture shows, see `pure.truth_of`, and "picture", its number."""
+    """Returns what a record says that its picture shows, see `pages.truth_of`, and "picture", its number."""
     return json.loads(record["attributes"])
 
   def index(self) -> dict[str, np.ndarray]:
@@ -170,22 +139,27 @@ class RenderedText(Sequence):
     if self._tokenizer is None:
       raise ValueError("An index needs a tokenizer: it says how long prompts are.")
     slots, names = [self.slot(number) for number in range(self._num)], sorted({"en", *self._settings.shares})
-    places, each = {name: i for i, name in enumerate(names)}, len(KINDS)
+    kinds = EDIT_KINDS if self._are_edits else KINDS
+    places, each = {name: i for i, name in enumerate(names)}, len(kinds)
     said = [[places["en"]] * (each - 1) + [places[slot.language]] for slot in slots]
     tokens = self._template + np.array([slot.tokens for slot in slots], np.int32)
     ones = np.ones(self._num, np.int32)
-    return {"height": np.array([slot.height for slot in slots], np.int32), "width": np.array([slot.width for slot in slots], np.int32),
-            "quality": ones.astype(np.float32), "sample_id": FIRST_ID[self._split] + np.arange(self._num, dtype=np.int64),
+    sizes = np.array([(slot.height, slot.width) for slot in slots], np.int32)
+    return {"height": sizes[:, 0].copy(), "width": sizes[:, 1].copy(),
+            "quality": ones.astype(np.float32), "sample_id": self._first_id + np.arange(self._num, dtype=np.int64),
             "stage": np.full(self._num, complete({"captions": []})["stage"], np.uint8), "has_text": ones.astype(bool),
-            "has_rejected": np.zeros(self._num, bool), "source_sizes": np.zeros((self._num, 0, 2), np.int32), "num_captions": each * ones,
+            "has_rejected": np.zeros(self._num, bool), "source_sizes": sizes[:, None][:, :int(self._are_edits)], "num_captions": each * ones,
             "caption_language": np.array(said, np.uint16).ravel(), "language_names": np.array(names, str),
-            "caption_kind": np.tile(np.array(KINDS, np.uint8), self._num), "caption_tokens": np.repeat(tokens, each),
+            "caption_kind": np.tile(np.array(kinds, np.uint8), self._num), "caption_tokens": np.repeat(tokens, each),
             "tokenizer": np.array(self._tokenizer.fingerprint)}
 
   @functools.cached_property
   def fonts(self) -> str:
     """What tells the fonts of this machine from others, as far as they are used."""
-    return fingerprint(self._typefaces)
+    some = dict(self._typefaces)
+    if "complex" in self._settings.kinds:
+      some["code"] = tuple(monospaced(one) for one in next(iter(some.values()))[:1])
+    return fingerprint(some)
 
   def _fit(self, texts: Sequence[str], tokens: int) -> bool:
     return self._tokenizer is None or int(self._tokenizer.count(texts).max()) <= tokens + self._template
@@ -203,14 +177,30 @@ class RenderedText(Sequence):
     return Corpus(languages.load(code), tuple(self._settings.texts.get(code, ())))
 
 
-class _Choice:
-  """Draws a key by its share."""
+class WithEdits(Sequence):
+  """Pictures, and behind them edits: the slots of both, one after the other, in an index and a mixture."""
 
-  def __init__(self, shares: Mapping[str, float]):
-    self._keys, self._ends = list(shares), np.cumsum(list(shares.values()))
+  endless = True
 
-  def __call__(self, rng: np.random.Generator) -> str:
-    return self._keys[int(np.searchsorted(self._ends, rng.random() * self._ends[-1], side="right"))]
+  def __init__(self, pictures: RenderedText, edits: RenderedText):
+    self._pictures, self._edits, self.fonts = pictures, edits, pictures.fonts
+
+  def __len__(self) -> int:
+    return len(self._pictures) + len(self._edits)
+
+  def __getitem__(self, position: int) -> dict:
+    epoch, slot = divmod(operator.index(position), len(self))
+    part, slot = (self._edits, slot - len(self._pictures)) if slot >= len(self._pictures) else (self._pictures, slot)
+    return part[slot + epoch * len(part)]
+
+  def __getitems__(self, positions: Sequence[int]) -> list[dict]:
+    return [self[position] for position in positions]
+
+  def index(self) -> dict[str, np.ndarray]:
+    """The index of all slots, see `RenderedText.index`."""
+    pictures, edits = self._pictures.index(), self._edits.index()
+    pictures["source_sizes"] = np.zeros((len(self._pictures), *edits["source_sizes"].shape[1:]), np.int32)
+    return {name: pictures[name] if name in FIXED else np.concatenate([pictures[name], edits[name]]) for name in pictures}
 
 
 @functools.cache
