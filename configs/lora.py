@@ -7,7 +7,7 @@ pictures begin to copy yours. docs/lora.md says how to choose.
 
 A subject drags its class with it: after a while every dog is your dog. Prior preservation (arXiv 2208.12242) holds it back: pictures of the class
 that the generator drew before are a second data set, which half of the steps are of. Draw 100 or more of them, and name both data sets with a +
-between. --config.stages[0].mixture[1].loss_weight=0.5 has them count half as much:
+between. They count as much as yours, `PRIOR_WEIGHT`; --config.stages[0].mixture[1].loss_weight=0.5 has them count half as much:
 
   python -m launch.sample --pretrained=DIR --prompt="a photo of a dog" --num_images_per_prompt=100 --pictures=CLASS --captions
   python -m launch.prepare_data --source=CLASS --name=dogs --out=runs/data --config=configs/curation.py:small
@@ -39,6 +39,7 @@ from qimg2.runtime.config.records import read_record
 from qimg2.runtime.config.sources import DIFFUSERS, STAGE, parse_source
 
 RUN = "run:"
+PRIOR_WEIGHT = 1.0  # of the loss on pictures of the class, as in the paper
 RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4")
 
 
@@ -81,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
   own, _, prior = name.partition("+")
   parts = (base.part("glyphs" if name == "smoke" else own),)
   if prior:
-    parts += (base.part(prior),)
+    parts += (base.part(prior) | dict(loss_weight=PRIOR_WEIGHT),)
   cfg.stages = (stage(parts),)
   if name == "smoke":
     return smoke(cfg)

@@ -57,6 +57,7 @@ def test_the_first_minibatch_is_on_policy_and_groups_without_spread_are_replaced
   assert len(whole[1]) == 3 and all(np.isfinite(value) for row in whole[1] for value in row.values())
   for row in whole[1]:
     assert row["ratio_off"] == 0.0 and 0.0 <= row["float32_off"] < 1e-5 and row["divergence"] > 0 and row["skipped"] == 0
+    assert 0 <= row["ratio_by_rounding"] < 1e-4 and row["clipped_by_rounding"] == 0
     assert row["reward/left_out"] > 0 and row["ratio"] != 1.0 and 0 < row["advantage"] < 5
   assert max(row["replaced"] for row in whole[1]) > 0 and whole[1][0]["kl"] < whole[1][2]["kl"]
 
@@ -72,6 +73,20 @@ def test_a_rollout_of_another_policy_than_the_update_s_ends_the_stage(tmp_path):
   with pytest.raises(FloatingPointError, match="Stage toy, step 1: float32_off is 0.0[0-9]+, and must not be above 0.001: "):
     train(tmp_path, dataclasses.replace(method, rollout=dataclasses.replace(method.rollout, generate=other)))
   assert not list((tmp_path / "toy" / "checkpoints").glob("[0-9]*"))
+
+
+def test_what_rounding_clips_is_told_also_where_the_second_minibatch_has_no_row(tmp_path):
+  """Here 3e-4 of all weights stand for rounding."""
+  found = []
+  for name, every in (("whole", 1), ("half", 2)):
+    def score(pictures, tasks, every=every):
+      return {"near": np.where(np.arange(len(tasks)) % every == 0, near(pictures, tasks)["near"], np.nan)}
+    method = grpo(score, clip=1e-5, kl=0.0, chunks=1, oversample=1.0, min_spread=0.0)
+    rounded = lambda params: {**params, "model": jax.tree.map(lambda x: 1.0003 * x, params["model"])}
+    other = lambda params, *rest, method=method: method.rollout.generate(rounded(params), *rest)
+    found += train(tmp_path / name, dataclasses.replace(method, rollout=dataclasses.replace(method.rollout, generate=other)), num_steps=1)
+  assert all(0 < row["clipped_by_rounding"] < 1 and row["ratio_by_rounding"] > 1e-5 and row["ratio_off"] == 0 for row in found)
+  assert found[1]["skipped"] == 0 and abs(found[1]["float32_off"] / found[0]["float32_off"] - 1) < 0.3  # nearly the same rows
 
 
 def test_a_run_that_is_killed_while_it_scores_ends_with_the_same_bits(whole, tmp_path):
