@@ -110,7 +110,7 @@ def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int
     raise ValueError(f"{folder}/{_TEXTS} is not the one that dataset.json beside it was written with: copy both again, or prepare the data set anew.")
   with open(os.path.join(folder, _TEXTS), encoding="utf-8") as file:
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in said["settings"].items()}
-    num_edits = said.get("edits", {}).get(split, 0)  # folders of before there were edits have none
+    num_edits = said.get("edits", {}).get(split, 0)  # none in a folder that was prepared when there were none
     settings = {"kinds": _BEFORE_KINDS} | settings
     source = _source(Settings(**settings, texts=json.load(file)), split, num_slots - num_edits, num_edits, PromptTokenizer.load(folder))
   if source.fonts != said["fonts"]:
