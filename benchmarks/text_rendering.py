@@ -20,9 +20,10 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.text_rendering import drawing, languages, layout, pure
+from data_pipelines.text_rendering import drawing, languages, layout
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
-from data_pipelines.text_rendering.source import RATIOS, RenderedText, Settings
+from data_pipelines.text_rendering.settings import LAYOUTS, RATIOS, Settings
+from data_pipelines.text_rendering.source import RenderedText
 from launch import cli
 from qimg2.evaluation import ocr
 from qimg2.evaluation.text import score_text
@@ -33,7 +34,7 @@ PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS, layout_name: str = "") -> RenderedText:
   """The pictures that are measured."""
-  layouts = {layout_name: 1.0} if layout_name else pure.LAYOUTS
+  layouts = {layout_name: 1.0} if layout_name else LAYOUTS
   return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), layouts=layouts), "train", 2**20)
 
 

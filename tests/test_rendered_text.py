@@ -11,7 +11,8 @@ from data_pipelines import identity, records
 from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.text_rendering import captions, stored
-from data_pipelines.text_rendering.source import RenderedText, Settings
+from data_pipelines.text_rendering.settings import Settings
+from data_pipelines.text_rendering.source import RenderedText
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import decode_image
 from data_pipelines.verify import verify
@@ -118,7 +119,7 @@ def test_pictures_can_be_stored(tmp_path):
 
 @pytest.mark.parametrize("wrong, sentence", [
     (dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 64"),
-    (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single")])
+    (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single"), (dict(kinds={"plain": 1.0}), "choose among pure")])
 def test_settings_that_make_no_sense_are_refused(wrong, sentence):
   with pytest.raises(ValueError, match=sentence):
     Settings(**wrong)

@@ -2,6 +2,7 @@
 
 Reading order:
 
+  settings.py   what is drawn, as one value
   languages.py  what a language is: one file each in language_files/
   fonts.py      fonts of this machine, by what they cover
   words.py      what is written: grammars, CLDR, a user's texts
@@ -11,6 +12,7 @@ Reading order:
   colours.py    names, and contrast by WCAG
   drawing.py    paper and ink
   captions.py   what is said of a picture
+  pages.py      what all kinds of pictures share: the page, texts in their places, their truth
   pure.py       words, lines and paragraphs on paper, with their truth
   source.py     any picture by its number
   stored.py     the folder by which a mixture names it

@@ -4,12 +4,12 @@ With sRGB levels c in 0..1 linearised to c_l, the relative luminance is L = 0.21
 (L_1 + 0.05) / (L_2 + 0.05), the lighter one above: 1 to 21. WCAG asks for 4.5, and for 3 where letters are large.
 """
 
-import bisect
 import functools
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
+
+from data_pipelines.text_rendering.settings import draw_key
 
 RGB = {"black": (22, 22, 24), "white": (252, 252, 250), "grey": (88, 90, 94), "red": (190, 24, 34), "orange": (236, 120, 18),
        "yellow": (250, 214, 70), "green": (20, 102, 52), "blue": (30, 92, 200), "navy": (20, 34, 88), "purple": (108, 40, 140),
@@ -44,8 +44,7 @@ def _luminances() -> dict[str, float]:
 
 def draw_paper(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
   """Name and levels of a colour for paper; light ones are more frequent."""
-  ends = list(itertools.accumulate(_PAPERS.values()))
-  name = list(_PAPERS)[bisect.bisect_right(ends, rng.random() * ends[-1])]
+  name = draw_key(rng, _PAPERS)
   return name, _near(rng, name)
 
 

@@ -5,29 +5,29 @@ p mod n of the n slots of the index, and draws everything else from (seed, split
 loader reads slot s as picture s + e n, and no picture comes twice.
 """
 
-import dataclasses
 import functools
+import importlib
 import io
 import json
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data_pipelines.buckets import bucket_size
 from data_pipelines.records import SPLITS, complete
-from data_pipelines.text_rendering import languages, pure
-from data_pipelines.text_rendering.captions import KINDS, captions
+from data_pipelines.text_rendering import languages
+from data_pipelines.text_rendering.captions import KINDS
 from data_pipelines.text_rendering.fonts import Face, Typeface, find_faces, fingerprint, typefaces
+from data_pipelines.text_rendering.pages import Page
+from data_pipelines.text_rendering.settings import BUDGETS, Settings, draw_key
 from data_pipelines.text_rendering.words import Corpus
 from data_pipelines.tokenizer import PromptTokenizer
 
-RATIOS = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 FIRST_ID = {"train": 0, "validation": 2**30}
 NUM_PICTURES = 2**40
-BUDGETS = (128, 192, 320, 512, 1024)  # tokens that captions may have, the template not counted
 _CHARACTERS = {"cjk": 0.6, "thai": 0.8}  # per token, at least about; of other languages _OTHER
 _OTHER = 2.2
 _OVERHEAD = 70  # tokens of a caption beside the text
@@ -35,60 +35,13 @@ _TRIES = 10
 _SHORTER = 0.6
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What is drawn.
-
-  Attributes:
-    seed: of everything.
-    base_px: pictures have about the area of a square of this side, and sides as batches at that resolution have.
-    ratios: width to height of the pictures, each as often as it is listed.
-    languages: code -> how often, relative to the others; empty for all languages that there are, alike.
-    layouts: those of `pure.LAYOUTS` -> how often.
-    min_px: least size of Latin letters in px; other scripts are as much larger as they need to be.
-    max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most.
-    texts: code -> paragraphs of the user, cleaned.
-    font_folders: where fonts are looked for, beside Matplotlib's; empty for the usual places.
-  """
-  seed: int = 0
-  base_px: int = 256
-  ratios: tuple[str, ...] = RATIOS
-  languages: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  layouts: Mapping[str, float] = dataclasses.field(default_factory=lambda: pure.LAYOUTS)
-  min_px: float = 10.0
-  max_tokens: int = 0
-  texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-  font_folders: tuple[str, ...] = ()
-
-  def __post_init__(self):
-    if self.seed < 0 or self.base_px < 64 or self.min_px < 5 or 0 != self.max_tokens < BUDGETS[0]:
-      raise ValueError(f"seed={self.seed}, base_px={self.base_px}, min_px={self.min_px} and max_tokens={self.max_tokens} must be at least 0, 64, 5 "
-                       f"and {BUDGETS[0]} (or 0).")
-    for name, known in (("languages", languages.codes()), ("layouts", pure.LAYOUTS), ("texts", self.languages or languages.codes())):
-      odd = [one for one in getattr(self, name) if one not in known]
-      if odd:
-        raise ValueError(f"{name} has {odd[0]!r}: choose among {', '.join(known)}.")
-    if any(not share > 0 for some in (self.languages, self.layouts) for share in some.values()) or not self.layouts or not self.ratios:
-      raise ValueError(f"languages={dict(self.languages)}, layouts={dict(self.layouts)} and ratios={self.ratios}: give shares above 0, and leave out "
-                       "what is not wanted.")
-
-  @property
-  def shares(self) -> dict[str, float]:
-    """Language -> how often."""
-    return dict(self.languages) or dict.fromkeys(languages.codes(), 1.0)
-
-  def plain(self) -> dict[str, Any]:
-    """The settings as JSON, without the user's texts."""
-    return {key: json.loads(json.dumps(value)) for key, value in dataclasses.asdict(self).items() if key != "texts"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-  """What is known of a picture before it is drawn: sides in px, language, tokens of its captions, the template not counted."""
+class Slot(NamedTuple):
+  """What is known of a picture before it is drawn: sides in px, language, tokens of its captions, the template not counted, and its kind."""
   height: int
   width: int
   language: str
   tokens: int
+  kind: str
 
 
 class RenderedText(Sequence):
@@ -105,7 +58,7 @@ class RenderedText(Sequence):
     self._settings, self._split, self._num, self._tokenizer = settings, split, num_slots, tokenizer
     self._key = (settings.seed, SPLITS.index(split))
     self._sizes = [bucket_size(settings.base_px, ratio) for ratio in settings.ratios]
-    self._languages, self._layouts = _Choice(settings.shares), _Choice(settings.layouts)
+    self._shares = settings.shares
     self._budgets = [budget for budget in BUDGETS if budget <= max(BUDGETS[0], settings.max_tokens or settings.base_px)]
 
   def __getstate__(self) -> tuple:
@@ -132,7 +85,7 @@ class RenderedText(Sequence):
     """Returns the slot of a picture."""
     rng = np.random.default_rng((*self._key, 1, number % self._num))
     height, width = self._sizes[rng.integers(len(self._sizes))]
-    return Slot(height, width, self._languages(rng), self._budgets[rng.integers(len(self._budgets))])
+    return Slot(height, width, draw_key(rng, self._shares), self._budgets[rng.integers(len(self._budgets))], draw_key(rng, self._settings.kinds))
 
   def record(self, number: int) -> dict:
     """Returns a picture as a record of `records`, but that `image` is an array H W 3 uint8, and its truth is in `attributes`.
@@ -145,11 +98,11 @@ class RenderedText(Sequence):
     per_token = _CHARACTERS.get(corpus.language.breaking, _OTHER)
     most = max(12.0, (slot.tokens - _OVERHEAD) * per_token)
     room = most ** rng.uniform(0.55, 1.0)
+    kind = importlib.import_module(f"{__package__}.{slot.kind}")
     for trial in range(_TRIES):
-      page = pure.Page(corpus, self._typefaces[slot.language], slot.height, slot.width, self._settings.min_px, int(room * _SHORTER**trial),
-                       self._layouts(rng) if trial < _TRIES // 2 else "single")
-      image, truth = pure.render(rng, page)
-      said = captions(rng, truth, corpus.language)
+      page = Page(corpus, self._typefaces[slot.language], slot.height, slot.width, self._settings, int(room * _SHORTER**trial), trial >= _TRIES // 2)
+      image, truth = kind.render(rng, page)
+      said = kind.captions(rng, truth, corpus.language)
       if self._fit(said["captions"], slot.tokens):
         return complete(said | {"image": image, "height": slot.height, "width": slot.width, "has_text": True, "attributes": json.dumps(
             {**truth, "picture": number}, ensure_ascii=False), "sample_id": FIRST_ID[self._split] + number % self._num})
@@ -158,7 +111,7 @@ class RenderedText(Sequence):
 
   @staticmethod
   def truth(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a record says that its picture shows, see `pure.truth_of`, and "picture", its number."""
+    """Returns what a record says that its picture shows, see `pages.truth_of`, and "picture", its number."""
     return json.loads(record["attributes"])
 
   def index(self) -> dict[str, np.ndarray]:
@@ -201,16 +154,6 @@ class RenderedText(Sequence):
 
   def _corpus(self, code: str) -> Corpus:
     return Corpus(languages.load(code), tuple(self._settings.texts.get(code, ())))
-
-
-class _Choice:
-  """Draws a key by its share."""
-
-  def __init__(self, shares: Mapping[str, float]):
-    self._keys, self._ends = list(shares), np.cumsum(list(shares.values()))
-
-  def __call__(self, rng: np.random.Generator) -> str:
-    return self._keys[int(np.searchsorted(self._ends, rng.random() * self._ends[-1], side="right"))]
 
 
 @functools.cache

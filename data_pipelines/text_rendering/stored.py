@@ -14,7 +14,8 @@ from typing import Any
 from data_pipelines import embedded, records
 from data_pipelines.text_rendering import languages
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
-from data_pipelines.text_rendering.source import RenderedText, Settings
+from data_pipelines.text_rendering.settings import Settings
+from data_pipelines.text_rendering.source import RenderedText
 from data_pipelines.text_rendering.words import read_texts
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 from data_pipelines.transforms import encode_png

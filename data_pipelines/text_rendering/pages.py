@@ -1,0 +1,136 @@
+"""What all kinds of pictures share: the page to be filled, texts in their places, how they are set, and the truth about them.
+
+A *kind* is a module named in `settings.KINDS` with two functions. `render(rng, page)` returns (the picture H W 3 uint8, its truth), the truth as
+`truth_of` returns it, with whatever more the kind has to say. `captions(rng, truth, language)` returns what is said of it, see `captions.captions`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.text_rendering.captions import place_of
+from data_pipelines.text_rendering.drawing import Paper
+from data_pipelines.text_rendering.fonts import Typeface
+from data_pipelines.text_rendering.layout import Setting, Style
+from data_pipelines.text_rendering.settings import Settings
+from data_pipelines.text_rendering.words import Corpus
+
+TRIES = 12  # for a text that is not yet on the page
+_TIGHTER = 0.88  # leading of headings, as a share of the least of running text
+_MARGINS = (0.05, 0.11)  # of the shorter side
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+  """What is set.
+
+  Attributes:
+    corpus, typefaces: a language's texts, and what sets them.
+    height, width: sides in px.
+    settings: of the data set.
+    num_characters: the most that there may be.
+    is_simple: whether to draw what surely has a short caption, because others were too long.
+  """
+  corpus: Corpus
+  typefaces: Sequence[Typeface]
+  height: int
+  width: int
+  settings: Settings
+  num_characters: int
+  is_simple: bool = False
+
+  @property
+  def least_px(self) -> float:
+    """The least size of letters."""
+    return self.settings.min_px * self.corpus.language.min_em
+
+
+@dataclasses.dataclass
+class Block:
+  """A text in its place, and what it is: a word, heading, line, paragraph or list, or a region of a template."""
+  paragraphs: list[str]
+  setting: Setting
+  what: str
+  ink: tuple[str, tuple[int, int, int], float] | None = None  # of `colours.draw_ink`
+
+
+def draw_new(draw: Callable[[np.random.Generator], str], rng: np.random.Generator, known: Sequence[str]) -> str:
+  """A text that is not among the known ones, in capitals neither."""
+  for _ in range(TRIES):
+    text = draw(rng)
+    if text.lower() not in map(str.lower, known):
+      break
+  return text
+
+
+def margins(rng: np.random.Generator, page: Page) -> tuple[float, float, float, float]:
+  """The frame inside the margins, (left, top, right, bottom) in px."""
+  margin = rng.uniform(*_MARGINS) * min(page.height, page.width)
+  return margin, margin, page.width - margin, page.height - margin
+
+
+def is_vertical(rng: np.random.Generator, page: Page) -> bool:
+  """Whether a text runs from top to bottom."""
+  return rng.random() * 10 < page.corpus.language.vertical
+
+
+def draw_style(rng: np.random.Generator, page: Page, align: str, columns: int = 1, vertical: bool = False) -> Style:
+  """A typeface and a leading of the language, for running text."""
+  language = page.corpus.language
+  breaks = "hyphenated" if align == "justified" and language.hyphenation else "anywhere"
+  return Style(draw_typeface(rng, page), language, rng.uniform(*language.leading), align, columns, 0.0, breaks, vertical)
+
+
+def short_style(style: Style, align: str, text: str) -> Style:
+  """The style of a heading or of another short text; words stay whole."""
+  leading, is_word = _TIGHTER * style.language.leading[0], text.lower() in map(str.lower, style.language.words)
+  return dataclasses.replace(style, align=align, leading=leading, columns=1, indent=0.0, breaks="never" if is_word else "phrases")
+
+
+def draw_typeface(rng: np.random.Generator, page: Page) -> Typeface:
+  """A family, all alike, then one of its faces."""
+  families = sorted({one.main.family for one in page.typefaces})
+  family = families[rng.integers(len(families))]
+  some = [one for one in page.typefaces if one.main.family == family]
+  return some[rng.integers(len(some))]
+
+
+def put(setting: Setting, frame: Sequence[float], across: float | None, down: float) -> Setting:
+  """Moves a text into a frame (left, top, right, bottom) in px: `across` and `down` are the shares of what is left over that lie before its ink; None
+  for `across` keeps where its lines begin."""
+  left, top, right, bottom = setting.ink
+  x = frame[0] if across is None else frame[0] - left + across * max(0.0, frame[2] - frame[0] - (right - left))
+  return setting.moved(float(x), float(frame[1] - top + down * max(0.0, frame[3] - frame[1] - (bottom - top))))
+
+
+def truth_of(kind: str, layout: str, blocks: Sequence[Block], paper: Paper, page: Page) -> dict[str, Any]:
+  """Returns what a picture shows, plain JSON.
+
+  kind; layout; language; texts: the strings in the order in which they are read; paper: colour, rgb, texture; blocks in the same order, each with
+  text (its paragraphs, joined by a space), paragraphs, what, box, lines of text and box, place, font, size_px, colour, rgb, contrast, weight,
+  slanted, letters, align, direction. Boxes are (left, top, right, bottom) of ink in px, rounded outwards, and lie in the picture.
+  """
+  language = page.corpus.language
+  found = [_describe(block, page) for block in blocks]
+  return {"kind": kind, "layout": layout, "language": language.code, "texts": [block["text"] for block in found],
+          "paper": {"colour": paper.name, "rgb": list(paper.rgb), "texture": paper.texture}, "blocks": found}
+
+
+def _describe(block: Block, page: Page) -> dict[str, Any]:
+  setting, face, language = block.setting, block.setting.style.typeface.main, page.corpus.language
+  whole, (colour, rgb, contrast) = outwards(setting.ink), block.ink
+  return {"text": (" " if language.breaking != "cjk" or block.what == "list" else "").join(block.paragraphs), "paragraphs": block.paragraphs,
+          "what": block.what, "box": whole,
+          "lines": [{"text": one.line.text, "box": outwards(setting.box(one))} for one in setting.placed],
+          "place": place_of(whole, page.height, page.width), "font": face.name, "size_px": round(setting.size, 2), "colour": colour,
+          "rgb": list(rgb), "contrast": round(contrast, 2), "weight": "bold" if face.is_bold else "regular",
+          "slanted": face.is_italic, "letters": face.kind, "align": setting.style.align,
+          "direction": "ttb" if setting.style.vertical else "rtl" if language.is_rtl else "ltr"}
+
+
+def outwards(box: Sequence[float]) -> list[int]:
+  """A box in whole px that holds a box (left, top, right, bottom)."""
+  left, top, right, bottom = box
+  return [int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom))]

@@ -1,0 +1,77 @@
+"""What rendered text is made of, as one value."""
+
+import bisect
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.text_rendering import languages
+
+RATIOS = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
+KINDS = ("pure",)  # of pictures: each is the module of its name, see `pages`
+DEFAULT_KINDS = {"pure": 1.0}  # and how often
+LAYOUTS = {"single": 0.25, "lines": 0.2, "paragraph": 0.3, "columns": 0.1, "list": 0.15}  # of the pure kind, and how often
+BUDGETS = (128, 192, 320, 512, 1024)  # tokens that captions may have, the template not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What is drawn.
+
+  Attributes:
+    seed: of everything.
+    base_px: pictures have about the area of a square of this side, and sides as batches at that resolution have.
+    ratios: width to height of the pictures, each as often as it is listed.
+    languages: code -> how often, relative to the others; empty for all languages that there are, alike.
+    kinds: those of `KINDS` -> how often.
+    layouts: those of `LAYOUTS`, of the pure kind -> how often.
+    min_px: least size of Latin letters in px; other scripts are as much larger as they need to be.
+    max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most.
+    texts: code -> paragraphs of the user, cleaned.
+    font_folders: where fonts are looked for, beside Matplotlib's; empty for the usual places.
+  """
+  seed: int = 0
+  base_px: int = 256
+  ratios: tuple[str, ...] = RATIOS
+  languages: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  kinds: Mapping[str, float] = dataclasses.field(default_factory=lambda: DEFAULT_KINDS)
+  layouts: Mapping[str, float] = dataclasses.field(default_factory=lambda: LAYOUTS)
+  min_px: float = 10.0
+  max_tokens: int = 0
+  texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+  font_folders: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.seed < 0 or self.base_px < 64 or self.min_px < 5 or 0 != self.max_tokens < BUDGETS[0]:
+      raise ValueError(f"seed={self.seed}, base_px={self.base_px}, min_px={self.min_px} and max_tokens={self.max_tokens} must be at least 0, 64, 5 "
+                       f"and {BUDGETS[0]} (or 0).")
+    for name, known in (("languages", languages.codes()), ("kinds", KINDS), ("layouts", LAYOUTS),
+                        ("texts", self.languages or languages.codes())):
+      odd = [one for one in getattr(self, name) if one not in known]
+      if odd:
+        raise ValueError(f"{name} has {odd[0]!r}: choose among {', '.join(known)}.")
+    for name in ("languages", "kinds", "layouts"):
+      some = getattr(self, name)
+      if any(not share > 0 for share in some.values()) or not some and name != "languages":
+        raise ValueError(f"{name}={dict(some)}: give shares above 0, and leave out what is not wanted.")
+    if not self.ratios:
+      raise ValueError("ratios is empty: give at least one, such as \"1:1\".")
+
+  @property
+  def shares(self) -> dict[str, float]:
+    """Language -> how often."""
+    return dict(self.languages) or dict.fromkeys(languages.codes(), 1.0)
+
+  def plain(self) -> dict[str, Any]:
+    """The settings as JSON, without the user's texts."""
+    return {key: json.loads(json.dumps(value)) for key, value in dataclasses.asdict(self).items() if key != "texts"}
+
+
+def draw_key(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
+  """Returns a key by its share."""
+  ends = list(itertools.accumulate(shares.values()))
+  return list(shares)[bisect.bisect_right(ends, rng.random() * ends[-1])]
