@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   cfg.min_px = 10.0  # least size of Latin letters; others are as much larger as they need to be
   cfg.max_tokens = 0  # of a caption, 128 at least; 0 for one per px of base_px
   cfg.texts = ConfigDict()  # code -> a file of your own paragraphs, with empty lines between them
+  cfg.pictures = ""  # a folder of pictures, or one that prepare_data wrote, for the compositional kind; empty for scenes that are made here
   cfg.font_folders = ()  # where fonts are looked for; empty for the usual places
   cfg.tokenizer = ""  # a tokenizer.json or its folder; empty to train one on the captions
   return cfg

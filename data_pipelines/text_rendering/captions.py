@@ -38,20 +38,25 @@ def captions(rng: np.random.Generator, truth: Mapping[str, Any], language: Langu
   all words, and in the language with all words."""
   paper = _PAPERS[truth["paper"]["texture"]].format(truth["paper"]["colour"])
   blocks = truth["blocks"]
-  words = {"paper": paper, "Paper": _capital(paper), "language": language.name, "number": _count(blocks), "letters": _letters(blocks[-1])}
-  general = _pick(rng, _GENERAL).format(**words)
-  text = " ".join([_pick(rng, _OPENINGS).format(**words), *(_block(rng, block) for block in blocks)])
-  return {"captions": [_capital(general), _capital(text), _own(truth, language)], "languages": ["en", "en", language.code],
+  words = {"paper": paper, "Paper": capital(paper), "language": language.name, "number": _count(blocks), "letters": letters_of(blocks[-1])}
+  general = pick(rng, _GENERAL).format(**words)
+  text = " ".join([pick(rng, _OPENINGS).format(**words), *(_block(rng, block) for block in blocks)])
+  return {"captions": [capital(general), capital(text), _own(truth, language)], "languages": ["en", "en", language.code],
           "kinds": [records.KINDS[kind] for kind in KINDS]}
 
 
 def _block(rng: np.random.Generator, block: Mapping[str, Any]) -> str:
-  at = _AT.get(block["place"], f"at the {block['place']}")
-  letters = _letters(block)
-  return _pick(rng, _BLOCKS).format(text=block["text"], at=at, At=_capital(at), letters=letters, Letters=_capital(letters), what=_WHAT[block["what"]])
+  at, letters = at_place(block), letters_of(block)
+  return pick(rng, _BLOCKS).format(text=block["text"], at=at, At=capital(at), letters=letters, Letters=capital(letters), what=_WHAT[block["what"]])
 
 
-def _letters(block: Mapping[str, Any]) -> str:
+def at_place(block: Mapping[str, Any]) -> str:
+  """Where a block is, such as "at the top"."""
+  return _AT.get(block["place"], f"at the {block['place']}")
+
+
+def letters_of(block: Mapping[str, Any]) -> str:
+  """What a block's letters look like, and how they are set."""
   weight = "" if block["weight"] == "regular" else block["weight"]
   looks = [weight, "slanted" if block["slanted"] else "", block["colour"], block["letters"], "letters"]
   setting = "in vertical columns" if block["direction"] == "ttb" else _SET[block["align"]] if len(block["lines"]) > 1 else ""
@@ -65,16 +70,27 @@ def _count(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _own(truth: Mapping[str, Any], language: Language) -> str:
-  stop = {"cjk": "。", "thai": " "}.get(language.breaking, "। " if language.code == "hi" else ". ")
   said = [language.captions["paper"][0].format(paper=language.colours[truth["paper"]["colour"]])]
-  said += [language.captions["block"][0].format(place=language.places[block["place"]], colour=language.colours[block["colour"]], text=block["text"])
-           for block in truth["blocks"]]
-  return stop.join(map(_capital, said)) + stop.strip()
+  said += [own_block(block, language) for block in truth["blocks"]]
+  stop = stop_of(language)
+  return stop.join(map(capital, said)) + stop.strip()
 
 
-def _capital(text: str) -> str:
+def own_block(block: Mapping[str, Any], language: Language) -> str:
+  """What is said of a block in its language."""
+  return language.captions["block"][0].format(place=language.places[block["place"]], colour=language.colours[block["colour"]], text=block["text"])
+
+
+def stop_of(language: Language) -> str:
+  """What stands between two sentences."""
+  return {"cjk": "。", "thai": " "}.get(language.breaking, "। " if language.code == "hi" else ". ")
+
+
+def capital(text: str) -> str:
+  """A text that begins with a capital."""
   return text[:1].upper() + text[1:]
 
 
-def _pick(rng: np.random.Generator, some: Sequence[str]) -> str:
+def pick(rng: np.random.Generator, some: Sequence[str]) -> str:
+  """One of some texts, all alike."""
   return some[rng.integers(len(some))]

@@ -12,6 +12,7 @@
   vertical      how many of ten texts are set in columns from right to left
   words, headings, sentences   what texts are made of, without straight double quotes
   patterns      sentences with {slots}: weekday, date, time, number, percent, price, country, language, month
+  objects       what texts stand on, `compositional.OBJECTS`, as its captions call it
   colours, places   names as they are said in its captions
   captions      {"paper": [...], "block": [...]} with {paper}, or {text}, {colour} and {place}: what is said of the sheet and of each text
 """
@@ -45,6 +46,7 @@ class Language:
   headings: tuple[str, ...]
   sentences: tuple[str, ...]
   patterns: tuple[str, ...]
+  objects: Mapping[str, str]
   colours: Mapping[str, str]
   places: Mapping[str, str]
   captions: Mapping[str, tuple[str, ...]]

@@ -113,12 +113,13 @@ def truth_of(kind: str, layout: str, blocks: Sequence[Block], paper: Paper, page
   slanted, letters, align, direction. Boxes are (left, top, right, bottom) of ink in px, rounded outwards, and lie in the picture.
   """
   language = page.corpus.language
-  found = [_describe(block, page) for block in blocks]
+  found = [describe(block, page) for block in blocks]
   return {"kind": kind, "layout": layout, "language": language.code, "texts": [block["text"] for block in found],
           "paper": {"colour": paper.name, "rgb": list(paper.rgb), "texture": paper.texture}, "blocks": found}
 
 
-def _describe(block: Block, page: Page) -> dict[str, Any]:
+def describe(block: Block, page: Page) -> dict[str, Any]:
+  """What is said of a block in the truth, see `truth_of`."""
   setting, face, language = block.setting, block.setting.style.typeface.main, page.corpus.language
   whole, (colour, rgb, contrast) = outwards(setting.ink), block.ink
   return {"text": (" " if language.breaking != "cjk" or block.what == "list" else "").join(block.paragraphs), "paragraphs": block.paragraphs,

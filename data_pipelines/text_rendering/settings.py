@@ -12,7 +12,7 @@ import numpy as np
 from data_pipelines.text_rendering import languages
 
 RATIOS = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
-KINDS = ("pure",)  # of pictures: each is the module of its name, see `pages`
+KINDS = ("pure", "compositional")  # of pictures: each is the module of its name, see `pages`
 DEFAULT_KINDS = {"pure": 1.0}  # and how often
 LAYOUTS = {"single": 0.25, "lines": 0.2, "paragraph": 0.3, "columns": 0.1, "list": 0.15}  # of the pure kind, and how often
 BUDGETS = (128, 192, 320, 512, 1024)  # tokens that captions may have, the template not counted
@@ -33,6 +33,7 @@ class Settings:
     max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most.
     texts: code -> paragraphs of the user, cleaned.
     font_folders: where fonts are looked for, beside Matplotlib's; empty for the usual places.
+    pictures: folder of pictures that the compositional kind puts text on, see `pictures.Pictures`; "" for scenes that are drawn here.
   """
   seed: int = 0
   base_px: int = 256
@@ -44,6 +45,7 @@ class Settings:
   max_tokens: int = 0
   texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   font_folders: tuple[str, ...] = ()
+  pictures: str = ""
 
   def __post_init__(self):
     if self.seed < 0 or self.base_px < 64 or self.min_px < 5 or 0 != self.max_tokens < BUDGETS[0]:
@@ -58,6 +60,8 @@ class Settings:
       some = getattr(self, name)
       if any(not share > 0 for share in some.values()) or not some and name != "languages":
         raise ValueError(f"{name}={dict(some)}: give shares above 0, and leave out what is not wanted.")
+    if self.pictures and "compositional" not in self.kinds:
+      raise ValueError(f"pictures={self.pictures} is for the compositional kind: add it to kinds={dict(self.kinds)}.")
     if not self.ratios:
       raise ValueError("ratios is empty: give at least one, such as \"1:1\".")
 

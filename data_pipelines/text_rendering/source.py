@@ -55,14 +55,14 @@ class RenderedText(Sequence):
     Raises:
       ValueError: a language has no font on this machine; names the package.
     """
-    self._settings, self._split, self._num, self._tokenizer = settings, split, num_slots, tokenizer
+    self.settings, self._split, self._num, self._tokenizer = settings, split, num_slots, tokenizer
     self._key = (settings.seed, SPLITS.index(split))
     self._sizes = [bucket_size(settings.base_px, ratio) for ratio in settings.ratios]
     self._shares = settings.shares
     self._budgets = [budget for budget in BUDGETS if budget <= max(BUDGETS[0], settings.max_tokens or settings.base_px)]
 
   def __getstate__(self) -> tuple:
-    return self._settings, self._split, self._num, self._tokenizer  # fonts are opened anew in another process
+    return self.settings, self._split, self._num, self._tokenizer  # fonts are opened anew in another process
 
   def __setstate__(self, state: tuple) -> None:
     self.__init__(*state)
@@ -85,7 +85,7 @@ class RenderedText(Sequence):
     """Returns the slot of a picture."""
     rng = np.random.default_rng((*self._key, 1, number % self._num))
     height, width = self._sizes[rng.integers(len(self._sizes))]
-    return Slot(height, width, draw_key(rng, self._shares), self._budgets[rng.integers(len(self._budgets))], draw_key(rng, self._settings.kinds))
+    return Slot(height, width, draw_key(rng, self._shares), self._budgets[rng.integers(len(self._budgets))], draw_key(rng, self.settings.kinds))
 
   def record(self, number: int) -> dict:
     """Returns a picture as a record of `records`, but that `image` is an array H W 3 uint8, and its truth is in `attributes`.
@@ -100,7 +100,7 @@ class RenderedText(Sequence):
     room = most ** rng.uniform(0.55, 1.0)
     kind = importlib.import_module(f"{__package__}.{slot.kind}")
     for trial in range(_TRIES):
-      page = Page(corpus, self._typefaces[slot.language], slot.height, slot.width, self._settings, int(room * _SHORTER**trial), trial >= _TRIES // 2)
+      page = Page(corpus, self._typefaces[slot.language], slot.height, slot.width, self.settings, int(room * _SHORTER**trial), trial >= _TRIES // 2)
       image, truth = kind.render(rng, page)
       said = kind.captions(rng, truth, corpus.language)
       if self._fit(said["captions"], slot.tokens):
@@ -122,7 +122,7 @@ class RenderedText(Sequence):
     """
     if self._tokenizer is None:
       raise ValueError("An index needs a tokenizer: it says how long prompts are.")
-    slots, names = [self.slot(number) for number in range(self._num)], sorted({"en", *self._settings.shares})
+    slots, names = [self.slot(number) for number in range(self._num)], sorted({"en", *self.settings.shares})
     places, each = {name: i for i, name in enumerate(names)}, len(KINDS)
     said = [[places["en"]] * (each - 1) + [places[slot.language]] for slot in slots]
     tokens = self._template + np.array([slot.tokens for slot in slots], np.int32)
@@ -149,11 +149,11 @@ class RenderedText(Sequence):
 
   @functools.cached_property
   def _typefaces(self) -> dict[str, tuple[Typeface, ...]]:
-    faces = _faces(self._settings.font_folders)
-    return {code: typefaces(faces, languages.load(code)) for code in self._settings.shares}
+    faces = _faces(self.settings.font_folders)
+    return {code: typefaces(faces, languages.load(code)) for code in self.settings.shares}
 
   def _corpus(self, code: str) -> Corpus:
-    return Corpus(languages.load(code), tuple(self._settings.texts.get(code, ())))
+    return Corpus(languages.load(code), tuple(self.settings.texts.get(code, ())))
 
 
 @functools.cache
