@@ -17,7 +17,8 @@ from data_pipelines.text_rendering.settings import Settings
 from data_pipelines.text_rendering.source import RenderedText
 from launch import prepare_data
 
-SETTINGS = dict(languages={"en": 1.0, "ru": 1.0, "he": 1.0}, font_folders=("/none",), kinds={"compositional": 1.0}, base_px=160, ratios=("1:1", "3:2"))
+SETTINGS = dict(languages={"en": 1.0, "ru": 1.0, "he": 1.0}, font_folders=("/none",), kinds={"compositional": 1.0}, base_px=160,
+                ratios=("1:1", "3:2"))
 
 
 def save(path, pixels, caption=""):

@@ -13,17 +13,17 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_pipelines.text_rendering import scenes, surfaces
+from data_pipelines.text_rendering import objects_said, scenes, surfaces
 from data_pipelines.text_rendering.captions import place_of
 from data_pipelines.text_rendering.inking import Part, add_grain, paint
 from data_pipelines.text_rendering.layout import fit
-from data_pipelines.text_rendering.objects_said import captions
 from data_pipelines.text_rendering.pages import TRIES, Block, Page, describe, draw_new, draw_style, outwards, put, short_style
 from data_pipelines.text_rendering.pictures import Pictures, find_regions
 from data_pipelines.text_rendering.settings import draw_key
 from data_pipelines.text_rendering.surfaces import SURFACES, Surface
 from data_pipelines.text_rendering.warping import place
 
+captions = objects_said.captions
 DIRECT = Surface((0.4, 6.0), (), "", 0.0, 0.0, (9, 5, 4), 0.0, "stands")  # letters without an object
 _DIRECT_SHARE = 0.3
 _UNBROKEN = 5  # characters of a text that stays in one line
