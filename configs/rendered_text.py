@@ -12,9 +12,20 @@ A stage draws a twentieth of its batches from it by part("rendered_text", weight
 
 from ml_collections import ConfigDict
 
+_LETTERS = dict(base_px=48, ratios=("2:1",), languages=dict(en=1.0), kinds=dict(letters=1.0), min_px=7.0, max_tokens=24)  # 64x32 px
+CHANGES = {"": {}, "signs": dict(kinds=dict(compositional=1.0)), "word": dict(_LETTERS, fonts=("DejaVu Sans Mono Bold",)),
+           "words": dict(_LETTERS, fonts=("DejaVu Sans Mono Bold", "DejaVu Serif Bold", "DejaVu Sans Bold", "DejaVu Sans Mono Bold Oblique"))}
 
-def get_config() -> ConfigDict:
-  """All settings with their defaults."""
+
+def get_config(arg: str = "") -> ConfigDict:
+  """All settings with their defaults; `arg` is "", "signs" for the compositional kind alone, or "word" or "words" for what configs/typography.py
+  learns from.
+
+  Raises:
+    ValueError: another word.
+  """
+  if arg not in CHANGES:
+    raise ValueError(f"--config=...:{arg} is unknown: leave :{arg} out, or say one of {', '.join(filter(None, CHANGES))}.")
   cfg = ConfigDict()
   cfg.base_px = 256  # about the square root of a picture's area
   cfg.ratios = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # each as often as it is listed
@@ -24,7 +35,12 @@ def get_config() -> ConfigDict:
   cfg.min_px = 10.0  # least size of Latin letters; others are as much larger as they need to be
   cfg.max_tokens = 0  # of a caption, 128 at least; 0 for one per px of base_px
   cfg.texts = ConfigDict()  # code -> a file of your own paragraphs, with empty lines between them
+  cfg.fonts = ()  # names of faces, such as ("DejaVu Sans Mono Bold",); empty for all
+  cfg.letters = (2, 5)  # of a word of the letters kind, least and most
+  cfg.alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the letters kind
   cfg.pictures = ""  # a folder of pictures, or one that prepare_data wrote, for the compositional kind; empty for scenes that are made here
   cfg.font_folders = ()  # where fonts are looked for; empty for the usual places
   cfg.tokenizer = ""  # a tokenizer.json or its folder; empty to train one on the captions
+  for key, value in CHANGES[arg].items():
+    cfg[key] = ConfigDict(value) if isinstance(value, dict) else value
   return cfg

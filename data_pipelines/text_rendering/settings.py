@@ -12,9 +12,10 @@ import numpy as np
 from data_pipelines.text_rendering import languages
 
 RATIOS = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
-KINDS = ("pure", "compositional")  # of pictures: each is the module of its name, see `pages`
+KINDS = ("pure", "compositional", "letters")  # of pictures: each is the module of its name, see `pages`
 DEFAULT_KINDS = {"pure": 1.0}  # and how often
 LAYOUTS = {"single": 0.25, "lines": 0.2, "paragraph": 0.3, "columns": 0.1, "list": 0.15}  # of the pure kind, and how often
+LEAST_TOKENS = 16  # of a caption
 BUDGETS = (128, 192, 320, 512, 1024)  # tokens that captions may have, the template not counted
 
 
@@ -30,9 +31,13 @@ class Settings:
     kinds: those of `KINDS` -> how often.
     layouts: those of `LAYOUTS`, of the pure kind -> how often.
     min_px: least size of Latin letters in px; other scripts are as much larger as they need to be.
-    max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most.
+    max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most. Below 128 there is
+      room for the letters kind alone.
     texts: code -> paragraphs of the user, cleaned.
     font_folders: where fonts are looked for, beside Matplotlib's; empty for the usual places.
+    fonts: names of faces, such as "DejaVu Sans Mono Bold", that texts are set in; empty for all that have a language's letters.
+    letters: least and most letters of a word, of the letters kind.
+    alphabet: what they are drawn from.
     pictures: folder of pictures that the compositional kind puts text on, see `pictures.Pictures`; "" for scenes that are drawn here.
   """
   seed: int = 0
@@ -45,12 +50,17 @@ class Settings:
   max_tokens: int = 0
   texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   font_folders: tuple[str, ...] = ()
+  fonts: tuple[str, ...] = ()
+  letters: tuple[int, int] = (2, 5)
+  alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
   pictures: str = ""
 
   def __post_init__(self):
-    if self.seed < 0 or self.base_px < 64 or self.min_px < 5 or 0 != self.max_tokens < BUDGETS[0]:
-      raise ValueError(f"seed={self.seed}, base_px={self.base_px}, min_px={self.min_px} and max_tokens={self.max_tokens} must be at least 0, 64, 5 "
-                       f"and {BUDGETS[0]} (or 0).")
+    if self.seed < 0 or self.base_px < 32 or self.min_px < 5 or 0 != self.max_tokens < LEAST_TOKENS:
+      raise ValueError(f"seed={self.seed}, base_px={self.base_px}, min_px={self.min_px} and max_tokens={self.max_tokens} must be at least 0, 32, 5 "
+                       f"and {LEAST_TOKENS} (or 0).")
+    if not 1 <= self.letters[0] <= self.letters[-1] or len(self.letters) != 2 or len(set(self.alphabet)) < 2 or '"' in self.alphabet:
+      raise ValueError(f"letters={self.letters} and alphabet={self.alphabet!r}: give two numbers from 1 on in order, and at least two letters.")
     for name, known in (("languages", languages.codes()), ("kinds", KINDS), ("layouts", LAYOUTS),
                         ("texts", self.languages or languages.codes())):
       odd = [one for one in getattr(self, name) if one not in known]

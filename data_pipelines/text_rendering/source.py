@@ -5,6 +5,7 @@ p mod n of the n slots of the index, and draws everything else from (seed, split
 loader reads slot s as picture s + e n, and no picture comes twice.
 """
 
+import dataclasses
 import functools
 import importlib
 import io
@@ -59,7 +60,8 @@ class RenderedText(Sequence):
     self._key = (settings.seed, SPLITS.index(split))
     self._sizes = [bucket_size(settings.base_px, ratio) for ratio in settings.ratios]
     self._shares = settings.shares
-    self._budgets = [budget for budget in BUDGETS if budget <= max(BUDGETS[0], settings.max_tokens or settings.base_px)]
+    most = settings.max_tokens or max(BUDGETS[0], settings.base_px)
+    self._budgets = [budget for budget in BUDGETS if budget <= most] or [most]
 
   def __getstate__(self) -> tuple:
     return self.settings, self._split, self._num, self._tokenizer  # fonts are opened anew in another process
@@ -93,14 +95,14 @@ class RenderedText(Sequence):
     Raises:
       ValueError: the tokenizer needs so many tokens that no caption of the language is short enough.
     """
-    slot, rng = self.slot(number), np.random.default_rng((*self._key, 2, number))
-    corpus = self._corpus(slot.language)
+    slot, plain, rng = self.slot(number), self.page(number), np.random.default_rng((*self._key, 2, number))
+    corpus = plain.corpus
     per_token = _CHARACTERS.get(corpus.language.breaking, _OTHER)
     most = max(12.0, (slot.tokens - _OVERHEAD) * per_token)
     room = most ** rng.uniform(0.55, 1.0)
     kind = importlib.import_module(f"{__package__}.{slot.kind}")
     for trial in range(_TRIES):
-      page = Page(corpus, self._typefaces[slot.language], slot.height, slot.width, self.settings, int(room * _SHORTER**trial), trial >= _TRIES // 2)
+      page = dataclasses.replace(plain, num_characters=int(room * _SHORTER**trial), is_simple=trial >= _TRIES // 2)
       image, truth = kind.render(rng, page)
       said = kind.captions(rng, truth, corpus.language)
       if self._fit(said["captions"], slot.tokens):
@@ -108,6 +110,11 @@ class RenderedText(Sequence):
             {**truth, "picture": number}, ensure_ascii=False), "sample_id": FIRST_ID[self._split] + number % self._num})
     raise ValueError(f"No caption of picture {number} ({corpus.language.name}) has at most {slot.tokens} tokens: give a tokenizer that knows the "
                      "language, with a larger vocabulary.")
+
+  def page(self, number: int) -> Page:
+    """Returns what a picture is set on, with room for no text as yet."""
+    slot = self.slot(number)
+    return Page(self._corpus(slot.language), self._typefaces[slot.language], slot.height, slot.width, self.settings, 0)
 
   @staticmethod
   def truth(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,10 +157,19 @@ class RenderedText(Sequence):
   @functools.cached_property
   def _typefaces(self) -> dict[str, tuple[Typeface, ...]]:
     faces = _faces(self.settings.font_folders)
-    return {code: typefaces(faces, languages.load(code)) for code in self.settings.shares}
+    found = {code: typefaces(faces, languages.load(code)) for code in self.settings.shares}
+    return {code: _named(self.settings.fonts, some, code) for code, some in found.items()}
 
   def _corpus(self, code: str) -> Corpus:
     return Corpus(languages.load(code), tuple(self.settings.texts.get(code, ())))
+
+
+def _named(names: Sequence[str], some: tuple[Typeface, ...], code: str) -> tuple[Typeface, ...]:
+  """Those of some typefaces that have one of the names; all where there is no name."""
+  found = tuple(one for one in some if not names or one.main.name in names)
+  if not found:
+    raise ValueError(f"fonts={tuple(names)} has none that sets {code}: choose among {', '.join(one.main.name for one in some)}.")
+  return found
 
 
 @functools.cache
