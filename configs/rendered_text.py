@@ -30,8 +30,10 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.base_px = 256  # about the square root of a picture's area
   cfg.ratios = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")  # each as often as it is listed
   cfg.languages = ConfigDict()  # code -> how often, such as {"en": 3.0, "ja": 1.0}; empty for all languages alike
-  cfg.kinds = ConfigDict(dict(pure=1.0))  # kind of pictures -> how often
+  cfg.kinds = ConfigDict(dict(pure=0.5, complex=0.5))  # kind of pictures -> how often
   cfg.layouts = ConfigDict(dict(single=0.25, lines=0.2, paragraph=0.3, columns=0.1, list=0.15))  # of the pure kind -> how often
+  cfg.templates = ConfigDict()  # of the complex kind -> how often, such as {"menu": 1.0}; empty for all alike
+  cfg.template_folders = ()  # where your own are, one JSON file each
   cfg.min_px = 10.0  # least size of Latin letters; others are as much larger as they need to be
   cfg.max_tokens = 0  # of a caption, 128 at least; 0 for one per px of base_px
   cfg.texts = ConfigDict()  # code -> a file of your own paragraphs, with empty lines between them

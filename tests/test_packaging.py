@@ -88,7 +88,8 @@ def test_every_package_is_found():
 
 # What is not code: a script, rubrics of the judge, sets of prompts.
 DATA = {"launch/tpu_pod.sh"} | {path.relative_to(ROOT).as_posix() for folder in (
-    "qimg2/evaluation/rubrics", "qimg2/evaluation/prompts", "data_pipelines/text_rendering/language_files")
+    "qimg2/evaluation/rubrics", "qimg2/evaluation/prompts", "data_pipelines/text_rendering/language_files",
+    "data_pipelines/text_rendering/templates")
                                 for path in (ROOT / folder).glob("*.[tj]*")}
 
 

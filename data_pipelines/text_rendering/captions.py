@@ -36,7 +36,7 @@ def place_of(box: Sequence[float], height: int, width: int) -> str:
 def captions(rng: np.random.Generator, truth: Mapping[str, Any], language: Language) -> dict[str, list[str]]:
   """Returns the captions of a picture as columns of a record: captions, languages, kinds. Always three: in English without the words, in English with
   all words, and in the language with all words."""
-  paper = _PAPERS[truth["paper"]["texture"]].format(truth["paper"]["colour"])
+  paper = paper_of(truth)
   blocks = truth["blocks"]
   words = {"paper": paper, "Paper": capital(paper), "language": language.name, "number": _count(blocks), "letters": letters_of(blocks[-1])}
   general = pick(rng, _GENERAL).format(**words)
@@ -46,17 +46,28 @@ def captions(rng: np.random.Generator, truth: Mapping[str, Any], language: Langu
 
 
 def _block(rng: np.random.Generator, block: Mapping[str, Any]) -> str:
-  at, letters = at_place(block), letters_of(block)
+  at = at_place(block["place"])
+  letters = letters_of(block)
   return pick(rng, _BLOCKS).format(text=block["text"], at=at, At=capital(at), letters=letters, Letters=capital(letters), what=_WHAT[block["what"]])
 
 
-def at_place(block: Mapping[str, Any]) -> str:
-  """Where a block is, such as "at the top"."""
-  return _AT.get(block["place"], f"at the {block['place']}")
+def paper_of(truth: Mapping[str, Any]) -> str:
+  """What the paper of a picture is, such as "grainy cream paper"."""
+  return _PAPERS[truth["paper"]["texture"]].format(truth["paper"]["colour"])
+
+
+def at_place(place: str) -> str:
+  """A place of `PLACES` as it stands in a sentence."""
+  return _AT.get(place, f"at the {place}")
+
+
+def own_stop(language: Language) -> str:
+  """What stands between sentences of a language."""
+  return {"cjk": "。", "thai": " "}.get(language.breaking, "। " if language.code == "hi" else ". ")
 
 
 def letters_of(block: Mapping[str, Any]) -> str:
-  """What a block's letters look like, and how they are set."""
+  """What the letters of a block look like."""
   weight = "" if block["weight"] == "regular" else block["weight"]
   looks = [weight, "slanted" if block["slanted"] else "", block["colour"], block["letters"], "letters"]
   setting = "in vertical columns" if block["direction"] == "ttb" else _SET[block["align"]] if len(block["lines"]) > 1 else ""
@@ -70,9 +81,9 @@ def _count(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _own(truth: Mapping[str, Any], language: Language) -> str:
+  stop = own_stop(language)
   said = [language.captions["paper"][0].format(paper=language.colours[truth["paper"]["colour"]])]
   said += [own_block(block, language) for block in truth["blocks"]]
-  stop = stop_of(language)
   return stop.join(map(capital, said)) + stop.strip()
 
 
@@ -81,16 +92,11 @@ def own_block(block: Mapping[str, Any], language: Language) -> str:
   return language.captions["block"][0].format(place=language.places[block["place"]], colour=language.colours[block["colour"]], text=block["text"])
 
 
-def stop_of(language: Language) -> str:
-  """What stands between two sentences."""
-  return {"cjk": "。", "thai": " "}.get(language.breaking, "। " if language.code == "hi" else ". ")
-
-
 def capital(text: str) -> str:
   """A text that begins with a capital."""
   return text[:1].upper() + text[1:]
 
 
 def pick(rng: np.random.Generator, some: Sequence[str]) -> str:
-  """One of some texts, all alike."""
+  """One of some texts."""
   return some[rng.integers(len(some))]

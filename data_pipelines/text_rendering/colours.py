@@ -1,7 +1,7 @@
 """Colours by name, and whether text in one can be read on another: the contrast ratio of WCAG 2.2.
 
 With sRGB levels c in 0..1 linearised to c_l, the relative luminance is L = 0.2126 R_l + 0.7152 G_l + 0.0722 B_l, and the ratio of two colours
-(L_1 + 0.05) / (L_2 + 0.05), the lighter one above: 1 to 21. WCAG asks for 4.5, and for 3 where letters are large.
+(L_1 + 0.05) / (L_2 + 0.05), the lighter one above: 1 to 21. WCAG asks for 4.5, and for 3 of graphics and large letters.
 """
 
 import functools
@@ -14,8 +14,7 @@ from data_pipelines.text_rendering.settings import draw_key
 RGB = {"black": (22, 22, 24), "white": (252, 252, 250), "grey": (88, 90, 94), "red": (190, 24, 34), "orange": (236, 120, 18),
        "yellow": (250, 214, 70), "green": (20, 102, 52), "blue": (30, 92, 200), "navy": (20, 34, 88), "purple": (108, 40, 140),
        "brown": (98, 60, 34), "cream": (247, 238, 216), "pink": (250, 196, 208)}
-CONTRAST, LARGE_CONTRAST = 4.5, 3.0
-LARGE_PX = 24
+CONTRAST, GRAPHIC_CONTRAST = 4.5, 3.0  # of letters, and of what is drawn beside them
 _PAPERS = {"white": 5, "cream": 4, "yellow": 1, "pink": 1, "grey": 0.6, "black": 1.2, "navy": 1.2, "green": 0.6, "blue": 0.6, "red": 0.6,
            "brown": 0.6, "purple": 0.6, "orange": 0.6}
 GRAIN_PX = 1024  # side of the tile of `grain`
@@ -45,7 +44,7 @@ def _luminances() -> dict[str, float]:
 def draw_paper(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
   """Name and levels of a colour for paper; light ones are more frequent."""
   name = draw_key(rng, _PAPERS)
-  return name, _near(rng, name)
+  return name, draw_near(rng, name)
 
 
 def draw_ink(rng: np.random.Generator, papers: Sequence[Sequence[float]], least: float = CONTRAST) -> tuple[str, tuple[int, int, int], float]:
@@ -58,12 +57,13 @@ def draw_ink(rng: np.random.Generator, papers: Sequence[Sequence[float]], least:
   others = [name for name in fit if name not in plain]
   some = plain if plain and (not others or rng.random() < 0.5) else others
   name = some[rng.integers(len(some))] if some else max(("black", "white"), key=worst.get)
-  rgb = _near(rng, name)
+  rgb = draw_near(rng, name)
   ratio = min(_ratio(luminance(rgb), one) for one in behind)
   return (name, rgb, ratio) if ratio >= least else (name, RGB[name], worst[name])
 
 
-def _near(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
+def draw_near(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
+  """Levels of a colour, a little other than those of its name."""
   return tuple(min(255, max(0, level + change)) for level, change in zip(RGB[name], rng.integers(-_JITTER, _JITTER + 1, 3).tolist()))
 
 

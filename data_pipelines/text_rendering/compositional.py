@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_pipelines.text_rendering import objects_said, scenes, surfaces
+from data_pipelines.text_rendering import objects_said, surfaces, walls
 from data_pipelines.text_rendering.captions import place_of
 from data_pipelines.text_rendering.inking import Part, add_grain, paint
 from data_pipelines.text_rendering.layout import fit
@@ -79,7 +79,7 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
 
 def _drawn(rng: np.random.Generator, page: Page) -> Ground:
   """A scene, with a frame or two."""
-  pixels, name = scenes.draw_scene(rng, page.height, page.width)
+  pixels, name = walls.draw_scene(rng, page.height, page.width)
   edge = 0.04 * min(page.height, page.width)
   left, top, right, bottom = edge, edge, page.width - edge, page.height - edge
   frames = [(left, top, right, bottom)]

@@ -202,6 +202,12 @@ def _companions(faces: Sequence[Face], face: Face) -> list[Face]:
   return [one for name in names for one in faces if one.name == name and one != face]
 
 
+@functools.cache
+def monospaced(typeface: Typeface) -> Typeface:
+  """The monospaced face that Matplotlib brings, with a typeface for what it lacks."""
+  return Typeface((next(face for face in find_faces(()) if face.name == "DejaVu Sans Mono Book"), *typeface.faces))
+
+
 def fingerprint(chosen: Mapping[str, Sequence[Typeface]]) -> str:
   """Sixteen hexadecimal digits that differ where the fonts of some language do, by name or release. Where they lie does not matter."""
   lines = sorted({f"{code} {place} {face.name} {face.version}"

@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -114,6 +115,22 @@ def fit(paragraphs: Sequence[str], style: Style, width: float, height: float, si
     if found:
       return found
   return _set(text, style, width, height, sizes[0])
+
+
+def lay(paragraphs: Sequence[str], style: Style, width: float, size: float) -> Setting | None:
+  """Returns a text set at a size in px in lines of at most `width` px, from the corner (0, 0) down; None where a piece is longer."""
+  return _set(_Text(tuple(paragraphs), style), style, width, math.inf, size)
+
+
+def count_lines(paragraphs: Sequence[str], style: Style, width: float, size: float) -> int | None:
+  """How many lines `lay` makes, without setting them; None where a piece is longer than one."""
+  broken = [_measured(text, style.typeface, style.language, style.breaks, style.vertical).broken(width / size, style.indent) for text in paragraphs]
+  return None if None in broken else sum(map(len, broken))
+
+
+def length_of(text: str, style: Style) -> float:
+  """Length of a text in one line, in ems."""
+  return measure(text, style.typeface, style.language.code, style.language.is_rtl, style.vertical)
 
 
 class _Text:

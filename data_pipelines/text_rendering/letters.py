@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines import records
-from data_pipelines.text_rendering.captions import KINDS, capital, own_block, pick, stop_of
+from data_pipelines.text_rendering.captions import KINDS, capital, own_block, own_stop, pick
 from data_pipelines.text_rendering.colours import RGB, contrast, draw_ink, draw_paper
 from data_pipelines.text_rendering.drawing import Paper, draw_on
 from data_pipelines.text_rendering.fonts import Typeface
@@ -83,7 +83,7 @@ def captions(rng: np.random.Generator, truth: Mapping[str, Any], language: Langu
   own = say(rng, word)
   if language.code != "en":
     paper_said = language.captions["paper"][0].format(paper=language.colours[paper])
-    own = stop_of(language).join(map(capital, (paper_said, own_block(block, language)))) + stop_of(language).strip()
+    own = own_stop(language).join(map(capital, (paper_said, own_block(block, language)))) + own_stop(language).strip()
   return {"captions": [_GENERAL.format(ink=word.ink, paper=paper), say(rng, word), own], "languages": ["en", "en", language.code],
           "kinds": [records.KINDS[kind] for kind in KINDS]}
 

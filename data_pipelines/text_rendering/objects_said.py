@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import records
-from data_pipelines.text_rendering.captions import KINDS, at_place, capital, letters_of, own_block, pick, stop_of
+from data_pipelines.text_rendering.captions import KINDS, at_place, capital, letters_of, own_block, own_stop, pick
 from data_pipelines.text_rendering.languages import Language
 from data_pipelines.text_rendering.surfaces import SURFACES
 
@@ -63,14 +63,14 @@ def _a(words: str) -> str:
 
 
 def _said(rng: np.random.Generator, block: Mapping[str, Any], templates: Sequence[str]) -> str:
-  at, what, letters = at_place(block), _object(block), letters_of(block)
+  at, what, letters = at_place(block["place"]), _object(block), letters_of(block)
   return pick(rng, templates).format(text=block["text"], object=what, Object=capital(what), at=at, At=capital(at), letters=letters)
 
 
 def _own(blocks: Sequence[Mapping[str, Any]], language: Language) -> str:
   comma = _COMMA.get(language.code, _COMMA.get(language.breaking, ", "))
   said = [language.objects[block["object"]] + comma + own_block(block, language) for block in blocks]
-  stop = stop_of(language)
+  stop = own_stop(language)
   return stop.join(map(capital, said)) + stop.strip()
 
 

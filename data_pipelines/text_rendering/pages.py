@@ -54,6 +54,8 @@ class Block:
   setting: Setting
   what: str
   ink: tuple[str, tuple[int, int, int], float] | None = None  # of `colours.draw_ink`
+  ground: str = ""  # the colour that it stands on, where that is not the paper's
+  structure: int | None = None  # the table, chart, code or formula of the page to which it belongs
 
 
 def draw_new(draw: Callable[[np.random.Generator], str], rng: np.random.Generator, known: Sequence[str]) -> str:
@@ -109,8 +111,9 @@ def truth_of(kind: str, layout: str, blocks: Sequence[Block], paper: Paper, page
   """Returns what a picture shows, plain JSON.
 
   kind; layout; language; texts: the strings in the order in which they are read; paper: colour, rgb, texture; blocks in the same order, each with
-  text (its paragraphs, joined by a space), paragraphs, what, box, lines of text and box, place, font, size_px, colour, rgb, contrast, weight,
-  slanted, letters, align, direction. Boxes are (left, top, right, bottom) of ink in px, rounded outwards, and lie in the picture.
+  text (its paragraphs, joined by a space, or by line breaks in code), paragraphs, what, box, lines of text and box, place, font, size_px, colour,
+  rgb, contrast, weight, slanted, letters, align, direction, and of those that have one ground (a colour) and structure (its place in `structures`).
+  Boxes are (left, top, right, bottom) of ink in px, rounded outwards, and lie in the picture.
   """
   language = page.corpus.language
   found = [describe(block, page) for block in blocks]
@@ -122,13 +125,15 @@ def describe(block: Block, page: Page) -> dict[str, Any]:
   """What is said of a block in the truth, see `truth_of`."""
   setting, face, language = block.setting, block.setting.style.typeface.main, page.corpus.language
   whole, (colour, rgb, contrast) = outwards(setting.ink), block.ink
-  return {"text": (" " if language.breaking != "cjk" or block.what == "list" else "").join(block.paragraphs), "paragraphs": block.paragraphs,
+  between = "\n" if block.what == "code" else " " if language.breaking != "cjk" or block.what == "list" else ""
+  more = {name: value for name, value in (("ground", block.ground), ("structure", block.structure)) if value not in ("", None)}
+  return {"text": between.join(block.paragraphs), "paragraphs": block.paragraphs,
           "what": block.what, "box": whole,
           "lines": [{"text": one.line.text, "box": outwards(setting.box(one))} for one in setting.placed],
           "place": place_of(whole, page.height, page.width), "font": face.name, "size_px": round(setting.size, 2), "colour": colour,
           "rgb": list(rgb), "contrast": round(contrast, 2), "weight": "bold" if face.is_bold else "regular",
           "slanted": face.is_italic, "letters": face.kind, "align": setting.style.align,
-          "direction": "ttb" if setting.style.vertical else "rtl" if language.is_rtl else "ltr"}
+          "direction": "ttb" if setting.style.vertical else "rtl" if setting.style.language.is_rtl else "ltr", **more}
 
 
 def outwards(box: Sequence[float]) -> list[int]:

@@ -1,98 +1,182 @@
-"""Pictures to put signs into where a user gives none: walls of brick, plaster, concrete, planks and tiles, and rooms out of focus.
+"""What is neither running text nor a table: code, balloons above people, arrows, rules and bar codes, each a region."""
 
-Simple, not silly: each has its texture, light that falls off to one side, and the edges and joints that such a wall has.
-"""
+import dataclasses
+from collections.abc import Sequence
 
-import cv2
-import numpy as np
+from data_pipelines.text_rendering import shapes
+from data_pipelines.text_rendering.regions import Frame, Misfit, Region, Sheet, Sizes, Text
+from data_pipelines.text_rendering.schemes import Ground
 
-from data_pipelines.text_rendering.surfaces import noise, tinted
-
-_BRICKS = ((150, 84, 66), (172, 120, 96), (196, 186, 172), (104, 72, 64))
-_PLASTERS = ((222, 212, 192), (206, 196, 150), (178, 196, 206), (214, 176, 150), (236, 234, 228), (120, 132, 120))
-_CONCRETES = ((150, 150, 148), (120, 122, 126), (178, 174, 168))
-_WOODS = ((140, 98, 62), (182, 150, 110), (96, 70, 52), (120, 132, 136))
-_TILES = ((228, 232, 232), (90, 140, 150), (196, 206, 190), (60, 84, 120))
-
-
-def draw_scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, str]:
-  """Returns (a picture H W 3 uint8, its name in English)."""
-  name = list(_SCENES)[rng.integers(len(_SCENES))]
-  return _lit(rng, _SCENES[name](rng, height, width)), name
+_BALLOON, _PAD, _LINE = 0.8, 0.75, 0.11  # share of a panel's width; ems inside a balloon; its line in ems
+_PEOPLE = 6.0  # ems for people, at least
+_HEADS = (0.2, 0.78)  # where people stand, as shares of the width
+_WHITE, _INK = (252, 252, 250), (22, 22, 24)
+_SKINS = ((245, 214, 190), (214, 165, 125), (156, 104, 70), (96, 62, 44))
 
 
-def _lit(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
-  """Light that falls off linearly to one side, and towards the corners."""
-  y, x = np.linspace(-1, 1, 9, dtype=np.float32)[:, None], np.linspace(-1, 1, 9, dtype=np.float32)
-  down, along = rng.uniform(-0.2, 0.2, 2)
-  light = (0.97 + along * x + down * y - 0.12 * (x * x + y * y)) * rng.uniform(0.8, 1.08)
-  light = cv2.resize(np.rint(128 * light).clip(0, 255).astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-  return cv2.multiply(picture, cv2.merge([light] * 3), scale=1 / 128)
+@dataclasses.dataclass
+class Code(Region):
+  """Lines of code in a language."""
+  lines: Text
+  language: str
+
+  def texts(self) -> list[Text]:
+    return [self.lines]
+
+  def height(self, width: float, sizes: Sizes) -> float:
+    return self.lines.height(width, sizes)
+
+  def place(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
+    self.lines.structure = len(sheet.structures)
+    self.lines.place(frame, sizes, sheet, ground)
+    sheet.structures.append({"type": "code", "box": list(sheet.blocks[-1].setting.ink), "language": self.language, "lines": self.lines.paragraphs})
 
 
-def _some(rng: np.random.Generator, colours: tuple) -> np.ndarray:
-  return np.array(colours[rng.integers(len(colours))]) + rng.integers(-10, 11, 3)
+@dataclasses.dataclass
+class Scene(Region):
+  """A panel of a comic: balloons, one or two, that speak below each other, and who speaks; `looks` are two numbers below 12 that tell what they look
+  like."""
+  balloons: Sequence[Text]
+  looks: Sequence[int]
+  pad: float = 0.7
+
+  def texts(self) -> list[Text]:
+    return list(self.balloons)
+
+  def _width(self, width: float, sizes: Sizes) -> float:
+    """Of a balloon's text."""
+    room = (width - 2 * self.pad * sizes.em) * _BALLOON - 2 * _PAD * sizes.em
+    if room < 3 * sizes.em:
+      raise Misfit("balloon")
+    return room
+
+  def height(self, width: float, sizes: Sizes) -> float:
+    room = self._width(width, sizes)
+    own = sum(one.height(room, sizes) + (2 * _PAD + 0.5) * sizes.em for one in self.balloons)
+    return own + (_PEOPLE + 2 * self.pad) * sizes.em
+
+  def place(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
+    em, (left, top, right, bottom) = sizes.em, frame
+    sky = sheet.scheme.ground("panel", ground)
+    sheet.draw(shapes.fill_box, frame, sky.rgb)
+    room, y = self._width(right - left, sizes), top + self.pad * em
+    heights = [one.height(room, sizes) + 2 * _PAD * em for one in self.balloons]
+    head_y = y + sum(heights) + 0.5 * em * len(heights)
+    tall = min(bottom - head_y - 1.4 * em, 0.75 * (right - left))
+    head_y = bottom - tall
+    heads = [frame[0] + (right - left) * (1 - share if sheet.is_rtl else share) for share in _HEADS]
+    floor = bottom - 0.22 * tall
+    sheet.draw(shapes.fill_box, (left, floor, right, bottom), sheet.scheme.hairline(sky))
+    for number, x in enumerate(heads[:len(self.balloons)]):
+      self._draw_person(x, head_y, bottom, self.looks[number], sheet)
+    tails = []
+    for number, (text, high) in enumerate(zip(self.balloons, heights)):
+      inner = (left + self.pad * em, y, right - self.pad * em, y + high)
+      wide = room + 2 * _PAD * em
+      one = sheet.start(inner, wide) if number == 0 else sheet.after(inner, inner[2] - inner[0] - wide)
+      tails.append((one, heads[number], head_y - 0.5 * em))
+      y += high + 0.5 * em
+    for one, x, tip in tails[::-1]:  # the first balloon's tail passes beside the second, which stands further in
+      self._draw_balloon(one, x, tip, em, sheet)
+    paper = Ground("white", _WHITE, (_WHITE,))
+    for text, (one, _, _) in zip(self.balloons, tails):
+      pad = _PAD * em
+      text.place((one[0] + pad, one[1] + pad, one[2] - pad, one[3] - pad), sizes, sheet, paper)
+    sheet.draw(shapes.stroke_box, frame, _INK, 0.16 * em)
+
+  @staticmethod
+  def _draw_balloon(box: Frame, x: float, tip: float, em: float, sheet: Sheet) -> None:
+    """A balloon whose tail ends at (x, tip)."""
+    line, radius = max(1.0, _LINE * em), 0.9 * em
+    foot = min(max(x, box[0] + radius + 0.6 * em), box[2] - radius - 0.6 * em)
+    for rgb, inset in ((_INK, 0.0), (_WHITE, line)):
+      inner = (box[0] + inset, box[1] + inset, box[2] - inset, box[3] - inset)
+      half = 0.5 * em - 0.8 * inset
+      sheet.draw(shapes.fill_box, inner, rgb, radius - inset)
+      sheet.draw(shapes.fill_polygon, [(foot - half, box[3] - 2 * line), (foot + half, box[3] - 2 * line), (x, tip - 2.5 * inset)], rgb)
+
+  @staticmethod
+  def _draw_person(x: float, top: float, bottom: float, look: int, sheet: Sheet) -> None:
+    """Someone from head to waist, who faces the reader."""
+    head = 0.25 * (bottom - top)
+    skin, hair = _SKINS[look % 4], ((40, 30, 26), (120, 74, 30), (70, 70, 76))[look % 3]
+    coat = sheet.scheme.coats[look % len(sheet.scheme.coats)]
+    sheet.draw(shapes.fill_box, (x - 1.15 * head, top + 2.15 * head, x + 1.15 * head, bottom), coat, 0.8 * head)
+    sheet.draw(shapes.fill_box, (x - 1.15 * head, bottom - head, x + 1.15 * head, bottom), coat)
+    sheet.draw(shapes.fill_box, (x - 0.3 * head, top + 1.7 * head, x + 0.3 * head, top + 2.4 * head), skin, 0.2 * head)
+    sheet.draw(shapes.fill_ellipse, (x - 0.92 * head, top - 0.1 * head, x + 0.92 * head, top + 1.7 * head), hair)
+    sheet.draw(shapes.fill_ellipse, (x - 0.78 * head, top + 0.2 * head, x + 0.78 * head, top + 2 * head), skin)
+    for side in (-1, 1):
+      eye = (x + side * 0.32 * head, top + 1.0 * head)
+      sheet.draw(shapes.fill_ellipse, (eye[0] - 0.09 * head, eye[1] - 0.12 * head, eye[0] + 0.09 * head, eye[1] + 0.12 * head), _INK)
+    mouth = [(x + t * head, top + 1.45 * head + (0.16 - 1.8 * t * t) * head) for t in (-0.28, -0.14, 0.0, 0.14, 0.28)]
+    sheet.draw(shapes.draw_path, mouth, _INK, max(1.0, 0.07 * head))
 
 
-def _plaster(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-  grown = max(1.0, height / 256)
-  return tinted(_some(rng, _PLASTERS), noise(rng, height, width, grown, grown) // 14 + noise(rng, height, width, 24 * grown, 24 * grown) // 14)
+@dataclasses.dataclass
+class Arrow(Region):
+  """An arrow to what comes next: "down", or "next" to where the following column is."""
+  towards: str
+  tall: float = 1.5
+
+  def height(self, width: float, sizes: Sizes) -> float:
+    return self.tall * sizes.em
+
+  def place(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
+    left, top, right, bottom = frame
+    x, y, rgb, thick = (left + right) / 2, (top + bottom) / 2, sheet.scheme.graphic(ground), 0.28 * sizes.em
+    if self.towards == "down":
+      half = min(bottom - top, 2.2 * sizes.em) / 2
+      sheet.draw(shapes.draw_arrow, (x, y - half), (x, y + half), rgb, thick)
+    else:
+      ends = [(left, y), (right, y)][::-1 if sheet.is_rtl else 1]
+      sheet.draw(shapes.draw_arrow, *ends, rgb, thick)
 
 
-def _concrete(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-  grown = max(1.0, height / 256)
-  relief = noise(rng, height, width, grown, grown) // 12 + noise(rng, height, width, 12 * grown, 12 * grown) // 9
-  joint = max(1, height // 200)
-  for x in range(round(width * rng.uniform(0.1, 0.6)), width, max(8, round(width * 0.55))):
-    relief[:, x:x + joint] -= 40
-  y = round(height * rng.uniform(0.2, 0.9))
-  relief[y:y + joint] -= 40
-  return tinted(_some(rng, _CONCRETES), relief)
+@dataclasses.dataclass
+class Rule(Region):
+  """A rule across the frame, solid or dashed; upright where the frame stands."""
+  dashed: bool = False
+  upright: bool = False
+  strong: bool = False
+
+  def height(self, width: float, sizes: Sizes) -> float:
+    return max(1.0, 0.1 * sizes.em)
+
+  def place(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
+    left, top, right, bottom = frame
+    rgb = sheet.scheme.graphic(ground) if self.strong else sheet.scheme.hairline(ground)
+    thick = max(1.0, (0.2 if self.strong else 0.06) * sizes.em)
+    begin = ((left + right) / 2, top) if self.upright else (left, top)
+    sheet.draw(shapes.draw_rule, begin, bottom - top if self.upright else right - left, rgb, thick, self.dashed, self.upright)
 
 
-def _brick(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-  course = max(6, round(height * rng.uniform(0.05, 0.09)))
-  long, joint = 3 * course, max(1, course // 9)
-  y, x = np.arange(height), np.arange(width)
-  row = y // course
-  shifted = x[None] + (row % 2 * (long // 2))[:, None]
-  mortar = (y % course < joint)[:, None] | (shifted % long < joint)
-  shades = rng.integers(-22, 23, (row[-1] + 1, shifted.max() // long + 1)).astype(np.int16)
-  relief = shades[row[:, None], shifted // long] + noise(rng, height, width) // 10
-  picture = tinted(_some(rng, _BRICKS), relief)
-  picture[mortar] = tinted(np.array((176, 170, 160)) * rng.uniform(0.75, 1.1), noise(rng, height, width) // 14)[mortar]
-  return picture
+@dataclasses.dataclass
+class BarCode(Region):
+  """Bars and gaps of the given widths, in modules."""
+  modules: Sequence[int]
+  tall: float = 2.6
+
+  def height(self, width: float, sizes: Sizes) -> float:
+    return self.tall * sizes.em
+
+  def place(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
+    left, top, right, bottom = frame
+    module = max(1, int(min(right - left, 14 * sizes.em) / sum(self.modules)))
+    x, rgb = (left + right - module * sum(self.modules)) / 2, sheet.scheme.ink("", ground)[1]
+    for number, wide in enumerate(self.modules):
+      if number % 2 == 0 and x + module * wide <= right:
+        sheet.draw(shapes.fill_box, (x, top, x + module * wide, bottom), rgb)
+      x += module * wide
 
 
-def _planks(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-  board = max(8, round(width * rng.uniform(0.1, 0.2)))
-  x = np.arange(width)
-  shades = rng.integers(-14, 15, x[-1] // board + 1).astype(np.int16)[x // board]
-  relief = noise(rng, height, width, 1.5, 30.0) // 8 + shades
-  relief[:, x % board < max(1, board // 30)] -= 60
-  return tinted(_some(rng, _WOODS), relief)
+@dataclasses.dataclass
+class Space(Region):
+  """Nothing, at least `tall` ems high."""
+  tall: float = 0.0
 
+  def height(self, width: float, sizes: Sizes) -> float:
+    return self.tall * sizes.em
 
-def _tiles(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-  side = max(10, round(height * rng.uniform(0.1, 0.2)))
-  y, x = np.arange(height), np.arange(width)
-  shades = rng.integers(-8, 9, (y[-1] // side + 1, x[-1] // side + 1)).astype(np.int16)
-  relief = shades[y[:, None] // side, x // side] + (8 - 16 * (y % side)[:, None] // side).astype(np.int16)
-  joint = max(1, side // 24)
-  relief[y % side < joint], relief[:, x % side < joint] = -38, -38
-  return tinted(_some(rng, _TILES), relief)
-
-
-def _room(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-  """Soft discs of light before a wall and a floor, all out of focus."""
-  small = np.empty((64, max(8, round(64 * width / height)), 3), np.uint8)
-  floor = int(rng.integers(40, 56))
-  small[:floor], small[floor:] = _some(rng, _PLASTERS) * 0.6, _some(rng, _WOODS) * 0.7
-  for _ in range(int(rng.integers(6, 16))):
-    middle = int(rng.integers(small.shape[1])), int(rng.integers(floor))
-    cv2.circle(small, middle, int(rng.integers(2, 9)), rng.integers(70, 250, 3).tolist(), -1)
-  return cv2.resize(cv2.GaussianBlur(small, (0, 0), 2.4), (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-_SCENES = {"plaster wall": _plaster, "concrete wall": _concrete, "brick wall": _brick, "wooden wall": _planks, "tiled wall": _tiles,
-           "blurred room": _room}
+  def place(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
+    pass

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.text_rendering import languages
+from data_pipelines.text_rendering import languages, templates
 
 RATIOS = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
-KINDS = ("pure", "compositional", "letters")  # of pictures: each is the module of its name, see `pages`
-DEFAULT_KINDS = {"pure": 1.0}  # and how often
+KINDS = ("pure", "complex", "compositional", "letters")  # of pictures: each is the module of its name, see `pages`
+DEFAULT_KINDS = {"pure": 0.5, "complex": 0.5}  # and how often
 LAYOUTS = {"single": 0.25, "lines": 0.2, "paragraph": 0.3, "columns": 0.1, "list": 0.15}  # of the pure kind, and how often
 LEAST_TOKENS = 16  # of a caption
 BUDGETS = (128, 192, 320, 512, 1024)  # tokens that captions may have, the template not counted
@@ -30,6 +30,8 @@ class Settings:
     languages: code -> how often, relative to the others; empty for all languages that there are, alike.
     kinds: those of `KINDS` -> how often.
     layouts: those of `LAYOUTS`, of the pure kind -> how often.
+    templates: those of the complex kind -> how often; empty for all that there are, alike.
+    template_folders: where further ones are, see `templates`.
     min_px: least size of Latin letters in px; other scripts are as much larger as they need to be.
     max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most. Below 128 there is
       room for the letters kind alone.
@@ -46,6 +48,8 @@ class Settings:
   languages: Mapping[str, float] = dataclasses.field(default_factory=dict)
   kinds: Mapping[str, float] = dataclasses.field(default_factory=lambda: DEFAULT_KINDS)
   layouts: Mapping[str, float] = dataclasses.field(default_factory=lambda: LAYOUTS)
+  templates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  template_folders: tuple[str, ...] = ()
   min_px: float = 10.0
   max_tokens: int = 0
   texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
@@ -62,13 +66,13 @@ class Settings:
     if not 1 <= self.letters[0] <= self.letters[-1] or len(self.letters) != 2 or len(set(self.alphabet)) < 2 or '"' in self.alphabet:
       raise ValueError(f"letters={self.letters} and alphabet={self.alphabet!r}: give two numbers from 1 on in order, and at least two letters.")
     for name, known in (("languages", languages.codes()), ("kinds", KINDS), ("layouts", LAYOUTS),
-                        ("texts", self.languages or languages.codes())):
+                        ("templates", templates.load(self.template_folders)), ("texts", self.languages or languages.codes())):
       odd = [one for one in getattr(self, name) if one not in known]
       if odd:
         raise ValueError(f"{name} has {odd[0]!r}: choose among {', '.join(known)}.")
-    for name in ("languages", "kinds", "layouts"):
+    for name in ("languages", "kinds", "layouts", "templates"):
       some = getattr(self, name)
-      if any(not share > 0 for share in some.values()) or not some and name != "languages":
+      if any(not share > 0 for share in some.values()) or not some and name in ("kinds", "layouts"):
         raise ValueError(f"{name}={dict(some)}: give shares above 0, and leave out what is not wanted.")
     if self.pictures and "compositional" not in self.kinds:
       raise ValueError(f"pictures={self.pictures} is for the compositional kind: add it to kinds={dict(self.kinds)}.")
@@ -86,6 +90,7 @@ class Settings:
 
 
 def draw_key(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
-  """Returns a key by its share."""
-  ends = list(itertools.accumulate(shares.values()))
-  return list(shares)[bisect.bisect_right(ends, rng.random() * ends[-1])]
+  """Returns a key by its share, whatever the order in which they are given."""
+  keys = sorted(shares)
+  ends = list(itertools.accumulate(shares[key] for key in keys))
+  return keys[bisect.bisect_right(ends, rng.random() * ends[-1])]

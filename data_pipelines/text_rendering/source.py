@@ -21,7 +21,7 @@ from data_pipelines.buckets import bucket_size
 from data_pipelines.records import SPLITS, complete
 from data_pipelines.text_rendering import languages
 from data_pipelines.text_rendering.captions import KINDS
-from data_pipelines.text_rendering.fonts import Face, Typeface, find_faces, fingerprint, typefaces
+from data_pipelines.text_rendering.fonts import Face, Typeface, find_faces, fingerprint, monospaced, typefaces
 from data_pipelines.text_rendering.pages import Page
 from data_pipelines.text_rendering.settings import BUDGETS, Settings, draw_key
 from data_pipelines.text_rendering.words import Corpus
@@ -32,6 +32,7 @@ NUM_PICTURES = 2**40
 _CHARACTERS = {"cjk": 0.6, "thai": 0.8}  # per token, at least about; of other languages _OTHER
 _OTHER = 2.2
 _OVERHEAD = 70  # tokens of a caption beside the text
+_ROOM = ((0.55, 1.0), (0.85, 1.0))  # powers of the most characters that a picture of other kinds, or of the complex kind, has
 _TRIES = 10
 _SHORTER = 0.6
 
@@ -87,7 +88,10 @@ class RenderedText(Sequence):
     """Returns the slot of a picture."""
     rng = np.random.default_rng((*self._key, 1, number % self._num))
     height, width = self._sizes[rng.integers(len(self._sizes))]
-    return Slot(height, width, draw_key(rng, self._shares), self._budgets[rng.integers(len(self._budgets))], draw_key(rng, self.settings.kinds))
+    language, share = draw_key(rng, self._shares), rng.random()
+    kind = draw_key(rng, self.settings.kinds)
+    budgets = self._budgets[len(self._budgets) // 2 if kind == "complex" else 0:]
+    return Slot(height, width, language, budgets[int(share * len(budgets))], kind)
 
   def record(self, number: int) -> dict:
     """Returns a picture as a record of `records`, but that `image` is an array H W 3 uint8, and its truth is in `attributes`.
@@ -99,7 +103,7 @@ class RenderedText(Sequence):
     corpus = plain.corpus
     per_token = _CHARACTERS.get(corpus.language.breaking, _OTHER)
     most = max(12.0, (slot.tokens - _OVERHEAD) * per_token)
-    room = most ** rng.uniform(0.55, 1.0)
+    room = most ** rng.uniform(*_ROOM[slot.kind == "complex"])
     kind = importlib.import_module(f"{__package__}.{slot.kind}")
     for trial in range(_TRIES):
       page = dataclasses.replace(plain, num_characters=int(room * _SHORTER**trial), is_simple=trial >= _TRIES // 2)
@@ -145,7 +149,10 @@ class RenderedText(Sequence):
   @functools.cached_property
   def fonts(self) -> str:
     """What tells the fonts of this machine from others, as far as they are used."""
-    return fingerprint(self._typefaces)
+    some = dict(self._typefaces)
+    if "complex" in self.settings.kinds:
+      some["code"] = tuple(monospaced(one) for one in next(iter(some.values()))[:1])
+    return fingerprint(some)
 
   def _fit(self, texts: Sequence[str], tokens: int) -> bool:
     return self._tokenizer is None or int(self._tokenizer.count(texts).max()) <= tokens + self._template

@@ -29,6 +29,7 @@ VOCAB_SIZE = 8192
 _TRAINED_ON = 2500  # pictures whose captions a tokenizer is trained on
 _HELD_OUT = 25  # of stored pictures one in so many is for validation, and as many more
 _TEXTS = "texts.json"
+_BEFORE_KINDS = {"pure": 1.0}  # of a folder that was prepared when there were no others
 
 
 def read_settings(seed: int, texts: Mapping[str, str], **settings: Any) -> tuple[Settings, dict[str, int]]:
@@ -114,7 +115,7 @@ def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int
     raise ValueError(f"{folder}/{_TEXTS} is not the one that dataset.json beside it was written with: copy both again, or prepare the data set anew.")
   with open(os.path.join(folder, _TEXTS), encoding="utf-8") as file:
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in said["settings"].items()}
-    source = RenderedText(Settings(**settings, texts=json.load(file)), split, num_slots, PromptTokenizer.load(folder))
+    source = RenderedText(Settings(**{"kinds": _BEFORE_KINDS} | settings, texts=json.load(file)), split, num_slots, PromptTokenizer.load(folder))
   if source.fonts != said["fonts"]:
     raise ValueError(f"{folder} was prepared with other fonts than this machine has ({said['fonts']}, here {source.fonts}): install the same "
                      "packages in the same versions, or remove that folder and prepare it anew.")

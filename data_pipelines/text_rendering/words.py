@@ -20,6 +20,7 @@ _COUNTRIES = "AR AU BR CA CL CN DE EG ES FI FR GR ID IE IL IN IT JP KE KR MX NG 
 _LANGUAGES = "ar bn de el en es fi fr he hi id it ja ko nl pl pt ru sv sw th tr uk vi zh".split()
 _CURRENCIES = {"en_US": "USD", "vi_VN": "VND", "pl_PL": "PLN", "ru_RU": "RUB", "ar_EG": "EGP", "he_IL": "ILS", "hi_IN": "INR", "th_TH": "THB",
                "zh_Hans_CN": "CNY", "zh_Hant_TW": "TWD", "ja_JP": "JPY", "ko_KR": "KRW"}
+_UNITS = {"VND": 5000, "KRW": 500, "JPY": 50, "RUB": 20, "INR": 15, "EGP": 10, "THB": 10, "TWD": 10, "CNY": 2}  # of what little things cost
 _FIRST_DAY = datetime.date(1990, 1, 1)
 _NUM_DAYS = 20000
 _JOINERS = "\u200c\u200d"  # which Indic and Arabic spelling needs
@@ -53,12 +54,19 @@ def _names(code: str) -> dict[str, tuple[str, ...]]:
   return {kind: tuple(clean(name) for name in some if name) for kind, some in found.items()}
 
 
+@functools.cache
+def in_order(kind: str, code: str, width: str = "abbreviated") -> tuple[str, ...]:
+  """The names of weekdays or months in the language of a locale, from the first to the last; `width` is "abbreviated" or "wide"."""
+  names = getattr(_locale(code), {"weekday": "days", "month": "months"}[kind])["stand-alone"][width]
+  return tuple(clean(names[key]) for key in sorted(names))
+
+
 def _date(rng: np.random.Generator, locale: str) -> str:
   return dates.format_date(_FIRST_DAY + datetime.timedelta(days=int(rng.integers(_NUM_DAYS))), format="long", locale=locale)
 
 
 def _time(rng: np.random.Generator, locale: str) -> str:
-  return dates.format_time(datetime.time(int(rng.integers(6, 23)), int(rng.integers(12)) * 5), format="short", locale=locale)
+  return write_time(60 * int(rng.integers(6, 23)) + 5 * int(rng.integers(12)), locale)
 
 
 def _number(rng: np.random.Generator, locale: str) -> str:
@@ -70,7 +78,26 @@ def _percent(rng: np.random.Generator, locale: str) -> str:
 
 
 def _price(rng: np.random.Generator, locale: str) -> str:
-  return numbers.format_currency(int(10 ** rng.uniform(2, 4.5)) / 4, _CURRENCIES.get(locale, "EUR"), locale=locale, numbering_system="default")
+  return numbers.format_currency(int(10 ** rng.uniform(2, 4.5)) / 4, _currency(locale), locale=locale, numbering_system="default")
+
+
+def draw_cost(rng: np.random.Generator, locale: str) -> float:
+  """Returns what something small costs, in the currency of a locale."""
+  return _UNITS.get(_currency(locale), 0.5) * int(rng.integers(3, 60))
+
+
+def write_cost(amount: float, locale: str) -> str:
+  """Returns an amount in the currency of a locale, as it is written there."""
+  return clean(numbers.format_currency(amount, _currency(locale), locale=locale, numbering_system="default"))
+
+
+def _currency(locale: str) -> str:
+  return _CURRENCIES.get(locale, "EUR")
+
+
+def write_time(minutes: int, locale: str) -> str:
+  """Returns the time that is so many minutes after midnight."""
+  return clean(dates.format_time(datetime.time(minutes // 60 % 24, minutes % 60), format="short", locale=locale))
 
 
 _SLOTS: dict[str, Callable[[np.random.Generator, str], str]] = {"date": _date, "time": _time, "number": _number, "percent": _percent, "price": _price}
@@ -88,7 +115,9 @@ def cldr_characters(language: Language) -> frozenset[str]:
   """All characters of what `fill_slot` gives."""
   rng = np.random.default_rng(0)
   drawn = [fill_slot(rng, slot, language) for slot in _SLOTS for _ in range(40)]
-  return frozenset("".join([*drawn, *(name for some in _names(language.locale).values() for name in some)]))
+  ordered = (in_order(kind, language.locale, width) for kind in ("weekday", "month") for width in ("abbreviated", "wide"))
+  names = [*_names(language.locale).values(), *ordered]
+  return frozenset("".join([*drawn, *(name for some in names for name in some)]))
 
 
 @dataclasses.dataclass(frozen=True)
