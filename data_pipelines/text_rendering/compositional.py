@@ -56,6 +56,7 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
     ValueError: nothing fits, or no picture of the user has room.
   """
   pictures = Pictures.open(page.settings.pictures) if page.settings.pictures else None
+  page = dataclasses.replace(page, typefaces=[one for one in page.typefaces if not one.main.is_thin] or page.typefaces)
   skipped = 0
   for number in range(TRIES):
     short = dataclasses.replace(page, num_characters=max(1, int(page.num_characters * 0.7**number)), is_simple=page.is_simple or number > TRIES // 2)

@@ -26,7 +26,7 @@ from data_pipelines.text_rendering.warping import FINE, Warp, bounds
 
 WAYS = {"alpha": 0.4, "multiply": 0.25, "luminance": 0.35}  # and how often
 _SHADOW, _LIGHT_SHADOW = 0.5, 0.35  # how much darker it is in a shadow of an object, and of raised letters
-_MOST_BLUR = 0.55  # of letters, in px
+_MOST_BLUR, _SOFTEST = 0.55, 0.025  # of letters, in px and in ems
 _LEAST_NOISE, _MOST_NOISE = 0.7, 5.0  # levels
 
 
@@ -49,7 +49,7 @@ def paint(rng: np.random.Generator, picture: np.ndarray, part: Part, light: Sequ
       _draw_shelf(rng, picture, part.warp)
     _paste(picture, part.face, part.warp, light)
   way = draw_key(rng, WAYS) if not (part.face and part.face.is_lit) else "alpha"
-  opacity, soft = float(rng.uniform(0.93, 1.0)), float(rng.uniform(0.0, _MOST_BLUR)) * FINE
+  opacity, blur = float(rng.uniform(0.93, 1.0)), float(rng.uniform(0.0, _MOST_BLUR)) * FINE
   raised = part.face is not None and rng.random() < 0.25
   ink, shared = None, rng.random() < 0.75
   for block in part.blocks:
@@ -58,6 +58,7 @@ def paint(rng: np.random.Generator, picture: np.ndarray, part: Part, light: Sequ
     left, top, right, bottom = outwards(setting.ink)
     own = max(0, left - 1), max(0, top - 1), min(part.warp.width, right + 1), min(part.warp.height, bottom + 1)
     plane[own[1]:own[3], own[0]:own[2]] = coverage(setting, own)
+    soft = min(blur, _SOFTEST * setting.size)
     if soft > 0.3:
       plane = cv2.GaussianBlur(plane, (0, 0), soft)
     box = _inside(part.warp.hull(setting.ink), picture, 3)
