@@ -1,9 +1,9 @@
 """Rendered text measured: how fast it is drawn, whether OCR reads it back, whether another renderer draws the same, and sheets to look at.
 
-  python -m benchmarks.text_rendering --measure=speed [--base_px=256] [--num=400] [--kind=compositional] [--pictures=FOLDER]
+  python -m benchmarks.text_rendering --measure=speed [--base_px=256] [--num=400] [--kind=complex] [--pictures=FOLDER]
   python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans]
   python -m benchmarks.text_rendering --measure=pango [--num=200] [--languages=en,ru,el,ar,he,hi,th,zh-Hans,ja,ko]
-  python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--layout=paragraph | --kind=...]
+  python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--kind=complex] [--layout=menu]
 
 speed: pictures with captions per second of processor time, median and range of rounds, and how many a core could draw if it did nothing but fill
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
@@ -22,27 +22,27 @@ from PIL import Image
 
 from data_pipelines.text_rendering import drawing, languages, layout
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
-from data_pipelines.text_rendering.settings import KINDS, LAYOUTS, RATIOS, Settings
+from data_pipelines.text_rendering.settings import KINDS, RATIOS, Settings
 from data_pipelines.text_rendering.source import RenderedText
 from launch import cli
 from qimg2.evaluation import ocr
 from qimg2.evaluation.text import score_text
 
 ROUNDS = 5
+REMEMBERED = 12  # templates that do not come again in a sheet
 PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 
-def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS, layout_name: str = "", kind: str = "pure",
-              pictures: str = "") -> RenderedText:
-  """The pictures that are measured."""
-  layouts = {layout_name: 1.0} if layout_name else LAYOUTS
-  return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), layouts=layouts, kinds={kind: 1.0},
-                               pictures=pictures), "train", 2**20)
+def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS, kind: str = "pure", layout_name: str = "") -> RenderedText:
+  """The pictures that are measured: of a kind, and of one layout or template of it where that is named; signs stand on those of --pictures."""
+  only = {{"pure": "layouts", "complex": "templates"}[kind]: {layout_name: 1.0}} if layout_name else {}
+  return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), kinds={kind: 1.0},
+                               pictures=flags.FLAGS.pictures, **only), "train", 2**20)
 
 
-def speed(base_px: int, codes: Sequence[str], num: int, kind: str, pictures: str) -> str:
+def speed(base_px: int, codes: Sequence[str], num: int, kind: str) -> str:
   """How many pictures are drawn, in a sentence."""
-  source, settings, plain = source_of(base_px, codes, kind=kind, pictures=pictures), [], drawing.coverage
+  source, settings, plain = source_of(base_px, codes, kind=kind), [], drawing.coverage
   for number in range(num):  # dictionaries and tables are read
     source.record(number)
   drawing.coverage = lambda setting, box: settings.append((setting, box)) or plain(setting, box)
@@ -58,13 +58,13 @@ def speed(base_px: int, codes: Sequence[str], num: int, kind: str, pictures: str
       plain(setting, box)
     bare.append(num / (time.process_time() - begin))
   drawing.coverage = plain
-  return (f"{base_px} px, {len(codes)} languages: {statistics.median(rates):.0f} pictures per CPU second ({min(rates):.0f} to {max(rates):.0f} in "
-          f"{ROUNDS} rounds of {num}); outlines alone {statistics.median(bare):.0f}")
+  return (f"{kind}, {base_px} px, {len(codes)} languages: {statistics.median(rates):.0f} pictures per CPU second ({min(rates):.0f} to "
+          f"{max(rates):.0f} in {ROUNDS} rounds of {num}); outlines alone {statistics.median(bare):.0f}")
 
 
-def read_back(base_px: int, code: str, num: int) -> str:
+def read_back(base_px: int, code: str, num: int, kind: str) -> str:
   """What OCR reads of pictures of one language."""
-  source, errors, characters, right = source_of(base_px, [code], ("1:1",)), 0, 0, 0
+  source, errors, characters, right = source_of(base_px, [code], ("1:1",), kind), 0, 0, 0
   for number in range(num):
     record = source.record(number)
     score = score_text(RenderedText.truth(record)["texts"], [line.text for line in ocr.read(record["image"])])
@@ -102,13 +102,20 @@ def _extent(ink: np.ndarray) -> tuple[int, int]:
   return int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1
 
 
-def sheet(base_px: int, codes: Sequence[str], columns: int, layout_name: str, kind: str, pictures: str) -> Image.Image:
-  """Pictures beside each other, a row for each language."""
-  rows = []
+def sheet(base_px: int, codes: Sequence[str], columns: int, kind: str, layout_name: str) -> Image.Image:
+  """Pictures beside each other, a row for each language, templates that were there a while ago only."""
+  edge, rows, known = ((2, 2), (2, 2), (0, 0)), [], []
   for row, code in enumerate(codes):
-    source, edge = source_of(base_px, [code], ("1:1",), layout_name, kind, pictures), ((2, 2), (2, 2), (0, 0))
-    some = range(row * columns, (row + 1) * columns)
-    rows.append(np.hstack([np.pad(source.record(number)["image"], edge, constant_values=128) for number in some]))
+    source, images = source_of(base_px, [code], ("1:1",), kind, layout_name), []
+    for number in range(row * columns, 2**20):
+      record = source.record(number)
+      layout = RenderedText.truth(record)["layout"]
+      if kind != "complex" or layout_name or layout not in known[-REMEMBERED:]:
+        known.append(layout)
+        images.append(np.pad(record["image"], edge, constant_values=128))
+      if len(images) == columns:
+        break
+    rows.append(np.hstack(images))
   return Image.fromarray(np.vstack(rows))
 
 
@@ -117,13 +124,13 @@ def main(_: Sequence[str]) -> None:
   f = flags.FLAGS
   codes = f.languages or languages.codes()
   if f.measure == "speed":
-    print(speed(f.base_px, codes, f.num, f.kind, f.pictures))
+    print(speed(f.base_px, codes, f.num, f.kind))
   elif f.measure == "sheet":
-    found = sheet(f.base_px, codes, f.columns, f.layout, f.kind, f.pictures)
+    found = sheet(f.base_px, codes, f.columns, f.kind, f.layout)
     (found.quantize(200) if f.out.endswith(".png") else found).save(f.out, optimize=True)
   else:
     for code in codes:
-      print(read_back(f.base_px, code, f.num) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)
+      print(read_back(f.base_px, code, f.num, f.kind) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)
 
 
 def define_flags() -> None:
@@ -133,9 +140,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
   flags.DEFINE_integer("columns", 6, "Of a sheet: pictures of each language.", lower_bound=1)
   flags.DEFINE_list("languages", [], "Their codes; all where none is given.")
-  flags.DEFINE_string("layout", "", "Of a sheet: one layout in place of all.")
-  flags.DEFINE_enum("kind", "pure", KINDS, "Of pictures whose speed is measured, or that are on a sheet.")
+  flags.DEFINE_enum("kind", "pure", KINDS, "The kind of pictures, but for pango.")
   flags.DEFINE_string("pictures", "", "A folder of pictures for the compositional kind.")
+  flags.DEFINE_string("layout", "", "Of a sheet: one layout, or template, in place of all.")
   flags.DEFINE_string("out", "sheet.png", "Of a sheet: its file.")
 
 
