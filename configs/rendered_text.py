@@ -7,12 +7,14 @@ Commands:
   apt-get install fonts-noto-core fonts-noto-cjk
   python -m launch.prepare_data --dataset=rendered_text --out=data --config=configs/rendered_text.py
   python -m launch.prepare_data --dataset=rendered_text --name=rendered_text_512 --out=data --config=configs/rendered_text.py --config.base_px=512
+  python -m launch.prepare_data --dataset=rendered_text --name=signs --out=data --config=configs/rendered_text.py:signs --config.pictures=FOLDER
 A stage draws a twentieth of its batches from it by part("rendered_text", weight=0.05).
 """
 
 from ml_collections import ConfigDict
 
 _LETTERS = dict(base_px=48, ratios=("2:1",), languages=dict(en=1.0), kinds=dict(letters=1.0), min_px=7.0, max_tokens=24)  # 64x32 px
+# What --config=configs/rendered_text.py:ARG changes.
 CHANGES = {"": {}, "signs": dict(kinds=dict(compositional=1.0)), "word": dict(_LETTERS, fonts=("DejaVu Sans Mono Bold",)),
            "words": dict(_LETTERS, fonts=("DejaVu Sans Mono Bold", "DejaVu Serif Bold", "DejaVu Sans Bold", "DejaVu Sans Mono Bold Oblique"))}
 

@@ -15,6 +15,7 @@ from data_pipelines.text_rendering import compositional, inking, languages, pict
 from data_pipelines.text_rendering.colours import contrast
 from data_pipelines.text_rendering.settings import Settings
 from data_pipelines.text_rendering.source import RenderedText
+from data_pipelines.tokenizer import train_tokenizer
 from launch import prepare_data
 
 SETTINGS = dict(languages={"en": 1.0, "ru": 1.0, "he": 1.0}, font_folders=("/none",), kinds={"compositional": 1.0}, base_px=160,
@@ -199,3 +200,16 @@ def test_captions_say_what_is_there():
       if block["object"] in ("wooden sign", "metal sign", "shop sign", "chalkboard", "poster", "screen"):
         assert all(block["object"] in text for text in record["captions"][:2])
       assert languages.load(truth["language"]).objects[block["object"]] in record["captions"][2]
+
+
+def test_a_caption_that_is_too_long_keeps_its_beginning(folder):
+  (folder / "half.txt").write_text("A pale wall. " + "It goes on and on beside the hedge. " * 40)
+  pictures.Pictures.open.cache_clear()
+  settings = Settings(**SETTINGS, pictures=str(folder))
+  plain = RenderedText(settings, "train", 64)
+  tokenizer = train_tokenizer([text for number in range(6) for text in plain.record(number)["captions"]], 900)
+  for number in range(3):
+    record = RenderedText(settings, "train", 64, tokenizer).record(number)
+    assert record["captions"][1].startswith("A pale wall. It goes on") and len(record["captions"][1]) < 700
+    assert len(plain.record(number)["captions"][1]) > 1000
+  pictures.Pictures.open.cache_clear()

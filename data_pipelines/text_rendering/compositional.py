@@ -22,10 +22,12 @@ from data_pipelines.text_rendering.pictures import Pictures, find_regions
 from data_pipelines.text_rendering.settings import draw_key
 from data_pipelines.text_rendering.surfaces import SURFACES, Surface
 from data_pipelines.text_rendering.warping import place
+from data_pipelines.text_rendering.words import shortened
 
 captions = objects_said.captions
 DIRECT = Surface((0.4, 6.0), (), "", 0.0, 0.0, (9, 5, 4), 0.0, "stands")  # letters without an object
 _DIRECT_SHARE = 0.3
+_CAPTION = 160  # characters that a user's caption has at most where the whole one is too long
 _UNBROKEN = 5  # characters of a text that stays in one line
 LEAST_EMS = (7.0, 3.0)  # width and height of what has room for an object, in letters of the least size
 _TEXTS = {"single": 0.5, "stack": 0.3, "paragraph": 0.2}
@@ -117,7 +119,10 @@ def _users(rng: np.random.Generator, page: Page, pictures: Pictures) -> Ground |
   if not frames:
     return None
   frames = [_inset(frame) for frame in frames]
-  return Ground(pixels, "", pictures.captions(number), frames, _noise(gray, frames[0]), pictures.name(number), 0)
+  known = pictures.captions(number)
+  if page.is_simple:
+    known = {language: shortened(text, _CAPTION) for language, text in known.items()}
+  return Ground(pixels, "", known, frames, _noise(gray, frames[0]), pictures.name(number), 0)
 
 
 def _noise(gray: np.ndarray, frame: Sequence[float]) -> float:

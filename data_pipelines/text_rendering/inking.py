@@ -16,9 +16,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from data_pipelines.text_rendering import surfaces
+from data_pipelines.text_rendering import drawing, surfaces
 from data_pipelines.text_rendering.colours import CONTRAST, contrast, draw_ink
-from data_pipelines.text_rendering.drawing import coverage
 from data_pipelines.text_rendering.pages import Block, outwards
 from data_pipelines.text_rendering.settings import draw_key
 from data_pipelines.text_rendering.surfaces import Face
@@ -57,7 +56,7 @@ def paint(rng: np.random.Generator, picture: np.ndarray, part: Part, light: Sequ
     plane = np.zeros((part.warp.height, part.warp.width), np.uint8)
     left, top, right, bottom = outwards(setting.ink)
     own = max(0, left - 1), max(0, top - 1), min(part.warp.width, right + 1), min(part.warp.height, bottom + 1)
-    plane[own[1]:own[3], own[0]:own[2]] = coverage(setting, own)
+    plane[own[1]:own[3], own[0]:own[2]] = drawing.coverage(setting, own)
     soft = min(blur, _SOFTEST * setting.size)
     if soft > 0.3:
       plane = cv2.GaussianBlur(plane, (0, 0), soft)
