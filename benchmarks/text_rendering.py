@@ -1,27 +1,35 @@
 """Rendered text measured: how fast it is drawn, whether OCR reads it back, whether another renderer draws the same, and sheets to look at.
 
   python -m benchmarks.text_rendering --measure=speed [--base_px=256] [--num=400] [--kind=complex] [--pictures=FOLDER]
-  python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans]
+  python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans] [--kind=complex]
   python -m benchmarks.text_rendering --measure=pango [--num=200] [--languages=en,ru,el,ar,he,hi,th,zh-Hans,ja,ko]
+  python -m benchmarks.text_rendering --measure=nasty [--num=2000]
+  python -m benchmarks.text_rendering --measure=memory [--base_px=96] [--num=100000] [--kind=complex]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--kind=complex] [--layout=menu]
+  python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...]
 
 speed: pictures with captions per second of processor time, median and range of rounds, and how many a core could draw if it did nothing but fill
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
-boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools.
+boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools. memory: of the
+process, after each power of ten of pictures and their thirds, from all over the first 10^9. nasty: what becomes of strings that no one would write.
 """
 
+import collections
+import itertools
+import pathlib
+import re
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.text_rendering import drawing, languages, layout
-from data_pipelines.text_rendering.fonts import find_faces, typefaces
+from data_pipelines.text_rendering import drawing, languages, layout, words
+from data_pipelines.text_rendering.fonts import FOLDERS, find_faces, typefaces
 from data_pipelines.text_rendering.settings import KINDS, RATIOS, Settings
 from data_pipelines.text_rendering.source import RenderedText
 from launch import cli
@@ -30,6 +38,7 @@ from qimg2.evaluation.text import score_text
 
 ROUNDS = 5
 REMEMBERED = 12  # templates that do not come again in a sheet
+FAR, STRIDE = 10**9, 618_033_989  # pictures are taken from all over the first FAR: STRIDE has no factor in common with it
 PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 
@@ -60,6 +69,71 @@ def speed(base_px: int, codes: Sequence[str], num: int, kind: str) -> str:
   drawing.coverage = plain
   return (f"{kind}, {base_px} px, {len(codes)} languages: {statistics.median(rates):.0f} pictures per CPU second ({min(rates):.0f} to "
           f"{max(rates):.0f} in {ROUNDS} rounds of {num}); outlines alone {statistics.median(bare):.0f}")
+
+
+def memory(base_px: int, codes: Sequence[str], num: int, kind: str) -> Iterator[str]:
+  """Yields in sentences how much memory the process has after some of `num` pictures."""
+  source, told = source_of(base_px, codes, kind=kind), {some * 10**power for some in (1, 3) for power in range(3, 10)} | {num}
+  for number in range(1, num + 1):
+    source.record(number * STRIDE % FAR)
+    if number in told:
+      yield f"{number} pictures of {base_px} px: {_resident_mib()} MiB"
+
+
+def _resident_mib() -> int:
+  """Memory that this process has now, in MiB."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) // 1024
+
+
+# ---- strings that no one would write --------------------------------------------------------------------
+
+_MARKS = [*map(chr, (*range(0x300, 0x370), *range(0x591, 0x5C8), *range(0x64B, 0x660), 0x93F, 0xE34))]
+_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u180e\ufe0f"
+_CONTROLS, _SPACES, _PRIVATE = [*map(chr, range(32)), "\x7f", "\x85"], " \t\n\u00a0\u3000\u2028", "\ue000\ufffe\ufffd\u115f\u3164\u034f"
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2069\u200e\u200f"
+_EMOJI = ("👩\u200d👩\u200d👧\u200d👦", "🇩🇪", "👍🏽", "❤\ufe0f\u200d🔥", "1\ufe0f\u20e3", "🏴\U000e0067\U000e0062\U000e007f")
+
+
+def nasty_text(rng: np.random.Generator, code: str) -> str:
+  """A string of a language that hardly anyone would write: any code points, stacks of marks, joiners, control characters, lone surrogates, mixed
+  directions, words without end, or nothing."""
+  some = lambda letters, num: "".join(letters[i] for i in rng.integers(len(letters), size=num))
+  any_of = lambda low, high, num: "".join(map(chr, rng.integers(low, high, size=num)))
+  known = languages.load(code).words
+  word = lambda: known[rng.integers(len(known))]
+  kinds = (
+      lambda: any_of(0, 0x110000, 8), lambda: any_of(0x20, 0x3000, 12), lambda: any_of(0xD800, 0xE000, 1) + word(), lambda: "",
+      lambda: word()[0] + some(_MARKS, int(rng.integers(1, 40))), lambda: word() + some(_EMOJI, 3), lambda: some(_INVISIBLE, 3).join(word()),
+      lambda: some(_CONTROLS, 4) + word(), lambda: word() * int(rng.integers(2, 400)), lambda: some(_SPACES, 5), lambda: some(_PRIVATE, 4),
+      lambda: some(_DIRECTIONS, 2) + word() + some("0123456789,.()", 5) + some(_DIRECTIONS, 2) + word())
+  return " ".join(kinds[rng.integers(len(kinds))]() for _ in range(rng.integers(1, 4)))
+
+
+def survey(num: int, codes: Sequence[str], folders: Sequence[str] = FOLDERS) -> collections.Counter:
+  """What became of `num` nasty strings: "empty" when cleaned, "left out" for want of a glyph, "too long" for a line, or "set".
+
+  Raises:
+    AssertionError: one was set with a missing glyph, or outside of its frame.
+  """
+  faces, outcomes, side = find_faces(folders), collections.Counter(), 256
+  fit = {code: typefaces(faces, languages.load(code)) for code in codes}
+  for number in range(num):
+    rng = np.random.default_rng((11, number))
+    code = codes[rng.integers(len(codes))]
+    text, typeface = words.clean(nasty_text(rng, code)).replace("\n", " ").strip(), fit[code][rng.integers(len(fit[code]))]
+    outcome = "left out" if text and not typeface.covers(text) else "too long" if text else "empty"
+    found = layout.fit([text], layout.Style(typeface, languages.load(code), 1.4), side, side, (10, 40)) if outcome == "too long" else None
+    if found:
+      outcome, slack = "set", layout.OVERHANG * found.size
+      assert all(glyph.number for one in found.placed for glyph in one.line.glyphs), f"String {number} is set with a missing glyph."
+      assert found.ink[0] >= -slack and found.ink[2] <= side + slack, f"String {number} is set outside of its frame."
+      drawing.draw_on(Image.new("RGB", (side, side), "white"), found, (0, 0, 0))
+    outcomes[outcome] += 1
+  return outcomes
+
+
+# ---- what is read, and what others draw -----------------------------------------------------------------
 
 
 def read_back(base_px: int, code: str, num: int, kind: str) -> str:
@@ -119,15 +193,42 @@ def sheet(base_px: int, codes: Sequence[str], columns: int, kind: str, layout_na
   return Image.fromarray(np.vstack(rows))
 
 
+def edit_sheet(base_px: int, codes: Sequence[str], columns: int) -> Image.Image:
+  """Edits: source, target, and the instructions in English and in the language; a row for each language, `columns` edits in it."""
+  rows = []
+  for code in codes:
+    settings = Settings(base_px=base_px, languages=dict.fromkeys([code, *(one for one in codes if one != code)], 1.0), ratios=("1:1",))
+    source, found = RenderedText(settings, "train", 2**20, are_edits=True), []
+    faces = next(one for one in typefaces(find_faces(), languages.load(code)) if one.main.style == "Regular")
+    for number in itertools.count(1000 * codes.index(code)):
+      if len(found) == columns:
+        break
+      if source.slot(number).language == code:
+        record = source.record(number)
+        panel = Image.new("RGB", (base_px * 2 // 3, record["height"]), "white")
+        width, height = panel.width - 16, panel.height // 2 - 16
+        for said, of, top in ((record["captions"][0], "en", 8), (record["captions"][-1], code, 8 + panel.height // 2)):
+          text = layout.fit([said], layout.Style(faces, languages.load(of), 1.4), width, height, (4, base_px / 18))
+          drawing.draw_on(panel, text.moved(8, top), (0, 0, 0))
+        found.append(np.hstack([np.pad(one, ((2, 2), (2, 2), (0, 0)), constant_values=128) for one in (*record["sources"], record["image"], panel)]))
+    rows.append(np.hstack(found))
+  return Image.fromarray(np.vstack(rows))
+
+
 def main(_: Sequence[str]) -> None:
   """The command; see the module docstring."""
   f = flags.FLAGS
   codes = f.languages or languages.codes()
   if f.measure == "speed":
     print(speed(f.base_px, codes, f.num, f.kind))
-  elif f.measure == "sheet":
-    found = sheet(f.base_px, codes, f.columns, f.kind, f.layout)
-    (found.quantize(200) if f.out.endswith(".png") else found).save(f.out, optimize=True)
+  elif f.measure == "memory":
+    for line in memory(f.base_px, codes, f.num, f.kind):
+      print(line, flush=True)
+  elif f.measure == "nasty":
+    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(survey(f.num, codes).items())))
+  elif f.measure in ("sheet", "edits"):
+    drawn = edit_sheet(f.base_px, codes, f.columns) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.kind, f.layout)
+    (drawn.quantize(200) if f.out.endswith(".png") else drawn).save(f.out, optimize=True)
   else:
     for code in codes:
       print(read_back(f.base_px, code, f.num, f.kind) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)
@@ -135,15 +236,15 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_enum("measure", "speed", ["speed", "ocr", "pango", "sheet"], "What is measured.")
+  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "nasty", "ocr", "pango", "sheet", "edits"], "What is measured.")
   flags.DEFINE_integer("base_px", 256, "About the square root of a picture's area.", lower_bound=64)
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
-  flags.DEFINE_integer("columns", 6, "Of a sheet: pictures of each language.", lower_bound=1)
+  flags.DEFINE_integer("columns", 6, "Of a sheet: pictures or edits of each language.", lower_bound=1)
   flags.DEFINE_list("languages", [], "Their codes; all where none is given.")
-  flags.DEFINE_enum("kind", "pure", KINDS, "The kind of pictures, but for pango.")
+  flags.DEFINE_enum("kind", "pure", KINDS, "The kind of pictures, of speed, memory, ocr and a sheet.")
   flags.DEFINE_string("pictures", "", "A folder of pictures for the compositional kind.")
   flags.DEFINE_string("layout", "", "Of a sheet: one layout, or template, in place of all.")
-  flags.DEFINE_string("out", "sheet.png", "Of a sheet: its file.")
+  flags.DEFINE_string("out", "sheet.png", "Of a sheet, of edits too: its file.")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ pictures begin to copy yours. docs/lora.md says how to choose.
 
 A subject drags its class with it: after a while every dog is your dog. Prior preservation (arXiv 2208.12242) holds it back: pictures of the class
 that the generator drew before are a second data set, which half of the steps are of. Draw 100 or more of them, and name both data sets with a +
-between. --config.stages[0].mixture[1].loss_weight=0.5 has them count half as much:
+between. They count as much as yours, `PRIOR_WEIGHT`; --config.stages[0].mixture[1].loss_weight=0.5 has them count half as much:
 
   python -m launch.sample --pretrained=DIR --prompt="a photo of a dog" --num_images_per_prompt=100 --pictures=CLASS --captions
   python -m launch.prepare_data --source=CLASS --name=dogs --out=runs/data --config=configs/curation.py:small
@@ -34,11 +34,12 @@ from ml_collections import ConfigDict
 
 from configs import base, sizes
 from qimg2.published.folder import open_folder
-from qimg2.runtime.config import RunConfig, plain
+from qimg2.runtime.config import RunConfig, StageConfig, plain
 from qimg2.runtime.config.records import read_record
 from qimg2.runtime.config.sources import DIFFUSERS, STAGE, parse_source
 
 RUN = "run:"
+PRIOR_WEIGHT = 1.0  # of the loss on pictures of the class, as in the paper
 RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4")
 
 
@@ -81,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
   own, _, prior = name.partition("+")
   parts = (base.part("glyphs" if name == "smoke" else own),)
   if prior:
-    parts += (base.part(prior),)
+    parts += (base.part(prior) | dict(loss_weight=PRIOR_WEIGHT),)
   cfg.stages = (stage(parts),)
   if name == "smoke":
     return smoke(cfg)
@@ -117,21 +118,33 @@ def from_folder(cfg: ConfigDict, source: str) -> None:
 
 def from_run(cfg: ConfigDict, workdir: str) -> None:
   """Sets what a run of launch.train was trained with, and starts from what its last generator deploys."""
-  run = read_record(pathlib.Path(workdir) / "config.json")
-  last = next((one for one in reversed(run.stages) if one.kind == "generator"), None)
-  if last is None:
-    raise ValueError(f"The run in {workdir} trains no generator: name another one.")
+  run, last = last_generator(workdir)
   for key in ("model", "encoder", "vae", "schedule", "sampling", "prepare"):
     cfg[key] = ConfigDict(plain(getattr(run, key)))
   # Your captions may be longer than what the run was trained on, and its tokenizer is not the one that your data set was indexed with.
   cfg.num_tokens, cfg.prompt_classes, cfg.random_frozen = max(96, run.num_tokens), (), run.random_frozen
   cfg.tokenizer = f"{workdir}/tokenizer.json"
   own = cfg.stages[0]
-  own.start_from = f"{workdir}/{last.name}" + (":ema" if last.algorithm.settings.get("ema_decay") else "")
+  own.start_from = weights_of(workdir)
   own.frozen.update({role: from_elsewhere(run, workdir, role, last.frozen[role]) for role in ("encoder", "vae")})
   own.resolutions[0].update(plain(last.resolutions[-1]))
   own.resolutions[0].batch_size = 8
   own.optimizer.learning_rate = 1e-3  # small networks bear, and need, more
+
+
+def last_generator(workdir: str) -> tuple[RunConfig, StageConfig]:
+  """A run of launch.train, and its last stage that trains a generator."""
+  run = read_record(pathlib.Path(workdir) / "config.json")
+  last = next((one for one in reversed(run.stages) if one.kind == "generator"), None)
+  if last is None:
+    raise ValueError(f"The run in {workdir} trains no generator: name another one.")
+  return run, last
+
+
+def weights_of(workdir: str) -> str:
+  """The weights that a run's last generator deploys, as `start_from` and `frozen` say it."""
+  last = last_generator(workdir)[1]
+  return f"{workdir}/{last.name}" + (":ema" if last.algorithm.settings.get("ema_decay") else "")
 
 
 def from_elsewhere(run: RunConfig, workdir: str, role: str, text: str) -> str:

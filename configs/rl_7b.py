@@ -82,7 +82,7 @@ def common() -> dict:
   """What all stages have."""
   return dict(num_steps=1000, caption_dropout=0.0, evaluation=dict(num_samples=1024), log_every_steps=1, eval_every_steps=100,
               sample_every_steps=20, save_every_steps=20, resolutions=(dict(base_px=1024, batch_size=48, ratios=pretrain.RATIOS, weight=1.0),),
-              optimizer=dict(learning_rate=1e-5, warmup_steps=10, accumulate=8, weight_decay=1e-3, clip_norm=1.0))
+              optimizer=dict(learning_rate=1e-5, warmup_steps=10, accumulate=9, weight_decay=1e-3, clip_norm=1.0))
 
 
 def reinforce(name: str, source: str, task: str, rewards: dict) -> ConfigDict:

@@ -151,6 +151,21 @@ def taken(weights: dict) -> dict:
   return tree
 
 
+def filled(specs: dict, adapter: dict, drawn: dict) -> dict:
+  """`adapter` with A as in `drawn` for each rank of each layer at which A and B are both zero: there neither has a gradient, and would stay so for
+  ever. The product A B is what it was; all three are of one structure, `specs` declares it."""
+  declared, own, new = map(P.flatten, (specs, adapter, drawn))
+  tree: dict = {}
+  for path, p in declared.items():
+    pair, _, name = path.rpartition(P.SEPARATOR)
+    first = int(p.axes[:1] == ("layer",))
+    a, b = own[f"{pair}{P.SEPARATOR}a"], own[f"{pair}{P.SEPARATOR}b"]
+    is_idle = ~(jnp.any(a != 0, axis=tuple(range(first, a.ndim - 1))) | jnp.any(b != 0, axis=tuple(range(first + 1, b.ndim))))  # layers, rank
+    is_idle = is_idle.reshape(*a.shape[:first], *[1] * (a.ndim - 1 - first), a.shape[-1])
+    place_at(tree, path, jnp.where(is_idle, new[path], a) if name == "a" else b)
+  return tree
+
+
 def output(weight: Any, number: int) -> Any:
   """One of the outputs of a weight [in, n, out] that holds n maps of the same input: [in, out]."""
   if is_adapted(weight):

@@ -4,16 +4,28 @@ Left to itself, the gradient by a weight of a product in bfloat16 is bfloat16: e
 in bfloat16, and only the sum becomes float32. Over 64 devices that is a relative error of about 1 % in each sum; twice the bytes avoid it. So the
 product of the backward pass, which a TPU or GPU accumulates in float32 in any case, gives float32 here; the sum over devices follows from that.
 
+The gradient by the kernel of a convolution over large pictures is, on a CPU, a sum of products, one for each tap, over strips of the picture that
+stay in the cache: with g the cotangent, o the stride and x padded as the convolution pads it,
+
+  gradient[i, j] = sum over b, h, w of x[b, o h + i, o w + j] g[b, h, w]^T              (1)
+
+XLA's own way there first transposes picture and cotangent through memory, pixels innermost.
+
 Each product is a primitive with rules of its own, because `jax.custom_vjp` would forbid `jax.jvp`. Under `jax.vmap` it is the plain product, with the
-plain gradient. Weights that already have the type of the activations, or activations in float32, take the plain product too.
+plain gradient. Weights that already have the type of the activations, or activations in float32, take the plain product too, but for large pictures.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+LARGE = 2**14  # positions of a picture from which (1) is the faster way; below it is as fast or slower
+STRIP = 4  # rows
 
 
 def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1) -> jax.Array:
@@ -24,7 +36,8 @@ def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1) -> jax.Array:
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """`x` [B, H, W, C] with `kernel` [3, 3, C, D] over it, in the type of `x`: [B, H, W, D] for stride 1, the border padded with zeros on all sides;
   [B, H/2, W/2, D] for stride 2, padded below and on the right."""
-  return (_convolve if _differ(x, kernel) else _window)(x, kernel, stride=stride)
+  large = x.shape[1] * x.shape[2] >= LARGE * stride**2
+  return (_convolve if large or _differ(x, kernel) else _window)(x, kernel, stride=stride, precision=jax.config.jax_default_matmul_precision)
 
 
 def _differ(x: jax.Array, weight: jax.Array) -> bool:
@@ -40,15 +53,42 @@ def _dot_gradient(cotangent: jax.Array, x: jax.Array, *, num_dims: int) -> jax.A
   return jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _window(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+def _window(x: jax.Array, kernel: jax.Array, *, stride: int, precision: str | None) -> jax.Array:
   return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), (_padding(stride),) * 2,
-                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
 
 
-def _window_gradient(cotangent: jax.Array, x: jax.Array, *, stride: int) -> jax.Array:
+def _window_gradient(cotangent: jax.Array, x: jax.Array, **sizes) -> jax.Array:
+  by_window, by_taps = (functools.partial(gradient, **sizes) for gradient in (_gradient_by_window, _gradient_by_taps))
+  if cotangent.shape[1] * cotangent.shape[2] < LARGE:
+    return by_window(cotangent, x)
+  return jax.lax.platform_dependent(cotangent, x, cpu=by_taps, default=by_window)
+
+
+def _gradient_by_window(cotangent: jax.Array, x: jax.Array, *, stride: int, precision: str | None) -> jax.Array:
   """A convolution of the picture with the cotangent, in which channels are the batch, and the batch is what is summed over."""
   return jax.lax.conv_general_dilated(x, cotangent, (1, 1), (_padding(stride),) * 2, rhs_dilation=(stride, stride),
-                                      dimension_numbers=("CHWN", "IHWO", "HWNC"), preferred_element_type=jnp.float32)
+                                      dimension_numbers=("CHWN", "IHWO", "HWNC"), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _gradient_by_taps(cotangent: jax.Array, x: jax.Array, *, stride: int, precision: str | None) -> jax.Array:
+  """Equation (1), strip by strip."""
+  x = jnp.pad(x, ((0, 0), _padding(stride), _padding(stride), (0, 0)))
+  _, height, width, _ = cotangent.shape
+  rows = math.gcd(height, STRIP)
+  last_row, last_column = stride * (rows - 1), stride * (width - 1)
+
+  def add_strip(number, total):
+    strip = jax.lax.dynamic_slice_in_dim(x, number * stride * rows, last_row + 3, axis=1)
+    g = jax.lax.dynamic_slice_in_dim(cotangent, number * rows, rows, axis=1)
+    taps = [[strip[:, i:i + last_row + 1:stride, j:j + last_column + 1:stride] for j in range(3)] for i in range(3)]
+    return total + jnp.stack([jnp.stack([_product_of_rows(tap, g, precision) for tap in row]) for row in taps])
+  return jax.lax.fori_loop(0, height // rows, add_strip, jnp.zeros((3, 3, x.shape[-1], cotangent.shape[-1]), jnp.float32))
+
+
+def _product_of_rows(x: jax.Array, g: jax.Array, precision: str | None) -> jax.Array:
+  x, g = (y.reshape(-1, y.shape[-1]).astype(jnp.float32) for y in (x, g))
+  return jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision=precision)
 
 
 def _padding(stride: int) -> tuple[int, int]:

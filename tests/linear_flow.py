@@ -1,5 +1,6 @@
 """A flow that is linear in its weights, for losses whose value and gradient are known in numpy."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from qimg2.flow import Schedule
@@ -20,6 +21,9 @@ class Linear:
 
   def condition(self, params, batch):
     return batch["prompt"][:, None, None, None]
+
+  def shared(self, params, cond, num=1):
+    return jnp.repeat(cond, num, axis=0)
 
 
 def draw(seed):

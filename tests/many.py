@@ -27,7 +27,7 @@ def start(num, *arguments, extra=lambda i: (), num_devices=1, heartbeat_s=HEARTB
   return [warm.Process([*arguments, *meet, *([f"--process_id={i}"] if num > 1 else []), *extra(i)], ROOT, env) for i in range(num)]
 
 
-def wait_for(happened, started, timeout=300):
+def wait_for(happened, started, timeout=900):
   """Returns when `happened()`; fails when a process ends before."""
   limit = time.monotonic() + timeout
   while not happened():
@@ -46,7 +46,7 @@ def ends(started, timeout):
   return [(one.returncode, *text) for one, text in zip(started, texts)]
 
 
-def together(num, *arguments, timeout=600, **options):
+def together(num, *arguments, timeout=1800, **options):
   """What the processes printed, after all have ended well."""
   results = ends(start(num, *arguments, **options), timeout)
   for code, _, stderr in results:

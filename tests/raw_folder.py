@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import pathlib
 import zlib
 
@@ -50,6 +51,27 @@ WAYS = (
     (".png", lambda i: encoded(picture(1).resize((100 + i % 97, 90)), "PNG"), GOOD, "duplicate", "near_duplicate"),
     (".png", lambda i: encoded(dot(i), "PNG"), GOOD, "entropy", "too_plain"),
 )
+
+HELD = """
+import pathlib, time
+from data_pipelines.curation import funnel
+
+curate = funnel.curate
+
+def curate_two(job, *item):
+  if len(list(pathlib.Path(job.work, "curated").glob("*.json"))) >= 2:
+    time.sleep(600)
+  return curate(job, *item)
+
+funnel.curate = curate_two
+"""
+
+
+def held_after_two(folder: pathlib.Path) -> str:
+  """A PYTHONPATH under which a worker curates no unit once two are done, so that a kill after the second finds some left."""
+  folder.mkdir()
+  (folder / "sitecustomize.py").write_text(HELD)  # which Python imports when it begins
+  return os.pathsep.join((str(folder), str(pathlib.Path(__file__).parent.parent)))
 
 
 def make_folder(folder: pathlib.Path, num: int, num_broken: int) -> collections.Counter:

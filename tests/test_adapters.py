@@ -1,17 +1,20 @@
 """Adapters: what they declare, what they compute, and any method with one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from qimg2 import adapters, flow, layers, sharding
 from qimg2 import params as P
 from qimg2.algorithms import COMPUTE, Algorithm, Average, Rewards, Role, Update
 from qimg2.algorithms.adapter import with_adapter
 from qimg2.models import mmdit, qwen3_vl
+from qimg2.published.lora import export_lora, open_lora
 from qimg2.published.names import mmdit as mmdit_names
 from qimg2.published.names import qwen3_vl as qwen3_vl_names
 from qimg2.runtime import methods
@@ -88,6 +91,26 @@ def test_merged_equals_unmerged_in_the_whole_generator_and_zero_is_the_base():
                              base["blocks"]["attn"]["out"][1] + 2 * np.tensordot(low["blocks"]["attn"]["out"]["a"][1],
                                                                                 low["blocks"]["attn"]["out"]["b"][1], 1), atol=1e-5)
   np.testing.assert_allclose(apply(merged), on, atol=2e-5)
+
+
+def test_a_file_that_lacks_layers_is_filled_up_and_learns_everywhere(tmp_path):
+  """The first layer's q has no pair, and the second one's k half the rank. The product stays, and what was idle is as in a new adapter."""
+  specs = adapters.specs(SPECS, adapters.Settings(2, 2.0, "blocks/attn/q,blocks/attn/k"))
+  whole, drawn = draw(specs, 1), P.init(specs, jax.random.key(0))
+  pairs = safetensors.numpy.load_file(export_lora(tmp_path / "whole.safetensors", CFG, whole, 1.0, "float32"))
+  some = {name: x for name, x in pairs.items() if "blocks.0." not in name or "to_q" not in name}
+  some |= {name: np.ascontiguousarray(x[:1] if "lora_A" in name else x[:, :1]) for name, x in some.items() if "blocks.1." in name and "to_k" in name}
+  safetensors.numpy.save_file(some, tmp_path / "some.safetensors")
+  file = open_lora(tmp_path / "some.safetensors", CFG)
+  assert len(file.lacking()) == 2 and not open_lora(tmp_path / "whole.safetensors", CFG).lacking()
+  filled = jax.jit(functools.partial(adapters.filled, specs))(file.load(), drawn)["blocks"]["attn"]
+  read, new = file.load()["blocks"]["attn"], drawn["blocks"]["attn"]
+  for name in ("q", "k"):
+    np.testing.assert_array_equal(filled[name]["b"], read[name]["b"])
+    assert np.all(np.any(filled[name]["a"] != 0, axis=1))  # layers, rank
+  np.testing.assert_array_equal(filled["q"]["a"], np.stack([new["q"]["a"][0], read["q"]["a"][1]]))
+  np.testing.assert_array_equal(filled["k"]["a"][1], np.stack([read["k"]["a"][1][:, 0], new["k"]["a"][1][:, 1]], axis=1))
+  np.testing.assert_array_equal(filled["k"]["a"][0], read["k"]["a"][0])
 
 
 def test_the_encoder_s_language_layers_take_an_adapter():

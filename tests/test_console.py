@@ -34,7 +34,7 @@ def main(_):
     foreign.start()
     foreign.join()
   if what == "later":  # as what saves in the background is cut off
-    threading.Thread(target=lambda: time.sleep(0.5) or [1][1]).start()
+    threading.Thread(target=lambda: threading.main_thread().join() or [1][1]).start()
   raise ValueError("The table x.csv is missing: mend it.")
 
 cli.run(main, lambda: flags.DEFINE_string("what", "", ""))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
-from raw_folder import encoded, make_folder, picture
+from raw_folder import encoded, held_after_two, make_folder, picture
 
 from configs import curation
 from data_pipelines import records
@@ -203,9 +203,9 @@ def test_a_changed_source_or_config_does_not_go_on(small, tmp_path, monkeypatch)
 OPTIONS = ("--config=configs/curation.py:small", "--config.samples_per_unit=16", "--captions=lines")
 
 
-def launch(*arguments):
+def launch(*arguments, **environment):
   return subprocess.Popen([sys.executable, "-m", "launch.prepare_data", *OPTIONS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, start_new_session=True)
+                          text=True, start_new_session=True, env={**os.environ, **environment})
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_a_folder_by_one_worker_and_by_two_that_are_killed(tmp_path):
   assert one.returncode == 0 and "70" in one.stdout, one.stderr
   assert dropped(tmp_path / "1" / "mine") == expected
   out = tmp_path / "killed"
-  killed = launch(*arguments, f"--out={out}", "--num_workers=2")
+  killed = launch(*arguments, f"--out={out}", "--num_workers=2", PYTHONPATH=held_after_two(tmp_path / "held"))
   work = out / ".mine.work" / "curated"
   while len(list(work.glob("*.json"))) < 2:
     assert killed.poll() is None

@@ -159,6 +159,15 @@ def test_a_run_learns_from_its_own_pairs(tmp_path):
   assert all(0 <= row["without_spread"] < 1 and row["skipped"] == 0 for row in rows)
 
 
+def test_a_minibatch_without_a_pair_has_no_say_in_the_metrics(tmp_path):
+  """Every second prompt, which makes the second minibatch, is rewarded for nothing: the loss is the first one's, log 2."""
+  some = lambda pictures, tasks: {"left": np.where(np.arange(len(tasks)) // 4 % 2, 1.0, left(pictures, tasks)["left"])}
+  algorithm = online_dpo(SCHEDULE, Rewards(("left",), some), group=4, num_steps=4, guidance=1.0, beta=5.0, num_minibatches=2, ema_decay=0.0)
+  toy.run(toy.Job("pictures", 1, algorithm=algorithm, num_devices=1, save_every=100, eval_every=100), tmp_path)
+  row = next(row for row in read_rows(tmp_path / "toy" / "metrics.jsonl") if "margin" in row)
+  assert row["loss"] == np.float32(np.log(2)) and row["skipped"] == 0 and row["without_spread"] < 0.2 and row["grad_norm"] > 0
+
+
 def test_numbers_that_make_no_pairs_are_refused():
   with pytest.raises(ValueError, match="algorithm.group is 1"):
     online_dpo(SCHEDULE, Rewards(("left",), left), group=1)

@@ -369,7 +369,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 # As a user starts it.
 
 
-def test_a_launched_evaluation(smoke_run, tmp_path):
+def test_a_launched_evaluation(smoke_run, tmp_path, one_device):
   """Two stages of a run on one prompt set, one of them as pictures of a folder too; what is asked wrongly is one sentence."""
   suites = ("--suite=glyphs,glyph_edits", "--num_prompts=8")
   evaluate = lambda *flags: commands.launch("launch.evaluate", *flags)

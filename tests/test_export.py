@@ -313,7 +313,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(write, nets, weights, t
 # The launcher.
 
 
-def test_run_is_exported_with_its_card(smoke_run, tmp_path):
+def test_run_is_exported_with_its_card(smoke_run, tmp_path, one_device):
   from diffusers import QwenImage21Pipeline
   out = export(smoke_run, tmp_path / "pipeline", dtype="float32")
   pipeline = QwenImage21Pipeline.from_pretrained(out)

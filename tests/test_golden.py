@@ -40,7 +40,9 @@ def test_the_smoke_run_is_the_one_of_before(smoke_run, stage):
     now = project(trees[item])
     assert now.keys() == projections.keys()
     for name, (before, norm) in projections.items():
-      assert abs(now[name] - before) <= 1e-4 * norm, (item, name)  # 6e-6 between two ways to compile it
+      # 6e-6 between two ways to compile it, 1.2e-4 between two processors: Adam's first steps are as long for a gradient near 0 as for any other, so
+      # that its rounding moves a weight. What is missing, moved or swapped is off by about the norm.
+      assert abs(now[name] - before) <= 1e-3 * norm, (item, name)
   assert sorted(path.name for path in (folder / "samples").glob("*.png")) == sorted(golden["samples"])
   for name, (mean, size) in golden["samples"].items():
     image = Image.open(folder / "samples" / name)

@@ -364,6 +364,8 @@ def test_a_stage_asks_its_judge_about_every_picture_inside_jit(judged, tmp_path,
   expected = np.stack(judge.ask(rows)) @ np.arange(1, 6, dtype=np.float32)
   np.testing.assert_allclose(found, [*expected[:2], np.nan, np.nan, *expected[2:]], atol=1e-3)
   assert "reward edit is not asked about sample 7: rubric and prompt have" in caplog.text
+  some = StageJudge({"edit": settings}, is_asked=lambda name, task: task["prompt"] != "a cat").arrays(tasks, *sizes)
+  np.testing.assert_array_equal(some["judge_edit_count"], [0, 0, asked["judge_edit_count"][2]])
   assumed = StageJudge({"edit": dataclasses.replace(settings, pretrained="elsewhere")}, judge.cfg)  # as a rehearsal has it
   assert {key: x.shape for key, x in assumed.shapes(3, *sizes).items()} == {key: x.shape for key, x in asked.items()}
   assert jax.tree.structure(assumed.specs) == jax.tree.structure(rewards.specs)

@@ -11,8 +11,8 @@ from data_pipelines.text_rendering.settings import Settings
 from data_pipelines.text_rendering.source import RenderedText
 from qimg2.runtime.evaluating.registry import make_suite
 
-SETTINGS = dict(languages={"en": 1.0}, font_folders=("/none",), kinds={"letters": 1.0}, base_px=48, ratios=("2:1",), min_px=7.0, max_tokens=40,
-                fonts=("DejaVu Sans Mono Bold", "DejaVu Serif Bold"))
+SETTINGS = dict(languages={"en": 1.0}, font_folders=("/none",), kinds={"letters": 1.0}, edits={}, base_px=48, ratios=("2:1",), min_px=7.0,
+                max_tokens=40, fonts=("DejaVu Sans Mono Bold", "DejaVu Serif Bold"))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,8 @@ def test_the_suite_asks_for_held_out_words_and_counts_letters(suite):
 
 
 @pytest.mark.parametrize("wrong, sentence", [
-    (dict(letters=(3, 2)), "give two numbers from 1 on"), (dict(alphabet="A"), "at least two letters"), (dict(max_tokens=8), "16 \\(or 0\\)")])
+    (dict(letters=(3, 2)), "give two numbers from 1 on"), (dict(alphabet="A"), "at least two letters"), (dict(max_tokens=8), "16 \\(or 0\\)"),
+    (dict(edits={"word": 1.0}), "64, 5 and 128 .*without edits")])
 def test_settings_of_words_that_make_no_sense_are_refused(wrong, sentence):
   with pytest.raises(ValueError, match=sentence):
     Settings(**SETTINGS | wrong)

@@ -64,7 +64,8 @@ def test_a_lora_of_a_run_is_trained_and_draws_the_same_from_its_file(smoke_run, 
 def test_the_config_follows_its_argument(smoke_run):
   cfg = parse(lora.get_config("mine+class:v5p-4-512"))
   stage, = cfg.stages
-  assert [part.name for part in stage.mixture] == ["mine", "class"] and (cfg.mesh.fsdp, stage.resolutions[0].base_px) == (4, 512)
+  assert [(part.name, part.loss_weight) for part in stage.mixture] == [("mine", 1.0), ("class", lora.PRIOR_WEIGHT)]
+  assert (cfg.mesh.fsdp, stage.resolutions[0].base_px) == (4, 512)
   assert stage.adapter == adapters.Settings(32, 32.0, "blocks/*") and stage.frozen == {"encoder": "default", "vae": "default"}
   assert parse(lora.get_config("smoke")).stages[0].num_steps == 2
   for arg in ("mine", "", "mine:v7-1:diffusers:DIR", "mine:somewhere"):

@@ -7,6 +7,7 @@ import signal
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kill_points import last_arrays
@@ -268,6 +269,23 @@ def test_when_every_reward_fails_the_update_is_skipped(tmp_path):
   written = [row for row in rows(tmp_path) if "skipped" in row]
   assert [row["skipped"] for row in written] == [1, 2, 3]
   assert written[0]["loss"] is None and written[0]["reward/near"] is None  # valid JSON: no NaN
+
+
+def test_figures_of_a_reward_are_those_of_samples_that_are_asked_for_it(tmp_path):
+  """Whatever the device says of the others: here of rows 4 to 15, of a category where it counts nothing, and of one that it fails at."""
+  rollout = grpo().rollout
+
+  def generate(params, nets, batch, key):
+    return {**rollout.generate(params, nets, batch, key), "category": jnp.repeat((jnp.arange(16) >= 4).astype(jnp.int32), 4)}
+
+  def score(params, nets, samples, batch):
+    number = jnp.arange(64.0)
+    return {"near": jnp.zeros(64), "one": jnp.where(number == 3, jnp.nan, number), "gold": number}
+  algorithm = scored_by(score, generate=generate, rewards=("near", "one", "gold"), on_device=True, weights=((1.0, 0.5, 0.0), (1.0, 0.0, 0.0)))
+  toy.run(toy.Job("grpo", 1, algorithm=algorithm, eval_every=100, **ONE), tmp_path)
+  row = next(row for row in rows(tmp_path) if "skipped" in row)
+  assert row["reward/one"] == np.float32(117 / 15) and row["reward/one/scored"] == 15 / 16 and row["reward/left_out"] == 1 / 64
+  assert row["reward/gold"] == 31.5 and row["reward/gold/scored"] == 1
 
 
 def test_the_number_of_minibatches_is_as_declared(tmp_path):

@@ -234,7 +234,7 @@ def test_a_batch_of_two_records_is_planned_soon():
   begin = time.process_time()
   for k in (0, 1, 10**11):
     assert np.bincount(mixture.plan(k).places).tolist() == [16_384] * 2
-  assert time.process_time() - begin < 0.3, "it took nine seconds when each epoch was drawn alone"
+  assert time.process_time() - begin < 2, "it took nine seconds when each epoch was drawn alone"
 
 
 # ---- permutations ----------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 import reference
 import torch
 
+from qimg2 import networks, sharding
 from qimg2 import params as P
-from qimg2 import sharding
 from qimg2.layout import make_layout
 from qimg2.models import mmdit
 from qimg2.published import tensors
@@ -184,6 +184,29 @@ def test_cached_prefix_gives_the_same_velocity(case):
   for step in (0.0, 0.2):  # one cache for all times and latents
     now = latents + step, t - step
     assert reference.relative_error(cached(CFG, params, *now, cache, layout), apply(CFG, params, *now, text, images, layout)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, attention", [("text", "block_causal"), ("two_images", "block_causal"), ("one_image", "full")])
+def test_rows_that_share_a_prefix_have_the_velocity_and_gradient_of_rows_with_their_own(case, attention):
+  """Three rows of each of two prompts; where the prefix sees the target, it is computed for each."""
+  ids, grids, target = CASES[case]
+  nets = networks.Networks(dataclasses.replace(CFG, attention=attention), None, None, 0)
+  batch = [inputs(CFG, ids, grids, target, seed, length=len(ids) + 3) for seed in range(2)]
+  _, _, text, images, layout = jax.tree.map(lambda *rows: jnp.concatenate(rows), *batch)
+  cond, rng = networks.Condition(text, images, layout), np.random.default_rng(0)
+  x, pull = rng.normal(size=(2, 6, *target, CFG.latent_channels)).astype(np.float32)
+  t = jnp.linspace(0.1, 0.9, 6)
+
+  def gradient(condition):
+    run = lambda params: (lambda v: (jnp.sum(v * pull), v))(nets.velocity(params, x, t, condition(params)))
+    return jax.jit(jax.grad(run, has_aux=True))(random_params(CFG))
+  (found, v), (wanted, each) = gradient(lambda params: nets.shared(params, cond, 3)), gradient(
+      lambda params: jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=0), cond))
+  assert (nets.shared(random_params(CFG), cond).cache is None) == (attention == "full")
+  assert reference.relative_error(v, each) < 1e-5
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert np.abs(one - other).max() < 1e-4 * np.abs(other).max()
 
 
 def test_a_prefix_that_sees_the_target_is_not_cached():

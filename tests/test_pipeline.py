@@ -111,7 +111,7 @@ def test_eight_devices_give_the_same_and_so_does_one_without_a_cache(folders, ca
 
 
 @pytest.mark.slow
-def test_own_sampling_times_and_a_static_shift(folders, tmp_path):
+def test_own_sampling_times_and_a_static_shift(folders, tmp_path, one_device):
   """The turbo form: eight given times, static shift, no terminal stretch."""
   times = [1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568]
   pipe = reference.tiny_pipeline(3, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
@@ -268,7 +268,7 @@ def test_a_plan_counts_bytes_without_a_weight(mixed, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_mask_keeps_pixels_bit_for_bit_at_the_image_s_own_size(folders, tmp_path):
+def test_a_mask_keeps_pixels_bit_for_bit_at_the_image_s_own_size(folders, tmp_path, one_device):
   image = np.random.default_rng(11).integers(0, 256, (53, 70, 3), dtype=np.uint8)
   mask = np.zeros((53, 70), np.uint8)
   mask[20:40, 30:52] = 255
@@ -316,7 +316,7 @@ def test_the_command_edits_with_a_published_folder(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path):
+def test_several_pictures_per_prompt_and_bfloat16(folders, tmp_path, one_device):
   result = launch("launch.sample", f"--pretrained={folders(0)}", "--prompt=a poster", "--prompt=a red word", "--num_images_per_prompt=2",
                   "--height=47", "--width=64", "--dtype=bfloat16", "--nocache", "--sigmas=1.0,0.8,0.3", f"--out={tmp_path}/out.jpg",
                   f"--pictures={tmp_path}/each", f"--save_latents={tmp_path}/latents.npy")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks import post_training as gains
 from configs import post_training, rl_7b
 from qimg2.runtime.config import parse
 from qimg2.runtime.curriculum import train
@@ -20,7 +21,8 @@ def test_every_method_is_a_run(name):
 @pytest.mark.parametrize("arg, message", [
     ("ppo", "post_training.py:ppo is not understood: say METHOD"), ("half+lora", "post_training.py:half.lora is not understood"),
     ("grpo:nowhere", "There is no run in nowhere: train it first by launch.train --config=configs/post_training.py:half"),
-    ("half:nowhere", "There is no run in nowhere: train it first by make quickstart")])
+    ("half:nowhere", "There is no run in nowhere: train it first by make quickstart"),
+    ("distill:a:b", "post_training.py:distill:a:b is not understood: say .* distill:RUN:T2I:TI2I"), ("nft:a:b:c", "is not understood")])
 def test_what_is_no_run_is_refused(arg, message):
   with pytest.raises(ValueError, match=message):
     post_training.get_config(arg)
@@ -50,3 +52,15 @@ def test_a_policy_gradient_run_learns_from_scored_pictures(smoke_config, tmp_pat
     assert row["ratio_off"] == 0.0 and row["float32_off"] < 1e-3 and row["reward/left_out"] == 0.0
     assert all(0.0 <= row[f"reward/{part}"] <= 1.0 for part in ("glyph", "ink", "paper"))
     np.testing.assert_allclose(8 * 2 * row["reward/paper"] % 1, 0, atol=1e-5)  # each of 16 pictures is right or not
+
+
+def test_gains_are_those_of_the_same_prompts():
+  """Three prompts drawn twice each; of two seeds the first mends the third prompt's pictures, the second none and spoils one ink."""
+  def scores(glyph, ink):
+    return [{"cluster": str(i // 2), "metrics": {"glyph": float(a), "ink": float(b), "paper": 1.0}} for i, (a, b) in enumerate(zip(glyph, ink))]
+  before = scores([1, 1, 1, 0, 0, 0], [1] * 6)
+  row = gains.table_row("nft", [scores([1, 1, 1, 0, 1, 1], [1] * 6), scores([1, 1, 1, 0, 0, 0], [1] * 5 + [0])], before, [1.0, 2.0])
+  cells = [cell.strip() for cell in row.strip("|").split("|")]
+  assert cells[:3] == ["nft", "83.3, 50.0", "66.7 %"] and cells[-1] == "2.0"
+  assert [float(cell.split()[0]) for cell in cells[3:6]] == [16.7, -8.3, 0.0]
+  assert gains.smoothed([{"step": 5, "a": 1.0}, {"step": 7}, {"step": 10, "a": 3.0}], "a") == ([5.0, 10.0], [1.0, 2.0])

@@ -36,7 +36,7 @@ def get_config(arg=""):
 """
 # Each process adds up its rows, and then the sums are added: another order than one device's, so the losses differ in the last bits.
 RTOL = 1e-5
-SLOW = "--slow_s=0.2"  # a batch, so that a signal finds a run that is still training
+SLOW = "--slow_s=0.5"  # a batch, so that a signal finds a run that is still training, also on a busy machine
 
 
 def assert_same_numbers(one, other):
@@ -69,7 +69,7 @@ def alone(tmp_path_factory):
 def half(tmp_path_factory):
   """Folder of a run that four processes were asked to stop in the middle, after a step that another number of them did not save at."""
   workdir = tmp_path_factory.mktemp("half")
-  started = start(4, *toy(workdir, "--slow_s=0.5"), heartbeat_s=UNHURRIED_S)
+  started = start(4, *toy(workdir, SLOW), heartbeat_s=UNHURRIED_S)
   wait_for(lambda: rows_of(workdir) >= 5, started)
   started[2].send_signal(signal.SIGTERM)
   for code, _, stderr in ends(started, PATIENCE_S):
@@ -123,7 +123,7 @@ def test_killed_runs_end_bit_identical(alone, tmp_path):
 @pytest.mark.slow
 def test_runs_that_are_asked_to_stop_end_bit_identical(alone, tmp_path):
   """Asked at the first step and later, by both signals."""
-  for num_rows, number in ((0, signal.SIGTERM), (5, signal.SIGINT), (8, signal.SIGTERM)):
+  for num_rows, number in ((0, signal.SIGTERM), (3, signal.SIGINT), (6, signal.SIGTERM)):
     timing = tmp_path / "cut" / "toy" / "timing.jsonl"
     size = timing.stat().st_size if timing.exists() else 0  # it grows when the process has come to its loop
     process, = start(1, *toy(tmp_path / "cut", SLOW))
@@ -212,10 +212,8 @@ def test_when_one_is_killed_the_others_end(lost, num, victim):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_mistake_of_one_ends_all(tmp_path, victim):
-  begin = time.monotonic()
   results = ends(start(3, "tests/worker.py", "--do=wait", f"--workdir={tmp_path}", f"--victim={victim}", "--mistake",
                        heartbeat_s=UNHURRIED_S), PATIENCE_S)
-  assert time.monotonic() - begin < PATIENCE_S
   for i, (code, _, stderr) in enumerate(results):
     whose = "" if i == victim else f"Process {victim} failed: "
     assert code == 1 and error_lines(stderr) == [f"error: {whose}This process alone made a mistake."], stderr
@@ -251,10 +249,8 @@ def test_whichever_is_asked_all_stop_after_one_step(tmp_path):
   for i in range(2):
     wait_for((tmp_path / f"started{i}").exists, started)
   started[1].send_signal(signal.SIGTERM)
-  time.sleep(4)  # the notice spreads
-  (tmp_path / "go").touch()
   said = [json.loads(stdout.splitlines()[-1]) for code, stdout, stderr in ends(started, PATIENCE_S) if code == 0 or pytest.fail(stderr[-2000:])]
-  assert said[0] == said[1] and said[0][0] in ("one 500", "one 501", "one 502")
+  assert said[0] == said[1] and said[0][0] == "one 500"
   assert said[0][1:] == [[7, 2**40, 2**40 + 1], ["", "stop", False, "0"]]
 
 
@@ -277,8 +273,8 @@ def test_a_job_that_is_asked_to_stop_between_micro_batches_goes_on_where_it_was(
 @pytest.mark.slow
 def test_processes_agree_on_saves_by_time(alone, tmp_path):
   """Whose clock it is, is killed between two of them."""
-  job = toy(tmp_path, SLOW, "--save_every=1000", "--save_every_s=0.5")
-  started = start(2, *job, heartbeat_s=UNHURRIED_S)
+  job = toy(tmp_path, "--save_every=1000", "--save_every_s=0.5")
+  started = start(2, *job, SLOW, heartbeat_s=UNHURRIED_S)
   saved = lambda: saved_steps(tmp_path)
   wait_for(saved, started)
   for one in started:
@@ -294,9 +290,9 @@ def test_processes_agree_on_saves_by_time(alone, tmp_path):
 def test_a_machine_whose_disk_is_new_takes_its_shards_from_a_replica(alone, tmp_path):
   """All are killed without a notice, before any checkpoint. Weights are divided in two, and each half is on two disks."""
   disk = lambda i: tmp_path / f"disk{i}"
-  job = toy(tmp_path / "run", SLOW, "--save_every=1000", '--mesh={"data": 2, "fsdp": 2}')
+  job = toy(tmp_path / "run", "--save_every=1000", '--mesh={"data": 2, "fsdp": 2}')
   options = {"extra": lambda i: (f"--local_copies={disk(i)}",), "heartbeat_s": UNHURRIED_S}
-  started = start(4, *job, **options)
+  started = start(4, *job, SLOW, **options)
   wait_for(lambda: all(list(disk(i).glob(f"*/*/{i}")) for i in range(4)), started)
   for one in started:
     one.send_signal(signal.SIGKILL)

@@ -53,6 +53,21 @@ def test_forwards_twice_and_in_batches(case):
   assert "linear" not in str(jax.make_jaxpr(product)(x.astype(jnp.float32), weight))  # nothing to mend: XLA's own
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_large_picture_has_the_gradient_of_a_small_one(stride):
+  """On a CPU by another way: the numbers of XLA's own; another platform's program has no loop in it."""
+  side = products.LARGE // 128
+  x, kernel = draw((2, stride * 128, stride * (side + 1), 3), 0, jnp.float32), draw((3, 3, 3, 2), 1, jnp.float32)
+  padding = ((1, 1) if stride == 1 else (0, 1),) * 2
+  plain = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  gradient = lambda product: jax.grad(lambda x, kernel: jnp.sum(jnp.sin(product(x, kernel))), (0, 1))
+  slope = lambda product: jax.jit(lambda *args: jax.jvp(gradient(product), args, args))  # with the gradient, of which it is the slope
+  found, expected = (slope(product)(x, kernel) for product in (functools.partial(products.convolve, stride=stride), plain))
+  assert all(reference.relative_error(a, b) < 1e-5 for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)))
+  traced = jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(products.convolve(x, k, stride))))).trace(kernel)
+  assert ["while" in traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu", "cuda")] == [True, False, False]
+
+
 @pytest.mark.slow
 def test_no_gradient_of_a_network_is_rounded():
   """Every weight's gradient has numbers that bfloat16 has not; a rounded one has none, whatever was added to it in float32 is seen."""

@@ -73,7 +73,7 @@ def test_comfyui_files_hold_the_same(folder, arrays, whole, tmp_path, prefix):
       read_network(folder, "mmdit", transformer=tmp_path / "more.safetensors")
 
 
-def test_a_comfyui_file_is_written_and_draws_the_same(folder, arrays, whole, tmp_path):
+def test_a_comfyui_file_is_written_and_draws_the_same(folder, arrays, whole, tmp_path, one_device):
   opened = open_folder(folder)
   for dtype in ("float32", "bfloat16"):
     out = export_transformer(tmp_path / f"{dtype}.safetensors", opened.model, whole, dtype, comfyui=True)

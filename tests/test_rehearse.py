@@ -6,13 +6,12 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
-import subprocess
-import sys
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
+from many import ends, start
 
 from configs import pretrain, pretrain_1b, quickstart
 from data_pipelines.buckets import Bucket, bucket_size
@@ -30,7 +29,6 @@ from qimg2.runtime.rehearsal.shapes import Choice, find_tokenizer
 from qimg2.runtime.rehearsal.steps import Rehearsal
 from qimg2.runtime.run import Run
 
-ROOT = pathlib.Path(__file__).parent.parent
 ROW = table.Row(stage="one", task="t2i", height=64, width=64, num_sources=0, num_tokens=64, batch_size=16, accumulate=2, num_devices=8,
                          mesh={"data": 1, "fsdp": 8}, rules="fsdp_tensor", remat="dots", model_flops={"model": 3e12, "vae": 1e12},
                          peak_bytes=20 * 2**30, limit_bytes=15.75 * 2**30, compile_s=1.0)
@@ -322,16 +320,16 @@ def test_what_a_program_does_not_read_takes_memory_all_the_same():
 
 
 def launch(*arguments):
-  on_tpu = any(argument.startswith("--topology=v") for argument in arguments)  # its compiler does not know the CPU's flags
-  env = {name: value for name, value in os.environ.items() if not (on_tpu and name == "XLA_FLAGS")}
-  return subprocess.run([sys.executable, "-m", "launch.rehearse", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+  """For a TPU, whose compiler does not know the CPU's flags."""
+  result, = ends(start(1, "-m", "launch.rehearse", *arguments, XLA_FLAGS=""), timeout=1800)
+  return commands.Result(*result)
 
 
 @pytest.mark.slow
 def test_simulated_devices(tmp_path):
   file = tmp_path / "rows.json"
-  result = launch("--config=configs/quickstart.py:smoke", "--topology=cpu:8", "--stage=vae", "--task=t2i", "--squares", "--base_px=32",
-                  "--whole", f"--json={file}")
+  result = commands.process("launch.rehearse", "--config=configs/quickstart.py:smoke", "--topology=cpu:8", "--stage=vae", "--task=t2i",
+                            "--squares", "--base_px=32", "--whole", f"--json={file}")
   assert result.returncode == 0, result.stderr
   row, evaluation = json.loads(file.read_text())["rows"]
   assert evaluation["program"] == "evaluation" and 0 < evaluation["traffic"]["flops"] < row["traffic"]["flops"] and not evaluation["model_flops"]
@@ -349,7 +347,7 @@ from configs import quickstart
 
 def get_config(arg=""):
   cfg = quickstart.get_config("smoke")
-  cfg.model.dtype = "bfloat16"
+  cfg.model.dtype, cfg.stages[3].offload_frozen = "bfloat16", True
   large = copy.deepcopy(cfg.stages[3])
   large.name, large.resolutions[0].batch_size, large.resolutions[0].base_px = "large", 4194304, 64
   cfg.stages = *cfg.stages, large
@@ -359,7 +357,8 @@ def get_config(arg=""):
 
 @pytest.mark.slow
 def test_a_tpu(tmp_path):
-  """A stage that fits, compiled up to its machine code and to the end, and one that does not."""
+  """A stage that fits, compiled up to its machine code and to the end, and one that does not. Their data are cached, so that the generator alone is
+  compiled; the other networks are in the plan below."""
   file, config = tmp_path / "rows.json", tmp_path / "two.py"
   config.write_text(SMALL_AND_LARGE)
   common = (f"--config={config}", "--topology=v5e:2x2", "--stage=sft", "--task=t2i", "--squares", f"--json={file}")

@@ -1,17 +1,22 @@
 """Rendered text as a data set: any picture by its number, and the folder by which a mixture names it."""
 
+import functools
+import itertools
 import json
 import pickle
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from configs import rendered_text
 from data_pipelines import identity, records
 from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution
-from data_pipelines.text_rendering import captions, stored
-from data_pipelines.text_rendering.settings import Settings
+from data_pipelines.text_rendering import captions, languages, stored, words
+from data_pipelines.text_rendering.fonts import find_faces, typefaces
+from data_pipelines.text_rendering.settings import LAYOUTS, Settings
 from data_pipelines.text_rendering.source import RenderedText
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.transforms import decode_image
@@ -33,6 +38,7 @@ def folder(tmp_path_factory):
   out = tmp_path_factory.mktemp("rendered")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(stored, "NUM_SLOTS", {"train": 64, "validation": 8})
+    patch.setattr(stored, "NUM_EDITS", {"train": 32, "validation": 4})
     patch.setattr(stored, "_TRAINED_ON", 100)
     stored.prepare(Settings(**SETTINGS), out, vocab_size=2000)
     assert stored.prepare(Settings(**SETTINGS), out, vocab_size=2000)["reused"]
@@ -63,24 +69,38 @@ def test_the_index_holds_for_every_epoch(tokenizer):
     assert (tokenizer.count([one.decode() for one in record["captions"]]) <= index["caption_tokens"][own]).all()
 
 
-def test_truth_is_what_is_drawn_and_captions_quote_it():
-  source = RenderedText(Settings(**SETTINGS, kinds={"pure": 1.0}), "train", 64)
-  for number in range(60):
-    record = source.record(number)
-    truth, image = json.loads(record["attributes"]), record["image"].astype(int)
-    boxes = [line["box"] for block in truth["blocks"] for line in block["lines"]]
-    assert all(0 <= left < right <= image.shape[1] and 0 <= top < bottom <= image.shape[0] for left, top, right, bottom in boxes)
-    for block in truth["blocks"]:
-      ink = np.abs(image - block["rgb"]).sum(2) < 12
-      left, top, right, bottom = block["box"]
-      assert block["size_px"] < 12 or ink[top:bottom, left:right].any()
-      assert block["contrast"] >= 4.5 and all(f'"{block["text"]}"' in text for text in record["captions"][1:2])
-      assert block["text"] in record["captions"][2] and block["text"] in truth["texts"]
-      drawn = "".join(line["text"] for line in block["lines"])
-      assert "".join(drawn.replace("-", "").split()) == "".join(block["text"].replace("-", "").split())
-    for box in boxes:  # nothing is drawn outside the boxes
-      image[box[1]:box[3], box[0]:box[2]] = truth["paper"]["rgb"]
-    assert np.abs(image - truth["paper"]["rgb"]).max() <= 14
+@functools.cache
+def typefaces_of(code):
+  return typefaces(find_faces(()), languages.load(code))
+
+
+own_texts = st.lists(st.text(min_size=1, max_size=60).map(words.clean).filter(lambda text: text.strip() and not set(text) & set('\n"')), max_size=4)
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(st.integers(0, 2**40 - 1), st.sampled_from(sorted(LAYOUTS)), st.sampled_from((160, 208, 256)),
+                  st.sampled_from(("en", "ru", "he", "ar")), own_texts, st.floats(6, 10))
+def test_truth_is_what_is_drawn_and_captions_quote_it(number, layout, base_px, code, own, min_px):
+  own = tuple(text for text in own if all(one.covers(text) for one in typefaces_of(code)))
+  settings = Settings(base_px=base_px, languages={code: 1.0}, kinds={"pure": 1.0}, layouts={layout: 1.0}, min_px=min_px, texts={code: own},
+                      font_folders=("/none",))
+  record = RenderedText(settings, "train", 64).record(number)
+  truth, image = json.loads(record["attributes"]), record["image"].astype(int)
+  boxes = [line["box"] for block in truth["blocks"] for line in block["lines"]]
+  assert all(0 <= left < right <= image.shape[1] and 0 <= top < bottom <= image.shape[0] for left, top, right, bottom in boxes)
+  outer = [block["box"] for block in truth["blocks"]]
+  assert all(min(a[2], b[2]) - max(a[0], b[0]) <= 1 or min(a[3], b[3]) - max(a[1], b[1]) <= 1 for a, b in itertools.combinations(outer, 2))
+  for block in truth["blocks"]:
+    ink = np.abs(image - block["rgb"]).sum(2) < 12
+    left, top, right, bottom = block["box"]
+    assert block["size_px"] < 12 or ink[top:bottom, left:right].any()
+    assert block["contrast"] >= 4.5 and all(f'"{block["text"]}"' in text for text in record["captions"][1:2])
+    assert block["text"] in record["captions"][2] and block["text"] in truth["texts"]
+    drawn = "".join(line["text"] for line in block["lines"])
+    assert "".join(drawn.replace("-", "").split()) == "".join(block["text"].replace("-", "").split())
+  for box in boxes:  # nothing is drawn outside the boxes
+    image[box[1]:box[3], box[0]:box[2]] = truth["paper"]["rgb"]
+  assert np.abs(image - truth["paper"]["rgb"]).max() <= 14
 
 
 def test_a_mixture_draws_new_pictures_in_every_epoch(folder):
@@ -92,16 +112,16 @@ def test_a_mixture_draws_new_pictures_in_every_epoch(folder):
     assert batch["sample_id"].tolist() == plan.records.tolist() and not loader.faults
     for row, epoch in enumerate(plan.epochs):
       seen[int(plan.records[row]), int(epoch)] = batch["target"][row].tobytes()
-      image = decode_image(loader.mixture.sources[0][int(plan.records[row] + epoch * 64)]["image"])
+      image = decode_image(loader.mixture.sources[0][int(plan.records[row] + epoch * 96)]["image"])
       assert (batch["target"][row] == image).all()
   assert len(set(seen.values())) == len(seen) == 20
   assert sum(len(batch["target"]) for _, batch in loader.evaluation_batches(8)) >= 8
-  assert verify(folder, stored.NAME)["records"] == 72
+  assert verify(folder, stored.NAME)["records"] == 108
 
 
 def test_other_fonts_are_other_data(folder, monkeypatch):
   before = identity.identify(folder, stored.NAME)
-  assert before["train"]["records"] == 64 and before["fonts"]["digest"] == RenderedText(Settings(**SETTINGS), "train", 1).fonts
+  assert before["train"]["records"] == 96 and before["fonts"]["digest"] == RenderedText(Settings(**SETTINGS), "train", 1).fonts
   assert identity.differences(before, before | {"fonts": {"digest": "0"}}) == "other fonts"
   monkeypatch.setattr(RenderedText, "fonts", "0123")
   with pytest.raises(ValueError, match="with other fonts than this machine has"):
@@ -112,13 +132,13 @@ def test_pictures_can_be_stored(tmp_path):
   cfg = rendered_text.get_config()
   cfg.languages, cfg.font_folders = SETTINGS["languages"], SETTINGS["font_folders"]
   facts = prepare_data.prepare_rendered(str(tmp_path), cfg, "texts", num_examples=25, vocab_size=1000)
-  assert (facts["train"], facts["validation"]) == (25, 1) and verify(tmp_path, "texts")["records"] == 26
+  assert (facts["train"], facts["train_edits"], facts["validation_edits"]) == (37, 12, 1) and verify(tmp_path, "texts")["records"] == 39
   record = records.open_split(tmp_path, "texts", "train")[0][3]
   assert (decode_image(record["image"]) == RenderedText(Settings(**SETTINGS), "train", 25).record(3)["image"]).all()
 
 
 @pytest.mark.parametrize("wrong, sentence", [
-    (dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 32"),
+    (dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 64"),
     (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single"),
     (dict(kinds={"plain": 1.0}), "choose among pure")])
 def test_settings_that_make_no_sense_are_refused(wrong, sentence):

@@ -41,10 +41,10 @@ def score(rewards, pictures, tasks, num_processes=2, timeout_s=60.0, is_asked=la
 def test_what_goes_wrong_with_a_picture_costs_that_number_alone(caplog):
   does = ["sleep", "die", "raise", "text", 2.5]
   tasks = [{"do": do, "sample_id": number} for number, do in enumerate(does)]
-  found = score({"trouble": ours("trouble"), "pixel": ours("pixel")}, PICTURES, tasks, timeout_s=2.0)
+  found = score({"trouble": ours("trouble"), "pixel": ours("pixel")}, PICTURES, tasks, timeout_s=4.0)
   np.testing.assert_array_equal(found["trouble"], [np.nan] * 4 + [2.5])
   assert found["pixel"] == [0, 1, 2, 3, 4]
-  for number, reason in enumerate(("it took more than 2 s", "the process that scored it ended with code 3",
+  for number, reason in enumerate(("it took more than 4 s", "the process that scored it ended with code 3",
                                    "ZeroDivisionError: a mistake in the function", "could not convert string to float: 'text'")):
     assert f"trouble has no number for 1 of 5 pictures, such as that of sample {number} (''): {reason}" in caplog.text
 
@@ -60,6 +60,24 @@ def test_what_is_not_asked_for_is_not_scored_and_not_missed(caplog):
   found = score({"trouble": ours("trouble")}, PICTURES[:3], tasks, 1, is_asked=lambda name, task: task["do"] != "raise")
   np.testing.assert_array_equal(found["trouble"], [1, np.nan, 3])
   assert "no number" not in caplog.text
+
+
+def test_what_a_function_loads_is_loaded_before_its_first_picture_with_a_time_out_of_its_own():
+  assert score({"loaded": ours("loaded")}, PICTURES[:1], [{}], 1, timeout_s=0.5) == {"loaded": [1.0]}
+  late = own("tests.jobs.toy_rewards:loaded", setup_timeout_s=0.2)
+  with Scorer({"own": late}, {"own": 1.0}, lambda *_: True, 1) as scorer, pytest.raises(ValueError, match="the setup of .* not done within 0.2 s"):
+    scorer.start()
+
+
+def test_a_process_that_is_killed_and_not_replaced_costs_its_pictures_and_at_last_the_stage(tmp_path, monkeypatch, caplog):
+  monkeypatch.setenv("LOADED_FAILS", str(tmp_path / "mark"))
+  with Scorer({"loaded": ours("loaded")}, {"loaded": 5.0}, lambda *_: True, 1) as scorer:
+    scorer.start()
+    np.testing.assert_array_equal(scorer(PICTURES[:3], [{}, {"do": "die"}, {}])["loaded"], [1, np.nan, np.nan])
+    assert "ended with SIGKILL, as the system ends one when memory is short" in caplog.text
+    assert "cannot begin (setup: MemoryError: no room)" in caplog.text
+    with pytest.raises(ValueError, match="setup: MemoryError: no room"):
+      scorer(PICTURES[:3], [{}] * 3)
 
 
 def test_a_pool_that_is_left_waits_for_no_picture():
@@ -93,15 +111,15 @@ def test_the_users_module_is_looked_for_and_not_imported():
 
 @contextlib.contextmanager
 def serving(*answers):
-  """(address, requests so far) of a server that gives these answers in turn, (status, JSON or bytes) or seconds of silence."""
-  requests, left = [], list(answers)
+  """(address, requests so far) of a server that gives these answers in turn, (status, JSON or bytes), or None at all while it runs."""
+  requests, left, ended = [], list(answers), threading.Event()
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
       requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
       answer = left.pop(0)
-      if not isinstance(answer, tuple):
-        time.sleep(answer)
+      if answer is None:
+        ended.wait()
         return
       self.send_response(answer[0])
       self.end_headers()
@@ -114,11 +132,12 @@ def serving(*answers):
   try:
     yield f"http://127.0.0.1:{server.server_port}/score", requests
   finally:
+    ended.set()
     server.shutdown()
     server.server_close()
 
 
-ask = functools.partial(service, parallel=1, timeout_s=1.0, backoff_s=0.01)
+ask = functools.partial(service, parallel=1, timeout_s=60.0, backoff_s=0.01)
 
 
 def test_a_service_gets_pictures_and_tasks_in_batches_and_answers_in_order():
@@ -149,8 +168,10 @@ def test_a_service_that_fails_is_asked_again_where_that_may_help(answers, reason
 
 
 def test_a_service_that_is_silent_or_gone_costs_its_pictures_and_says_so(caplog):
-  with serving(1.5, 1.5) as (url, requests):
-    found = score({"service": ask(url, retries=1, timeout_s=0.2)}, PICTURES[:2], [{"prompt": "a"}, {"prompt": "b"}])
+  with serving(None, None) as (url, requests):
+    found = score({"service": ask(url, retries=1, timeout_s=0.5)}, PICTURES[:2], [{"prompt": "a"}, {"prompt": "b"}])
+    while len(requests) < 2:  # the server reads it when it gets to it
+      time.sleep(0.01)
   np.testing.assert_array_equal(found["service"], [np.nan] * 2)
   assert len(requests) == 2 and f"service has no number for 2 of 2 pictures, such as that of sample unknown ('a'): {url}: TimeoutError" in caplog.text
   (number, why), = ask(url, retries=0).score_batch(PICTURES[:1], [{}])  # nothing listens there any more

@@ -17,7 +17,7 @@ from qimg2.flow import Schedule
 from qimg2.training import optim
 from qimg2.training.metrics import read_rows
 from tests.jobs import toy
-from tests.jobs.toy_methods import HEAPS
+from tests.jobs.toy_methods import HEAPS, Nets
 
 SCHEDULE = Schedule(shift="none", terminal=None)
 GRPO = dict(group=4, num_steps=6, guidance=2.0, window=3, window_end=5, num_train_steps=2, clip=0.1, kl=0.1, chunks=2, oversample=2.0, min_spread=1.8)
@@ -57,6 +57,7 @@ def test_the_first_minibatch_is_on_policy_and_groups_without_spread_are_replaced
   assert len(whole[1]) == 3 and all(np.isfinite(value) for row in whole[1] for value in row.values())
   for row in whole[1]:
     assert row["ratio_off"] == 0.0 and 0.0 <= row["float32_off"] < 1e-5 and row["divergence"] > 0 and row["skipped"] == 0
+    assert 0 <= row["ratio_by_rounding"] < 1e-4 and row["clipped_by_rounding"] == 0
     assert row["reward/left_out"] > 0 and row["ratio"] != 1.0 and 0 < row["advantage"] < 5
   assert max(row["replaced"] for row in whole[1]) > 0 and whole[1][0]["kl"] < whole[1][2]["kl"]
 
@@ -72,6 +73,20 @@ def test_a_rollout_of_another_policy_than_the_update_s_ends_the_stage(tmp_path):
   with pytest.raises(FloatingPointError, match="Stage toy, step 1: float32_off is 0.0[0-9]+, and must not be above 0.001: "):
     train(tmp_path, dataclasses.replace(method, rollout=dataclasses.replace(method.rollout, generate=other)))
   assert not list((tmp_path / "toy" / "checkpoints").glob("[0-9]*"))
+
+
+def test_what_rounding_clips_is_told_also_where_the_second_minibatch_has_no_row(tmp_path):
+  """Here 3e-4 of all weights stand for rounding."""
+  found = []
+  for name, every in (("whole", 1), ("half", 2)):
+    def score(pictures, tasks, every=every):
+      return {"near": np.where(np.arange(len(tasks)) % every == 0, near(pictures, tasks)["near"], np.nan)}
+    method = grpo(score, clip=1e-5, kl=0.0, chunks=1, oversample=1.0, min_spread=0.0)
+    rounded = lambda params: {**params, "model": jax.tree.map(lambda x: 1.0003 * x, params["model"])}
+    other = lambda params, *rest, method=method: method.rollout.generate(rounded(params), *rest)
+    found += train(tmp_path / name, dataclasses.replace(method, rollout=dataclasses.replace(method.rollout, generate=other)), num_steps=1)
+  assert all(0 < row["clipped_by_rounding"] < 1 and row["ratio_by_rounding"] > 1e-5 and row["ratio_off"] == 0 for row in found)
+  assert found[1]["skipped"] == 0 and abs(found[1]["float32_off"] / found[0]["float32_off"] - 1) < 0.3  # nearly the same rows
 
 
 def test_a_run_that_is_killed_while_it_scores_ends_with_the_same_bits(whole, tmp_path):
@@ -91,6 +106,20 @@ def test_a_run_that_is_killed_while_it_scores_ends_with_the_same_bits(whole, tmp
 def test_eight_devices_give_the_numbers_of_one(whole, tmp_path):
   for mine, its in zip(train(tmp_path, grpo(), num_devices=8), whole[1], strict=True):
     np.testing.assert_allclose([mine[key] for key in sorted(mine)], [its[key] for key in sorted(its)], rtol=2e-3, atol=1e-5)
+
+
+def test_a_group_begins_with_one_noise_where_it_is_shared():
+  """Then the SDE alone tells its pictures apart."""
+  params = {role: jax.tree.map(lambda p: np.full(p.shape, 0.1, np.float32), Nets().specs()[network], is_leaf=P.is_param) for role, network in (
+      ("model", "mmdit"), ("encoder", "qwen3_vl"), ("vae", "vae"))}
+  batch = {"x": jnp.zeros((2, 2)), "label": jnp.array([1, 2])}
+
+  def begins(shared):
+    settings = dict(shared_noise=shared, window=5, num_train_steps=5, guidance=1.0)
+    samples = grpo(**settings).rollout.generate(params, Nets(), batch, jax.random.key(0))
+    return np.asarray(samples["path"].x[:, 0, 0, 0]).reshape(2, 4, 2), np.asarray(samples["path"].x[:, 1, 0, 0])
+  (one, after), (own, _) = begins(True), begins(False)
+  assert (one == one[:, :1]).all() and (one[0] != one[1]).all() and len(np.unique(after[:, 0])) == 8 == len(np.unique(own[..., 0]))
 
 
 def test_what_learns_by_contrast_gets_nearer(tmp_path):
@@ -114,7 +143,7 @@ def test_the_networks_of_a_run_take_part_from_prompt_to_loss(make, settings, fie
     return samples["pictures"], *method.updates[0].loss(params, params, NETS, jax.tree.map(lambda x: x[0], data), key)
 
   pictures, loss, metrics = jax.eval_shape(step, params, abstract_batch(fields, 8), jax.random.key(0))
-  assert pictures.shape == (32, 64, 32, 4) and pictures.dtype == jnp.uint8 and loss.shape == (16 if make is grpo else 32,)
+  assert pictures.shape == (32, 64, 32, 4) and pictures.dtype == jnp.uint8 and loss.shape == (8 if make is grpo else 16,)
   assert "pictures" in method.rollout.scored and {x.shape for x in metrics.values()} == {loss.shape}
 
 

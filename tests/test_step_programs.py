@@ -5,7 +5,6 @@ import pathlib
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -76,7 +75,7 @@ from qimg2.runtime import processes
 from qimg2.training.programs import StepPrograms
 
 def act():
-  programs = StepPrograms(lambda bucket: time.sleep(60), range(3))
+  programs = StepPrograms(lambda bucket: time.sleep(600), range(3))
   programs.close()
   print("saved")
   sys.exit(75)
@@ -86,9 +85,8 @@ processes.together(act, processes.Rendezvous(), ())
 
 def test_a_process_that_is_asked_to_stop_does_not_wait_for_a_compiler():
   """Python joins threads at its end."""
-  start = time.monotonic()
-  result = subprocess.run([sys.executable, "-c", STOPPED], cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True)
-  assert (result.returncode, result.stdout) == (75, "saved\n") and time.monotonic() - start < 50, result.stderr
+  result = subprocess.run([sys.executable, "-c", STOPPED], cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+  assert (result.returncode, result.stdout) == (75, "saved\n"), result.stderr
 
 
 def test_threads():

@@ -71,6 +71,7 @@ def test_emoji_know_right_from_wrong():
 
 @pytest.mark.slow
 @needs_emoji
+@pytest.mark.apart("emoji")
 def test_emoji_edits_know_right_from_wrong():
   suite = made("emoji_edits")
   assert_tasks_are_a_function_of_number_and_seed(suite)
@@ -80,7 +81,7 @@ def test_emoji_edits_know_right_from_wrong():
     assert suite.score(task, emoji.render(task.truth.source, task.truth.paper, 64))["edit"] == 0.0
 
 
-def test_a_stage_is_evaluated_on_a_suite_of_ones_own(smoke_run, tmp_path):
+def test_a_stage_is_evaluated_on_a_suite_of_ones_own(smoke_run, tmp_path, one_device):
   run = load_run(shutil.copytree(smoke_run.workdir, tmp_path / "run"))
   suite = Suite(lambda num, seed: [Task(f"{number + seed}", (64, 64)) for number in range(num)],
                 lambda task, picture: {"seven": float(task.prompt == "7"), "seven by chance": 0.25})
@@ -97,7 +98,7 @@ def test_a_stage_is_evaluated_on_a_suite_of_ones_own(smoke_run, tmp_path):
     of_run.evaluate(run, "low_resolution", {"own": (edits, 1)})
 
 
-def test_suites_are_drawn_while_a_stage_trains(smoke_run, tmp_path):
+def test_suites_are_drawn_while_a_stage_trains(smoke_run, tmp_path, one_device):
   """Their figures are those of the end, of the first prompts, and stand in the metrics; a suite of edits is none of a stage without them."""
   run, stage = smoke_run, smoke_run.stages["sft"]
   stage = dataclasses.replace(stage, evals_every_steps=2, evals_num_prompts=4)

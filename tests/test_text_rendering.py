@@ -1,6 +1,7 @@
 """Texts set in type: order, breaks, layout and contrast on hand-made cases; properties of whatever is set."""
 
 import functools
+import gzip
 import itertools
 import unicodedata
 
@@ -10,7 +11,8 @@ import pytest
 from bidi import get_display
 from hypothesis import strategies as st
 
-from data_pipelines.text_rendering import breaking, colours, drawing, fonts, languages, layout, shaping, words
+from benchmarks import text_rendering
+from data_pipelines.text_rendering import breaking, colours, corpora, drawing, fonts, languages, layout, shaping, words
 
 LANGUAGES = ("en", "de", "ru", "el", "ar", "he")  # Matplotlib's DejaVu has all of their letters
 MONO_EM = 1233 / 2048  # how wide each letter of DejaVu Sans Mono is
@@ -187,6 +189,16 @@ def test_no_text_is_drawn_with_a_missing_glyph(text, code):
   assert found is None or all(glyph.number for one in found.placed for glyph in one.line.glyphs)
 
 
+def test_what_no_one_would_write_is_set_or_left_out():
+  outcomes = text_rendering.survey(150, LANGUAGES, ())
+  assert outcomes.total() == 150 and set(outcomes) == {"empty", "left out", "too long", "set"} and min(outcomes.values()) > 3
+
+
+def test_joiners_have_the_level_of_what_is_before_them():
+  assert shaping.levels("می\u200cخواهم ab\u200d", True) == [1] * 9 + [2] * 3
+  assert shaping.levels("\u200cاب", True) == [1, 1, 1]
+
+
 def test_a_language_without_a_font_is_one_sentence_with_the_package():
   bundled = fonts.find_faces(())
   with pytest.raises(ValueError, match=r"No font of this machine has all characters of Thai \(th\): apt-get install fonts-noto-core"):
@@ -202,10 +214,78 @@ def test_a_character_that_no_face_has_is_refused():
 def test_a_users_texts_are_kept_or_counted(tmp_path):
   path = tmp_path / "own.txt"
   path.write_text("One line\nand another.\n\nA second \"paragraph\".\n\n\n中文 among Latin.\n", encoding="utf-8")
-  kept, left_out = words.read_texts(str(path), typeface().covers)
+  kept, left_out = corpora.read_texts(str(path), typeface().covers)
   assert kept == ("One line and another.", "A second ”paragraph”.") and left_out == 1
   with pytest.raises(ValueError, match="Cannot read the texts"):
-    words.read_texts(str(tmp_path / "none.txt"), typeface().covers)
+    corpora.read_texts(str(tmp_path / "none.txt"), typeface().covers)
+
+
+MANUAL = r""".\" A comment
+.TH glob 7 2023
+.SH NAME
+glob \- short
+.PP
+Long ago, in UNIX\ V6, there was
+.BR sh (1)
+and a \[aq]program\[aq] \(em with \fIpatterns\fP.
+.nf
+int main(void) of an example that is long enough;
+.fi
+.PP
+What has \[zz] is not understood by anyone here.
+.PP
+See http://example.org/a/very/long/address/that/no/line/holds now.
+"""
+FORTUNES = """A first one
+of two lines.
+\t\t-- N. N.
+%
+%
+/\\__/\\ ~~~ === +++ *** ||| ### a cat
+%
+_\bUnder_\blined \x1b[32mwords\x07\x1b[m are plain here.
+%
+中文的
+  第二行没有空格，而且不太短也不太长。
+%
+A first one
+of two lines.
+\t\t-- N. N.
+"""
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+  files = {"usr/share/games/fortunes/de/x": FORTUNES.encode(), "usr/share/games/fortunes/de/off/y": b"Something that is not shown to all.",
+           "usr/share/games/fortunes/de/x.dat": b"\0\1 no text at all, but an index",
+           "usr/share/games/fortunes/de/z": "Größe in einem alten Satz".encode("latin1"),
+           "usr/share/man/man7/glob.7.gz": gzip.compress(MANUAL.encode()), "usr/share/doc/x/README": b"Of no kind that is read by anyone."}
+  for name, data in files.items():
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+  info = tmp_path / "var/lib/dpkg/info"
+  info.mkdir(parents=True)
+  (info / "some-texts.list").write_text("/.\n" + "".join(f"/{name}\n" for name in files))
+  (info / "stripped:amd64.list").write_text("/usr/share/man/man7/gone.7.gz\n")
+  monkeypatch.setattr(corpora, "ROOT", tmp_path)
+  return tmp_path
+
+
+def test_texts_of_a_package_are_cleaned(packages):
+  kept, left_out = corpora.read_texts("debian:some-texts", typeface().covers)
+  assert kept == ("A first one of two lines. — N. N.", "Underlined words are plain here.",
+                  "Long ago, in UNIX\u00a0V6, there was sh(1) and a 'program' — with patterns.") and left_out == 1
+  assert "中文的第二行没有空格，而且不太短也不太长。" in corpora.read_texts("debian:some-texts", len)[0]
+  (packages / "own.txt").write_text("Mine.", encoding="utf-8")
+  assert corpora.read_texts(("debian:some-texts", str(packages / "own.txt")), typeface().covers)[0] == (*kept, "Mine.")
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("none", "is not on this machine: apt-get install none"), ("../x", "is not on this machine"), ("stripped", "has no fortunes, manual pages or")])
+def test_a_package_without_texts_is_refused(packages, name, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    corpora.read_texts(f"debian:{name}", typeface().covers)
 
 
 @pytest.mark.parametrize("code", languages.codes())

@@ -127,7 +127,19 @@ def test_a_fall_counts_from_the_best_look_and_only_while_the_other_rises():
   assert follow(settings, [row(0.5, 0.1), row(0.8, 0.2), row(0.5, 0.3), row(0.55, 0.4)])[1] == 4
   assert follow(settings, [row(0.5, 0.1), row(0.8, 0.2), row(0.5, 0.2), row(0.5, 0.1)])[1] is None  # both fall
   assert follow(settings, [row(0.8, 0.2), row(0.5, 0.3), row(0.7, 0.4), row(0.5, 0.5), row(0.61, 0.5)])[1] is None  # not twice in a row
-  assert follow(settings, [row(0.8, 0.2), row(0.5, 0.3), row(math.nan, 0.4), row(0.5, 0.5), row(0.5, 0.5)])[1] == 5
+
+
+def test_a_number_that_is_missing_neither_counts_nor_resets_and_one_that_stays_away_ends_the_stage():
+  settings = watch.Settings(1, 2, {"x": (0.0, 1.0)}, {"gold": watch.Fall(0.2, "reward")})
+  row = lambda gold, x=0.5: {"gold": gold, "reward": 1 - gold, "x": x}
+  some = lambda *gold: [{"gold": one, "reward": number, "x": 0.5} for number, one in enumerate(gold)]
+  nan = math.nan
+  assert follow(settings, some(0.8, 0.5, nan, 0.5))[1] == 4 and follow(settings, some(0.8, 0.5, nan, 0.8, 0.5))[1] is None
+  assert follow(settings, [row(0.8, x) for x in (2.0, nan, nan, 0.5, 2.0)])[1] is None
+  assert follow(settings, [row(0.8, x) for x in (2.0, nan, 2.0)])[1] == 3
+  assert follow(settings, some(0.8, *[nan] * 5, 0.8, *[nan] * 5))[1] is None
+  one, step = follow(settings, some(0.8, *[nan] * 6, 0.8))
+  assert step == 7 and one.ended == "gold had no finite number, at 6 looks in a row, 1 steps apart, so that its rules say nothing"
 
 
 def test_a_band_is_about_means_over_steps():

@@ -5,7 +5,7 @@
       a wait for a program says)
   python tests/worker.py --do=save --workdir=... (one checkpoint; each process writes to hashed<i>.json which files it read to compute checksums; then
       the same is to be saved again, and one more, while process 0 does not see a step 9 that there is, and the others do not see step 3)
-  python tests/worker.py --do=wait --workdir=... [--victim=1 --mistake] (collectives for two minutes; the victim raises)
+  python tests/worker.py --do=wait --workdir=... [--victim=1 --mistake] (collectives for ten minutes; the victim raises)
 """
 
 import json
@@ -71,7 +71,7 @@ def wait(args):
   mesh, rules = jax.make_mesh((jax.device_count(),), ("fsdp",)), {"batch": ("fsdp",)}
   total = jax.jit(lambda x: jnp.sum(x["x"]))
   start = time.monotonic()
-  while time.monotonic() - start < 120:
+  while time.monotonic() - start < 600:
     to_host(total(put_global_batch({"x": jnp.ones(jax.device_count())}, mesh, rules)))
     pathlib.Path(args.workdir, f"started{jax.process_index()}").touch()
     if args.mistake and jax.process_index() == args.victim:
@@ -80,12 +80,13 @@ def wait(args):
 
 
 def stop(args):
-  """Goes on from step 500 of a stage, once the file `go` is there; a second stage begins at 0."""
+  """Goes on from step 500 of a stage, once this process knows that one was asked to stop; a second stage begins at 0."""
   folder = pathlib.Path(args.workdir)
   with faults.PreemptionNotice() as asked:
     (folder / f"started{jax.process_index()}").touch()
-    while not (folder / "go").exists():
+    while not asked(None):
       time.sleep(0.02)
+    multihost_utils.sync_global_devices("all know")  # by themselves or, those that were not asked, by the agreement
     stopped = next((f"{stage} {step}" for stage, first in (("one", 500), ("two", 0)) for step in range(first, first + 20) if asked(step)), "never")
     # One of two has its program, the other never: neither goes on. Then both have another one.
     end = threading.Event()

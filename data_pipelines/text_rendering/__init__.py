@@ -5,7 +5,8 @@ Reading order:
   settings.py   what is drawn, as one value
   languages.py  what a language is: one file each in language_files/
   fonts.py      fonts of this machine, by what they cover
-  words.py      what is written: grammars, CLDR, a user's texts
+  words.py      what is written: grammars, CLDR, further texts
+  corpora.py    further texts: a user's files, and what Debian packages carry
   shaping.py    a line of text to glyphs with their places
   breaking.py   where a line may end
   layout.py     a text in a frame: lines, size, columns, ink boxes
@@ -28,8 +29,7 @@ Reading order:
   inking.py     objects and letters on the pixels of a picture, and their contrast there
   compositional.py   signs in scenes and on pictures, with their truth; objects_said.py has what is said of them
   letters.py    words that are spelt, and which of their letters a picture shows
+  edits.py      another word, number, colour, font or place; texts that come, go or are translated: pairs of pictures with an instruction
   source.py     any picture by its number
   stored.py     the folder by which a mixture names it
-
-Left out: edits.
 """

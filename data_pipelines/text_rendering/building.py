@@ -22,6 +22,7 @@ from data_pipelines.text_rendering.tables import Table
 
 _OPTIONAL = 0.5  # richness from which optional regions are there
 _CODE_LEADING = 1.45
+_SENTENCE = 60  # characters of Chinese and Japanese up to which a text is set ragged, in lines that are about equally long
 
 
 class Role(NamedTuple):
@@ -35,7 +36,7 @@ class Role(NamedTuple):
 ROLES = {
     "title": Role(2.6, True, 3, True), "subtitle": Role(1.3, False, 2), "heading": Role(1.5, True, 3, True), "big": Role(2.8, True, 1, True),
     "body": Role(1.0), "quote": Role(1.6, False, 6), "label": Role(0.9, False, 2), "note": Role(0.8, False, 3), "cell": Role(1.0, False, 3),
-    "head": Role(1.0, True, 2), "price": Role(1.0), "button": Role(1.0, True, 1), "balloon": Role(1.0, False, 5), "code": Role(0.9),
+    "head": Role(1.0, True, 2), "price": Role(1.0), "button": Role(1.0, True, 1), "balloon": Role(1.0, False, 8), "code": Role(0.9),
     "number": Role(1.0, True, 1, True)}
 
 
@@ -84,8 +85,9 @@ class Builder:
     own = ROLES.get(role, ROLES["body"])
     language, running = self._page.corpus.language, role == "body"
     style = Style(self._faces[own.is_bold], language, self._leading, align)
-    if running and align == "start":
-      style = dataclasses.replace(style, align="justified" if language.breaking == "cjk" else align)
+    if running and language.breaking == "cjk" and align == "start":
+      is_long = sum(map(len, paragraphs)) > _SENTENCE
+      style = dataclasses.replace(style, align="justified") if is_long else dataclasses.replace(style, breaks="phrases")
     if running and len(paragraphs) > 1:
       style = dataclasses.replace(style, indent=language.indent)
     if not running:
@@ -109,14 +111,19 @@ class Builder:
     lines = node.get("lines", "rows")
     lines = lines if isinstance(lines, str) else lines[self._rng.integers(len(lines))]
     head = all("head" in one for one in columns)
-    rows = [[self.text(one["head"], "head", one.get("align", "start")) for one in columns]] if head else []
+    rows = [[self.text(one["head"], "head", self._align(one)) for one in columns]] if head else []
     for number in range(1, self.count(*node.get("count", (3, 7))) + 1):
-      rows.append([self.text(one["text"], one.get("role", "cell"), one.get("align", "start"), number) for one in columns])
+      rows.append([self.text(one["text"], one.get("role", "cell"), self._align(one), number) for one in columns])
     folds = [one.get("folds", False) for one in columns]
     for row in rows:
       for cell, fold in zip(row, folds):
         cell.style = dataclasses.replace(cell.style, breaks="phrases" if fold else "never")
     return Table(rows, folds, lines, head)
+
+  def _align(self, column: Mapping[str, Any]) -> str:
+    """How a column is aligned; the last digits of numbers stand below each other in right-to-left tables too."""
+    is_mirrored = self._page.corpus.language.is_rtl and column["text"] in ("number", "percent")
+    return "start" if is_mirrored else column.get("align", "start")
 
   def _chart(self, node: Mapping[str, Any], index: int) -> Region:
     kinds = node["chart"] if isinstance(node["chart"], list) else [node["chart"]]

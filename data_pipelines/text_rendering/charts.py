@@ -37,7 +37,7 @@ class Chart(Region):
       return max(self.tall * sizes.em if self.kind == "pie" else 0.0, len(self.labels) * self._pitch(sizes))
     own = self._slot(width)
     for one in (*self.labels, *self.values):
-      if one.length(sizes) > own - 0.25 * sizes.em:
+      if one.length(sizes) > own - 0.6 * sizes.em:
         raise Misfit(one.role, one.factor)
     return self.tall * sizes.em
 

@@ -58,7 +58,7 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
   else:
     raise ValueError(f"No title of {page.corpus.language.name} fits on {page.height}x{page.width} px at {page.settings.min_px} px: give smaller "
                      "letters.")
-  _draw(paper.picture, sheet)
+  draw(paper.picture, sheet)
   found = [one | {"box": outwards(one["box"])} for one in sheet.structures]
   truth = truth_of("complex", template.name, sheet.blocks, paper, page)
   return np.asarray(paper.picture), truth | {"about": template.about, "structures": found, "redrawn": number}
@@ -94,7 +94,7 @@ def _place(rng: np.random.Generator, page: Page, template: Template, richness: f
   frame = margins(rng, page)
   if template.page.get("box", {}).get("fill"):  # which is the page
     frame = (0, 0, page.width, page.height)
-  sizes = _sizes(region, frame, page.least_px, max(page.least_px, template.largest * min(page.height, page.width)))
+  sizes = sizes_of(region, frame, page.least_px, max(page.least_px, template.largest * min(page.height, page.width)))
   if sizes is None:
     return None
   sheet = Sheet(Scheme(rng, paper), page.corpus.language.is_rtl)
@@ -105,7 +105,7 @@ def _place(rng: np.random.Generator, page: Page, template: Template, richness: f
   return sheet if _is_clean(sheet, page) else None
 
 
-def _sizes(region: Region, frame: Frame, least: float, largest: float) -> Sizes | None:
+def sizes_of(region: Region, frame: Frame, least: float, largest: float) -> Sizes | None:
   """Returns the sizes of letters with which a region fills a frame; None where the least are too large."""
   left, top, right, bottom = frame
   low, high = least, largest
@@ -142,7 +142,8 @@ def _is_clean(sheet: Sheet, page: Page) -> bool:
   return all(block.ink[2] >= CONTRAST for block in sheet.blocks)
 
 
-def _draw(picture: Image.Image, sheet: Sheet) -> None:
+def draw(picture: Image.Image, sheet: Sheet) -> None:
+  """Draws what has been placed on a picture."""
   for shape in sheet.shapes:
     shape(picture)
   for block in sheet.blocks:

@@ -124,4 +124,5 @@ _OWN: dict[str, Callable[[Filler, int], str]] = {
     "index": lambda filler, index: filler.number(index), "heading": lambda filler, _: filler._corpus.heading(filler._rng),
     "line": lambda filler, _: filler._corpus.figures(filler._rng), "total": lambda filler, _: write_cost(filler._total, filler._language.locale),
     "sentence": lambda filler, _: filler._corpus.paragraphs(filler._rng, 1, 1, figures=False)[0],
+    "page": lambda filler, _: filler.number(int(filler._rng.integers(2, 400))),
     "opening": lambda filler, _: filler._between(7, 12), "closing": lambda filler, _: filler._between(14, 22)}

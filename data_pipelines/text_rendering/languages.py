@@ -13,6 +13,8 @@
   words, headings, sentences   what texts are made of, without straight double quotes
   patterns      sentences with {slots}: weekday, date, time, number, percent, price, country, language, month
   objects       what texts stand on, `compositional.OBJECTS`, as its captions call it
+  edits         {"word": [...], ...}: instructions, with {old} and {new}; {text} and {colour}, {looks}, {place} or {language}; see `edits`
+  looks         names of what a font may look like, as an instruction says them
   colours, places   names as they are said in its captions
   captions      {"paper": [...], "block": [...]} with {paper}, or {text}, {colour} and {place}: what is said of the sheet and of each text
 """
@@ -47,6 +49,8 @@ class Language:
   sentences: tuple[str, ...]
   patterns: tuple[str, ...]
   objects: Mapping[str, str]
+  edits: Mapping[str, tuple[str, ...]]
+  looks: Mapping[str, str]
   colours: Mapping[str, str]
   places: Mapping[str, str]
   captions: Mapping[str, tuple[str, ...]]

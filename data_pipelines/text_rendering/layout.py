@@ -20,7 +20,7 @@ from data_pipelines.text_rendering.shaping import Line, levels, measure, set_lin
 _SHARES = {"start": 0.0, "justified": 0.0, "middle": 0.5, "end": 1.0}  # of the room left in a line that is before it
 ALIGNMENTS = tuple(_SHARES)
 _CLEARANCE = 0.06  # between the ink of two lines, in ems
-_OVERHANG = 0.25  # of letters that reach out of a line's length, such as slanted ones, in ems
+OVERHANG = 0.25  # of letters that reach out of a line's length, such as slanted ones, in ems
 _MOST_STRETCH, _MOST_SPACING = 0.45, 0.12  # of a gap between words, or between characters, in ems; beyond it a justified line looks torn
 _STEPS = 9  # of the search for a size
 _SMALLER, _TRIES = 0.96, 8  # by which a size is made smaller where the ink does not fit, and how often
@@ -117,6 +117,30 @@ def fit(paragraphs: Sequence[str], style: Style, width: float, height: float, si
   return _set(text, style, width, height, sizes[0])
 
 
+def reset_line(setting: Setting, row: int, text: str) -> Setting | None:
+  """Returns a text with other words in one of its lines, all other lines as they are; None where the line would be longer than the longest one, or if
+  justified torn, or where what stands there now cannot be told from that text alone.
+
+  Args: the text; number of the line; what it should say. A line that stands alone may become as long as it likes.
+  """
+  style, one = setting.style, setting.placed[row]
+  new, old = (set_line(some, style.typeface, style.language.code, style.language.is_rtl, style.vertical) for some in (text, one.line.text))
+  length, longest = abs(one.line.advance), max(abs(some.line.advance) for some in setting.placed)
+  if [glyph[:2] for glyph in old.glyphs] != [glyph[:2] for glyph in one.line.glyphs]:
+    return None
+  if length > abs(old.advance) + 1e-6:
+    if not new.num_gaps or abs(new.advance) > length:
+      return None
+    stretch = (length - abs(new.advance)) / new.num_gaps
+    new, setting = new.stretched(stretch), dataclasses.replace(setting, stretch=max(setting.stretch, stretch))
+    if setting.is_torn:
+      return None
+  elif len(setting.placed) > 1 and abs(new.advance) > longest:
+    return None
+  share = _SHARES[style.align]
+  shift = (length - abs(new.advance)) * setting.size * (1 - share if style.language.is_rtl and not style.vertical else share)
+  moved = Placed(new, one.x, one.y + shift, one.paragraph) if style.vertical else Placed(new, one.x + shift, one.y, one.paragraph)
+  return dataclasses.replace(setting, placed=(*setting.placed[:row], moved, *setting.placed[row + 1:]))
 def lay(paragraphs: Sequence[str], style: Style, width: float, size: float) -> Setting | None:
   """Returns a text set at a size in px in lines of at most `width` px, from the corner (0, 0) down; None where a piece is longer."""
   return _set(_Text(tuple(paragraphs), style), style, width, math.inf, size)
@@ -221,7 +245,7 @@ def _set(text: _Text, style: Style, width: float, height: float, size: float) ->
   placed = tuple(_place(one, place, i // per_column, style, length, width, size) for i, (one, place) in enumerate(zip(lines, places)))
   found = Setting(style, size, placed, max(one.stretch for one in lines))
   left, top, right, bottom = found.ink
-  slack = _OVERHANG * size
+  slack = OVERHANG * size
   return found if left >= -slack and top >= -slack and right <= width + slack and bottom <= height + slack else None
 
 

@@ -5,7 +5,7 @@ A *kind* is a module named in `settings.KINDS` with two functions. `render(rng, 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Page:
     height, width: sides in px.
     settings: of the data set.
     num_characters: the most that there may be.
+    others: language -> typefaces of all languages of the data set, this one too.
     is_simple: whether to draw what surely has a short caption, because others were too long.
   """
   corpus: Corpus
@@ -39,6 +40,7 @@ class Page:
   width: int
   settings: Settings
   num_characters: int
+  others: Mapping[str, Sequence[Typeface]] = dataclasses.field(default_factory=dict)
   is_simple: bool = False
 
   @property
@@ -121,13 +123,18 @@ def truth_of(kind: str, layout: str, blocks: Sequence[Block], paper: Paper, page
           "paper": {"colour": paper.name, "rgb": list(paper.rgb), "texture": paper.texture}, "blocks": found}
 
 
+def joined(block: Block) -> str:
+  """What a block says: its paragraphs, with a space between them where the language has spaces; lines of code are lines."""
+  between = "\n" if block.what == "code" else " " if block.setting.style.language.breaking != "cjk" or block.what == "list" else ""
+  return between.join(block.paragraphs)
+
+
 def describe(block: Block, page: Page) -> dict[str, Any]:
   """What is said of a block in the truth, see `truth_of`."""
-  setting, face, language = block.setting, block.setting.style.typeface.main, page.corpus.language
+  setting, face = block.setting, block.setting.style.typeface.main
   whole, (colour, rgb, contrast) = outwards(setting.ink), block.ink
-  between = "\n" if block.what == "code" else " " if language.breaking != "cjk" or block.what == "list" else ""
   more = {name: value for name, value in (("ground", block.ground), ("structure", block.structure)) if value not in ("", None)}
-  return {"text": between.join(block.paragraphs), "paragraphs": block.paragraphs,
+  return {"text": joined(block), "paragraphs": block.paragraphs,
           "what": block.what, "box": whole,
           "lines": [{"text": one.line.text, "box": outwards(setting.box(one))} for one in setting.placed],
           "place": place_of(whole, page.height, page.width), "font": face.name, "size_px": round(setting.size, 2), "colour": colour,

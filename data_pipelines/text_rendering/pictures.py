@@ -32,7 +32,8 @@ class Pictures:
   """The pictures below a folder, ordered by name."""
 
   def __init__(self, folder: str):
-    """Args: a folder of pictures, each with a caption in a .txt file beside it if it has one, or one that launch.prepare_data wrote.
+    """Args: a folder of pictures, each with a caption in a .txt file beside it if it has one, or one that launch.prepare_data wrote, whose edits are
+    left out.
 
     Raises:
       ValueError: there is no such folder, or no picture in it.
@@ -43,7 +44,8 @@ class Pictures:
     self._records, self._files = None, []
     if (self._folder / "dataset.json").exists():
       from data_pipelines import records  # which needs TFDS
-      self._records = records.open_split(self._folder.resolve().parent, self._folder.resolve().name, "train")[0]
+      self._records, index = records.open_split(self._folder.resolve().parent, self._folder.resolve().name, "train")
+      self._rows = np.flatnonzero(~index["source_sizes"].any(axis=(1, 2))).tolist()  # captions of edits are instructions
     else:
       self._files = sorted(path for path in self._folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not len(self):
@@ -56,7 +58,7 @@ class Pictures:
     return Pictures(folder)
 
   def __len__(self) -> int:
-    return len(self._files) if self._records is None else len(self._records)
+    return len(self._files) if self._records is None else len(self._rows)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -71,12 +73,12 @@ class Pictures:
 
   def name(self, number: int) -> str:
     """File of a picture in the folder, or its number in the data set."""
-    return str(self._files[number].relative_to(self._folder)) if self._records is None else f"record {number}"
+    return str(self._files[number].relative_to(self._folder)) if self._records is None else f"record {self._rows[number]}"
 
   def load(self, number: int, height: int, width: int) -> np.ndarray | None:
     """Returns a picture [height, width, 3] uint8, scaled and cut around its middle; None where its file is broken."""
     try:
-      data = self._files[number].read_bytes() if self._records is None else self._records[number]["image"]
+      data = self._files[number].read_bytes() if self._records is None else self._records[self._rows[number]]["image"]
       return load_picture(data, height, width, self.name(number))
     except (OSError, ValueError):  # it is passed over, and counted by who asks
       return None
@@ -86,7 +88,7 @@ class Pictures:
     if self._records is None:
       text = _caption_of(self._files[number])
       return {"en": text} if text else {}
-    record = self._records[number]
+    record = self._records[self._rows[number]]
     found: dict[str, str] = {}
     for text, language in zip(record["captions"], record["languages"]):
       found.setdefault(language.decode(), text.decode())

@@ -22,7 +22,7 @@ from data_pipelines.text_rendering.shaping import set_line
 
 Frame = tuple[float, float, float, float]  # left, top, right, bottom in px
 _SHRINK = 0.9  # by which the letters of a role are made smaller where a text of it does not fit
-_SMALLEST = 0.8  # to which they are made smaller, as a share of running text
+_SMALLEST = 0.8  # to which labels and the like are made smaller, as a share of running text
 _SAMPLE = 12  # words whose ink says how high a line is
 _ENOUGH = 2.5  # a gap is stretched to at most so many times itself where there is room
 
@@ -48,10 +48,11 @@ class Sizes:
     return max(self.least, self.em * factor * self.scales.get(role, 1.0))
 
   def shrink(self, role: str, factor: float) -> bool:
-    """Makes the letters of a role smaller; False where they are the least already, or no larger than running text."""
-    if self.of(role, factor) <= max(self.least, _SMALLEST * self.em):
+    """Makes the letters of a role smaller; False where they are the least already, those of headings no larger than running text."""
+    limit = max(self.least, (1.0 if factor > 1 else _SMALLEST) * self.em)
+    if self.of(role, factor) <= limit * 1.001:
       return False
-    self.scales[role] = self.scales.get(role, 1.0) * _SHRINK
+    self.scales[role] = max(self.scales.get(role, 1.0) * _SHRINK, limit / (self.em * factor))
     return True
 
 

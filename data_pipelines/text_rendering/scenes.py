@@ -8,6 +8,7 @@ from data_pipelines.text_rendering.regions import Frame, Misfit, Region, Sheet, 
 from data_pipelines.text_rendering.schemes import Ground
 
 _BALLOON, _PAD, _LINE = 0.8, 0.75, 0.11  # share of a panel's width; ems inside a balloon; its line in ems
+_TAIL = 2.5  # ems from a balloon to a head where there is more room
 _PEOPLE = 6.0  # ems for people, at least
 _HEADS = (0.2, 0.78)  # where people stand, as shares of the width
 _WHITE, _INK = (252, 252, 250), (22, 22, 24)
@@ -61,9 +62,10 @@ class Scene(Region):
     sheet.draw(shapes.fill_box, frame, sky.rgb)
     room, y = self._width(right - left, sizes), top + self.pad * em
     heights = [one.height(room, sizes) + 2 * _PAD * em for one in self.balloons]
-    head_y = y + sum(heights) + 0.5 * em * len(heights)
-    tall = min(bottom - head_y - 1.4 * em, 0.75 * (right - left))
+    under = y + sum(heights) + 0.5 * em * len(heights)
+    tall = min(bottom - under - 1.4 * em, 0.6 * (right - left))
     head_y = bottom - tall
+    y += 0.7 * max(0.0, head_y - under - _TAIL * em)
     heads = [frame[0] + (right - left) * (1 - share if sheet.is_rtl else share) for share in _HEADS]
     floor = bottom - 0.22 * tall
     sheet.draw(shapes.fill_box, (left, floor, right, bottom), sheet.scheme.hairline(sky))

@@ -47,7 +47,7 @@ class Scheme:
       name, rgb = (self._accent, self._accent_rgb) if below.name != self._accent else (self.paper.name, self.paper.rgb)
     else:
       rgb = tuple(round(a + self._share * (b - a)) for a, b in zip(below.rgb, self._accent_rgb))
-      name = f"light {self._accent}" if luminance(below.rgb) >= _BRIGHT else f"dark {self._accent}"
+      name = f"tinted {below.name}"
     return Ground(name, rgb, (rgb,))
 
   def ink(self, role: str, ground: Ground, accent: bool = False) -> tuple[str, Rgb, float]:

@@ -18,6 +18,7 @@ from data_pipelines.text_rendering.fonts import Face, Typeface, is_blank
 script_of = functools.lru_cache(maxsize=2**16)(script_of)
 _NEUTRAL = ("Zyyy", "Zinh", "Zzzz")
 _RTL = ("R", "AL", "AN")
+_REMOVED = ("BN", "RLE", "LRE", "RLO", "LRO", "PDF")
 _STRETCHED, _FIRST_WIDE = ("Hani", "Hira", "Kana"), 0x2E80  # scripts whose letters and signs, but for narrow ones, are moved apart in justified lines
 
 
@@ -75,7 +76,10 @@ def _levels(text: str, is_rtl: bool) -> tuple[int, ...]:
   bidi.get_embedding_levels(text, storage)
   for step in (bidi.explicit_embed_and_overrides, bidi.resolve_weak_types, bidi.resolve_neutral_types, bidi.resolve_implicit_levels):
     step(storage, False)
-  return tuple(one["level"] for one in storage["chars"])
+  found, resolved = [], iter(storage["chars"])
+  for c in text:  # joiners and the like are removed by rule X9, and go with what is before them
+    found.append((found[-1] if found else int(is_rtl)) if unicodedata.bidirectional(c) in _REMOVED else next(resolved)["level"])
+  return tuple(found)
 
 
 def set_line(text: str, typeface: Typeface, language: str, is_rtl: bool = False, vertical: bool = False, of: Sequence[int] | None = None) -> Line:

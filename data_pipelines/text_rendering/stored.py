@@ -6,44 +6,46 @@ tokenizer, the settings and the user's texts, a few megabytes, and pictures are 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import embedded, records
 from data_pipelines.buckets import bucket_size
 from data_pipelines.text_rendering import languages
 from data_pipelines.text_rendering.compositional import LEAST_EMS
+from data_pipelines.text_rendering.corpora import read_texts
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
 from data_pipelines.text_rendering.pictures import Pictures, survey
 from data_pipelines.text_rendering.settings import Settings
-from data_pipelines.text_rendering.source import RenderedText
-from data_pipelines.text_rendering.words import read_texts
+from data_pipelines.text_rendering.source import RenderedText, WithEdits
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 from data_pipelines.transforms import encode_png
 
 NAME = "rendered_text"
 NUM_SLOTS = {"train": 2**17, "validation": 2**10}
+NUM_EDITS = {"train": 2**16, "validation": 2**10}
 VOCAB_SIZE = 8192
-_TRAINED_ON = 2500  # pictures whose captions a tokenizer is trained on
+_TRAINED_ON = 2500  # pictures whose captions a tokenizer is trained on, and half as many edits
 _HELD_OUT = 25  # of stored pictures one in so many is for validation, and as many more
 _TEXTS = "texts.json"
 _BEFORE_KINDS = {"pure": 1.0}  # of a folder that was prepared when there were no others
 
 
-def read_settings(seed: int, texts: Mapping[str, str], **settings: Any) -> tuple[Settings, dict[str, int]]:
-  """Returns (settings with the paragraphs of the user's files, code -> path; code -> how many paragraphs no font can set).
+def read_settings(seed: int, texts: Mapping[str, str | Sequence[str]], **settings: Any) -> tuple[Settings, dict[str, int]]:
+  """Returns (settings with the paragraphs of texts, code -> one or several names that `corpora` knows; code -> how many paragraphs no font can set).
 
   Raises:
-    ValueError: a file cannot be read, or settings that make no sense.
+    ValueError: a file or package cannot be read, or settings that make no sense.
   """
   plain = Settings(seed, texts=dict.fromkeys(texts, ()), **settings)
   faces = find_faces(plain.font_folders) if plain.font_folders else find_faces()
   kept, left_out = {}, {}
-  for code, path in texts.items():
+  for code, names in texts.items():
     fit = typefaces(faces, languages.load(code))
-    kept[code], left_out[code] = read_texts(path, lambda text, fit=fit: all(one.covers(text) for one in fit))
+    kept[code], left_out[code] = read_texts(names, lambda text, fit=fit: all(one.covers(text) for one in fit))
   return dataclasses.replace(plain, texts=kept), left_out
 
 
@@ -62,7 +64,7 @@ def prepare(settings: Settings, out: str | os.PathLike, name: str = NAME, num_ex
   fonts = RenderedText(settings, "train", 1).fonts
   request = {"dataset": NAME, "num_examples": num_examples, "seed": settings.seed, "vocab_size": None if tokenizer else vocab_size or VOCAB_SIZE,
              "tokenizer": PromptTokenizer.load(tokenizer).fingerprint if tokenizer else "", "settings": settings.plain(), "fonts": fonts,
-             "texts": {code: list(some) for code, some in settings.texts.items()}}
+             "texts": {code: [len(some), hashlib.sha256("\n".join(some).encode()).hexdigest()] for code, some in settings.texts.items()}}
   given = PromptTokenizer.load(tokenizer) if tokenizer else None
   if settings.pictures:
     request["pictures"] = Pictures.open(settings.pictures).digest
@@ -84,27 +86,35 @@ def survey_pictures(settings: Settings) -> dict[str, int]:
 
 def _stored(settings: Settings, split: str, num_examples: int) -> Iterator[dict]:
   num = num_examples if split == "train" else max(1, num_examples // _HELD_OUT)
-  source = RenderedText(settings, split, num)
-  for number in range(num):
-    record = source.record(number)
-    yield record | {"image": encode_png(record["image"])}
+  edits = num // (2 if split == "train" else 1) if settings.edits else 0  # as in other data sets
+  for source in (RenderedText(settings, split, num), RenderedText(settings, split, edits, are_edits=True)):
+    for number in range(len(source)):
+      record = source.record(number)
+      yield record | {"image": encode_png(record["image"]), "sources": list(map(encode_png, record["sources"]))}
 
 
 def _endless(settings: Settings, name: str, request: dict, folder: str, facts: dict, tokenizer: PromptTokenizer | None) -> dict:
   """Writes a data set without pictures."""
   if tokenizer is None:
-    source = RenderedText(settings, "train", _TRAINED_ON)
-    tokenizer = train_tokenizer((text for number in range(_TRAINED_ON) for text in source.record(number)["captions"]), request["vocab_size"])
+    sources = RenderedText(settings, "train", _TRAINED_ON), RenderedText(settings, "train", _TRAINED_ON // 2 * bool(settings.edits), are_edits=True)
+    tokenizer = train_tokenizer((text for source in sources for number in range(len(source)) for text in source.record(number)["captions"]),
+                                request["vocab_size"])
   os.makedirs(folder)
   with open(os.path.join(folder, _TEXTS), "w", encoding="utf-8") as file:
     json.dump(settings.texts, file, ensure_ascii=False)
-  index = {split: RenderedText(settings, split, num, tokenizer).index() for split, num in NUM_SLOTS.items()}
+  edits = NUM_EDITS if settings.edits else dict.fromkeys(NUM_EDITS, 0)
+  index = {split: _source(settings, split, num, edits[split], tokenizer).index() for split, num in NUM_SLOTS.items()}
   return records.finish(folder, name, {split: () for split in records.SPLITS}, index, tokenizer, request, facts, **{records.RENDERED: {
-      "settings": settings.plain(), "texts": records.checksum(os.path.join(folder, _TEXTS)), "fonts": facts["fonts"],
+      "settings": settings.plain(), "edits": edits, "texts": records.checksum(os.path.join(folder, _TEXTS)), "fonts": facts["fonts"],
       **({"pictures": request["pictures"]} if settings.pictures else {})}})
 
 
-def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int) -> RenderedText:
+def _source(settings: Settings, split: str, num_slots: int, num_edits: int, tokenizer: PromptTokenizer) -> RenderedText | WithEdits:
+  pictures = RenderedText(settings, split, num_slots, tokenizer)
+  return WithEdits(pictures, RenderedText(settings, split, num_edits, tokenizer, are_edits=True)) if num_edits else pictures
+
+
+def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int) -> RenderedText | WithEdits:
   """Returns the pictures of a split of a folder that stores none.
 
   Raises:
@@ -115,7 +125,9 @@ def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int
     raise ValueError(f"{folder}/{_TEXTS} is not the one that dataset.json beside it was written with: copy both again, or prepare the data set anew.")
   with open(os.path.join(folder, _TEXTS), encoding="utf-8") as file:
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in said["settings"].items()}
-    source = RenderedText(Settings(**{"kinds": _BEFORE_KINDS} | settings, texts=json.load(file)), split, num_slots, PromptTokenizer.load(folder))
+    num_edits = said.get("edits", {}).get(split, 0)  # none in a folder that was prepared when there were none
+    settings = {"kinds": _BEFORE_KINDS} | settings
+    source = _source(Settings(**settings, texts=json.load(file)), split, num_slots - num_edits, num_edits, PromptTokenizer.load(folder))
   if source.fonts != said["fonts"]:
     raise ValueError(f"{folder} was prepared with other fonts than this machine has ({said['fonts']}, here {source.fonts}): install the same "
                      "packages in the same versions, or remove that folder and prepare it anew.")

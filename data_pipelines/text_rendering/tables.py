@@ -8,6 +8,7 @@ from data_pipelines.text_rendering.regions import Frame, Misfit, Region, Sheet, 
 from data_pipelines.text_rendering.schemes import Ground
 
 _GAP = 1.2  # between columns, in ems
+_SAME = 0.7  # ems by which a row of several lines reaches further down than one of a line, at least
 _PAD = 0.42  # above and below the texts of a row, in ems
 _DOT, _DOTS = 0.09, 0.45  # a leader's dots and their distance, in ems
 
@@ -47,7 +48,11 @@ class Table(Region):
     """Widths of the columns, and how far each row reaches above and below its first base line."""
     widths = self._widths(width, sizes)
     found = [[cell.reach(own, sizes) for cell, own in zip(row, widths)] for row in self.rows]
-    return widths, [tuple(max(one[end] for one in row) for end in (0, 1)) for row in found]
+    above = max(one[0] for row in found[self.head:] for one in row)
+    below = [max(one[1] for one in row) for row in found]
+    plain = [one for one in below[self.head:] if one < min(below[self.head:]) + _SAME * sizes.em]
+    reaches = [(above, max(plain) if one in plain else one) for one in below]  # rows of one line are equally high
+    return widths, [(max(one[0] for one in found[0]), below[0]), *reaches[1:]] if self.head else reaches
 
   def height(self, width: float, sizes: Sizes) -> float:
     _, reaches = self._reaches(width, sizes)

@@ -30,8 +30,8 @@ More, of any region:
   box       what is behind it: fill (panel, accent or ""), line, bar, round (ems), pad (ems)
 A *filling* is one of `FILLINGS`; a pattern with slots of them in braces, such as "{weekday}, {time}"; or texts for each language, {"en": [...],
 "de": [...], "else": filling}. word, heading, line, sentence and paragraphs are the language's own texts; cost is the price of something small
-and total the sum of those before; later is a time after the one before, opening and closing are times of the morning and of the evening; day is the
-weekday, and index the number, of a repeated region or of a table's row.
+and total the sum of those before; later is a time after the one before, opening and closing are times of the morning and of the evening; page is
+the number of a page; day is the weekday, and index the number, of a repeated region or of a table's row.
 
 Roles are those of `building.ROLES`, any other is set like body.
 """
@@ -46,9 +46,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SLOTS = ("date", "time", "number", "percent", "price", "cost", "total", "country", "language", "weekday", "month", "later", "opening",
-         "closing", "day", "word", "heading", "index")
+         "closing", "day", "page", "word", "heading", "index")
 FILLINGS = (*SLOTS, "line", "sentence", "paragraphs")
-AS_DRAWN = ("index", "weekday", "month", "cost", "total", "later", "opening", "closing", "day")  # which may come twice
+AS_DRAWN = ("index", "weekday", "month", "cost", "total", "later", "opening", "closing", "day", "page")  # which may come twice
 IN_ORDER = ("weekday", "month")  # of which labels are taken one after another
 SLOT = re.compile(r"\{(\w*)\}")
 FOLDER = pathlib.Path(__file__).parent / "templates"

@@ -1,4 +1,4 @@
-"""What is written: words, headings, sentences and paragraphs of a language, with names, numbers, dates and prices of CLDR, and a user's own texts.
+"""What is written: words, headings, sentences and paragraphs of a language, with names, numbers, dates and prices of CLDR, and texts of `corpora`.
 
 Everything is drawn from a random generator. Grammars stay clear of inflection: a slot of a pattern stands where the plain form of a name is right.
 """
@@ -6,7 +6,6 @@ Everything is drawn from a random generator. Grammars stay clear of inflection: 
 import dataclasses
 import datetime
 import functools
-import pathlib
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ _UNITS = {"VND": 5000, "KRW": 500, "JPY": 50, "RUB": 20, "INR": 15, "EGP": 10, "
 _FIRST_DAY = datetime.date(1990, 1, 1)
 _NUM_DAYS = 20000
 _JOINERS = "\u200c\u200d"  # which Indic and Arabic spelling needs
+_TRANSLATED = ("country", "language", "weekday", "month", "date")
 _SLOT = re.compile(r"\{(\w+)\}")
 _SPACED = {"cjk": "", "thai": " "}  # between sentences, where it is not a space
 
@@ -111,6 +111,29 @@ def fill_slot(rng: np.random.Generator, slot: str, language: Language) -> str:
   return some[rng.integers(len(some))]
 
 
+@functools.cache
+def _titles(code: str) -> dict[str, tuple[str, ...]]:
+  """Kind of name -> names as they stand alone, in the same order in every language."""
+  locale = _locale(code)
+  alone = {"weekday": locale.days["stand-alone"]["wide"].values(), "month": locale.months["stand-alone"]["wide"].values()}
+  return _names(code) | {kind: tuple(map(clean, some)) for kind, some in alone.items()}
+
+
+def names_of(language: Language, code: str) -> str:
+  """The name of another language, such as "zh-Hans", in a language."""
+  return clean(_locale(language.locale).languages[code.replace("-", "_")])
+
+
+def translations(rng: np.random.Generator, language: Language, other: Language) -> tuple[str, str]:
+  """Returns a name or a date in two languages."""
+  kind = _TRANSLATED[rng.integers(len(_TRANSLATED))]
+  if kind == "date":
+    day = _FIRST_DAY + datetime.timedelta(days=int(rng.integers(_NUM_DAYS)))
+    return tuple(clean(dates.format_date(day, format="long", locale=one.locale)) for one in (language, other))
+  pairs = list(zip(*(_titles(one.locale)[kind] for one in (language, other)), strict=True))
+  return pairs[rng.integers(len(pairs))]
+
+
 def cldr_characters(language: Language) -> frozenset[str]:
   """All characters of what `fill_slot` gives."""
   rng = np.random.default_rng(0)
@@ -188,23 +211,36 @@ def _capitals(word: str) -> str:
   return word.upper()
 
 
-def read_texts(path: str, covers: Callable[[str], bool]) -> tuple[tuple[str, ...], int]:
-  """Returns (the paragraphs of a text file, cleaned; how many are left out because no font has all of their characters). A paragraph ends at an empty
-  line.
+def like(word: str, old: str) -> str:
+  """A word with capitals where another one has them."""
+  if len(old) > 1 and old.isupper():
+    return _capitals(word)
+  return word[0].upper() + word[1:] if old[0].isupper() else word
 
-  Raises:
-    ValueError: the file cannot be read as UTF-8, or nothing of it can be set.
-  """
-  try:
-    text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"Cannot read the texts in {path} ({error}): give a file of UTF-8.") from error
-  paragraphs = [clean(" ".join(one.split("\n"))).replace('"', "”") for one in re.split(r"\n\s*\n", text.replace("\r\n", "\n"))]
-  paragraphs = list(dict.fromkeys(one for one in paragraphs if one))
-  kept = tuple(one for one in paragraphs if covers(one))
-  if not kept:
-    raise ValueError(f"None of the {len(paragraphs)} paragraphs of {path} can be set with the fonts of its language: give others or install fonts.")
-  return kept, len(paragraphs) - len(kept)
+
+def word_tokens(text: str, language: Language) -> list[tuple[int, int]]:
+  """Returns (begin, end) of the words of a text that another could stand for: of at least three letters, or words of the language's list where
+  no spaces tell them apart."""
+  if language.breaking != "space":
+    return [(found.start(), found.end()) for word in language.words for found in re.finditer(re.escape(word), text)]
+  letters = "".join("x" if unicodedata.category(c)[0] in "LM" or c in _JOINERS else " " for c in text)
+  return [found.span() for found in re.finditer("x{3,}", letters)]
+
+
+def number_tokens(text: str) -> list[tuple[int, int]]:
+  """Returns (begin, end) of the numbers of a text: digits, with the points, commas and colons between them, at least two in a row."""
+  return [found.span() for found in re.finditer(r"\d+(?:[.,:٫٬]\d+)*", text) if re.search(r"\d\d", found[0])]
+
+
+def lesser_number(rng: np.random.Generator, number: str) -> str | None:
+  """Returns a number of as many of the same digits in which one group of digits is less, so that a date stays one; None where there is none."""
+  groups = [one for one in re.finditer(r"\d{2,}", number) if int(one[0]) > 10 ** (len(one[0]) - 1)]
+  if not groups:
+    return None
+  one = groups[rng.integers(len(groups))]
+  value = str(rng.integers(10 ** (len(one[0]) - 1), int(one[0])))
+  zero = ord(one[0][0]) - int(one[0][0])
+  return number[:one.start()] + "".join(chr(zero + int(digit)) for digit in value) + number[one.end():]
 
 
 def _pick(rng: np.random.Generator, some: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ Settings of the published code: beta 1 for one reward, 0.1 for several or OCR; (
 rate 3e-4 with an adapter of rank 32; no guidance; all 10 times. Its averaged weights have decay 0.9. It computes (2) in float64, this in float32.
 
 Memory: a sample keeps its latents in float32, 1 MiB at 1,024 px with 64 x 64 latents of 64 channels, its picture in uint8 and the prompt's states;
-the update repeats them for each of `num_train_times`. The old weights are a copy of what is trained, in float32, and the reference one of the model.
+the update has as many rows as times. The old weights are a copy of what is trained, in float32, and the reference one of the model.
 
 Left out: solvers of higher order in the rollout. Not for models that were distilled to few steps: on the path to a picture they were taught nothing.
 """
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from qimg2 import flow, sde
 from qimg2.algorithms import Algorithm, Average, Rewards, Update
 from qimg2.algorithms.flow_matching import NUM_TIME_BINS, deploy_generator, flow_matching, generator_roles, model_averages
-from qimg2.algorithms.rollouts import Sampling, Scoring
+from qimg2.algorithms.rollouts import Sampling, Scoring, of_steps, repeat_rows
 
 
 def diffusion_nft(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_steps: int = 10, guidance: float = 1.0, num_train_times: int = 10,
@@ -110,23 +110,25 @@ class _Recipe:
     return self.sampling.draw(params, nets, "old", batch, key)
 
   def minibatches(self, samples: dict, key: jax.Array) -> dict:
-    """One row for each sample and time; see `Rollout.minibatches`."""
+    """One row for each sample; see `Rollout.minibatches`."""
     rows = self.scoring.trained(samples, ("prompts", "latents"))
     sigmas = jnp.asarray(self.sampling.sigmas(rows["latents"])[:-1], jnp.float32)
     everywhere = jnp.ones((rows["weight"].shape[0], sigmas.shape[0]), bool)
-    return self.scoring.minibatches(rows, {"t": sigmas[sde.choose_steps(key, everywhere, sigmas, self.num_train_times, bias=0.0)]})
+    return self.scoring.minibatches({**rows, "t": sigmas[sde.choose_steps(key, everywhere, sigmas, self.num_train_times, bias=0.0)]})
 
   def loss(self, trained: dict, params: dict, nets: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
-    """Equation 3 of each row; see `Update.loss`."""
-    x_0, t, limit = batch["latents"], batch["t"], self.scoring.limit
+    """Equation 3 of each sample, the mean over its times; see `Update.loss`."""
+    limit, n = self.scoring.limit, self.num_train_times
+    cond = self.sampling.condition(params, nets, batch["prompts"], batch["latents"], guided=False)
+    t, over_times = of_steps(batch["t"])
+    x_0, advantage = repeat_rows((batch["latents"], batch["advantage"]), n)
     x_t = flow.interpolate(x_0, jax.random.normal(key, x_0.shape), t)
-    cond = self.sampling.condition(params, nets, batch["prompts"], x_0, guided=False)
-    v, old = nets.velocity(trained["model"], x_t, t, cond), jax.lax.stop_gradient(nets.velocity(params["old"], x_t, t, cond))
-    good = jnp.clip(batch["advantage"] / (2 * limit) + 0.5, 0, 1)
+    velocity = lambda weights: nets.velocity(weights, x_t, t, nets.shared(weights, cond, n))
+    v, old = velocity(trained["model"]), jax.lax.stop_gradient(velocity(params["old"]))
+    good = jnp.clip(advantage / (2 * limit) + 0.5, 0, 1)
     loss = limit * contrast(x_0, x_t, t, v, old, good, self.beta)
-    metrics = {"away_from_old": sde.row_mean(jnp.square(v - old)), "good": good, "advantage": jnp.abs(batch["advantage"]),
-               "replaced": batch["replaced"], "without_spread": batch["without_spread"]}
+    metrics = {"away_from_old": sde.row_mean(jnp.square(v - old)), "good": good, "advantage": jnp.abs(advantage)}
     if self.reference:
-      away = sde.row_mean(jnp.square(v - jax.lax.stop_gradient(nets.velocity(params["ref"], x_t, t, cond))))
+      away = sde.row_mean(jnp.square(v - jax.lax.stop_gradient(velocity(params["ref"]))))
       loss, metrics = loss + self.reference * away, metrics | {"away_from_reference": away}
-    return loss, metrics
+    return over_times(loss), {name: over_times(x) for name, x in metrics.items()} | {name: batch[name] for name in ("replaced", "without_spread")}

@@ -32,7 +32,7 @@ from qimg2.algorithms.flow_matching import (
   model_averages,
   time_bins,
 )
-from qimg2.algorithms.rollouts import Sampling
+from qimg2.algorithms.rollouts import Sampling, of_steps
 
 TASKS = ("t2i", "ti2i")
 FORMS = ("velocity", "kl")
@@ -88,12 +88,11 @@ class _Recipe:
     possible = jnp.broadcast_to((jnp.arange(self.sampling.num_steps) < self.sampling.num_steps - (self.form == "kl"))[None],
                                 (rows["noise"].shape[0], self.sampling.num_steps))
     learned = sde.choose_steps(key_choice, possible, steps.sigma, self.num_train_steps, self.step_bias)
-    path = self._walk(params, nets, rows, steps, possible & (self.form == "kl"), learned, key_path)
-    at = steps.at(path.step.reshape(-1))
-    distance = self._distance(trained["model"], params, nets, batch, rows["prompts"], path, at)
+    path, over_steps = of_steps(self._walk(params, nets, rows, steps, possible & (self.form == "kl"), learned, key_path))
+    at = steps.at(path.step)
+    distance = self._distance(trained["model"], params, nets, batch, rows["prompts"], path.x, at)
     weight = jnp.square(at.slope) / (2 * jnp.square(at.deviation)) if self.form == "kl" else jnp.ones_like(at.sigma)
-    mean = lambda x: jnp.mean(x.reshape(-1, self.num_train_steps), axis=1)
-    return mean(weight * distance), {f"distance_{task_of(batch)}": mean(distance)}
+    return over_steps(weight * distance), {f"distance_{task_of(batch)}": over_steps(distance)}
 
   def validation(self, params: dict, nets: Any, batch: dict, key: jax.Array) -> tuple[dict, jax.Array]:
     """Equation 1 on held-out prompts, at one point of the ODE each, which the bin of the sample's id gives; see `Algorithm.validation`."""
@@ -101,33 +100,32 @@ class _Recipe:
     rows = self.sampling.rows(params, nets, batch, key)
     rows["noise"] = sampler.sample_noise(jax.random.key(VALIDATION_SEED), batch["sample_id"], rows["noise"].shape[1:])
     steps, learned = self._steps(rows["noise"]), (bins * self.sampling.num_steps // NUM_TIME_BINS)[:, None]
-    path = self._walk(params, nets, rows, steps, jnp.zeros((bins.shape[0], self.sampling.num_steps), bool), learned, key)
-    return {"loss": self._distance(params["model"], params, nets, batch, rows["prompts"], path, steps.at(path.step.reshape(-1)))}, bins
+    path, _ = of_steps(self._walk(params, nets, rows, steps, jnp.zeros((bins.shape[0], self.sampling.num_steps), bool), learned, key))
+    return {"loss": self._distance(params["model"], params, nets, batch, rows["prompts"], path.x, steps.at(path.step))}, bins
 
   def _steps(self, latents: jax.Array) -> sde.Steps:
     return self.process.steps(self.sampling.sigmas(latents))
 
   def _walk(self, params: dict, nets: Any, rows: dict, steps: sde.Steps, drawn: jax.Array, learned: jax.Array, key: jax.Array) -> sde.Path:
     """The student's states at the steps `learned` [B, n]; the SDE draws the steps `drawn` [B, T]. No gradient flows into them."""
-    cond = self.sampling.condition(params, nets, rows["prompts"], rows["noise"], False)
     student = jax.lax.stop_gradient(params["model"])
+    cond = self.sampling.begin(params, nets, student, rows, False)
 
     def policy(x, sigma):
       v = sampler.guided_velocity(nets.velocity, student, x, sigma, cond)
       return v, v
     return sde.sample(policy, rows["noise"], steps, drawn, learned, key, rows["ids"])[1]
 
-  def _distance(self, model: dict, params: dict, nets: Any, batch: dict, prompts: dict, path: sde.Path, at: sde.Steps) -> jax.Array:
-    """[B n] mean squared distance of the velocity under `model` from that of the task's teacher, at the states of a path."""
-    task, n = task_of(batch), path.x.shape[1]
+  def _distance(self, model: dict, params: dict, nets: Any, batch: dict, prompts: dict, x: jax.Array, at: sde.Steps) -> jax.Array:
+    """[B n] mean squared distance of the velocity under `model` from that of the task's teacher, at n states `x` [B n, h, w, C] of each row."""
+    task = task_of(batch)
     if task not in self.teachers:
       raise ValueError(f"The mixture has the task {task}, for which algorithm.teachers, {', '.join(self.teachers)}, has no teacher: add it, or leave "
                        "the data set out.")
-    prompts = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), prompts)
-    x, guided = path.x.reshape(-1, *path.x.shape[2:]), self.sampling.is_guided
-    taught = sampler.guided_velocity(nets.velocity, params[f"teacher_{task}"], x, at.sigma, self.sampling.condition(params, nets, prompts, x, guided),
-                                     self.sampling.guidance)
-    own = nets.velocity(model, x, at.sigma, self.sampling.condition(params, nets, prompts, x, False))
+    num, teacher = batch["sample_id"].shape[0], params[f"teacher_{task}"]
+    cond = lambda weights, guided: nets.shared(weights, self.sampling.condition(params, nets, prompts, x[:num], guided), x.shape[0] // num)
+    taught = sampler.guided_velocity(nets.velocity, teacher, x, at.sigma, cond(teacher, self.sampling.is_guided), self.sampling.guidance)
+    own = nets.velocity(model, x, at.sigma, cond(model, False))
     return sde.row_mean(jnp.square(own - jax.lax.stop_gradient(taught)))
 
 

@@ -149,10 +149,12 @@ def preference(nets, model: dict, reference: dict, x_w: jax.Array, x_l: jax.Arra
   The metrics: `reward_chosen` and `reward_rejected`, equation 2; their difference `margin`; `accuracy`, 1 where that is above 0; the model's own
   errors, equation 1, `error_chosen` and `error_rejected`.
   """
-  error = lambda weights, x_0: squared_error(nets, weights, x_0, cond, t, noise)
-  frozen = lambda x_0: jax.lax.stop_gradient(error(reference, x_0))
-  chosen, rejected = error(model, x_w), error(model, x_l)
-  reward_w, reward_l = -beta / 2 * (chosen - frozen(x_w)), -beta / 2 * (rejected - frozen(x_l))
+  def errors(weights):
+    shared = nets.shared(weights, cond)  # by both sides
+    return [squared_error(nets, weights, x_0, shared, t, noise) for x_0 in (x_w, x_l)]
+
+  (chosen, rejected), before = errors(model), jax.lax.stop_gradient(errors(reference))
+  reward_w, reward_l = (-beta / 2 * (now - then) for now, then in zip((chosen, rejected), before))
   margin = reward_w - reward_l
   metrics = {"reward_chosen": reward_w, "reward_rejected": reward_l, "margin": margin, "accuracy": (margin > 0).astype(jnp.float32),
              "error_chosen": chosen, "error_rejected": rejected}

@@ -18,14 +18,19 @@ with the velocity that the rollout computed. Rollout and update are different pr
 are apart in the first minibatch, relative and root mean square. A step where it exceeds 1e-3 with float32 or 0.1 with bfloat16, or where the ratio
 is not 1, ends the stage, because rollout and update do not compute the same policy. The reference's velocity is computed beside the model's.
 
+Rounding in later minibatches. Velocities of D numbers that are `TYPE_off` apart by rounding give log r a spread of about |b| TYPE_off rms(v) / (c
+sqrt(D)), without the c for Guard. `ratio_by_rounding` is its size in the first minibatch, `clipped_by_rounding` the share of rows that it alone would
+clip: keep `clip` above the former. With bfloat16 it was 1.7e-5 for Guard and 3.2e-5 for the others at D = 1,024, which makes 1.1e-6 and 2.0e-6 at the
+262,144 numbers of a picture of 1,024 px. The old velocity of the update's own program would not help: after a step of 1e-5 log r was wrong by 2.8e-5
+with it and by 2.9e-5 with the rollout's, because weights that moved a little are rounded anew everywhere.
+
 Memory: a sample keeps, per step that is learned from, three arrays of its latents in float32 (`qimg2.sde.Path`): 3 MiB at 1,024 px with 64 x 64
 latents of 64 channels, so 3.4 GiB per step of 48 groups of 24 over all devices; besides its picture in uint8 and the prompt's states
 (`qimg2.algorithms.rollouts`). It keeps no other part of the way. What joins the chunks and what cuts minibatches hold all of it twice for a moment.
 `chunks` parts of the prompts are drawn one after another, which bounds the activations of sampling. With `oversample` above 1 the groups that are
 trained are gathered over devices.
 
-Left out: recomputing the old velocity in the update's program from a copy of the old weights, which costs a pass and 4 bytes per weight; other
-guidance than of one scale; a cache of the prompt's keys and values in the rollout, which would round otherwise than the update.
+Left out: recomputing the old velocity in the update's program, see above; other guidance than of one scale.
 """
 
 import dataclasses
@@ -38,16 +43,16 @@ from qimg2 import flow, sampler, sde
 from qimg2.algorithms import Algorithm, Rewards, Update
 from qimg2.algorithms.flow_matching import NUM_TIME_BINS, deploy_generator, flow_matching, generator_roles, model_averages
 from qimg2.algorithms.policy_losses import KL_FORMS, OBJECTIVES, reference_divergence
-from qimg2.algorithms.rollouts import Sampling, Scoring, conditional
+from qimg2.algorithms.rollouts import Sampling, Scoring, conditional, of_steps, repeat_rows
 
 LIMITS = {"ratio_off": 0.0, "float32_off": 1e-3, "bfloat16_off": 0.1}
 
 
 def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_steps: int = 10, guidance: float = 4.0, guidance_in_loss: bool = False,
-              sampler: str = "flow", eta: float = 0.7, window: int = 2, window_end: int = 5, num_train_steps: int = 2, step_bias: float = 1.0,
-              objective: str = "grpo", clip: float = 1e-5, kl: float = 0.0, kl_form: str = "gaussian", num_minibatches: int = 2,
-              deviation: str = "batch", advantage_limit: float = 5.0, min_spread: float = 0.0, oversample: float = 1.0, chunks: int = 1,
-              ema_decay: float = 0.0) -> Algorithm:
+              shared_noise: bool = False, sampler: str = "flow", eta: float = 0.7, window: int = 2, window_end: int = 5, num_train_steps: int = 2,
+              step_bias: float = 1.0, objective: str = "grpo", clip: float = 1e-5, kl: float = 0.0, kl_form: str = "gaussian",
+              num_minibatches: int = 2, deviation: str = "batch", advantage_limit: float = 5.0, min_spread: float = 0.0, oversample: float = 1.0,
+              chunks: int = 1, ema_decay: float = 0.0) -> Algorithm:
   """Policy gradient of role "model" on its own pictures.
 
   Args:
@@ -55,6 +60,8 @@ def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_st
     rewards: of the stage.
     group, num_steps, guidance: pictures of a prompt, sampling steps and guidance scale, see `Sampling`.
     guidance_in_loss: whether the guided policy learns, see above.
+    shared_noise: whether the pictures of a prompt begin with the same noise (arXiv 2505.07818), so that what the SDE draws alone tells them apart;
+      for windows that cover most of the steps.
     sampler, eta: the SDE, see `sde.SDE`.
     window, window_end: steps that the SDE draws, and how many of the first ones they may be; at most num_steps - 1, which is all but the last.
     num_train_steps, step_bias: how many of them are learned from, drawn in proportion to time^step_bias.
@@ -69,7 +76,7 @@ def flow_grpo(schedule: flow.Schedule, rewards: Rewards, group: int = 24, num_st
   Raises:
     ValueError: a setting that is none, or a number out of its range.
   """
-  recipe = _Recipe(Sampling(schedule, group, num_steps, guidance),
+  recipe = _Recipe(Sampling(schedule, group, num_steps, guidance, shared_noise),
                    Scoring(rewards, group, deviation, advantage_limit, min_spread, oversample, num_minibatches), sde.SDE(sampler, eta), window,
                    window_end, num_train_steps, step_bias, guidance_in_loss, objective, clip, kl, kl_form)
   return Algorithm(generator_roles(*(["ref"] if kl else [])), (Update(("model",), recipe.loss, limits=LIMITS),), model_averages(ema_decay),
@@ -114,44 +121,47 @@ class _Recipe:
     drawn = sde.draw_windows(key_window, rows["ids"].shape[0] // group, self.sampling.num_steps, self.window, self.window_end)
     learned = sde.choose_steps(key_choice, drawn, steps.sigma, self.num_train_steps, self.step_bias)
 
-    cond = self.sampling.condition(params, nets, rows["prompts"], rows["noise"], self.sampling.is_guided)
+    cond = self.sampling.begin(params, nets, params["model"], rows, self.sampling.is_guided)
 
     def policy(x, sigma):
       v, v_cond = sampler.guided_branches(nets.velocity, params["model"], x, sigma, cond, self.sampling.guidance)
       return v, v if self.guidance_in_loss else v_cond
 
-    of_group = lambda x: jnp.repeat(x, group, axis=0)
-    x, path = sde.sample(policy, rows["noise"], steps, of_group(drawn), of_group(learned), key_path, rows["ids"])
+    x, path = sde.sample(policy, rows["noise"], steps, *repeat_rows((drawn, learned), group), key_path, rows["ids"])
     prompts = rows["prompts"] if self.guidance_in_loss else conditional(rows["prompts"])
-    return {"prompts": prompts, "path": path, "pictures": nets.decode(params["vae"], x)}
+    return {"prompts": repeat_rows(prompts, group), "path": path, "pictures": nets.decode(params["vae"], x)}
 
   def minibatches(self, samples: dict, key: jax.Array) -> dict:
-    """One row for each sample and step that is learned from; see `Rollout.minibatches`."""
+    """One row for each sample; see `Rollout.minibatches`."""
     del key  # nothing is drawn: every minibatch has samples of each prompt
-    rows = self.scoring.trained(samples, ("prompts", "path"))
-    path = rows.pop("path")
-    return self.scoring.minibatches(rows, vars(path))
+    return self.scoring.minibatches(self.scoring.trained(samples, ("prompts", "path")))
 
   def loss(self, trained: dict, params: dict, nets: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
-    """The objective of each row, and the divergence from the reference; see `Update.loss`."""
+    """The objective of each sample, the mean over its steps, and the divergence from the reference; see `Update.loss`."""
     del key
-    x, first, guided = batch["x"], batch["first"], self.guidance_in_loss and self.sampling.is_guided
-    step = self.process.steps(self.sampling.sigmas(x)).at(batch["step"])
-    cond = self.sampling.condition(params, nets, batch["prompts"], x, guided)
-    velocity = lambda weights: sampler.guided_velocity(nets.velocity, weights, x, step.sigma, cond, self.sampling.guidance if guided else 1.0)
+    n, guided = batch["path"].x.shape[1], self.guidance_in_loss and self.sampling.is_guided
+    cond = self.sampling.condition(params, nets, batch["prompts"], batch["path"].x[:, 0], guided)
+    path, over_steps = of_steps(batch["path"])
+    x, (first, advantage) = path.x, repeat_rows((batch["first"], batch["advantage"]), n)
+    step = self.process.steps(self.sampling.sigmas(x)).at(path.step)
+    velocity = lambda weights: sampler.guided_velocity(nets.velocity, weights, x, step.sigma, nets.shared(weights, cond, n),
+                                                       self.sampling.guidance if guided else 1.0)
     v = velocity(trained["model"])
     now, slope = jax.lax.stop_gradient(v), flow.expand(step.slope, x)
-    difference = slope * (jnp.where(flow.expand(first, x), now, batch["velocity"]) - v)
-    loss, ratio, is_bounded = OBJECTIVES[self.objective](step, difference, batch["noise"], batch["advantage"], self.clip)
+    difference = slope * (jnp.where(flow.expand(first > 0, x), now, path.velocity) - v)
+    compare = lambda difference: OBJECTIVES[self.objective](step, difference, path.noise, advantage, self.clip)
+    loss, ratio, is_bounded = compare(difference)
+    _, rounded, is_bounded_by_rounding = compare(slope * (path.velocity - now))
     divergence = sde.divergence(difference, step.deviation)
-    at_first = lambda value: jnp.where(first, self.scoring.num_minibatches * value, 0.0)  # so that the mean over minibatches is that of the first
-    off = sde.row_mean(jnp.square(now - batch["velocity"]))
-    off = jnp.where(off == 0, 0.0, jnp.sqrt(off / sde.row_mean(jnp.square(batch["velocity"]))))  # a velocity of 0 may be met exactly
+    at_first = lambda value: first * value  # so that the mean over minibatches is that of the first
+    off = sde.row_mean(jnp.square(now - path.velocity))
+    off = jnp.where(off == 0, 0.0, jnp.sqrt(off / sde.row_mean(jnp.square(path.velocity))))  # a velocity of 0 may be met exactly
     metrics = {"ratio": ratio, "clipped": is_bounded, "divergence": divergence, "ratio_off": at_first(jnp.abs(ratio - 1) + divergence),
-               f"{nets.compute_dtypes()['mmdit']}_off": at_first(off), "advantage": jnp.abs(batch["advantage"]),
-               "replaced": batch["replaced"], "without_spread": batch["without_spread"]}
+               f"{nets.compute_dtypes()['mmdit']}_off": at_first(off), "ratio_by_rounding": at_first(jnp.abs(rounded - 1)),
+               "clipped_by_rounding": at_first(is_bounded_by_rounding), "advantage": jnp.abs(advantage)}
     if self.kl:
       away = slope * (v - jax.lax.stop_gradient(velocity(params["ref"])))
       metrics["kl"] = reference_divergence(step, away, self.kl_form)
       loss += self.kl * metrics["kl"]
-    return loss, jax.tree.map(lambda value: value.astype(jnp.float32), metrics)
+    of_samples = {name: over_steps(value.astype(jnp.float32)) for name, value in metrics.items()}
+    return over_steps(loss), of_samples | {name: batch[name] for name in ("replaced", "without_spread")}

@@ -2,12 +2,14 @@
 
 A batch has P prompts; a rollout draws a group of G pictures for each, side by side. A prompt and its condition images are encoded once, and its G
 samples carry the states (`features`, `source_latents`) into the update, which so needs neither text encoder nor VAE: bfloat16 states of M tokens of
-width E are 2 M E bytes per sample, 2 MiB for 256 tokens of the 8B encoder.
+width E are 2 M E bytes per sample, 2 MiB for 256 tokens of the 8B encoder. Where the generator lets the prefix be computed apart
+(`Networks.shared`), a rollout computes it once for a prompt, and an update once for a sample, whatever the number of steps.
 
 `Rollout.chunks`, parts of the prompts that are drawn one after another, bounds the activations of sampling.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ class Sampling:
     group: G, pictures of each prompt.
     num_steps: T.
     guidance: scale of classifier-free guidance; at most 1 is none.
+    shared_noise: whether the pictures of a group begin with the same noise, for an SDE, whose later noise tells them apart.
 
   Raises:
     ValueError: a number that is out of its range.
@@ -36,6 +39,7 @@ class Sampling:
   group: int
   num_steps: int
   guidance: float = 1.0
+  shared_noise: bool = False
 
   def __post_init__(self):
     if self.group < 1 or self.num_steps < 2:
@@ -51,17 +55,17 @@ class Sampling:
     return self.schedule.sigmas(self.num_steps, latents.shape[-3] * latents.shape[-2])
 
   def rows(self, params: dict, nets: Any, batch: dict, key: jax.Array) -> dict:
-    """What the P G samples begin with: "prompts", encoded; "noise" [P G, h, w, C], a function of the key and of a sample's number; "ids" [P G] int32,
-    these numbers."""
+    """What the P G samples begin with: "prompts", encoded, of P rows; "noise" [P G, h, w, C], a function of the key and of a sample's number, or its
+    prompt's; "ids" [P G] int32, these numbers."""
     encode = lambda some: nets.encoded(_frozen(params), some)
     prompts = encode(batch)
     if self.is_guided:
       shared = {name: x for name, x in prompts.items() if name == "source_latents"}
       prompts |= {f"null_{name}": x for name, x in encode({**unconditional(batch), **shared}).items() if name not in shared}
-    prompts = jax.tree.map(lambda x: jnp.repeat(x, self.group, axis=0), prompts)
-    latents = jax.eval_shape(lambda: nets.target_latents(params, batch))
-    ids = jnp.arange(latents.shape[0] * self.group)
-    return {"prompts": prompts, "noise": sampler.sample_noise(key, ids, latents.shape[1:]), "ids": ids}
+    num, *shape = jax.eval_shape(lambda: nets.target_latents(params, batch)).shape
+    ids = jnp.arange(num * self.group)
+    begins = ids // self.group if self.shared_noise else ids
+    return {"prompts": prompts, "noise": sampler.sample_noise(key, begins, tuple(shape)), "ids": ids}
 
   def condition(self, params: dict, nets: Any, prompts: dict, latents: jax.Array, guided: bool) -> Any:
     """The condition of encoded prompts for `latents` [B, h, w, C]; of 2B rows, the unconditional ones last, where it is to be `guided`."""
@@ -69,13 +73,18 @@ class Sampling:
     cond = one(prompts)
     return jax.tree.map(lambda *both: jnp.concatenate(both), cond, one(unconditional(prompts))) if guided else cond
 
+  def begin(self, params: dict, nets: Any, weights: dict, rows: dict, guided: bool) -> Any:
+    """The condition of the P G samples of `rows` under the generator's `weights`; `guided` as in `condition`."""
+    num = rows["noise"].shape[0] // self.group
+    return nets.shared(weights, self.condition(params, nets, rows["prompts"], rows["noise"][:num], guided), self.group)
+
   def draw(self, params: dict, nets: Any, role: str, batch: dict, key: jax.Array) -> dict:
     """Samples of the ODE under the weights of `role`: "prompts", without the unconditional ones, "latents" [P G, h, w, C] float32 and "pictures"
     [P G, H, W, C] uint8."""
     rows = self.rows(params, nets, batch, key)
-    cond = self.condition(params, nets, rows["prompts"], rows["noise"], self.is_guided)
+    cond = self.begin(params, nets, params[role], rows, self.is_guided)
     latents = sampler.sample(nets.velocity, params[role], rows["noise"], cond, self.sigmas(rows["noise"]), self.guidance)
-    return {"prompts": conditional(rows["prompts"]), "latents": latents, "pictures": nets.decode(params["vae"], latents)}
+    return {"prompts": repeat_rows(conditional(rows["prompts"]), self.group), "latents": latents, "pictures": nets.decode(params["vae"], latents)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,20 +143,30 @@ class Scoring:
     figures = {"replaced": replaced / num, "without_spread": 1 - jnp.mean(spread[groups])}
     return jax.tree.map(chosen, rows) | {name: jnp.full(num * self.group, x) for name, x in figures.items()}
 
-  def minibatches(self, rows: dict, steps: dict) -> dict:
-    """[K, B n / K, ...]: `rows` [B, ...] and `steps` [B, n, ...] as one row for each sample and step, and "first", whether it is in the first
-    minibatch. Sample s is in minibatch s mod K, with all its steps.
+  def minibatches(self, rows: dict) -> dict:
+    """[K, B / K, ...] of `rows` [B, ...], and "first": in the first minibatch the number of those with a row to learn from, over which metrics are
+    means, and 0 in the others. Sample s is in minibatch s mod K, with all its steps.
 
     Raises:
       ValueError: a number of samples that K does not divide.
     """
-    num, n = jax.tree.leaves(steps)[0].shape[:2]
+    num = rows["weight"].shape[0]
     if num % self.num_minibatches:
       raise ValueError(f"{num} samples cannot be divided into num_minibatches={self.num_minibatches}: change it, group or the batch size.")
-    cut = lambda x: x.reshape(-1, self.num_minibatches, *x.shape[1:]).swapaxes(0, 1)  # each is spread over all devices
-    data = jax.tree.map(lambda x: jnp.repeat(cut(x), n, axis=1), rows)
-    data |= jax.tree.map(lambda x: cut(x).reshape(self.num_minibatches, -1, *x.shape[2:]), steps)
-    return {**data, "first": jnp.broadcast_to((jnp.arange(self.num_minibatches) == 0)[:, None], data["weight"].shape)}
+    data = jax.tree.map(lambda x: x.reshape(-1, self.num_minibatches, *x.shape[1:]).swapaxes(0, 1), rows)  # each is spread over all devices
+    some = jnp.sum(jnp.any(data["weight"] > 0, axis=1)).astype(jnp.float32)
+    return {**data, "first": jnp.broadcast_to(jnp.where(jnp.arange(self.num_minibatches) == 0, some, 0.0)[:, None], data["weight"].shape)}
+
+
+def repeat_rows(tree: Any, num: int) -> Any:
+  """A tree of arrays [B num, ...] of one [B, ...], with `num` rows side by side in the place of each."""
+  return jax.tree.map(lambda x: jnp.repeat(x, num, axis=0), tree)
+
+
+def of_steps(tree: Any) -> tuple[Any, Callable[[jax.Array], jax.Array]]:
+  """(a tree of [B, n, ...] as one of [B n, ...]; the function that takes the means [B] over the n steps of what such rows give)."""
+  n = jax.tree.leaves(tree)[0].shape[1]
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree), lambda x: jnp.mean(x.reshape(-1, n), axis=1)
 
 
 def conditional(prompts: dict) -> dict:

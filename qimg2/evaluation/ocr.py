@@ -30,6 +30,7 @@ from qimg2.evaluation.text import normalise
 
 MIN_CONFIDENCE = 0.5
 MIN_CONFIDENCE_ALONE = 0.9  # of a letter or digit that is a line
+MAX_RATIO = 32  # of the sides: the detector enlarges the shorter one to 736 px, and the longer one with it
 BUNDLED = "bundled"  # names the recogniser that comes with the package among others
 DETECTOR, RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 _INSTALL = "pip install -r requirements.txt, or take the suites that read text out of the list"
@@ -51,10 +52,12 @@ def read(picture: np.ndarray, model: str = "") -> list[Line]:
   """The lines of text of a picture [H, W, 3] uint8, in reading order; none where there is no text.
 
   Raises:
-    ValueError: the package or a model is missing, or the picture is of another kind.
+    ValueError: the package or a model is missing, or the picture is of another kind, or a strip that the detector would enlarge beyond any memory.
   """
   if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
     raise ValueError(f"OCR reads a picture [H, W, 3] of uint8, not {list(picture.shape)} of {picture.dtype}.")
+  if min(picture.shape[:2]) * MAX_RATIO < max(picture.shape[:2]):
+    raise ValueError(f"OCR cannot read a strip of {picture.shape[0]} x {picture.shape[1]} px: one side may be at most {MAX_RATIO} times the other.")
   found = _engine(model)(np.ascontiguousarray(picture[..., ::-1]))  # OpenCV's channel order
   if found.txts is None:
     return []

@@ -60,6 +60,13 @@ class LoraFile:
       adapters.place_at(tree, path, adapters.low_rank(network[path], max(pair.a.shape[0] for pair in numbered.values())))
     return tree
 
+  def lacking(self) -> list[str]:
+    """Names of the maps of which the file has no pair, or one of a lower rank, while `specs` declares one, because other layers have it."""
+    declared = P.flatten(self.specs())
+    rank = lambda path: declared[f"{path}/b"].shape[names.table(self.cfg)[path].stacked]
+    return [module for module, (path, _) in _modules(self.cfg).items()
+            if f"{path}/b" in declared and (module not in self.pairs or self.pairs[module].a.shape[0] < rank(path))]
+
   def load(self, shardings: dict | None = None, scale: float = 1.0) -> dict:
     """The adapter as `specs` declares it, for a product that is scaled by `scale`; None for `shardings` puts it onto the first device."""
     where, network, tree = P.flatten(shardings) if shardings else {}, P.flatten(mmdit.specs(self.cfg)), {}

@@ -45,13 +45,14 @@ class Reward:
 
   Attributes:
     score: (picture [H, W, C] uint8, task) -> a number, in a process of the pool; a function of a module or a partial of one. `ValueError` or
-      `OSError` for a picture that cannot be scored.
+      `OSError` for a picture that cannot be scored. Where it has an attribute `setup`, a function without arguments, each process calls that first.
     score_batch: (pictures [B, H, W, C] uint8, tasks) -> B times `Scored`, in a thread of this process: for a service that waits, and takes many
       pictures at a time.
     judge: settings of a judge on the device, `qimg2.rewards.vlm.Judge`.
     check: raises `ValueError`, a clause without a full stop, for a task without the truth that the reward needs.
     check_machine: raises `ValueError` where this machine lacks what the reward needs, such as a package.
     sees_pictures: whether it looks at those of the task. Others get a task without them, because to send them takes time.
+    setup_timeout_s: seconds that `score.setup` may take.
   """
   score: Callable[[np.ndarray, Task], float] | None = None
   score_batch: Callable[[np.ndarray, Sequence[Task]], Sequence[Scored]] | None = None
@@ -59,6 +60,7 @@ class Reward:
   check: Callable[[Task], None] = accept
   check_machine: Callable[[], None] = ready
   sees_pictures: bool = False
+  setup_timeout_s: float = 600.0
 
 
 def scored(number: float) -> Scored:

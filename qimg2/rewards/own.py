@@ -4,13 +4,25 @@
     return 1 - picture.mean() / 255
 
 It is called in processes of their own, one picture [H, W, C] uint8 at a time, with the task that `qimg2.rewards` describes, and returns a number, or
-raises `ValueError` for a picture that has none. What a process needs for it, such as a network, it makes once, at the first call. The function must
-be pure: no clock, no random numbers, no state that a picture changes.
+raises `ValueError` for a picture that has none. What a process needs for it, such as a network, the function's attribute `setup` makes, which is
+called once in each process, without arguments, before any picture and with a time-out of its own. An object of a class serves as well:
+
+  class Taste:
+    def setup(self):
+      self.net = load_net()
+
+    def __call__(self, picture, task):
+      return float(self.net(picture))
+
+  taste = Taste()
+
+The function must be pure: no clock, no random numbers, no state that a picture changes.
 """
 
 import functools
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -20,19 +32,23 @@ from qimg2.rewards import Reward, Task
 Function = Callable[[np.ndarray, Task], float]
 
 
-def own(function: str) -> Reward:
+def own(function: str, setup_timeout_s: float = 600.0) -> Reward:
   """What a function of the user's says.
 
   Args:
     function: "module:function", of a module that can be imported where the run is started.
+    setup_timeout_s: seconds that its `setup` may take in a process, where it has one.
 
   Raises:
-    ValueError: it is written otherwise.
+    ValueError: it is written otherwise, or no seconds.
   """
+  if not 0 < setup_timeout_s < math.inf:
+    raise ValueError(f"setup_timeout_s is {setup_timeout_s}: give seconds above 0.")
   module, _, name = function.partition(":")
   if not all(part.isidentifier() for part in (*module.split("."), name)):
     raise ValueError(f"function is {function!r}: write module:function, such as my_rewards:darkness for that of my_rewards.py.")
-  return Reward(Lazy(function), check_machine=functools.partial(_check_module, function), sees_pictures=True)
+  return Reward(Lazy(function), check_machine=functools.partial(_check_module, function), sees_pictures=True,
+                setup_timeout_s=setup_timeout_s)
 
 
 class Lazy:

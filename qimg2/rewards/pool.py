@@ -1,13 +1,16 @@
 """Processes that score pictures while the device works.
 
 Each process has a thread here that hands it one picture at a time and waits no longer than the reward's time-out. A process that is late is killed,
-one that died is replaced, and either costs the one number that it was at. Numbers come back in the order of the pictures, whichever was done first.
+one that died is replaced, and either costs the one number that it was at. A process that takes the place of another and cannot begin, such as where
+memory is short, costs the picture; after `MOST_FAILURES` in a row it ends the stage, as the first one does. Numbers come back in the order of the
+pictures, whichever was done first.
 """
 
 import concurrent.futures
 import multiprocessing
 import os
 import queue
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +21,8 @@ import numpy as np
 from qimg2.rewards import Scored, Task, missing
 
 START_S = 120.0  # for a process to import what it scores with
+SETUP_S = 600.0  # for the `setup` of its functions, where nothing else is said
+MOST_FAILURES = 3
 ONE_CORE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -27,9 +32,10 @@ OVER = "This process scores no more pictures."
 class Process:
   """One process, started at its first picture, and again when it was lost."""
 
-  def __init__(self, functions: Mapping[str, Callable[[np.ndarray, Task], float]], timeouts: Mapping[str, float]):
+  def __init__(self, functions: Mapping[str, Callable[[np.ndarray, Task], float]], timeouts: Mapping[str, float], setup_s: float = SETUP_S):
     """Args: those of `Pool`."""
-    self._functions, self._timeouts = dict(functions), dict(timeouts)
+    self._functions, self._timeouts, self._setup_s = dict(functions), dict(timeouts), setup_s
+    self._has_begun, self._failures = False, 0
     self._process: subprocess.Popen | None = None
     self._connection: Connection | None = None
     self._life = -1
@@ -39,12 +45,18 @@ class Process:
     """What the functions of these names say of a picture, in their order.
 
     Raises:
-      ValueError: the process cannot be started, or the functions cannot be imported there.
+      ValueError: the first process cannot be started, or the functions cannot be imported there; or several in a row that take its place.
       RuntimeError: `end` was called.
     """
     scored: list[Scored] = []
     while len(scored) < len(names):
-      self.start()
+      try:
+        self.start()
+      except ValueError as error:
+        self._failures += 1
+        if not self._has_begun or self._failures == MOST_FAILURES:
+          raise
+        return scored + [missing(str(error))] * (len(names) - len(scored))
       try:
         self._connection.send((names[len(scored):], picture, task))
         for name in names[len(scored):]:
@@ -82,19 +94,25 @@ class Process:
     self._greet()
 
   def _greet(self) -> None:
-    """Sends the functions and hears whether they are there."""
+    """Sends the functions and hears whether they are there, and then whether they are set up."""
     try:
       self._connection.send(self._functions)
-      wrong = self._connection.recv() if self._connection.poll(START_S) else f"it was not ready within {START_S:.0f} s"
+      wrong = self._hear(START_S, "it was not ready") or self._hear(self._setup_s, "the setup of its functions was not done")
     except (EOFError, OSError):
       wrong = f"it ended with {self._ended()}"
     if wrong:
       self.close()
       raise ValueError(f"A process that scores pictures cannot begin ({wrong}): mend the functions of the stage's rewards.")
+    self._has_begun, self._failures = True, 0
+
+  def _hear(self, most_s: float, late: str) -> str | None:
+    return self._connection.recv() if self._connection.poll(most_s) else f"{late} within {most_s:g} s"
 
   def _ended(self) -> str:
     """How the process, whose pipe is broken, ended."""
     self.close()
+    if self._code == -signal.SIGKILL:
+      return "SIGKILL, as the system ends one when memory is short"
     return f"code {self._code}"
 
   def end(self) -> None:
@@ -116,14 +134,16 @@ class Process:
 class Pool:
   """Processes that score pictures; a context manager, which ends them."""
 
-  def __init__(self, functions: Mapping[str, Callable[[np.ndarray, Task], float]], timeouts: Mapping[str, float], num_processes: int):
+  def __init__(self, functions: Mapping[str, Callable[[np.ndarray, Task], float]], timeouts: Mapping[str, float], num_processes: int,
+               setup_s: float = SETUP_S):
     """Args:
       functions: name -> function of a picture and a task, see `qimg2.rewards.Reward.score`.
       timeouts: name -> seconds that one number may take.
       num_processes: at least one.
+      setup_s: seconds that the `setup` of all functions may take together, in each process.
     """
     self._threads = concurrent.futures.ThreadPoolExecutor(num_processes, "rewards")
-    self._processes = [Process(functions, timeouts) for _ in range(num_processes)]
+    self._processes = [Process(functions, timeouts, setup_s) for _ in range(num_processes)]
     self._free: queue.SimpleQueue[Process] = queue.SimpleQueue()
     for process in self._processes:
       self._free.put(process)

@@ -25,7 +25,8 @@ class Scorer:
     self._is_asked = is_asked
     self._services = {name: one for name, one in rewards.items() if one.score is None}  # they wait, each in a thread
     self._functions = {name: one for name, one in rewards.items() if one.score is not None}
-    self._pool = Pool({name: one.score for name, one in self._functions.items()}, timeouts, num_processes)
+    self._pool = Pool({name: one.score for name, one in self._functions.items()}, timeouts, num_processes,
+                      sum(one.setup_timeout_s for one in self._functions.values()))
     self._threads = concurrent.futures.ThreadPoolExecutor(max(1, len(self._services)), "services")
     self._names = tuple(rewards)
 

@@ -1,8 +1,9 @@
 """A process of `qimg2.rewards.pool`: python -m qimg2.rewards.worker CONNECTION LIFE, two file descriptors.
 
 It is no child of `multiprocessing`, whose children import the program that started them, and jax with it. CONNECTION is a pipe: first the functions
-come, name -> function, and None goes back, or what is wrong with them; then, for each picture, (names, picture, task), and for each name a `Scored`
-goes back. LIFE is a pipe that ends with the process at its other end, and this process with it.
+come, name -> function, and None goes back, or what is wrong with them, and the same again when those that have a `setup` are set up. Then, for each
+picture, (names, picture, task) comes, and for each name a `Scored` goes back. LIFE is a pipe that ends with the process at its other end, and this
+process with it.
 """
 
 import os
@@ -25,6 +26,14 @@ def main() -> None:
     functions = connection.recv()
   except Exception as error:  # whatever the modules of the functions raise when they are imported
     connection.send(_sentence(error))
+    return
+  connection.send(None)
+  try:
+    for function in functions.values():
+      if hasattr(function, "setup"):
+        function.setup()
+  except Exception as error:  # whatever a user's loading raises
+    connection.send(f"setup: {_sentence(error)}")
     return
   connection.send(None)
   while True:

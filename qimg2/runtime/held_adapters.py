@@ -5,7 +5,11 @@ such as a stage that trains all weights, a teacher or a reference that the confi
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+from absl import logging
 
 from qimg2 import adapters, sharding
 from qimg2 import params as P
@@ -21,11 +25,13 @@ from qimg2.training.checkpoint import newest_step
 @dataclasses.dataclass(frozen=True)
 class Held:
   """An adapter that a source holds: `specs`, what it declares; `base`, the source of the weights that it is for; and `read`, a function of the scale
-  of the product for which its factors are to be given. `settings` are those of the stage that trained it, None for a file."""
+  of the product for which its factors are to be given. `settings` are those of the stage that trained it, None for a file; `lacking`, the maps of
+  which a file has no factors, or some of a lower rank."""
   specs: dict
   base: Source
   read: Callable[[float], dict]
   settings: adapters.Settings | None = None
+  lacking: Sequence[str] = ()
 
   @property
   def scale(self) -> float:
@@ -46,7 +52,7 @@ class HeldAdapters:
       lora = open_lora(source.lora, self.nets.model)
       specs = lora.specs()
       place = lambda scale: lora.load(sharding.param_shardings(specs, self.mesh, self.rules), scale)
-      return Held(specs, dataclasses.replace(source, lora=""), place)
+      return Held(specs, dataclasses.replace(source, lora=""), place, lacking=lora.lacking())
     settings = self._adapter_settings(source)
     if not settings.rank:
       return None
@@ -63,9 +69,18 @@ class HeldAdapters:
       yield source
 
   def start_adapter(self, stage: StageConfig, source: Source) -> dict | None:
-    """The adapter that a stage with one goes on with; None where its source holds none. Raises as `check_start_adapter`."""
+    """The adapter that a stage with one goes on with; None where its source holds none. Maps that a file lacks begin as those of a new adapter, which
+    the log says. Raises as `check_start_adapter`."""
     held = self.check_start_adapter(stage, source)
-    return held and held.read(stage.adapter.scale)
+    if held is None:
+      return None
+    weights = held.read(stage.adapter.scale)
+    if not held.lacking:
+      return weights
+    logging.warning("Stage %s goes on with the adapter of %s, which has no factors, or some of a lower rank, of %d linear maps, such as %s: what is "
+                    "missing there begins as a new adapter does.", stage.name, source.lora, len(held.lacking), held.lacking[0])
+    fill = jax.jit(functools.partial(adapters.filled, held.specs), out_shardings=sharding.param_shardings(held.specs, self.mesh, self.rules))
+    return fill(weights, self.random_weights(stage, ADAPTER))
 
   def check_start_adapter(self, stage: StageConfig, source: Source) -> Held | None:
     """What `start_adapter` would read.

@@ -1,12 +1,12 @@
 """The judges of a stage, a frozen role with one set of weights: what they are asked about the rows of a batch, and their scores on the device.
 
 The host writes the questions, without pictures, because it has the prompts; they are arrays of a batch, `judge_NAME_tokens` [B, M] and
-`judge_NAME_count` [B], 0 where a question is too long to be asked. The device puts the pictures in.
+`judge_NAME_count` [B], 0 where none is asked: it is too long, or the reward counts nothing in the prompt's category. The device puts the pictures in.
 """
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,11 +67,11 @@ class JudgedReward:
     self._choices = tuple((answer,) for answer in self._rubric.answers)
     self._answers = tuple(ids[0] for ids in self.judge.find_answers(self._choices))
 
-  def arrays(self, tasks: Sequence[Mapping[str, Any]], size: Size, sources: Sequence[Size]) -> dict[str, np.ndarray]:
-    """The questions about rows whose pictures have this size, and whose condition images have these."""
+  def arrays(self, tasks: Sequence[Mapping[str, Any] | None], size: Size, sources: Sequence[Size]) -> dict[str, np.ndarray]:
+    """The questions about rows whose pictures have this size, and whose condition images have these; None for a row that it is not asked about."""
     pictures, length = self._pictures(size, sources), self._length(size, sources)
     tokens, count = np.full((len(tasks), length), self.judge.tokenizer.pad_id, np.int32), np.zeros(len(tasks), np.int32)
-    for row, task in enumerate(tasks):
+    for row, task in ((row, task) for row, task in enumerate(tasks) if task is not None):
       ids = self.judge.prepare(Question(self._rubric.fill({"prompt": task["prompt"]}, pictures), self._choices, self._rubric.system)).tokens
       if len(ids) > length:
         logging.warning("The judge of the reward %s is not asked about sample %s: rubric and prompt have %d tokens more than num_tokens=%d.",
@@ -130,8 +130,9 @@ def resize(pictures: jax.Array, size: Size) -> jax.Array:
 class StageJudge:
   """All rewards of a stage that the judge gives."""
 
-  def __init__(self, settings: Mapping[str, vlm.Judge], assumed: qwen3_vl.Config | None = None):
-    """Args: name -> what is asked, at least one; as in `JudgedReward`.
+  def __init__(self, settings: Mapping[str, vlm.Judge], assumed: qwen3_vl.Config | None = None,
+               is_asked: Callable[[str, Mapping[str, Any]], bool] = lambda name, task: True):
+    """Args: name -> what is asked, at least one; as in `JudgedReward`; whether the reward of a name is asked for a task.
 
     Raises:
       ValueError: two folders, or as `JudgedReward`.
@@ -140,6 +141,7 @@ class StageJudge:
     if len(folders) > 1:
       raise ValueError(f"the rewards {', '.join(settings)} have the judges {' and '.join(folders)}: a stage has one judge, so name one folder.")
     self.rewards = {name: JudgedReward(name, one, assumed) for name, one in settings.items()}
+    self._is_asked = is_asked
     self._first = next(iter(self.rewards.values())).judge
     self.specs = self._first.specs
 
@@ -149,7 +151,8 @@ class StageJudge:
 
   def arrays(self, tasks: Sequence[Mapping[str, Any]], size: Size, sources: Sequence[Size]) -> dict[str, np.ndarray]:
     """What the judge is asked about the rows of a batch."""
-    return {key: x for one in self.rewards.values() for key, x in one.arrays(tasks, size, sources).items()}
+    asked = lambda name: [task if self._is_asked(name, task) else None for task in tasks]
+    return {key: x for name, one in self.rewards.items() for key, x in one.arrays(asked(name), size, sources).items()}
 
   def shapes(self, num_rows: int, size: Size, sources: Sequence[Size]) -> dict[str, np.ndarray]:
     """What `arrays` gives, with no meaning."""

@@ -39,8 +39,8 @@ class Phases:
 
     def denoise(weights, batch, noise, original, free):
       cond = nets.condition({"qwen3_vl": {}, "vae": {}}, {**batch, "latents": noise})
-      if cache and nets.model.prefix_is_fixed:
-        cond = nets.cache(weights, cond)
+      if cache:
+        cond = nets.shared(weights, cond)
       return sampler.sample(nets.velocity, weights, noise, cond, sigmas, guidance, original, free)
 
     def encode_image(weights, pixels):  # a tile

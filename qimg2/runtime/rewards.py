@@ -87,7 +87,7 @@ def open_judge(stage: StageConfig, assumed: qwen3_vl.Config | None = None) -> St
   asked = {name: one.make().judge for name, one in stage.rewards.items() if one.make().judge}
   try:
     here = assumed is None or any(pathlib.Path(one.pretrained).is_dir() for one in asked.values())
-    return StageJudge(asked, None if here else assumed) if asked else None
+    return StageJudge(asked, None if here else assumed, asks(stage)) if asked else None
   except ValueError as error:
     raise ValueError(f"Stage {stage.name!r} has a judge, but {error}") from error
 

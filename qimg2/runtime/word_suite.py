@@ -36,7 +36,9 @@ def words_suite(folder: str) -> Suite:
 def _opened(folder: str) -> Any:
   """The page on which words are set."""
   from data_pipelines.text_rendering import stored  # with a shaper and dictionaries, which no other suite needs
-  return stored.open_source(os.fspath(folder), "validation", read_meta(folder), 1).page(0)
+  meta = read_meta(folder)
+  num_slots = 1 + meta[RENDERED].get("edits", {}).get("validation", 0)
+  return stored.open_source(os.fspath(folder), "validation", meta, num_slots).page(0)
 
 
 def _tasks(page: Any, num: int, seed: int) -> list[Task]:

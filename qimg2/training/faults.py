@@ -42,7 +42,8 @@ class Settings:
 
   Attributes:
     max_skipped: updates in a row that may be skipped because of a non-finite loss or gradient; one more ends the run.
-    spike_factor: a loss above this many times the median of the last 100 is logged with its samples; 0 for never.
+    spike_factor: a loss above this many times the median of the last 100 is logged with its samples; 0 for never. Not where one of these is
+      negative, as those of policy gradients are: such losses have no scale.
     on_save_error: "stop" when a checkpoint cannot be written, or "continue" with a warning. The last one of a stage must be written, and with
       several processes every failure stops.
     wait_for_space_s: seconds in which a checkpoint, or a row of metrics, that a full disk does not take is tried again before it counts as one that
@@ -309,7 +310,7 @@ class StepMonitor:
       self._row.clear()
     for name, loss in losses.items():
       earlier = self._losses.setdefault(name, collections.deque(maxlen=WINDOW))
-      median = statistics.median(earlier) if len(earlier) >= MIN_LOSSES else 0.0
+      median = statistics.median(earlier) if len(earlier) >= MIN_LOSSES and min(earlier) >= 0 else 0.0
       if self._settings.spike_factor and loss > self._settings.spike_factor * median > 0:
         ids = self._gather(sample_ids)
         logging.warning("Stage %s, step %d: %s is %.4g, the median of the steps before %.4g (%s).", self._name, step, name, loss, median, _show(ids))

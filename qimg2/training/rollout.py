@@ -188,13 +188,14 @@ class _Functions:
     return judge(_weights(state, frozen), self.nets, samples, self._chunk(batch, number))
 
   def minibatches(self, state: TrainState, samples: dict, rewards: dict) -> tuple[dict, dict, dict]:
-    finite = {name: jnp.isfinite(x) for name, x in rewards.items()}
+    asked = {name: self._is_asked(name, samples) for name in rewards}
+    finite = {name: jnp.isfinite(x) & asked[name] for name, x in rewards.items()}
     weight = jnp.prod(jnp.stack([(x | ~self._counts(name, samples)).astype(jnp.float32) for name, x in finite.items()]), axis=0)
     values = {f"reward/{name}": jnp.where(finite[name], x, jnp.nan) for name, x in rewards.items()}
     rewards = {name: jnp.where(finite[name], x, 0.0) for name, x in rewards.items()}
     data = self.rollout.minibatches({**samples, "rewards": rewards, "weight": weight}, jax.random.fold_in(_key(state), 1))
     means = {f"reward/{name}": jnp.sum(x) / jnp.sum(finite[name]) for name, x in rewards.items()}
-    shares = {f"reward/{name}/scored": jnp.mean(x.astype(jnp.float32)) for name, x in finite.items()}
+    shares = {f"reward/{name}/scored": jnp.sum(x) / jnp.sum(jnp.broadcast_to(asked[name], x.shape)) for name, x in finite.items()}
     figures = {f"pictures/{name}": x for name, x in pictures.statistics(samples["pictures"]).items()} if "pictures" in samples else {}
     means |= {name: jnp.mean(x) for name, x in figures.items()}
     learned = jnp.mean((data["weight"] > 0).astype(jnp.float32)) if "weight" in data else 1.0
@@ -209,6 +210,11 @@ class _Functions:
     """Whether a sample without a finite reward of this name is left out, [B] or [1] for all: not where its weight is 0."""
     column = jnp.asarray([row[self.rollout.rewards.index(name)] != 0 for row in self.rollout.weights] or [True])
     return column[samples["category"]] if len(column) > 1 else column
+
+  def _is_asked(self, name: str, samples: dict) -> jax.Array:
+    """Whether a sample is asked for this reward at all, [B] or [1]: where it counts, and everywhere if it is only watched."""
+    counts = any(row[self.rollout.rewards.index(name)] for row in self.rollout.weights)
+    return self._counts(name, samples) if counts else jnp.ones(1, bool)
 
 
 def _key(state: TrainState) -> jax.Array:

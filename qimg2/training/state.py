@@ -120,7 +120,8 @@ def abstract_state(algorithm: Algorithm, optimizers: Optimizers, specs: dict[str
 def make_step(algorithm: Algorithm, optimizers: Optimizers, nets: Any, accumulate: int = 1):
   """`step(state, frozen, batch) -> (state, metrics)`, a pure function to be compiled; metrics are float32 scalars.
 
-  With a rollout, `batch` is what its `minibatches` gave, [K, B', ...], and every due update runs once in each of the K. An update whose loss or
+  With a rollout, `batch` is what its `minibatches` gave, [K, B', ...], and every due update runs once in each of the K; metrics are means over those
+  with a row of positive weight. An update whose loss or
   whose gradient's global norm is not finite keeps its weights, optimizer state and averages to the bit; the step counts all the same. The metric
   "skipped" says how many updates that were. Metrics of an update that is not due are NaN; `due_metrics` leaves them out.
   """
@@ -184,7 +185,7 @@ def _step(algorithm: Algorithm, optimizers: Optimizers, gradient, state: TrainSt
   else:
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(jax.tree.leaves(batch)[0].shape[0]))
     (params, opt, moved), each = jax.lax.scan(run, carry, (batch, keys))
-    metrics = {name: jnp.sum(x) if name == "skipped" else jnp.mean(x) for name, x in each.items()}
+    metrics = _of_minibatches(each, batch.get("weight"))
   averages, average_states = _average(algorithm, state, params, moved)
   return TrainState(state.step + 1, params, opt, averages, average_states, state.key), metrics
 
@@ -291,6 +292,15 @@ def _mean(per_example: jax.Array, weight: jax.Array | None, total: jax.Array | N
     return jnp.mean(per_example)
   weight = jnp.where(weight < 0, jnp.nan, weight)
   return jnp.sum(jnp.where(weight == 0, 0.0, per_example) * weight) / total
+
+
+def _of_minibatches(each: Mapping[str, jax.Array], weight: jax.Array | None) -> dict[str, jax.Array]:
+  """The metrics of a step from those of its minibatches [K]: means, and the sum of "skipped". A minibatch without a row to learn from, all of whose
+  `weight` [K, B'] is 0, has no say, unless all are such."""
+  some = jnp.ones_like(each["skipped"]) if weight is None else jnp.any(weight != 0, axis=1).astype(jnp.float32)
+  some = jnp.where(jnp.any(some), some, 1.0)
+  sums = {name: jnp.sum(jnp.where(some > 0, x, 0.0)) for name, x in each.items()}
+  return {name: x if name == "skipped" else x / jnp.sum(some) for name, x in sums.items()}
 
 
 def _average(algorithm: Algorithm, state: TrainState, params: dict, moved: dict[str, jax.Array]) -> tuple[dict, dict]:

@@ -8,7 +8,9 @@ measures it for language). A reward that is not trained on, and figures of the p
   band   the mean of a metric is not between two numbers
 
 A rule that holds at `patience` looks in a row ends the stage: it is saved, and a start with the same rules ends in the same sentence, so that no
-later stage learns from it. With other rules, or none, it goes on. Metrics are the same on all processes, and the sums are saved with each checkpoint,
+later stage learns from it. With other rules, or none, it goes on. A look without a finite number, such as that of a gold reward whose service is
+down, says nothing: a rule that held holds on, and none begins to. After `SILENT` times `patience` such looks in a row nobody watches any more, which
+ends the stage, too. Metrics are the same on all processes, and the sums are saved with each checkpoint,
 so that a run that was killed ends at the same step as one that was not. Looking reads the results of all steps until then: the device waits for it
 once in `every_steps`. Metrics are those of steps and rollouts; those of validation and of evaluation suites are not looked at. At the last step of a
 stage there is nothing left to end: what holds there is only logged.
@@ -20,6 +22,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
+
+SILENT = 3  # times `patience` looks that a metric may have no finite number
 
 
 class Ended(ValueError):
@@ -92,12 +96,13 @@ class Watch:
     self._sums = {name: tuple(pair) for name, pair in saved.get("sums", {}).items()}  # metric -> (sum, number of steps) since the last look
     self._best = dict(saved.get("best", {}))  # metric that may not fall -> its mean, that of the one that rises, and the step, at its best look
     self._held = dict(saved.get("held", {}))  # rule -> looks in a row at which it held
+    self._silent = dict(saved.get("silent", {}))  # metric -> looks in a row without a finite number
     self._seen = set(saved.get("seen", ()))
 
   def saved(self) -> dict[str, Any]:
     """All that it remembers, JSON-serialisable."""
     return {"settings": self._rules(), "ended": self.ended, "sums": {name: list(pair) for name, pair in self._sums.items()}, "best": self._best,
-            "held": self._held, "seen": sorted(self._seen)}
+            "held": self._held, "silent": self._silent, "seen": sorted(self._seen)}
 
   def observe(self, metrics: Mapping[str, Any]) -> None:
     """Takes the metrics of a step. A number that is not finite is left out of the mean."""
@@ -120,7 +125,7 @@ class Watch:
   def look(self, step: int, known: Mapping[str, Any]) -> str:
     """Compares the means since the last look, and returns the sentence that ends the stage after `step`, "" for none.
 
-    A rule about a metric without a finite number since then holds no longer. `known` are the metrics of this step, for a message.
+    A rule about a metric without a finite number since then stays as it was. `known` are the metrics of this step, for a message.
 
     Raises:
       ValueError: a rule is about a metric that no step had until now.
@@ -130,26 +135,33 @@ class Watch:
       raise ValueError(f"watch has a rule about {unknown[0]!r}, which none of the first {step} steps logged: their metrics are "
                        f"{', '.join(sorted(known))}.")
     means, self._sums = {name: total / num for name, (total, num) in self._sums.items()}, {}
+    self._silent = {name: self._silent.get(name, 0) + 1 for name in self._metrics if name not in means}
     said = {f"band {name}": self._off_band(name, means) for name in self._settings.bands}
     said |= {f"fall {name}": self._fallen(name, means, step) for name in self._settings.falls}
-    self._held = {rule: self._held.get(rule, 0) + 1 for rule, sentence in said.items() if sentence}
-    over = [rule for rule, looks in self._held.items() if looks >= self._settings.patience]
+    self._held = {rule: self._held.get(rule, 0) + bool(sentence) for rule, sentence in said.items() if sentence != ""}
+    looks = lambda num: f"at {num} looks in a row, {self._settings.every_steps} steps apart"
+    patience, most = self._settings.patience, self._settings.patience * SILENT
+    over = [f"{sentence}, {looks(patience)}" for rule, sentence in said.items() if sentence and self._held[rule] >= patience]
+    over += [f"{name} had no finite number, {looks(most)}, so that its rules say nothing" for name, num in self._silent.items() if num >= most]
     if over:
-      looks = f"{self._settings.patience} looks in a row, {self._settings.every_steps} steps apart"
-      self.ended = f"{said[over[0]]}, at {looks}"
+      self.ended = over[0]
       logging.warning("The watch at step %d: %s.", step, self.ended)
     return self.ended
 
-  def _off_band(self, name: str, means: Mapping[str, float]) -> str:
+  def _off_band(self, name: str, means: Mapping[str, float]) -> str | None:
+    """What the rule says, "" where it does not hold, None where there is no number."""
     least, most = self._settings.bands[name]
-    if name not in means or least <= means[name] <= most:
+    if name not in means:
+      return None
+    if least <= means[name] <= most:
       return ""
     return f"{name} was {means[name]:.4g}, outside its band from {least:g} to {most:g}"
 
-  def _fallen(self, name: str, means: Mapping[str, float], step: int) -> str:
+  def _fallen(self, name: str, means: Mapping[str, float], step: int) -> str | None:
+    """As `_off_band`."""
     fall = self._settings.falls[name]
     if name not in means or (fall.rising and fall.rising not in means):
-      return ""
+      return None
     mean, other = means[name], means.get(fall.rising, 0.0)
     best = self._best.get(name)
     if best is None or mean > best["mean"]:

@@ -135,7 +135,7 @@ def die_before(batch, reason=Killed):
 
 def let_threads_end(folder):
   """Waits for the save that a real kill would have ended: its threads live on in this process."""
-  limit = time.monotonic() + 60
+  limit = time.monotonic() + 300
   while list((folder / "toy" / "checkpoints").glob("*tmp*")) and time.monotonic() < limit:
     time.sleep(0.05)
 

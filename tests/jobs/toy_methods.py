@@ -70,6 +70,9 @@ class Nets:
   def condition(self, params, batch):
     return batch["label"]
 
+  def shared(self, params, cond, num=1):
+    return jnp.repeat(cond, num, axis=0)
+
   def decode(self, params, latents):
     """Two by two px whose red and green are the coordinates, from -4 to 4."""
     shade = jnp.clip(jnp.round(255 * (latents / 8 + 0.5)), 0, 255)

@@ -2,6 +2,7 @@
 tests of the processes themselves."""
 
 import os
+import signal
 import sys
 import time
 
@@ -38,6 +39,29 @@ def trouble(picture, task):
   if task["do"] == "raise":
     raise ZeroDivisionError("a mistake in the function")
   return task["do"]
+
+
+class Loaded:
+  """What knows whether it was loaded, which takes longer than a picture may; with LOADED_FAILS the first process alone can be."""
+  is_ready = False
+
+  def setup(self):
+    mark = os.environ.get("LOADED_FAILS", "")
+    if mark and os.path.exists(mark):
+      raise MemoryError("no room")
+    if mark:
+      with open(mark, "w", encoding="utf-8"):
+        pass
+    time.sleep(1.0)
+    self.is_ready = True
+
+  def __call__(self, picture, task):
+    if task.get("do") == "die":
+      os.kill(os.getpid(), signal.SIGKILL)
+    return float(self.is_ready)
+
+
+loaded = Loaded()
 
 
 def pixel(picture, task):

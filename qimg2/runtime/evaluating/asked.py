@@ -6,17 +6,18 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from qimg2.evaluation import Suite, Task
-from qimg2.places import Place, as_absolute, find_place, is_remote
+from qimg2.places import Place, as_absolute, find_place, is_remote, list_files
 from qimg2.runtime.config import plain
 from qimg2.runtime.evaluating.drawing import Painter, groups_of_sizes, learned, painter_of_run
 from qimg2.runtime.evaluating.folder import Folder
-from qimg2.runtime.evaluating.job import Share, Work, evaluate_into, work_of_images, work_of_painter
+from qimg2.runtime.evaluating.job import Share, Work, evaluate_into, versions, work_of_images, work_of_painter
 from qimg2.runtime.evaluating.registry import SEED, make_suite
 from qimg2.runtime.evaluating.summary import prompt_set
 from qimg2.runtime.loras import parse_lora
@@ -28,6 +29,7 @@ from qimg2.training import manifest
 from qimg2.training.checkpoint import Checkpoints
 
 SMALL_BYTES, PIECE_BYTES, NUM_PIECES = 1 << 20, 1 << 12, 1024  # what is read of a file to tell it from others: all of a small one, pieces of others
+SCORERS = ("network", "model", "pretrained", "rubrics", "rubric", "reference")  # settings that name files which score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +62,10 @@ def evaluate_model(out: str, drawer: Drawer, asked: Asked, share: Share = Share(
       raise ValueError(f"Suite {name} has {len(tasks[0].sources)} condition image(s) for each prompt, which {opened.where} did not learn: leave it "
                        "out.")
     works.append(work_of_painter(folder, name, suite, tasks, painter, asked.seeds))
-    facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks), "batch_size": painter.batch_size}
+    facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks), "files": _scored_with(settings, suite),
+                   "batch_size": painter.batch_size}
   request = {"format": 1, "model": _model(drawer, opened), "suites": facts, "seeds": list(asked.seeds), "sampling": plain(sampling),
-             "output_resolution": asked.output_resolution}
+             "output_resolution": asked.output_resolution, "versions": versions()}
   return evaluate_into(folder, request, works, share, num_workers)
 
 
@@ -94,8 +97,9 @@ def evaluate_images(out: str, images: str, suites: Mapping[str, Mapping[str, Any
     if work.num_missing:
       logging.warning("Suite %s: %d of %d prompts have no picture in %s; figures are of the others.", name, work.num_missing, len(tasks), place)
     works.append(work)
-    facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks), "pictures": _digest_of_pictures(work)}
-  request = {"format": 1, "model": {"images": os.fspath(place)}, "suites": facts}
+    facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks), "files": _scored_with(settings, suite),
+                   "pictures": _digest_of_pictures(place, work)}
+  request = {"format": 1, "model": {"images": os.fspath(place)}, "suites": facts, "versions": versions()}
   return evaluate_into(folder, request, works, share, num_workers)
 
 
@@ -145,22 +149,42 @@ def _weights(drawer: Drawer, opened: Opened) -> dict[str, Any]:
   return found | {"dtype": drawer.dtype}
 
 
-def _digest_of_pictures(work: Work) -> str:
+def _scored_with(settings: Mapping[str, Any], suite: Suite) -> dict[str, list[str]]:
+  """{setting: digests of the files and folders that it names}: what they hold may change while their names stay. A reference that is a folder has a
+  name of its own."""
+  found = {}
+  for key in SCORERS:
+    text = settings.get(key, "")
+    names = [text] if pathlib.Path(text).exists() else map(str.strip, re.split("[+,]", text))  # a path may have these signs
+    paths = [pathlib.Path(name) for name in names if name]
+    paths += [path.with_suffix(".txt") for path in paths if key == "model"]  # characters of an OCR
+    digests = [_sampled(path) for path in paths if path.is_file()]
+    digests += [_digest_of_folder(path) for path in paths if path.is_dir() and key in ("network", "pretrained")]
+    if key == "reference" and suite.reference is not None:
+      digests = [suite.reference.name]
+    if digests:
+      found[key] = digests
+  return found
+
+
+def _digest_of_pictures(images: Place, work: Work) -> str:
   """Of which file belongs to which task and seed, and of sizes and times of the files: they must stay while they are scored."""
-  found = hashlib.sha256()
+  found, listed = hashlib.sha256(), {}
+  if is_remote(images):  # one answer for a thousand files, in place of two for each
+    listed = {os.fspath(file.path): (file.size, file.mark) for file in list_files(images).values()}
   for chunk in work.chunks:
     for task, seed in chunk:
-      path = work.path(task, seed)
-      found.update(repr((task, seed, os.fspath(path), _size_and_time(path))).encode())
+      path = os.fspath(work.path(task, seed))
+      found.update(repr((task, seed, path, listed.get(path) or _size_and_time(path))).encode())
   return found.hexdigest()
 
 
-def _size_and_time(path: Place) -> tuple[Any, ...]:
-  """What tells that a file changed; nothing where there is none. A bucket says it in words of its own."""
-  if not path.is_file():
+def _size_and_time(path: str) -> tuple[Any, ...]:
+  """What tells that a file changed; nothing where this machine has none."""
+  if not os.path.isfile(path):
     return ()
-  stat = path.stat()
-  return (stat.length, stat.mtime) if is_remote(path) else (stat.st_size, stat.st_mtime_ns)
+  stat = os.stat(path)
+  return stat.st_size, stat.st_mtime_ns
 
 
 def _digest_of_folder(folder: pathlib.Path) -> str:

@@ -15,8 +15,9 @@ from qimg2.runtime.evaluating.page import write_comparison
 from qimg2.runtime.evaluating.summary import in_words, scores_of
 
 COMPARISON = "comparison.json"
-FREE = {"batch_size", "pictures", "pretrained", "rivals", "keep"}  # of a request: what may differ between two evaluations
-SCORERS = ("rapidocr", "onnxruntime", "rapidfuzz")
+# Of a request, what may differ between two evaluations. What files hold stands elsewhere: in prompt_set, files, and the judge of each line.
+FREE = {"batch_size", "num_prompts", "pictures", "pretrained", "rivals", "keep", "path", "prompts", "network", "model", "reference", "files"}
+SCORERS = ("qimg2", "rapidocr", "onnxruntime", "rapidfuzz")
 COUNTS = ("num_pictures", "num_reference")
 
 
@@ -64,6 +65,11 @@ def _common(this: Folder, other: Folder) -> dict[str, tuple[Mapping[str, Any], M
     if changed:
       raise ValueError(f"Suite {name} has {changed[0]}={asked[0].get(changed[0])!r} in {this.place} and {asked[1].get(changed[0])!r} in "
                        f"{other.place}: such scores are not comparable; evaluate both with the same settings.")
+    files = [{key: value for key, value in one.get("files", {}).items() if key in ("network", "model", "reference")} for one in asked]
+    changed = [key for key in sorted({*files[0], *files[1]}) if files[0].get(key) != files[1].get(key)]
+    if changed:
+      raise ValueError(f"Suite {name} had another {changed[0]} in {other.place} than in {this.place}, by what its files hold: such scores are not "
+                       "comparable; evaluate both with the same one.")
   versions = [{key: value for key, value in folder["versions"].items() if key in SCORERS} for folder in (ours, theirs)]
   if versions[0] != versions[1]:
     logging.warning("%s was scored with %s, %s with %s: a difference may be theirs.", this.place, versions[0], other.place, versions[1])

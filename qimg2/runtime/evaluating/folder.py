@@ -43,7 +43,7 @@ class Folder:
     self.place = find_place(place, "--out")
 
   def begin(self, request: Mapping[str, Any]) -> None:
-    """Writes down what is evaluated.
+    """Writes down what is evaluated. One that is finished may be asked for with other "versions" than it was made with: nothing is made again.
 
     Raises:
       ValueError: the folder holds another evaluation or other files, or cannot be made.
@@ -56,10 +56,12 @@ class Folder:
         raise ValueError(f"--out={self.place} holds other files, and no evaluation: give a folder of its own.")
       if not path.exists():
         write_file(path, json.dumps(request, indent=1, ensure_ascii=False))
-    before = read_json(path)
-    if before == json.loads(json.dumps(request)):
+    before, now = read_json(path), json.loads(json.dumps(request))
+    if (self.place / SUMMARY).exists():
+      before["versions"] = now.get("versions")
+    changed = [f"{name} was {_short(old)} and is {_short(new)}" for name, old, new in _changes(before, now)]
+    if not changed:
       return
-    changed = [f"{name} was {_short(old)} and is {_short(new)}" for name, old, new in _changes(before, json.loads(json.dumps(request)))]
     raise ValueError(f"--out={self.place} holds another evaluation: {'; '.join(changed)}. Give another --out.")
 
   def picture_of(self, file: str) -> Place:
@@ -200,18 +202,18 @@ def read_lines(path: Place) -> list[dict[str, Any]]:
     FileNotFoundError: there is none.
     ValueError: it is not UTF-8, or a line is no JSON.
   """
-  return list(_parsed(path, decode_text(path.read_bytes(), str(path))))
+  return [row for _, row in _numbered_rows(path)]
 
 
-def _parsed(path: Place, content: str) -> Iterator[dict[str, Any]]:
-  for number, text in numbered_lines(content):
+def _numbered_rows(path: Place) -> Iterator[tuple[int, dict[str, Any]]]:
+  for number, text in numbered_lines(decode_text(path.read_bytes(), str(path))):
     try:
       row = json.loads(text)
     except ValueError as error:
       raise ValueError(f"Line {number} of {path} is no JSON ({error}): mend it or make the file anew.") from error
     if not isinstance(row, dict):
       raise ValueError(f"Line {number} of {path} is {text[:60]!r}: each line must be an object, such as {{\"file\": \"a.png\", \"prompt\": \"a\"}}.")
-    yield row
+    yield number, row
 
 
 def read_json(path: Place) -> dict[str, Any]:
@@ -239,7 +241,7 @@ def read_manifest(folder: Place, suite: str, tasks: Sequence[Task]) -> tuple[lis
   if not path.is_file():
     raise ValueError(f"--images={folder} has no {MANIFEST}: give it one with a line for each picture, such as "
                      '{"file": "a.png", "prompt": "a red cat", "seed": 0}.')
-  rows = list(enumerate(read_lines(path), 1))
+  rows = list(_numbered_rows(path))
   if any(row.get("suite") == suite for _, row in rows):
     rows = [(number, row) for number, row in rows if row.get("suite", suite) == suite]
   names, prompts = {name: number for number, name in enumerate(task_names(suite, tasks))}, {}

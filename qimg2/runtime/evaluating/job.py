@@ -6,10 +6,12 @@ killed goes on, and parts of it may be other jobs' (`Share`). Processes of one j
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
+import pathlib
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +20,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+import data_pipelines
+import qimg2
 from qimg2.evaluation import ERROR, Suite, Task
 from qimg2.places import Place, write_file
 from qimg2.runtime import processes
@@ -241,7 +245,7 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
   write_file(out.place / files.SCORES, files.lines(rows))
   if any(work.draw is not None for work in works):
     write_file(out.place / files.MANIFEST, files.lines([{key: row[key] for key in ("file", "suite", "task", "prompt", "seed")} for row in rows]))
-  summary = {"request": request, "versions": _versions(), "suites": summaries}
+  summary = {"request": request, "versions": versions(), "suites": summaries}
   write_page(out, summary, rows, {work.name: (work.suite, work.tasks) for work in works})
   write_file(out.place / files.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False))
   for work in works:
@@ -280,6 +284,17 @@ def _blocks(rows: Sequence[Mapping[str, Any]], features: np.ndarray) -> Iterator
     yield [rows[i]["task"] for i in some], np.asarray(features[some])
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """{package: version} of what draws and scores; of this one a digest of its code."""
   found = {name: next(importlib.metadata.distributions(name=name), None) for name in PACKAGES}
-  return {name: one.version for name, one in found.items() if one}
+  return {"qimg2": _code()} | {name: one.version for name, one in found.items() if one}
+
+
+@functools.cache  # of what this process has read, whatever becomes of the files
+def _code() -> str:
+  found = hashlib.sha256()
+  for package in (qimg2, data_pipelines):
+    root = pathlib.Path(package.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+      found.update(f"{root.name}/{path.relative_to(root).as_posix()} ".encode() + path.read_bytes())
+  return found.hexdigest()[:16]

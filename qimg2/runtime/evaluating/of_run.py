@@ -19,7 +19,7 @@ from qimg2.runtime.config import StageConfig, plain
 from qimg2.runtime.evaluating.drawing import Painter, learned, painter_of_run
 from qimg2.runtime.evaluating.registry import SEED, SUITES, make_suite
 from qimg2.runtime.evaluating.scoring import Scorer
-from qimg2.runtime.evaluating.summary import in_words, row_of, summarise
+from qimg2.runtime.evaluating.summary import clusters, in_words, row_of, summarise
 from qimg2.runtime.run import Run
 from qimg2.runtime.sampling import sampling_weights
 from qimg2.runtime.sheets import grid, save_picture
@@ -88,7 +88,8 @@ def _scored(painter: Painter, name: str, suite: Suite, tasks: list) -> tuple[lis
       scores, _ = scorer.begin([tasks[i] for i in numbers], pictures).finish()
       for i, *pair in zip(numbers, pictures, scores):
         found[i] = tuple(pair)
-  rows = [row_of(name, str(i), tasks[i], SEED, "", scores) for i, (_, scores) in enumerate(found)]
+  same = clusters(list(map(str, range(len(tasks)))), tasks)
+  rows = [row_of(name, str(i), tasks[i], SEED, "", scores, same[i]) for i, (_, scores) in enumerate(found)]
   summary = summarise(suite, rows)
   return found, summary | {"num_prompts": len(tasks), "shares": {
       key: value["value"] for key, value in summary["figures"].items() if value["figure"]["is_share"]}}

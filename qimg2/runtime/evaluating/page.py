@@ -87,11 +87,11 @@ def _extremes(out: files.Folder, suite: Suite, tasks: Sequence[Task], rows: Sequ
   """Best and worst pictures of each figure."""
   by_name, found = dict(zip(files.task_names("", tasks), tasks)), []
   for name, figure in figures_of(suite, rows).items():
-    some = [row for row in rows if figure.numerator in row["metrics"]]
+    some = [row for row in rows if figure.numerator in row["metrics"] and row["metrics"].get(figure.denominator, 1) > 0]  # no 0 of nothing
     if name.endswith("chance") or not some:
       continue
     numerator, denominator, _ = scores_of(figure, some)
-    values = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
+    values = numerator / denominator
     order = np.argsort(values if figure.lower_is_better else -values, kind="stable")
     shown = [("best", order[:NUM_SHOWN])] + [("worst", order[-NUM_SHOWN:][::-1])] * (len(order) > NUM_SHOWN)
     shown = [("all are alike, some", order[:NUM_SHOWN])] if values.min() == values.max() else shown
