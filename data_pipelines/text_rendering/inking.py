@@ -24,7 +24,7 @@ from data_pipelines.text_rendering.surfaces import Face
 from data_pipelines.text_rendering.warping import FINE, Warp, bounds
 
 WAYS = {"alpha": 0.4, "multiply": 0.25, "luminance": 0.35}  # and how often
-_SHADOW, _LIGHT_SHADOW = 0.5, 0.35  # how much darker it is in a shadow of an object, and of raised letters
+_LIGHT_SHADOW = 0.35  # how much darker it is in a shadow of raised letters; of an object it is half as light
 _MOST_BLUR, _SOFTEST = 0.55, 0.025  # of letters, in px and in ems
 _LEAST_NOISE, _MOST_NOISE = 0.7, 5.0  # levels
 
@@ -122,16 +122,25 @@ def _paste(picture: np.ndarray, face: Face, warp: Warp, light: Sequence[float]) 
   """Draws an object with its shadow."""
   size = float(np.ptp(warp.corners, axis=0).min())
   box = _inside(warp.hull((0, 0, warp.width, warp.height)), picture, 2 + round(0.2 * size))
-  premultiplied = cv2.multiply(face.pixels[..., :3], cv2.merge([face.pixels[..., 3]] * 3), scale=1 / 255)
-  seen = warp.read(np.dstack([premultiplied, face.pixels[..., 3]]), box)
-  alpha, part = seen[..., 3:].astype(np.float32) / 255, _view(picture, box)
+  seen, part = warp.read(face.pixels, box), _view(picture, box)
+  *colours, alpha = cv2.split(seen)
   if not face.is_lit:
-    move = 0.05 * size * np.asarray(light)
-    shadow = cv2.warpAffine(seen[..., 3], np.float32([[1, 0, move[0]], [0, 1, move[1]]]), seen.shape[1::-1])
-    shadow = cv2.GaussianBlur(shadow, (0, 0), max(0.8, 0.025 * size)).astype(np.float32) / 255
-    part = part * (1 - _SHADOW * shadow[..., None])
+    part = _darker(part, _shadow(alpha, 0.05 * size * np.asarray(light), 0.025 * size))
   left, top, right, bottom = box
-  picture[top:bottom, left:right] = np.clip(part * (1 - alpha) + seen[..., :3] + 0.5, 0, 255).astype(np.uint8)
+  picture[top:bottom, left:right] = cv2.add(_darker(part, alpha), cv2.merge(colours))
+
+
+def _shadow(alpha: np.ndarray, move: np.ndarray, blur: float) -> np.ndarray:
+  """How dark the shadow of something is, [H, W] uint8: moved and blurred, by px."""
+  fine = max(1.0, blur / 2)  # what is so soft needs no more pixels
+  small = cv2.resize(alpha, None, fx=1 / fine, fy=1 / fine, interpolation=cv2.INTER_AREA)
+  shadow = cv2.warpAffine(small, np.float32([[1, 0, move[0] / fine], [0, 1, move[1] / fine]]), small.shape[::-1])
+  return cv2.resize(cv2.GaussianBlur(shadow, (0, 0), max(0.8, blur / fine)), alpha.shape[::-1]) // 2
+
+
+def _darker(pixels: np.ndarray, by: np.ndarray) -> np.ndarray:
+  """Pixels [H, W, 3] uint8 of which only 1 - by / 255 is left."""
+  return cv2.multiply(pixels, cv2.merge([255 - by] * 3), scale=1 / 255)
 
 
 def _draw_shelf(rng: np.random.Generator, picture: np.ndarray, warp: Warp) -> None:

@@ -62,7 +62,7 @@ class Face:
   """A surface that was drawn.
 
   Attributes:
-    pixels: H W 4 uint8, the last of them how far it covers what is behind.
+    pixels: H W 4 uint8, the last of them how far it covers what is behind, by which colours are multiplied.
     frame: where letters may be, (left, top, right, bottom).
     colour: name of what they stand on.
     is_lit: whether it shines by itself: no shadow falls on it.
@@ -87,7 +87,9 @@ def draw_face(rng: np.random.Generator, surface: Surface, height: int, width: in
     _draw_border(rng, pixels, surface, rgb, border)
   _fix(rng, pixels, surface, margin - border)
   cover = _cover(height, width, surface.rounding * short)
-  return Face(np.dstack([pixels, cover]), frame, colour, surface.material == "screen")
+  if surface.rounding:
+    pixels = cv2.multiply(pixels, cv2.merge([cover] * 3), scale=1 / 255)
+  return Face(cv2.merge([*cv2.split(pixels), cover]), frame, colour, surface.material == "screen")
 
 
 def _cover(height: int, width: int, radius: float) -> np.ndarray:
@@ -157,7 +159,7 @@ def tinted(rgb: Sequence[float], relief: np.ndarray) -> np.ndarray:
   levels = np.arange(-128, 128)
   tables = np.clip(np.asarray(rgb)[:, None] + levels, 0, 255).astype(np.uint8)
   places = np.clip(relief + 128, 0, 255).astype(np.uint8)
-  return np.dstack([cv2.LUT(places, table) for table in tables])
+  return cv2.merge([cv2.LUT(places, table) for table in tables])
 
 
 def noise(rng: np.random.Generator, height: int, width: int, along: float = 1.0, down: float = 1.0) -> np.ndarray:
