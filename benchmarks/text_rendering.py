@@ -1,10 +1,10 @@
 """Rendered text measured: how fast it is drawn, whether OCR reads it back, whether another renderer draws the same, and sheets to look at.
 
-  python -m benchmarks.text_rendering --measure=speed [--base_px=256] [--num=400] [--kind=complex]
-  python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans]
+  python -m benchmarks.text_rendering --measure=speed [--base_px=256] [--num=400] [--kind=complex] [--pictures=FOLDER]
+  python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans] [--kind=complex]
   python -m benchmarks.text_rendering --measure=pango [--num=200] [--languages=en,ru,el,ar,he,hi,th,zh-Hans,ja,ko]
   python -m benchmarks.text_rendering --measure=nasty [--num=2000]
-  python -m benchmarks.text_rendering --measure=memory [--base_px=128] [--num=100000]
+  python -m benchmarks.text_rendering --measure=memory [--base_px=128] [--num=100000] [--kind=complex]
   python -m benchmarks.text_rendering --measure=pod [--num=4096]
   python -m benchmarks.text_rendering --measure=need [--num=100]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--kind=complex] [--layout=menu]
@@ -40,7 +40,7 @@ from data_pipelines.mixture import Mixture
 from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.text_rendering import drawing, languages, layout, words
 from data_pipelines.text_rendering.fonts import FOLDERS, find_faces, typefaces
-from data_pipelines.text_rendering.settings import RATIOS, Settings
+from data_pipelines.text_rendering.settings import KINDS, RATIOS, Settings
 from data_pipelines.text_rendering.source import RenderedText, WithEdits
 from data_pipelines.tokenizer import train_tokenizer
 from launch import cli
@@ -54,10 +54,10 @@ PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 
 def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS, kind: str = "pure", layout_name: str = "") -> RenderedText:
-  """The pictures that are measured: of a kind, and of one layout or template of it where that is named."""
+  """The pictures that are measured: of a kind, and of one layout or template of it where that is named; signs stand on those of --pictures."""
   only = {{"pure": "layouts", "complex": "templates"}[kind]: {layout_name: 1.0}} if layout_name else {}
-  return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), kinds={kind: 1.0}, **only),
-                      "train", 2**20)
+  return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), kinds={kind: 1.0},
+                               pictures=flags.FLAGS.pictures, **only), "train", 2**20)
 
 
 def speed(base_px: int, codes: Sequence[str], num: int, kind: str) -> str:
@@ -82,9 +82,9 @@ def speed(base_px: int, codes: Sequence[str], num: int, kind: str) -> str:
           f"{max(rates):.0f} in {ROUNDS} rounds of {num}); outlines alone {statistics.median(bare):.0f}")
 
 
-def memory(base_px: int, codes: Sequence[str], num: int) -> Iterator[str]:
+def memory(base_px: int, codes: Sequence[str], num: int, kind: str) -> Iterator[str]:
   """Yields in sentences how much memory the process has after some of `num` pictures."""
-  source, told = source_of(base_px, codes), {some * 10**power for some in (1, 3) for power in range(3, 10)} | {num}
+  source, told = source_of(base_px, codes, kind=kind), {some * 10**power for some in (1, 3) for power in range(3, 10)} | {num}
   for number in range(1, num + 1):
     source.record(number * STRIDE % FAR)
     if number in told:
@@ -209,9 +209,9 @@ def need(num: int) -> Iterator[str]:
 # ---- what is read, and what others draw -----------------------------------------------------------------
 
 
-def read_back(base_px: int, code: str, num: int) -> str:
+def read_back(base_px: int, code: str, num: int, kind: str) -> str:
   """What OCR reads of pictures of one language."""
-  source, errors, characters, right = source_of(base_px, [code], ("1:1",)), 0, 0, 0
+  source, errors, characters, right = source_of(base_px, [code], ("1:1",), kind), 0, 0, 0
   for number in range(num):
     record = source.record(number)
     score = score_text(RenderedText.truth(record)["texts"], [line.text for line in ocr.read(record["image"])])
@@ -258,7 +258,7 @@ def sheet(base_px: int, codes: Sequence[str], columns: int, kind: str, layout_na
     for number in range(row * columns, 2**20):
       record = source.record(number)
       layout = RenderedText.truth(record)["layout"]
-      if kind == "pure" or layout_name or layout not in known[-REMEMBERED:]:
+      if kind != "complex" or layout_name or layout not in known[-REMEMBERED:]:
         known.append(layout)
         images.append(np.pad(record["image"], edge, constant_values=128))
       if len(images) == columns:
@@ -296,7 +296,7 @@ def main(_: Sequence[str]) -> None:
   if f.measure == "speed":
     print(speed(f.base_px, codes, f.num, f.kind))
   elif f.measure == "memory":
-    for line in memory(f.base_px, codes, f.num):
+    for line in memory(f.base_px, codes, f.num, f.kind):
       print(line, flush=True)
   elif f.measure == "need":
     for line in need(f.num):
@@ -307,10 +307,10 @@ def main(_: Sequence[str]) -> None:
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(survey(f.num, codes).items())))
   elif f.measure in ("sheet", "edits"):
     drawn = edit_sheet(f.base_px, codes, f.columns) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.kind, f.layout)
-    drawn.quantize(200).save(f.out, optimize=True)
+    (drawn.quantize(200) if f.out.endswith(".png") else drawn).save(f.out, optimize=True)
   else:
     for code in codes:
-      print(read_back(f.base_px, code, f.num) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)
+      print(read_back(f.base_px, code, f.num, f.kind) if f.measure == "ocr" else beside_pango(code, f.num), flush=True)
 
 
 def define_flags() -> None:
@@ -320,7 +320,8 @@ def define_flags() -> None:
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
   flags.DEFINE_integer("columns", 6, "Of a sheet: pictures or edits of each language.", lower_bound=1)
   flags.DEFINE_list("languages", [], "Their codes; all where none is given.")
-  flags.DEFINE_enum("kind", "pure", ["pure", "complex"], "Of speed and a sheet: the kind of pictures.")
+  flags.DEFINE_enum("kind", "pure", KINDS, "The kind of pictures, of speed, memory, ocr and a sheet.")
+  flags.DEFINE_string("pictures", "", "A folder of pictures for the compositional kind.")
   flags.DEFINE_string("layout", "", "Of a sheet: one layout, or template, in place of all.")
   flags.DEFINE_string("out", "sheet.png", "Of a sheet, of edits too: its file.")
 

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import base, colab, emoji, folder, pretrain, pretrain_1b, quickstart, sizes
+from configs import base, colab, emoji, folder, pretrain, pretrain_1b, quickstart, sizes, typography
 from data_pipelines.buckets import bucket_size
 from data_pipelines.specs import DatasetSpec
 from qimg2 import flow
@@ -37,7 +37,7 @@ def smoke():
 # Parsing.
 
 
-@pytest.mark.parametrize("module", [quickstart, pretrain, pretrain_1b, folder, emoji, colab])
+@pytest.mark.parametrize("module", [quickstart, pretrain, pretrain_1b, folder, emoji, colab, typography])
 @pytest.mark.parametrize("argument", ["", "smoke"])
 def test_a_config_is_parsed_whole_and_can_be_written(module, argument):
   cfg = parse(module.get_config(argument))

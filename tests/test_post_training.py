@@ -33,6 +33,8 @@ def test_the_recipe_of_the_published_size_names_each_of_its_parts():
   first, second, last = cfg.stages
   assert {one.settings["pretrained"] for stage in (first, second) for one in stage.rewards.values() if one.kind == "judge"} == {"judges"}
   assert first.algorithm.settings["deviation"] == "group" and first.rewards["text"].weight_in("text") == 0.5
+  assert {name: fall.rising for stage in (first, second) for name, fall in stage.watch.falls.items()} == {
+      "reward/beauty": "reward/follow", "reward/kept": "reward/follow"}
   assert last.frozen == {"encoder": "diffusers:nowhere", "vae": "diffusers:nowhere", "teacher_t2i": "stage:rl_t2i", "teacher_ti2i": "stage:rl_edit"}
   assert len(parse(rl_7b.get_config("smoke")).stages) == 2
   with pytest.raises(ValueError, match="rl_7b.py:diffusers:DIR is not understood: say diffusers:DIR:JUDGE"):

@@ -12,7 +12,7 @@ ALLOWED = {
     "data_pipelines": {"data_pipelines", "numpy", "grain", "tensorflow_datasets", "PIL", "pyvips", "tokenizers", "matplotlib", "fontTools", "tqdm",
                        "absl", "array_record"},
     "data_pipelines/text_rendering": {"data_pipelines", "numpy", "PIL", "fontTools", "uharfbuzz", "bidi", "babel", "pyphen", "budoux", "pythainlp",
-                                      "matplotlib"},
+                                      "cv2", "matplotlib"},
     # What only curation needs is in requirements-data.txt.
     "data_pipelines/curation": {"data_pipelines", "numpy", "tensorflow_datasets", "PIL", "apache_beam", "cv2", "imagehash", "rapidocr",
                                 "onnxruntime", "tokenizers", "pyarrow", "fsspec", "tqdm", "matplotlib", "absl"},

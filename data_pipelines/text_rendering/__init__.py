@@ -23,9 +23,13 @@ Reading order:
   building.py   from a template to regions
   complex.py    pages from templates, with their truth
   page_captions.py   what is said of them
+  warping.py    a plane in space, flat or bent, and back
+  surfaces.py   signs, boards, paper, screens and cans; walls.py has what is behind them
+  pictures.py   a user's pictures, and where in them there is room
+  inking.py     objects and letters on the pixels of a picture, and their contrast there
+  compositional.py   signs in scenes and on pictures, with their truth; objects_said.py has what is said of them
+  letters.py    words that are spelt, and which of their letters a picture shows
   edits.py      another word, number, colour, font or place; texts that come, go or are translated: pairs of pictures with an instruction
   source.py     any picture by its number
   stored.py     the folder by which a mixture names it
-
-Left out: kinds with a user's pictures behind the text.
 """

@@ -83,9 +83,13 @@ def _count(blocks: Sequence[Mapping[str, Any]]) -> str:
 def _own(truth: Mapping[str, Any], language: Language) -> str:
   stop = own_stop(language)
   said = [language.captions["paper"][0].format(paper=language.colours[truth["paper"]["colour"]])]
-  said += [language.captions["block"][0].format(place=language.places[block["place"]], colour=language.colours[block["colour"]], text=block["text"])
-           for block in truth["blocks"]]
+  said += [own_block(block, language) for block in truth["blocks"]]
   return stop.join(map(capital, said)) + stop.strip()
+
+
+def own_block(block: Mapping[str, Any], language: Language) -> str:
+  """What is said of a block in its language."""
+  return language.captions["block"][0].format(place=language.places[block["place"]], colour=language.colours[block["colour"]], text=block["text"])
 
 
 def capital(text: str) -> str:

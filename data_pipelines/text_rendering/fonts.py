@@ -54,6 +54,11 @@ class Face:
     return "Bold" in self.style or "Black" in self.style
 
   @property
+  def is_thin(self) -> bool:
+    """Whether its strokes are too thin to be read on what is not plain."""
+    return "Light" in self.style or "Thin" in self.style
+
+  @property
   def is_italic(self) -> bool:
     return "Italic" in self.style or "Oblique" in self.style
 

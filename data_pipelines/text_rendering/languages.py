@@ -12,6 +12,7 @@
   vertical      how many of ten texts are set in columns from right to left
   words, headings, sentences   what texts are made of, without straight double quotes
   patterns      sentences with {slots}: weekday, date, time, number, percent, price, country, language, month
+  objects       what texts stand on, `compositional.OBJECTS`, as its captions call it
   edits         {"word": [...], ...}: instructions, with {old} and {new}; {text} and {colour}, {looks}, {place} or {language}; see `edits`
   looks         names of what a font may look like, as an instruction says them
   colours, places   names as they are said in its captions
@@ -47,6 +48,7 @@ class Language:
   headings: tuple[str, ...]
   sentences: tuple[str, ...]
   patterns: tuple[str, ...]
+  objects: Mapping[str, str]
   edits: Mapping[str, tuple[str, ...]]
   looks: Mapping[str, str]
   colours: Mapping[str, str]

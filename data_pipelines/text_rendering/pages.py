@@ -118,7 +118,7 @@ def truth_of(kind: str, layout: str, blocks: Sequence[Block], paper: Paper, page
   Boxes are (left, top, right, bottom) of ink in px, rounded outwards, and lie in the picture.
   """
   language = page.corpus.language
-  found = [_describe(block, page) for block in blocks]
+  found = [describe(block, page) for block in blocks]
   return {"kind": kind, "layout": layout, "language": language.code, "texts": [block["text"] for block in found],
           "paper": {"colour": paper.name, "rgb": list(paper.rgb), "texture": paper.texture}, "blocks": found}
 
@@ -129,7 +129,8 @@ def joined(block: Block) -> str:
   return between.join(block.paragraphs)
 
 
-def _describe(block: Block, page: Page) -> dict[str, Any]:
+def describe(block: Block, page: Page) -> dict[str, Any]:
+  """What is said of a block in the truth, see `truth_of`."""
   setting, face = block.setting, block.setting.style.typeface.main
   whole, (colour, rgb, contrast) = outwards(setting.ink), block.ink
   more = {name: value for name, value in (("ground", block.ground), ("structure", block.structure)) if value not in ("", None)}

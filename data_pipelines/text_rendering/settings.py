@@ -12,10 +12,12 @@ import numpy as np
 from data_pipelines.text_rendering import languages, templates
 
 RATIOS = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
-KINDS = ("pure", "complex")  # of pictures: each is the module of its name, see `pages`
+KINDS = ("pure", "complex", "compositional", "letters")  # of pictures: each is the module of its name, see `pages`
 DEFAULT_KINDS = {"pure": 0.5, "complex": 0.5}  # and how often
 LAYOUTS = {"single": 0.25, "lines": 0.2, "paragraph": 0.3, "columns": 0.1, "list": 0.15}  # of the pure kind, and how often
 EDITS = {"word": 2.0, "number": 1.0, "colour": 1.0, "font": 1.0, "move": 1.0, "remove": 1.0, "add": 1.0, "translate": 1.0}  # and how often
+LEAST_TOKENS = 16  # of a caption of the letters kind
+_LEAST_PX = (64, 32)  # of base_px, and of that of the letters kind alone
 BUDGETS = (128, 192, 320, 512, 1024)  # tokens that captions may have, the template not counted
 
 
@@ -34,9 +36,14 @@ class Settings:
     templates: those of the complex kind -> how often; empty for all that there are, alike.
     template_folders: where further ones are, see `templates`.
     min_px: least size of Latin letters in px; other scripts are as much larger as they need to be.
-    max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most.
+    max_tokens: captions have at most so many tokens, the template not counted; 0 for one per px of `base_px`, 1024 at most. Below 128 there is
+      room for the letters kind alone, without edits.
     texts: code -> further paragraphs, cleaned.
     font_folders: where fonts are looked for, beside Matplotlib's; empty for the usual places.
+    fonts: names of faces, such as "DejaVu Sans Mono Bold", that texts are set in; empty for all that have a language's letters.
+    letters: least and most letters of a word, of the letters kind.
+    alphabet: what they are drawn from.
+    pictures: folder of pictures that the compositional kind puts text on, see `pictures.Pictures`; "" for scenes that are drawn here.
   """
   seed: int = 0
   base_px: int = 256
@@ -51,11 +58,19 @@ class Settings:
   max_tokens: int = 0
   texts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   font_folders: tuple[str, ...] = ()
+  fonts: tuple[str, ...] = ()
+  letters: tuple[int, int] = (2, 5)
+  alphabet: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+  pictures: str = ""
 
   def __post_init__(self):
-    if self.seed < 0 or self.base_px < 64 or self.min_px < 5 or 0 != self.max_tokens < BUDGETS[0]:
-      raise ValueError(f"seed={self.seed}, base_px={self.base_px}, min_px={self.min_px} and max_tokens={self.max_tokens} must be at least 0, 64, 5 "
-                       f"and {BUDGETS[0]} (or 0).")
+    is_small = set(self.kinds) == {"letters"} and not self.edits
+    least_px, least_tokens = _LEAST_PX[is_small], LEAST_TOKENS if is_small else BUDGETS[0]
+    if self.seed < 0 or self.base_px < least_px or self.min_px < 5 or 0 != self.max_tokens < least_tokens:
+      raise ValueError(f"seed={self.seed}, base_px={self.base_px}, min_px={self.min_px} and max_tokens={self.max_tokens} must be at least 0, "
+                       f"{least_px}, 5 and {least_tokens} (or 0); less than 64 px and 128 tokens are for the letters kind alone, without edits.")
+    if not 1 <= self.letters[0] <= self.letters[-1] or len(self.letters) != 2 or len(set(self.alphabet)) < 2 or '"' in self.alphabet:
+      raise ValueError(f"letters={self.letters} and alphabet={self.alphabet!r}: give two numbers from 1 on in order, and at least two letters.")
     for name, known in (("languages", languages.codes()), ("kinds", KINDS), ("layouts", LAYOUTS), ("edits", EDITS),
                         ("templates", templates.load(self.template_folders)), ("texts", self.languages or languages.codes())):
       odd = [one for one in getattr(self, name) if one not in known]
@@ -65,6 +80,8 @@ class Settings:
       some = getattr(self, name)
       if any(not share > 0 for share in some.values()) or not some and name in ("kinds", "layouts"):
         raise ValueError(f"{name}={dict(some)}: give shares above 0, and leave out what is not wanted.")
+    if self.pictures and "compositional" not in self.kinds:
+      raise ValueError(f"pictures={self.pictures} is for the compositional kind: add it to kinds={dict(self.kinds)}.")
     if not self.ratios:
       raise ValueError("ratios is empty: give at least one, such as \"1:1\".")
 

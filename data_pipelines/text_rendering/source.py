@@ -5,6 +5,7 @@ p mod n of the n slots of the index, and draws everything else from (seed, split
 loader reads slot s as picture s + e n, and no picture comes twice. Edits have slots and numbers of their own, behind those of pictures.
 """
 
+import dataclasses
 import functools
 import importlib
 import io
@@ -61,17 +62,17 @@ class RenderedText(Sequence):
     Raises:
       ValueError: a language has no font on this machine; names the package.
     """
-    self._settings, self._split, self._num, self._tokenizer = settings, split, num_slots, tokenizer
+    self.settings, self._split, self._num, self._tokenizer = settings, split, num_slots, tokenizer
     self._are_edits = are_edits
     self._keys = [(settings.seed, SPLITS.index(split), which + 2 * are_edits) for which in (1, 2)]  # of a slot, of a picture
     self._sizes = [bucket_size(settings.base_px, ratio) for ratio in settings.ratios]
     self._shares = settings.shares
     self._first_id, self._kinds = FIRST_ID[split] + _FIRST_EDIT * are_edits, {_EDITS: 1.0} if are_edits else settings.kinds
-    most = max(BUDGETS[0], settings.max_tokens or settings.base_px)
-    self._budgets = [budget for budget in (_EDIT_BUDGETS if are_edits else BUDGETS) if budget <= most]
+    most = settings.max_tokens or max(BUDGETS[0], settings.base_px)
+    self._budgets = [budget for budget in (_EDIT_BUDGETS if are_edits else BUDGETS) if budget <= most] or [most]
 
   def __getstate__(self) -> tuple:
-    return self._settings, self._split, self._num, self._tokenizer, self._are_edits  # fonts are opened anew in another process
+    return self.settings, self._split, self._num, self._tokenizer, self._are_edits  # fonts are opened anew in another process
 
   def __setstate__(self, state: tuple) -> None:
     self.__init__(*state)
@@ -106,15 +107,14 @@ class RenderedText(Sequence):
     Raises:
       ValueError: the tokenizer needs so many tokens that no caption of the language is short enough.
     """
-    slot, rng = self.slot(number), np.random.default_rng((*self._keys[1], number))
-    corpus = self._corpus(slot.language)
+    slot, plain, rng = self.slot(number), self.page(number), np.random.default_rng((*self._keys[1], number))
+    corpus = plain.corpus
     per_token = _CHARACTERS.get(corpus.language.breaking, _OTHER)
     most = max(12.0, (slot.tokens - _OVERHEAD) * per_token)
     room = most ** rng.uniform(*_ROOM[slot.kind == "complex"])
     kind = importlib.import_module(f"{__package__}.{slot.kind}")
     for trial in range(_TRIES):
-      page = Page(corpus, self._typefaces[slot.language], slot.height, slot.width, self._settings, int(room * _SHORTER**trial), self._typefaces,
-                  trial >= _TRIES // 2)
+      page = dataclasses.replace(plain, num_characters=int(room * _SHORTER**trial), is_simple=trial >= _TRIES // 2)
       image, truth, *sources = kind.render(rng, page)
       said = kind.captions(rng, truth, corpus.language)
       if self._fit(said["captions"], slot.tokens):
@@ -124,6 +124,11 @@ class RenderedText(Sequence):
             {**truth, "picture": number}, ensure_ascii=False), "sample_id": self._first_id + number % self._num})
     raise ValueError(f"No caption of picture {number} ({corpus.language.name}) has at most {slot.tokens} tokens: give a tokenizer that knows the "
                      "language, with a larger vocabulary.")
+
+  def page(self, number: int) -> Page:
+    """Returns what a picture is set on, with room for no text as yet."""
+    slot = self.slot(number)
+    return Page(self._corpus(slot.language), self._typefaces[slot.language], slot.height, slot.width, self.settings, 0, self._typefaces)
 
   @staticmethod
   def truth(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +143,7 @@ class RenderedText(Sequence):
     """
     if self._tokenizer is None:
       raise ValueError("An index needs a tokenizer: it says how long prompts are.")
-    slots, names = [self.slot(number) for number in range(self._num)], sorted({"en", *self._settings.shares})
+    slots, names = [self.slot(number) for number in range(self._num)], sorted({"en", *self.settings.shares})
     kinds = EDIT_KINDS if self._are_edits else KINDS
     places, each = {name: i for i, name in enumerate(names)}, len(kinds)
     said = [[places["en"]] * (each - 1) + [places[slot.language]] for slot in slots]
@@ -157,7 +162,7 @@ class RenderedText(Sequence):
   def fonts(self) -> str:
     """What tells the fonts of this machine from others, as far as they are used."""
     some = dict(self._typefaces)
-    if "complex" in self._settings.kinds:
+    if "complex" in self.settings.kinds:
       some["code"] = tuple(monospaced(one) for one in next(iter(some.values()))[:1])
     return fingerprint(some)
 
@@ -170,11 +175,20 @@ class RenderedText(Sequence):
 
   @functools.cached_property
   def _typefaces(self) -> dict[str, tuple[Typeface, ...]]:
-    faces = _faces(self._settings.font_folders)
-    return {code: typefaces(faces, languages.load(code)) for code in self._settings.shares}
+    faces = _faces(self.settings.font_folders)
+    found = {code: typefaces(faces, languages.load(code)) for code in self.settings.shares}
+    return {code: _named(self.settings.fonts, some, code) for code, some in found.items()}
 
   def _corpus(self, code: str) -> Corpus:
-    return Corpus(languages.load(code), tuple(self._settings.texts.get(code, ())))
+    return Corpus(languages.load(code), tuple(self.settings.texts.get(code, ())))
+
+
+def _named(names: Sequence[str], some: tuple[Typeface, ...], code: str) -> tuple[Typeface, ...]:
+  """Those of some typefaces that have one of the names; all where there is no name."""
+  found = tuple(one for one in some if not names or one.main.name in names)
+  if not found:
+    raise ValueError(f"fonts={tuple(names)} has none that sets {code}: choose among {', '.join(one.main.name for one in some)}.")
+  return found
 
 
 class WithEdits(Sequence):
@@ -183,7 +197,8 @@ class WithEdits(Sequence):
   endless = True
 
   def __init__(self, pictures: RenderedText, edits: RenderedText):
-    self._pictures, self._edits, self.fonts = pictures, edits, pictures.fonts
+    self._pictures, self._edits = pictures, edits
+    self.settings, self.fonts = pictures.settings, pictures.fonts
 
   def __len__(self) -> int:
     return len(self._pictures) + len(self._edits)
@@ -195,6 +210,10 @@ class WithEdits(Sequence):
 
   def __getitems__(self, positions: Sequence[int]) -> list[dict]:
     return [self[position] for position in positions]
+
+  def page(self, number: int) -> Page:
+    """What a picture without a source is set on, see `RenderedText.page`."""
+    return self._pictures.page(number)
 
   def index(self) -> dict[str, np.ndarray]:
     """The index of all slots, see `RenderedText.index`."""

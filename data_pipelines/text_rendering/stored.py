@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines import embedded, records
+from data_pipelines.buckets import bucket_size
 from data_pipelines.text_rendering import languages
+from data_pipelines.text_rendering.compositional import LEAST_EMS
 from data_pipelines.text_rendering.corpora import read_texts
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
+from data_pipelines.text_rendering.pictures import Pictures, survey
 from data_pipelines.text_rendering.settings import Settings
 from data_pipelines.text_rendering.source import RenderedText, WithEdits
 from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
@@ -63,11 +66,22 @@ def prepare(settings: Settings, out: str | os.PathLike, name: str = NAME, num_ex
              "tokenizer": PromptTokenizer.load(tokenizer).fingerprint if tokenizer else "", "settings": settings.plain(), "fonts": fonts,
              "texts": {code: [len(some), hashlib.sha256("\n".join(some).encode()).hexdigest()] for code, some in settings.texts.items()}}
   given = PromptTokenizer.load(tokenizer) if tokenizer else None
-  facts = {"fonts": fonts, **{f"left_out_{code}": number for code, number in left_out.items()}}
+  if settings.pictures:
+    request["pictures"] = Pictures.open(settings.pictures).digest
+  facts = {"fonts": fonts, **survey_pictures(settings), **{f"left_out_{code}": number for code, number in left_out.items()}}
   if num_examples is not None:
     source = embedded.Source(lambda split, num, _: _stored(settings, split, num), request["vocab_size"] or 0, lambda: facts)
     return embedded.make(name, request, out, lambda partial: embedded.build(name, source, request, partial, given))
   return embedded.make(name, request, out, lambda partial: _endless(settings, name, request, os.path.join(partial, name), facts, given))
+
+
+def survey_pictures(settings: Settings) -> dict[str, int]:
+  """How many of the user's pictures can be drawn on, see `pictures.survey`; {} where there are none."""
+  if not settings.pictures:
+    return {}
+  height, width = bucket_size(settings.base_px, settings.ratios[0])
+  em = settings.min_px * min(languages.load(code).min_em for code in settings.shares)
+  return survey(Pictures.open(settings.pictures), height, width, tuple(side * em for side in LEAST_EMS))
 
 
 def _stored(settings: Settings, split: str, num_examples: int) -> Iterator[dict]:
@@ -91,7 +105,8 @@ def _endless(settings: Settings, name: str, request: dict, folder: str, facts: d
   edits = NUM_EDITS if settings.edits else dict.fromkeys(NUM_EDITS, 0)
   index = {split: _source(settings, split, num, edits[split], tokenizer).index() for split, num in NUM_SLOTS.items()}
   return records.finish(folder, name, {split: () for split in records.SPLITS}, index, tokenizer, request, facts, **{records.RENDERED: {
-      "settings": settings.plain(), "edits": edits, "texts": records.checksum(os.path.join(folder, _TEXTS)), "fonts": facts["fonts"]}})
+      "settings": settings.plain(), "edits": edits, "texts": records.checksum(os.path.join(folder, _TEXTS)), "fonts": facts["fonts"],
+      **({"pictures": request["pictures"]} if settings.pictures else {})}})
 
 
 def _source(settings: Settings, split: str, num_slots: int, num_edits: int, tokenizer: PromptTokenizer) -> RenderedText | WithEdits:
@@ -116,4 +131,7 @@ def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int
   if source.fonts != said["fonts"]:
     raise ValueError(f"{folder} was prepared with other fonts than this machine has ({said['fonts']}, here {source.fonts}): install the same "
                      "packages in the same versions, or remove that folder and prepare it anew.")
+  folder_of = source.settings.pictures
+  if folder_of and Pictures.open(folder_of).digest != said["pictures"]:
+    raise ValueError(f"{folder} was prepared with other pictures than {folder_of} now has: put those back, or remove {folder} and prepare it anew.")
   return source

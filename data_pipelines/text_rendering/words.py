@@ -191,13 +191,17 @@ class Corpus:
     return found
 
   def _own(self, rng: np.random.Generator, num_characters: int) -> str:
-    """One of the user's paragraphs, or its beginning up to the end of a sentence or word."""
-    text = _pick(rng, self.own)
-    if len(text) <= num_characters:
-      return text
-    ends = [found.end() for found in re.finditer(r"[.!?。！？।]+\s*", text) if found.end() <= num_characters]
-    ends = ends or [found.start() for found in re.finditer(r"\s", text) if found.start() <= num_characters]
-    return text[:ends[-1] if ends else num_characters].strip()
+    """One of the user's paragraphs, or its beginning."""
+    return shortened(_pick(rng, self.own), num_characters)
+
+
+def shortened(text: str, num_characters: int) -> str:
+  """A text of at most so many characters, or its beginning up to the end of a sentence or word."""
+  if len(text) <= num_characters:
+    return text
+  ends = [found.end() for found in re.finditer(r"[.!?。！？।]+\s*", text) if found.end() <= num_characters]
+  ends = ends or [found.start() for found in re.finditer(r"\s", text) if found.start() <= num_characters]
+  return text[:ends[-1] if ends else num_characters].strip()
 
 
 def _capitals(word: str) -> str:

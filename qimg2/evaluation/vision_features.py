@@ -20,9 +20,9 @@ SIDE_PX = 448
 def make_program(cfg: VisionConfig, dtype: str, shard: Shard) -> Callable[[dict, jax.Array], jax.Array]:
   """The jitted function (weights of the tower, pixels [n, H, W, 3] uint8) -> features [n, out_width] float32."""
   @jax.jit
-  def run(params, pixels):
+  def vision(params, pixels):
     return vision_apply(cfg, params, pixels, dtype, shard=shard)[0].astype("float32").mean(axis=1)
-  return run
+  return vision
 
 
 class VisionFeatures:

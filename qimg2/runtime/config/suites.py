@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "cvtg": {"num_prompts": ALL, "path": Setting(str, needed="CVTG-2K's folder or one of its files"), "model": Setting(str), "side_px": Setting()},
     "text_edits": {"num_prompts": Setting(default=96), "languages": Setting(list), "changes": Setting(list), "model": Setting(str),
                    "side_px": Setting(), "by": Setting(str), "fonts": Setting(str)},
+    "words": {"num_prompts": Setting(default=200), "folder": Setting(str, needed="the folder of a data set of words, of rendered text")},
     "fidelity": {"num_prompts": ALL, "reference": Setting(str, needed="a folder of reference pictures or the .npz file that keep wrote"),
                  "network": Setting(str, needed="an .onnx file or a published folder"), "prompts": Setting(str), "keep": Setting(str),
                  "side_px": Setting(), "input_px": Setting(), "mean": Setting(str), "std": Setting(str), "layout": Setting(str),

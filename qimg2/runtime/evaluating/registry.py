@@ -35,6 +35,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "emoji_edits": _of_data(embedded.emoji_edit_suite),
     **{name: _imported("qimg2.evaluation.text_suites", f"{name}_suite") for name in ("text", "longtext_bench", "cvtg")},
     "text_edits": _imported("qimg2.evaluation.text_edits", "text_edits_suite"),
+    "words": _imported("qimg2.runtime.word_suite", "words_suite"),
     "fidelity": _imported("qimg2.runtime.picture_suites", "fidelity_suite"),
     **{name: _imported("qimg2.runtime.judging", f"{name}_suite") for name in ("judge", "tifa", "pairwise")}}
 

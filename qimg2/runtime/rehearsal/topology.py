@@ -20,8 +20,9 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_S
                "TPU_WORKER_HOSTNAMES": "localhost"}
 ACCELERATORS = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "tpu7x": "tpu7x-8"}  # only so that libtpu does not ask the network
 ASSIGNED = "after_optimizations_after_buffer_assignment.txt"  # the program, scheduled, with a place in memory for every array
-# Names of the functions that are rehearsed: the step, the evaluation, the judge, what draws.
-MODULES = ("step", "sums", "judge_pictures", *phases.NETWORK)
+# Names of the functions that are rehearsed: the step, the evaluation, a suite's judge, what draws, the parts of a rollout, a vision tower.
+MODULES = ("step", "step_begin", "step_add", "step_end", "sums", "judge_pictures", *phases.NETWORK, "generate", "judge", "merge", "minibatches",
+           "vision")
 NEXT = "debug_options"  # what the compiler writes after each such text
 
 
