@@ -4,7 +4,9 @@
   python -m benchmarks.text_rendering --measure=ocr [--base_px=512] [--num=40] [--languages=en,zh-Hans] [--kind=complex]
   python -m benchmarks.text_rendering --measure=pango [--num=200] [--languages=en,ru,el,ar,he,hi,th,zh-Hans,ja,ko]
   python -m benchmarks.text_rendering --measure=nasty [--num=2000]
-  python -m benchmarks.text_rendering --measure=memory [--base_px=96] [--num=100000] [--kind=complex]
+  python -m benchmarks.text_rendering --measure=memory [--base_px=128] [--num=100000] [--kind=complex]
+  python -m benchmarks.text_rendering --measure=pod [--num=4096]
+  python -m benchmarks.text_rendering --measure=need [--num=100]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--kind=complex] [--layout=menu]
   python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...]
 
@@ -12,11 +14,17 @@ speed: pictures with captions per second of processor time, median and range of 
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
 boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools. memory: of the
 process, after each power of ten of pictures and their thirds, from all over the first 10^9. nasty: what becomes of strings that no one would write.
+pod: which pictures 64 processes with 8 workers each read of `num` slots in three epochs, and far on. need: how many pictures a second a pod's runs
+ask for, with a twentieth of their batches, and how many cores of each host draw them.
 """
 
 import collections
+import concurrent.futures
+import hashlib
 import itertools
+import multiprocessing
 import pathlib
+import pickle
 import re
 import statistics
 import subprocess
@@ -28,10 +36,13 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from data_pipelines.mixture import Mixture
+from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.text_rendering import drawing, languages, layout, words
 from data_pipelines.text_rendering.fonts import FOLDERS, find_faces, typefaces
 from data_pipelines.text_rendering.settings import KINDS, RATIOS, Settings
-from data_pipelines.text_rendering.source import RenderedText
+from data_pipelines.text_rendering.source import RenderedText, WithEdits
+from data_pipelines.tokenizer import train_tokenizer
 from launch import cli
 from qimg2.evaluation import ocr
 from qimg2.evaluation.text import score_text
@@ -133,6 +144,68 @@ def survey(num: int, codes: Sequence[str], folders: Sequence[str] = FOLDERS) -> 
   return outcomes
 
 
+# ---- at the size of a pod -------------------------------------------------------------------------------
+
+PROCESSES, WORKERS, ROWS = 64, 8, 8  # hosts, worker processes of each, and rows of a batch for each host
+EPOCHS, FAR_BATCHES = 3, (10**6, 2**30)
+RUNS = (("pretrain_256 on v5p-256", 256, 32768, 39.3, 32), ("cpt_1024 on v5p-256", 1024, 8192, 39.1, 32))  # px, batch, seconds a step at least, hosts
+SHARE = 0.05  # of the batches
+
+
+def count_pod(num_slots: int, base_px: int = 128) -> str:
+  """What a pod's processes read of an endless data set of pictures and half as many edits, in a sentence; no picture is drawn but a few.
+
+  Raises:
+    AssertionError: a picture is read twice, one is missed in an epoch, or another process draws it otherwise.
+  """
+  settings = Settings(base_px=base_px, languages={"en": 1.0}, kinds={"pure": 1.0}, font_folders=("/none",))
+  tokenizer = train_tokenizer(["A text in English."], 300)
+  parts = [RenderedText(settings, "train", num, tokenizer, are_edits) for num, are_edits in ((num_slots, False), (num_slots // 2, True))]
+  source = WithEdits(*parts)
+  index = source.index()
+  specs = [DatasetSpec("", "pictures"), DatasetSpec("", "edits", task="ti2i")]
+  mixture = Mixture(specs, [Resolution(base_px, PROCESSES * ROWS)], 2**12, tokenizer, 0, find=lambda spec: (source, index, None, ()))
+  seen, places, num, k = set(), collections.Counter(), collections.Counter(), 0
+  while min(num[id(cell)] // len(cell.records) for cell in mixture.cells) < EPOCHS:
+    plan = mixture.plan(k)
+    num[id(plan.cell)] += len(plan.places)
+    for host in range(PROCESSES):  # as the loader of each host takes its rows; its workers take batches in turn
+      own = slice(host * ROWS, (host + 1) * ROWS)
+      seen |= {(k % WORKERS, host, int(place + epoch * len(source))) for place, epoch in zip(plan.records[own], plan.epochs[own])}
+      places.update((int(place), int(epoch)) for place, epoch in zip(plan.records[own], plan.epochs[own]))
+    k += 1
+  numbers = [number for *_, number in seen]
+  assert len(set(numbers)) == len(numbers) == k * PROCESSES * ROWS and max(places.values()) == 1, "A picture was read twice."
+  assert all(places[slot, epoch] for slot in range(len(source)) for epoch in range(EPOCHS)), "A picture of an epoch was missed."
+  far = [int(place + epoch * len(source)) for k in FAR_BATCHES for plan in (mixture.plan(k),) for place, epoch in zip(plan.records, plan.epochs)]
+  assert not set(far) & set(numbers) and len(set(far)) == len(far), "A picture far on was read before."
+  some = [*numbers[:4], *far[:2], *far[-2:]]
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    pickled = pickle.dumps(parts)
+    assert list(pool.map(_drawn, [pickled] * len(some), some[::-1])) == [_drawn(pickled, number) for number in some[::-1]], "Another process differs."
+  return (f"{k} batches of {PROCESSES} processes with {WORKERS} workers: {len(numbers)} pictures of {len(source)} slots, none twice, none missed in "
+          f"{EPOCHS} epochs; batches {', '.join(map(str, FAR_BATCHES))} hold others, up to number {max(far)}; another process draws the same")
+
+
+def _drawn(parts: bytes, number: int) -> str:
+  record = WithEdits(*pickle.loads(parts))[number]
+  return hashlib.sha256(record["image"] + b"".join(record["sources"]) + record["attributes"]).hexdigest()
+
+
+def need(num: int) -> Iterator[str]:
+  """Yields in a sentence for each of `RUNS` how many pictures a second it asks for, and how many cores of a host draw them."""
+  for name, base_px, batch, step_s, hosts in RUNS:
+    source = RenderedText(Settings(base_px=base_px), "train", 2**20)
+    for number in range(num):
+      source.record(number)
+    begin = time.process_time()
+    for number in range(num, 2 * num):
+      source.record(number)
+    rate, asked = num / (time.process_time() - begin), SHARE * batch / step_s
+    yield (f"{name}: {SHARE:.0%} of its batches are {asked:.1f} pictures a second of the pod, {asked / hosts:.2f} of each of {hosts} hosts; a core "
+           f"draws {rate:.0f}, so {asked / hosts / rate:.1%} of one core of each")
+
+
 # ---- what is read, and what others draw -----------------------------------------------------------------
 
 
@@ -157,15 +230,16 @@ def beside_pango(code: str, num: int) -> str:
     style = layout.Style(face, language, 1.5, breaks="never")
     found = layout.fit([text], style, 10**5, 10**3, (PANGO_PX, PANGO_PX + 1e-3)).moved(MARGIN_PX, MARGIN_PX)
     own = _extent(drawing.coverage(found, (0, 0, int(found.ink[2]) + MARGIN_PX, int(found.ink[3]) + MARGIN_PX)))
-    apart = max(abs(a - b) for a, b in zip(own, _pango(text, face.main.family, "Bold" if face.main.is_bold else "", code)))
+    families = ",".join(dict.fromkeys(one.family for one in face.faces))  # else fontconfig chooses what sets a comma that a font lacks
+    apart = max(abs(a - b) for a, b in zip(own, _pango(text, families, "Bold" if face.main.is_bold else "", code)))
     worst, far = max(worst, apart), far + (apart > AGREE_PX)
   return f"{code}: {num - far} of {num} strings within {AGREE_PX} px, the furthest {worst} px apart"
 
 
-def _pango(text: str, family: str, weight: str, code: str) -> tuple[int, int]:
+def _pango(text: str, families: str, weight: str, code: str) -> tuple[int, int]:
   """(width, height) in px of the ink that pango-view draws."""
   with tempfile.NamedTemporaryFile(suffix=".png") as file:
-    subprocess.run(["pango-view", "-q", f"--output={file.name}", f"--font={family} {weight} {PANGO_PX}px", f"--margin={MARGIN_PX}",
+    subprocess.run(["pango-view", "-q", f"--output={file.name}", f"--font={families} {weight} {PANGO_PX}px", f"--margin={MARGIN_PX}",
                     "--hinting=none", "--hint-metrics=off", "--subpixel-positions", "--antialias=gray", f"--language={code}", f"--text={text}"],
                    check=True, stdin=subprocess.DEVNULL)
     return _extent(255 - np.asarray(Image.open(file.name).convert("L")))
@@ -224,6 +298,11 @@ def main(_: Sequence[str]) -> None:
   elif f.measure == "memory":
     for line in memory(f.base_px, codes, f.num, f.kind):
       print(line, flush=True)
+  elif f.measure == "need":
+    for line in need(f.num):
+      print(line, flush=True)
+  elif f.measure == "pod":
+    print(count_pod(f.num))
   elif f.measure == "nasty":
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(survey(f.num, codes).items())))
   elif f.measure in ("sheet", "edits"):
@@ -236,7 +315,7 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "nasty", "ocr", "pango", "sheet", "edits"], "What is measured.")
+  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "nasty", "pod", "need", "ocr", "pango", "sheet", "edits"], "What is measured.")
   flags.DEFINE_integer("base_px", 256, "About the square root of a picture's area.", lower_bound=64)
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
   flags.DEFINE_integer("columns", 6, "Of a sheet: pictures or edits of each language.", lower_bound=1)

@@ -6,6 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+from benchmarks import text_rendering
 from data_pipelines import records
 from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution
@@ -95,6 +96,10 @@ def test_a_mixture_takes_edits(tmp_path, monkeypatch):
       seen.add(record["sources"][0])
   assert len(seen) == 16  # two epochs of eight, none twice
   assert len(Loader([DatasetSpec(str(tmp_path), stored.NAME)], [Resolution(256, 4)], 300, tokenizer, 0).mixture.cells[0].records) == 16
+
+
+def test_a_pods_processes_read_no_picture_twice_and_miss_none():
+  assert "1536 slots, none twice, none missed in 3 epochs" in text_rendering.count_pod(1024)
 
 
 def test_every_language_says_every_edit():

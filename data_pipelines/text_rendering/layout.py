@@ -141,6 +141,8 @@ def reset_line(setting: Setting, row: int, text: str) -> Setting | None:
   shift = (length - abs(new.advance)) * setting.size * (1 - share if style.language.is_rtl and not style.vertical else share)
   moved = Placed(new, one.x, one.y + shift, one.paragraph) if style.vertical else Placed(new, one.x + shift, one.y, one.paragraph)
   return dataclasses.replace(setting, placed=(*setting.placed[:row], moved, *setting.placed[row + 1:]))
+
+
 def lay(paragraphs: Sequence[str], style: Style, width: float, size: float) -> Setting | None:
   """Returns a text set at a size in px in lines of at most `width` px, from the corner (0, 0) down; None where a piece is longer."""
   return _set(_Text(tuple(paragraphs), style), style, width, math.inf, size)
