@@ -86,11 +86,11 @@ def minutes_of(stage: pathlib.Path) -> float:
   return sum(row["wall_s"] for row in read_rows(stage / "timing.jsonl") if "wall_s" in row) / 60
 
 
-def smoothed(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
+def smoothed(rows: Sequence[Row], name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """(steps, means of a metric over `SMOOTH` logged rows before each)."""
   found = [(row["step"], row[name]) for row in rows if name in row]
   values = [value for _, value in found]
-  return [float(step) for step, _ in found], [statistics.mean(values[max(0, i + 1 - SMOOTH):i + 1]) for i in range(len(values))]
+  return tuple(float(step) for step, _ in found), tuple(statistics.mean(values[max(0, i + 1 - SMOOTH):i + 1]) for i in range(len(values)))
 
 
 def main(_: Sequence[str]) -> None:

@@ -65,4 +65,5 @@ def test_gains_are_those_of_the_same_prompts():
   cells = [cell.strip() for cell in row.strip("|").split("|")]
   assert cells[:3] == ["nft", "83.3, 50.0", "66.7 %"] and cells[-1] == "2.0"
   assert [float(cell.split()[0]) for cell in cells[3:6]] == [16.7, -8.3, 0.0]
-  assert gains.smoothed([{"step": 5, "a": 1.0}, {"step": 7}, {"step": 10, "a": 3.0}], "a") == ([5.0, 10.0], [1.0, 2.0])
+  curve = gains.smoothed([{"step": 5, "a": 1.0}, {"step": 7}, {"step": 10, "a": 3.0}], "a")
+  assert curve == ((5.0, 10.0), (1.0, 2.0)) and gains.figure_png({"nft": curve}, "a", False).startswith(b"\x89PNG")
