@@ -59,7 +59,7 @@ def test_cores_that_keep_the_devices_busy():
 
 
 def test_every_suite_can_be_rehearsed_and_no_other():
-  assert set(scoring.SCORINGS) == set(registry.SUITES)
+  assert {*scoring.SCORINGS, *scoring.NOT_REHEARSED} == set(registry.SUITES)
   assert all(how.on_host or how.by in evaluation._SCORERS for how in scoring.SCORINGS.values())
   with pytest.raises(ValueError, match="no suite 'texts' to rehearse: choose among glyphs"):
     Wanted(10, suites=("texts",))

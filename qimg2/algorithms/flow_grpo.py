@@ -153,7 +153,7 @@ class _Recipe:
     loss, ratio, is_bounded = compare(difference)
     _, rounded, is_bounded_by_rounding = compare(slope * (path.velocity - now))
     divergence = sde.divergence(difference, step.deviation)
-    at_first = lambda value: first * value  # so that the mean over minibatches is that of the first
+    at_first = lambda value: jnp.where(first > 0, first * value, 0.0)  # so that the mean over minibatches is that of the first
     off = sde.row_mean(jnp.square(now - path.velocity))
     off = jnp.where(off == 0, 0.0, jnp.sqrt(off / sde.row_mean(jnp.square(path.velocity))))  # a velocity of 0 may be met exactly
     metrics = {"ratio": ratio, "clipped": is_bounded, "divergence": divergence, "ratio_off": at_first(jnp.abs(ratio - 1) + divergence),

@@ -43,6 +43,8 @@ SCORINGS = {
     "text": Scoring("ocr"), "text_edits": Scoring("ocr", 1), "longtext_bench": Scoring("ocr"), "cvtg": Scoring("ocr"),
     "fidelity": Scoring("vision"), "judge": Scoring("judge"), "tifa": Scoring("judge"), "pairwise": Scoring("judge", 0, 2, 2)}
 
+NOT_REHEARSED = ("words",)  # of a prepared data set whose pictures are small
+
 
 def host_rate(name: str, side_px: int) -> float:
   """Pictures that one core scores in a second with a suite that scores on the host; of the published sets of texts with our own texts.
