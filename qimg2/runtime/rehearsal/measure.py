@@ -47,7 +47,7 @@ def measure(part: Part, num_devices: int, limit: float | None, options: dict[str
     ChildProcessError: the other process ended otherwise.
   """
   name = part.function.__name__
-  assert not topology.writes_down() or name in topology.MODULES, f"{name} is none of the programs whose text the compiler writes down"
+  assert child is None or name in topology.MODULES, f"{name} is none of the programs whose text the compiler writes down"
   for file in topology.dumped():
     file.unlink()  # of an earlier program
   start, peak = time.monotonic(), None

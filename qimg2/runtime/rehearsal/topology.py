@@ -73,7 +73,7 @@ def prepare_environment(topology: str) -> None:
     os.environ[name] = value
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)  # what is not compiled is not written down
-  if not writes_down() and not topology.startswith("cpu"):
+  if "--xla_dump_to" not in os.environ.get("XLA_FLAGS", "") and not topology.startswith("cpu"):
     folder = tempfile.mkdtemp(prefix="rehearse_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_({'|'.join(MODULES)})"
@@ -84,11 +84,6 @@ def prepare_environment(topology: str) -> None:
 
 
 # What the compiler writes down.
-
-
-def writes_down() -> bool:
-  """Whether the compiler writes down what it makes, as it does for a TPU."""
-  return "--xla_dump_to" in os.environ.get("XLA_FLAGS", "")
 
 
 def dumped() -> list[pathlib.Path]:
