@@ -55,7 +55,10 @@ PANGO_PX, MARGIN_PX, AGREE_PX = 40, 60, 2
 
 def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS, kind: str = "pure", layout_name: str = "") -> RenderedText:
   """The pictures that are measured: of a kind, and of one layout or template of it where that is named; signs stand on those of --pictures."""
-  only = {{"pure": "layouts", "complex": "templates"}[kind]: {layout_name: 1.0}} if layout_name else {}
+  named = {"pure": "layouts", "complex": "templates"}
+  if layout_name and kind not in named:
+    raise ValueError(f"--layout={layout_name} is for the kinds {' and '.join(named)}: leave it out with --kind={kind}.")
+  only = {named[kind]: {layout_name: 1.0}} if layout_name else {}
   return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), kinds={kind: 1.0},
                                pictures=flags.FLAGS.pictures, **only), "train", 2**20)
 

@@ -191,6 +191,19 @@ def test_letters_may_stand_where_a_face_is_even(name):
     assert cv2.cvtColor(inside[..., :3], cv2.COLOR_RGB2GRAY).std() < 26
 
 
+def test_the_truth_names_the_objects_that_are_drawn(monkeypatch):
+  drawn, draw = [], surfaces.draw_face
+  names = {id(surface): name for name, surface in surfaces.SURFACES.items()}
+  monkeypatch.setattr(surfaces, "draw_face", lambda rng, surface, *sides: drawn.append(names[id(surface)]) or draw(rng, surface, *sides))
+  source, found = RenderedText(Settings(**SETTINGS), "train", 64), set()
+  for number in range(16):
+    drawn.clear()
+    said = {block["object"] for block in json.loads(source.record(number)["attributes"])["blocks"]} - {"wall", "picture"}
+    assert said <= set(drawn)
+    found |= said
+  assert len(found) > 4
+
+
 def test_captions_say_what_is_there():
   source = RenderedText(Settings(**SETTINGS), "train", 64)
   for number in range(12):

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines.text_rendering import building, complex, fonts, formulas, languages, regions, schemes, templates, words
+from data_pipelines import records
+from data_pipelines.text_rendering import building, complex, fonts, formulas, languages, regions, schemes, stored, templates, words
 from data_pipelines.text_rendering.drawing import make_paper
 from data_pipelines.text_rendering.pages import Page
 from data_pipelines.text_rendering.settings import Settings
@@ -167,6 +168,22 @@ def test_a_users_template_is_drawn(tmp_path):
   (tmp_path / "sign.json").write_text(json.dumps(GOOD), encoding="utf-8")
   _, truth, said = drawn("en", "sign", template_folders=(str(tmp_path),))
   assert truth["texts"] == ["Bakery"] and truth["layout"] == "sign" and "a sign" in said["captions"][1].lower()
+
+
+def test_a_template_that_changed_is_another_data_set(tmp_path, monkeypatch):
+  monkeypatch.setattr(stored, "NUM_SLOTS", {"train": 16, "validation": 4})
+  monkeypatch.setattr(stored, "_TRAINED_ON", 12)
+  folder = tmp_path / "own"
+  folder.mkdir()
+  (folder / "sign.json").write_text(json.dumps(GOOD), encoding="utf-8")
+  settings = Settings(base_px=64, ratios=("1:1",), languages={"en": 1.0}, kinds={"complex": 1.0}, templates={"sign": 1.0}, edits={},
+                      template_folders=(str(folder),), font_folders=("/none",))
+  stored.prepare(settings, tmp_path, vocab_size=400)
+  records.open_split(tmp_path, "rendered_text", "train")
+  (folder / "sign.json").write_text(json.dumps(GOOD | {"about": "a board"}), encoding="utf-8")
+  templates._load.cache_clear()  # as in another process
+  with pytest.raises(ValueError, match="was prepared with other templates than .*own now has: put those back"):
+    records.open_split(tmp_path, "rendered_text", "train")
 
 
 @pytest.mark.parametrize("change, sentence", [

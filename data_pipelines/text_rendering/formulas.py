@@ -5,9 +5,11 @@ A formula is written in TeX, which is its truth. Its glyphs are those of STIX, w
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import MathTextParser
@@ -72,6 +74,11 @@ def _laid(formula: str) -> _Laid:
 @functools.cache
 def _parser() -> MathTextParser:
   return MathTextParser("path")
+
+
+def typeface() -> Typeface:
+  """What letters of formulas are set in."""
+  return Typeface((_face(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "STIXGeneral.ttf")),))
 
 
 @functools.cache

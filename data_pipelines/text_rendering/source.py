@@ -164,6 +164,8 @@ class RenderedText(Sequence):
     some = dict(self._typefaces)
     if "complex" in self.settings.kinds:
       some["code"] = tuple(monospaced(one) for one in next(iter(some.values()))[:1])
+      from data_pipelines.text_rendering import formulas  # with Matplotlib, which takes a while
+      some["formulas"] = (formulas.typeface(),)
     return fingerprint(some)
 
   def _fit(self, texts: Sequence[str], tokens: int) -> bool:

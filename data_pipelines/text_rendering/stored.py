@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines import embedded, records
 from data_pipelines.buckets import bucket_size
-from data_pipelines.text_rendering import languages
+from data_pipelines.text_rendering import languages, templates
 from data_pipelines.text_rendering.compositional import LEAST_EMS
 from data_pipelines.text_rendering.corpora import read_texts
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
@@ -68,6 +68,8 @@ def prepare(settings: Settings, out: str | os.PathLike, name: str = NAME, num_ex
   given = PromptTokenizer.load(tokenizer) if tokenizer else None
   if settings.pictures:
     request["pictures"] = Pictures.open(settings.pictures).digest
+  if settings.template_folders:
+    request["templates"] = templates.digest(settings.template_folders)
   facts = {"fonts": fonts, **survey_pictures(settings), **{f"left_out_{code}": number for code, number in left_out.items()}}
   if num_examples is not None:
     source = embedded.Source(lambda split, num, _: _stored(settings, split, num), request["vocab_size"] or 0, lambda: facts)
@@ -106,7 +108,7 @@ def _endless(settings: Settings, name: str, request: dict, folder: str, facts: d
   index = {split: _source(settings, split, num, edits[split], tokenizer).index() for split, num in NUM_SLOTS.items()}
   return records.finish(folder, name, {split: () for split in records.SPLITS}, index, tokenizer, request, facts, **{records.RENDERED: {
       "settings": settings.plain(), "edits": edits, "texts": records.checksum(os.path.join(folder, _TEXTS)), "fonts": facts["fonts"],
-      **({"pictures": request["pictures"]} if settings.pictures else {})}})
+      **{key: request[key] for key in ("pictures", "templates") if key in request}}})
 
 
 def _source(settings: Settings, split: str, num_slots: int, num_edits: int, tokenizer: PromptTokenizer) -> RenderedText | WithEdits:
@@ -131,6 +133,9 @@ def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int
   if source.fonts != said["fonts"]:
     raise ValueError(f"{folder} was prepared with other fonts than this machine has ({said['fonts']}, here {source.fonts}): install the same "
                      "packages in the same versions, or remove that folder and prepare it anew.")
+  if templates.digest(source.settings.template_folders) != said.get("templates", ""):
+    raise ValueError(f"{folder} was prepared with other templates than {', '.join(source.settings.template_folders)} now has: put those back, or "
+                     "remove that folder and prepare it anew.")
   folder_of = source.settings.pictures
   if folder_of and Pictures.open(folder_of).digest != said["pictures"]:
     raise ValueError(f"{folder} was prepared with other pictures than {folder_of} now has: put those back, or remove {folder} and prepare it anew.")

@@ -38,6 +38,7 @@ Roles are those of `building.ROLES`, any other is set like body.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -75,6 +76,13 @@ def load(folders: Sequence[str] = ()) -> dict[str, Template]:
     ValueError: a folder cannot be read, or a file is no template; names the file, the field, and what it must be.
   """
   return dict(sorted(_load(tuple(folders)).items()))
+
+
+def digest(folders: Sequence[str]) -> str:
+  """Sixteen hexadecimal digits that differ where templates of further folders do; "" without such folders."""
+  own = load(())
+  some = {name: dataclasses.asdict(one) for name, one in load(folders).items() if one != own.get(name)}
+  return hashlib.sha256(json.dumps(some, sort_keys=True).encode()).hexdigest()[:16] if folders else ""
 
 
 @functools.cache

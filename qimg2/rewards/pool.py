@@ -24,8 +24,6 @@ START_S = 120.0  # for a process to import what it scores with
 SETUP_S = 600.0  # for the `setup` of its functions, where nothing else is said
 MOST_FAILURES = 3
 ONE_CORE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-
 OVER = "This process scores no more pictures."
 
 

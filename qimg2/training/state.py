@@ -121,9 +121,9 @@ def make_step(algorithm: Algorithm, optimizers: Optimizers, nets: Any, accumulat
   """`step(state, frozen, batch) -> (state, metrics)`, a pure function to be compiled; metrics are float32 scalars.
 
   With a rollout, `batch` is what its `minibatches` gave, [K, B', ...], and every due update runs once in each of the K; metrics are means over those
-  with a row of positive weight. An update whose loss or
-  whose gradient's global norm is not finite keeps its weights, optimizer state and averages to the bit; the step counts all the same. The metric
-  "skipped" says how many updates that were. Metrics of an update that is not due are NaN; `due_metrics` leaves them out.
+  with a row of positive weight. An update whose loss or whose gradient's global norm is not finite keeps its weights, optimizer state and averages to
+  the bit; the step counts all the same. The metric "skipped" says how many updates that were. Metrics of an update that is not due are NaN;
+  `due_metrics` leaves them out.
   """
   gradient = functools.partial(_gradient, nets, accumulate)
 
