@@ -4,7 +4,7 @@ Left to itself, the gradient by a weight of a product in bfloat16 is bfloat16: e
 in bfloat16, and only the sum becomes float32. Over 64 devices that is a relative error of about 1 % in each sum; twice the bytes avoid it. So the
 product of the backward pass, which a TPU or GPU accumulates in float32 in any case, gives float32 here; the sum over devices follows from that.
 
-The gradient by the kernel of a convolution over large pictures is, on a CPU, a sum of products, one for each tap, over strips of the picture that
+The gradient by the kernel of a convolution over many positions is, on a CPU, a sum of products, one for each tap, over strips of the picture that
 stay in the cache: with g the cotangent, o the stride and x padded as the convolution pads it,
 
   gradient[i, j] = sum over b, h, w of x[b, o h + i, o w + j] g[b, h, w]^T              (1)
@@ -12,7 +12,7 @@ stay in the cache: with g the cotangent, o the stride and x padded as the convol
 XLA's own way there first transposes picture and cotangent through memory, pixels innermost.
 
 Each product is a primitive with rules of its own, because `jax.custom_vjp` would forbid `jax.jvp`. Under `jax.vmap` it is the plain product, with the
-plain gradient. Weights that already have the type of the activations, or activations in float32, take the plain product too, but for large pictures.
+plain gradient. Weights that already have the type of the activations, or activations in float32, take the plain product too, but for a convolution over many positions.
 """
 
 import functools
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-LARGE = 2**14  # positions of a picture from which (1) is the faster way; below it is as fast or slower
+LARGE = 2**16  # positions of all pictures of a batch from which (1) is the faster way (benchmarks/convolutions.py)
 STRIP = 4  # rows
 
 
@@ -36,7 +36,7 @@ def linear(x: jax.Array, weight: jax.Array, num_dims: int = 1) -> jax.Array:
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """`x` [B, H, W, C] with `kernel` [3, 3, C, D] over it, in the type of `x`: [B, H, W, D] for stride 1, the border padded with zeros on all sides;
   [B, H/2, W/2, D] for stride 2, padded below and on the right."""
-  large = x.shape[1] * x.shape[2] >= LARGE * stride**2
+  large = math.prod(x.shape[:3]) >= LARGE * stride**2
   return (_convolve if large or _differ(x, kernel) else _window)(x, kernel, stride=stride, precision=jax.config.jax_default_matmul_precision)
 
 
@@ -60,7 +60,7 @@ def _window(x: jax.Array, kernel: jax.Array, *, stride: int, precision: str | No
 
 def _window_gradient(cotangent: jax.Array, x: jax.Array, **sizes) -> jax.Array:
   by_window, by_taps = (functools.partial(gradient, **sizes) for gradient in (_gradient_by_window, _gradient_by_taps))
-  if cotangent.shape[1] * cotangent.shape[2] < LARGE:
+  if math.prod(cotangent.shape[:3]) < LARGE:
     return by_window(cotangent, x)
   return jax.lax.platform_dependent(cotangent, x, cpu=by_taps, default=by_window)
 
