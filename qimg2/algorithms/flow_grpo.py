@@ -20,9 +20,8 @@ is not 1, ends the stage, because rollout and update do not compute the same pol
 
 Rounding in later minibatches. Velocities of D numbers that are `TYPE_off` apart by rounding give log r a spread of about |b| TYPE_off rms(v) / (c
 sqrt(D)), without the c for Guard. `ratio_by_rounding` is its size in the first minibatch, `clipped_by_rounding` the share of rows that it alone would
-clip: keep `clip` above the former. With bfloat16 it was 1.7e-5 for Guard and 3.2e-5 for the others at D = 1,024, which makes 1.1e-6 and 2.0e-6 at the
-262,144 numbers of a picture of 1,024 px. The old velocity of the update's own program would not help: after a step of 1e-5 log r was wrong by 2.8e-5
-with it and by 2.9e-5 with the rollout's, because weights that moved a little are rounded anew everywhere.
+clip: keep `clip` above the former (docs/post_training.md has a measurement). The old velocity of the update's own program would hardly help, because
+weights that moved a little are rounded anew everywhere.
 
 Memory: a sample keeps, per step that is learned from, three arrays of its latents in float32 (`qimg2.sde.Path`): 3 MiB at 1,024 px with 64 x 64
 latents of 64 channels, so 3.4 GiB per step of 48 groups of 24 over all devices; besides its picture in uint8 and the prompt's states
