@@ -12,8 +12,8 @@ stay in the cache: with g the cotangent, o the stride and x padded as the convol
 XLA's own way there first transposes picture and cotangent through memory, pixels innermost.
 
 Each product is a primitive with rules of its own, because `jax.custom_vjp` would forbid `jax.jvp`. Under `jax.vmap` it is the plain product, with the
-plain gradient. Weights that already have the type of the activations, or activations in float32, take the plain product too, but for a convolution over
-many positions.
+plain gradient. Weights that already have the type of the activations, or activations in float32, take the plain product too, but for a convolution
+over many positions.
 """
 
 import functools
