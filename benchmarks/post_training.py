@@ -22,6 +22,8 @@ from typing import Any
 
 from absl import flags
 
+from benchmarks import timing
+from configs.post_training import LORA, METHODS
 from launch import cli
 from qimg2.evaluation import ERROR, Figure
 from qimg2.evaluation.statistics import paired
@@ -41,11 +43,12 @@ def run(*command: str) -> None:
   """Runs a module of this project to its end.
 
   Raises:
-    RuntimeError: it failed; with the end of what it said.
+    ValueError: it failed; with the last line that it said.
   """
   done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   if done.returncode:
-    raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}: {done.stdout[-2000:]}")
+    said = done.stdout.strip().splitlines() or ["nothing was said"]
+    raise ValueError(f"python -m {' '.join(command)} ended with code {done.returncode}: {said[-1]}")
 
 
 def evaluate(workdir: pathlib.Path, num_prompts: int) -> list[Row]:
@@ -96,6 +99,7 @@ def smoothed(rows: Sequence[Row], name: str) -> tuple[tuple[float, ...], tuple[f
 def main(_: Sequence[str]) -> None:
   """The command; see the module docstring."""
   f = flags.FLAGS
+  timing.check_choices(methods=([one.removesuffix(LORA) for one in f.methods], METHODS))
   out, half = pathlib.Path(f.out), pathlib.Path(f.half)
   more = [f"--config.data_dir={f.data_dir}"] if f.data_dir else []
   before = evaluate(half, f.num_prompts)
@@ -109,7 +113,7 @@ def main(_: Sequence[str]) -> None:
       if not (workdir / "scores" / "summary.json").exists():
         train(method, seed, half, workdir, more)
       runs.append(evaluate(workdir, f.num_prompts))
-      stage = workdir / method.removesuffix("+lora")
+      stage = workdir / method.removesuffix(LORA)
       minutes.append(minutes_of(stage))
       curves |= {f"{method}, seed {seed}": smoothed(list(read_rows(stage / "metrics.jsonl")), REWARD)}
     print(table_row(method, runs, before, minutes), flush=True)

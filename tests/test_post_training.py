@@ -56,6 +56,12 @@ def test_a_policy_gradient_run_learns_from_scored_pictures(smoke_config, tmp_pat
     np.testing.assert_allclose(8 * 2 * row["reward/paper"] % 1, 0, atol=1e-5)  # each of 16 pictures is right or not
 
 
+@pytest.mark.slow
+def test_a_command_that_fails_is_one_sentence(tmp_path):
+  with pytest.raises(ValueError, match=f"launch.evaluate --workdir={tmp_path} .* ended with code 1: error: There is no run in {tmp_path}: [^\n]*$"):
+    gains.evaluate(tmp_path, 2)
+
+
 def test_gains_are_those_of_the_same_prompts():
   """Three prompts drawn twice each; of two seeds the first mends the third prompt's pictures, the second none and spoils one ink."""
   def scores(glyph, ink):
