@@ -39,10 +39,10 @@ def toy(num=7, truths=None, **changes):
 class Painter:
   """Draws noise that depends on prompt and seed; ends as a kill would after so many chunks."""
 
-  def __init__(self, tasks, most=None):
+  def __init__(self, tasks, most=None, wrong=()):
     sizes = sorted({task.size for task in tasks})
     self.groups = [Group(Size(*size, 8), tuple(i for i, task in enumerate(tasks) if task.size == size), lambda image, slot: image) for size in sizes]
-    self.tasks, self.left = tasks, most
+    self.tasks, self.left, self.wrong = tasks, most, wrong
 
   def chunks(self, seeds):
     self.found = chunks_of(self.groups, seeds, 3)
@@ -55,11 +55,12 @@ class Painter:
     if self.left == 0:
       raise KeyboardInterrupt
     self.left = None if self.left is None else self.left - 1
-    return [np.random.default_rng([i, chunk.seed]).integers(0, 256, (*self.tasks[i].size, 3)).astype(np.uint8) for i in self.tasks_of(chunk)]
+    noise = lambda i: np.random.default_rng([i, chunk.seed]).integers(0, 256, (*self.tasks[i].size, 3)).astype(np.uint8)
+    return ["it is not finite" if i in self.wrong else noise(i) for i in self.tasks_of(chunk)]
 
 
-def work(out, suite, tasks, seeds=(0, 1), most=None):
-  return work_of_painter(out, "toy", suite, tasks, Painter(tasks, most), seeds)
+def work(out, suite, tasks, seeds=(0, 1), most=None, wrong=()):
+  return work_of_painter(out, "toy", suite, tasks, Painter(tasks, most, wrong), seeds)
 
 
 def files(folder):
@@ -165,6 +166,24 @@ def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path):
   rows = out.rows()
   assert found["figures"]["bright"]["value"] == pytest.approx(np.mean([row["metrics"]["bright"] for row in rows if "error" not in row]))
   assert "4 left out, 2 because: nothing can be read in it" in summary.describe({"suites": {"toy": found}})
+
+
+def test_what_is_no_picture_has_no_file_and_no_score(tmp_path):
+  """Not after a kill either, and not where the folder is scored again."""
+  found = {}
+  for name, most in (("whole", None), ("killed", 1)):
+    out, (suite, tasks) = Folder(tmp_path / name), with_features()
+    if most:
+      with pytest.raises(KeyboardInterrupt):
+        evaluate_into(out, REQUEST, [work(out, suite, tasks, most=most, wrong=(0, 3))])
+    found[name] = evaluate_into(out, REQUEST, [work(out, suite, tasks, wrong=(0, 3))])["suites"]["toy"]
+    rows = out.rows()
+  assert files(tmp_path / "whole") == files(tmp_path / "killed") and found["whole"] == found["killed"]
+  assert found["whole"]["num_left_out"] == 4 and found["whole"]["left_out"] == {"it is not finite": 4} and found["whole"]["num_pictures"] == 10
+  assert {row["task"] for row in rows if "error" in row} == {"00000", "00003"} == {row["task"] for row in rows if not out.picture_of(row["file"]).exists()}
+  again = evaluate_into(Folder(tmp_path / "again"), REQUEST, [work_of_images(out.place, "toy", *with_features())])["suites"]["toy"]
+  same = ("figures", "of_set", "num_left_out", "num_pictures", "num_missing")
+  assert [again[key] for key in same] == [found["whole"][key] for key in same]
 
 
 def test_scores_in_processes_are_those_of_one_and_outlive_a_scorer_that_is_killed():

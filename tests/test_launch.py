@@ -86,6 +86,22 @@ def test_a_picture_depends_on_its_own_prompt_alone(smoke_run):
     generator(weights, prompts, noise=np.zeros((1, 4, 4, 8), np.float32))
 
 
+def test_what_is_not_finite_is_no_picture(smoke_run):
+  """It would be black, and a score of it would be that of a bad picture. Of several the others are drawn."""
+  _, weights = sampling_weights(smoke_run)
+  prompts, noise = ["red star on white", "blue A", "green A"], np.random.default_rng(0).standard_normal((3, 4, 6, 8)).astype(np.float32)
+  generator = Generator(smoke_run, Size(64, 96, 31, batch_size=8), num_steps=2, guidance=2.0)
+  whole = generator(weights, prompts, noise=noise)
+  noise[1, 0, 0, 0] = np.nan
+  _, pictures, wrong = generator.draw_each(weights, prompts, noise=noise)
+  assert wrong == ["", "the generator gave latents that are not finite", ""]
+  np.testing.assert_array_equal(pictures[::2], whole[::2])
+  with pytest.raises(FloatingPointError, match="1 of 3 pictures cannot be drawn; that of 'blue A': the generator gave latents that are not finite. Take"):
+    generator(weights, prompts, noise=noise)
+  infinite = {**weights, "vae": jax.tree.map(lambda x: x * np.inf, weights["vae"])}
+  assert generator.draw_each(infinite, prompts)[2] == ["the VAE gave pixels that are not finite"] * 3
+
+
 def test_offloaded_weights_of_a_run_are_those_that_draw(smoke_run):
   name, weights = sampling_weights(smoke_run)
   offloaded, shapes = smoke_run.offloaded_weights(name), smoke_run.abstract_weights(name)

@@ -69,6 +69,13 @@ def test_what_cannot_be_scored_says_why(rows):
   assert not any("metrics" in row for row in rows if "error" in row)
 
 
+@pytest.mark.parametrize("tile", (0, 16))
+def test_what_is_not_finite_is_no_reconstruction(source, folder, tile):
+  weights = jax.tree.map(lambda x: x * np.float32(np.inf), source[1])
+  one = [original for original in folder_pictures(folder) if original.name == "photos/a.png"]
+  assert [row["error"] for row in reconstruct(source[0], weights, one, batch_size=2, vae_tile=tile)] == ["the VAE gave pixels that are not finite"]
+
+
 def test_the_summary_is_by_kind_and_by_resolution(rows):
   found = summary(rows)
   assert (found["num_pictures"], found["num_left_out"]) == (5, 2)

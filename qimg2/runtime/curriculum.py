@@ -242,7 +242,13 @@ def _draw_samples(run: Run, batch: dict, first: dict, shapes: list, num: int) ->
   size = Size(*shapes[0], first["tokens"].shape[1], tuple(map(tuple, shapes[1:])), num)
   generator = run.generator(size)
   captions = [caption for prompt in prompts for caption in ("(source)",) * len(shapes[1:]) + (prompt, "(as rendered)")]
-  return lambda weights, sources: generator(weights, prompts, images=sources), captions
+
+  def draw(weights: dict, sources: list[np.ndarray]) -> np.ndarray:
+    _, pictures, wrong = generator.draw_each(weights, prompts, images=sources)
+    if any(wrong):
+      logging.warning("%d of %d samples are no pictures: %s.", sum(map(bool, wrong)), num, next(filter(None, wrong)))
+    return pictures
+  return draw, captions
 
 
 DRAWERS = {"autoencoder": _draw_reconstructions, "generator": _draw_samples}  # kinds of stages that have sheets of pictures

@@ -94,7 +94,24 @@ class Generator:
 
   def draw(self, weights: Mapping, prompts: Sequence[str], seed: int = 0, images: Sequence[np.ndarray] = (), negative_prompt: str = "",
            noise: np.ndarray | None = None, mask: np.ndarray | None = None, numbers: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8), one per prompt.
+    """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8), one per prompt. As `draw_each`, but all must be finite.
+
+    Raises:
+      ValueError: as `draw_each`.
+      FloatingPointError: latents or pixels of a picture are not.
+    """
+    latents, pictures, wrong = self.draw_each(weights, prompts, seed, images, negative_prompt, noise, mask, numbers)
+    if any(wrong):
+      first = next(i for i, why in enumerate(wrong) if why)
+      raise FloatingPointError(f"{sum(map(bool, wrong))} of {len(wrong)} pictures cannot be drawn; that of {prompts[first]!r}: {wrong[first]}. Take "
+                               "--dtype=float32, or the weights of another step or file.")
+    return latents, pictures
+
+  def draw_each(self, weights: Mapping, prompts: Sequence[str], seed: int = 0, images: Sequence[np.ndarray] = (), negative_prompt: str = "",
+                noise: np.ndarray | None = None, mask: np.ndarray | None = None,
+                numbers: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(latents [n, h, w, C] float32, pictures [n, H, W, C] uint8, n texts), one per prompt. The text says why a picture is none, because what it was
+    computed from is not finite; "" for a good one.
 
     Picture i depends on the seed, its number, its prompt and its images, never on the other prompts. Of several processes all ask for the same
     pictures and all get them.
@@ -128,10 +145,12 @@ class Generator:
     rows = np.arange(-(-len(prompts) // self._size.batch_size) * self._size.batch_size)
     # Offloaded weights are brought once for all pictures; else there is no need to have the states of all at once.
     groups = [rows] if isinstance(weights, Offloaded) else self._batches(rows)
-    latents, pixels = (np.concatenate(parts)[:len(prompts)] for parts in zip(*(self._draw(weights, job, group) for group in groups)))
+    latents, pixels, good = (np.concatenate(parts)[:len(prompts)] for parts in zip(*(self._draw(weights, job, group) for group in groups)))
     height, width = self._cut
     pixels = pixels[:, :height, :width]
-    return latents, pixels if mask is None else paste(images[-1][:, :height, :width], pixels, mask)
+    pictures = pixels if mask is None else paste(images[-1][:, :height, :width], pixels, mask)
+    whose = np.where(np.isfinite(latents).all((1, 2, 3)), "the VAE gave pixels", "the generator gave latents")
+    return latents, pictures, ["" if is_good else f"{network} that are not finite" for is_good, network in zip(good, whose)]
 
   def parts(self, weights: Mapping, masked: bool = False, resident: bool = True) -> list[tuple[str, Part]]:
     """(phase, program that draws) in order, for abstract weights {network: tree of ShapeDtypeStruct}; see `Phases.parts`. Nothing is run."""
@@ -163,8 +182,8 @@ class Generator:
   def _batches(self, rows: np.ndarray) -> list[np.ndarray]:
     return [rows[start:start + self._size.batch_size] for start in range(0, len(rows), self._size.batch_size)]
 
-  def _draw(self, weights: Mapping, job: "_Job", rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, pixels) of some rows, a multiple of the batch size; the last picture fills what is left. One network after the other."""
+  def _draw(self, weights: Mapping, job: "_Job", rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(latents, pixels, whether they are finite) of some rows, a multiple of the batch size; the last picture fills what is left. One network after the other."""
     real = np.minimum(rows, len(job.prompts) - 1)
     seen = [tuple(image[row] for image in job.images) for row in real]
     names = [tuple(map(digest, pictures)) for pictures in seen]
@@ -185,7 +204,7 @@ class Generator:
       drawn.append(self._phases.denoise(params, *inputs, laid_out=isinstance(weights, Offloaded)))
     del params  # what is offloaded leaves the devices
     params = weights["vae"]
-    return np.concatenate(drawn), np.concatenate([self._phases.decode_image(params, x) for x in drawn])
+    return np.concatenate(drawn), *map(np.concatenate, zip(*(self._phases.decode_image(params, x) for x in drawn)))
 
   def _noise_of(self, job: "_Job", real: np.ndarray) -> np.ndarray:
     if job.noise is not None:

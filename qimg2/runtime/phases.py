@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 
@@ -43,11 +44,14 @@ class Phases:
         cond = nets.shared(weights, cond)
       return sampler.sample(nets.velocity, weights, noise, cond, sigmas, guidance, original, free)
 
-    def encode_image(weights, pixels):  # a tile
+    def encode_tile(weights, pixels):
       return vae.encode(nets.vae, weights, vae.pixels_to_float(pixels, nets.vae.image_channels), shard=nets.shard).mode
 
-    def decode_image(weights, latents):  # a tile
+    def decode_tile(weights, latents):
       return vae.decode(nets.vae, weights, _denormalize(weights, latents), shard=nets.shard, clamp=False)
+
+    def decode_image(weights, latents):
+      return _to_pixels(decode_tile(weights, latents))
 
     self._encode_text, self._denoise = jax.jit(encode_text), jax.jit(denoise)
     # Which layout of a weight suits its products is the compiler's to say. Where it may not, the program copies the weights that lie otherwise:
@@ -55,8 +59,8 @@ class Phases:
     self._chooses_layouts = mesh.devices.flat[0].platform in LAYOUT_PLATFORMS
     self._denoise_laid_out = jax.jit(denoise, in_shardings=(Format(Layout.AUTO), None, None, None, None))
     self._compiled: dict[str, jax.stages.Compiled] = {}
-    self._whole = {ENCODE_IMAGE: _named(ENCODE_IMAGE, nets.encode), DECODE_IMAGE: _named(DECODE_IMAGE, nets.decode)}
-    self._tile = {ENCODE_IMAGE: jax.jit(encode_image), DECODE_IMAGE: jax.jit(decode_image)}
+    self._whole = {ENCODE_IMAGE: _named(ENCODE_IMAGE, nets.encode), DECODE_IMAGE: jax.jit(decode_image)}
+    self._tile = {ENCODE_IMAGE: _named(ENCODE_IMAGE, encode_tile), DECODE_IMAGE: _named(DECODE_IMAGE, decode_tile)}
 
   # What they compute.
 
@@ -92,14 +96,14 @@ class Phases:
     leaves, tree = jax.tree.flatten(weights)
     return jax.tree.unflatten(tree, [move(x, where) for x, where in zip(leaves, jax.tree.leaves(self._compiled[key].input_formats[0][0]))])
 
-  def decode_image(self, weights: Any, latents: np.ndarray) -> np.ndarray:
-    """uint8 pixels [B, H, W, C] of normalised latents [B, h, w, C]."""
+  def decode_image(self, weights: Any, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 pixels [B, H, W, C] of normalised latents [B, h, w, C], [B] whether all numbers were finite before they became such pixels)."""
     height, width = (side * self._factor for side in latents.shape[1:3])
     if not self._is_tiled(height, width):
       return sharding.to_host(self._whole[DECODE_IMAGE](weights, self._put(latents)))
     picture = vae_tiling.over_tiles(self._run_tile(DECODE_IMAGE, weights), latents, self._tile_px // self._factor, self._stride_px // self._factor,
                                     lambda n: n * self._factor)
-    return sharding.to_host(jax.jit(vae.float_to_pixels)(self._put(picture)))
+    return sharding.to_host(jax.jit(_to_pixels)(self._put(picture)))
 
   def _is_tiled(self, height: int, width: int) -> bool:
     return bool(self._tile_px) and max(height, width) > self._tile_px
@@ -160,6 +164,10 @@ def _named(name: str, function: Callable) -> Callable:
 
 def _normalize(weights: Any, mean: jax.Array) -> jax.Array:
   return vae.normalize_latents(mean, weights["statistics"]["mean"], weights["statistics"]["std"])
+
+
+def _to_pixels(picture: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return vae.float_to_pixels(picture), jnp.isfinite(picture).all((1, 2, 3))
 
 
 def _denormalize(weights: Any, latents: jax.Array) -> jax.Array:

@@ -68,7 +68,8 @@ def record_pictures(data_dir: str, name: str, split: str = "validation") -> Iter
 
 
 class Autoencoder:
-  """Pictures of any one size [n, H, W, 3] uint8 -> their reconstructions [n, H, W, 3] uint8, n at most the batch size.
+  """Pictures of any one size [n, H, W, 3] uint8 -> (their reconstructions [n, H, W, 3] uint8, [n] whether their pixels were finite), n at most the
+  batch size.
 
   Pictures are padded to multiples of 32 px by reflection at the bottom and on the right, and cut back. A VAE with transparency gets opaque pictures,
   and what it gives is laid on white. Each padded size is compiled once.
@@ -85,13 +86,14 @@ class Autoencoder:
     self.batch_size, self._weights = -(-batch_size // rows) * rows, weights
     self._phases = Phases(source.nets, source.mesh, source.rules, np.array([1.0, 0.0]), 1.0, False, vae_tile)
 
-  def __call__(self, pictures: np.ndarray) -> np.ndarray:
-    """The reconstructions."""
+  def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The reconstructions, and which of them are some."""
     num, height, width, _ = pictures.shape
     filled = np.concatenate([pictures, np.repeat(pictures[-1:], self.batch_size - num, axis=0)])
     latents = self._phases.encode_image(self._weights, pad(filled, *pad_size((height, width))))
-    found = self._phases.decode_image(self._weights, latents)[:num, :height, :width]
-    return found if found.shape[-1] == 3 else np.stack([composite_on_white(one) for one in found])
+    found, good = (x[:num] for x in self._phases.decode_image(self._weights, latents))
+    found = found[:, :height, :width]
+    return found if found.shape[-1] == 3 else np.stack([composite_on_white(one) for one in found]), good
 
 
 def vae_weights(source: Run | Pretrained, stage: str = "", step: int | None = None) -> tuple[str, Any]:
@@ -151,9 +153,9 @@ def reconstruct(source: Source, weights: Any, pictures: Iterable[Original], batc
 
 
 def _scored(autoencode: Autoencoder, measure: Callable[..., dict], some: Sequence[tuple[Original, np.ndarray]]) -> Iterator[dict[str, Any]]:
-  for (original, pixels), found in zip(some, autoencode(np.stack([pixels for _, pixels in some]))):
+  for (original, pixels), found, good in zip(some, *autoencode(np.stack([pixels for _, pixels in some]))):
     try:
-      yield _row(original, measure(pixels, found), pixels.shape[:2])
+      yield _row(original, measure(pixels, found) if good else {ERROR: "the VAE gave pixels that are not finite"}, pixels.shape[:2])
     except ValueError as error:
       yield _row(original, {ERROR: str(error)}, pixels.shape[:2])
 

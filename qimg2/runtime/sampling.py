@@ -183,6 +183,8 @@ def _load_noise(path: str, num: int) -> np.ndarray | None:
     raise ValueError(f"The noise file {path} is an archive: write one array with numpy.save as h w C float32.")
   if noise.dtype != np.float32 or noise.ndim not in (3, 4):
     raise ValueError(f"The noise file {path} holds {noise.dtype} of shape {noise.shape}: it must be float32, h w C or n h w C in latents.")
+  if not np.isfinite(noise).all():
+    raise ValueError(f"The noise file {path} holds numbers that are not finite: write another one.")
   return noise if noise.ndim == 4 else np.stack([noise] * num)
 
 

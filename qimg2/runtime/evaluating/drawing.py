@@ -102,12 +102,14 @@ class Painter:
     """Numbers of a chunk's tasks."""
     return [self._groups[chunk.group].tasks[place] for place in chunk.places]
 
-  def draw(self, chunk: Chunk) -> list[np.ndarray]:
-    """One picture [H, W, 3] uint8 for each task of a chunk. All processes call it alike, and all get them."""
+  def draw(self, chunk: Chunk) -> list[np.ndarray | str]:
+    """One picture [H, W, 3] uint8 for each task of a chunk; in place of one that is not finite stands why. All processes call it alike, and all get
+    them."""
     group, tasks = self._groups[chunk.group], [self._tasks[number] for number in self.tasks_of(chunk)]
     sources = [np.stack([group.fit(task.sources[slot], slot) for task in tasks]) for slot in range(len(group.size.source_sizes))]
-    pictures = self._generator(chunk.group)(self._weights(), [task.prompt for task in tasks], chunk.seed, images=sources, numbers=chunk.places)
-    return [picture if picture.shape[-1] == 3 else composite_on_white(picture) for picture in pictures]
+    _, pictures, wrong = self._generator(chunk.group).draw_each(self._weights(), [task.prompt for task in tasks], chunk.seed, images=sources,
+                                                                numbers=chunk.places)
+    return [why or (picture if picture.shape[-1] == 3 else composite_on_white(picture)) for picture, why in zip(pictures, wrong)]
 
   def _generator(self, number: int) -> Generator:
     if self._made is None or self._made[0] != number:

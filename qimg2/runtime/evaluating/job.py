@@ -54,7 +54,7 @@ class Work:
     name: of the suite.
     suite, tasks: the tasks that are asked for.
     chunks: [(task, seed)] of each chunk.
-    draw: number of a chunk -> its pictures [H, W, 3] uint8; None where files are read.
+    draw: number of a chunk -> its pictures [H, W, 3] uint8, in place of one that is none why; None where files are read.
     path: (task, seed) -> the file of a picture.
     num_missing: tasks without a picture.
     notes: what was left out of a manifest.
@@ -63,7 +63,7 @@ class Work:
   suite: Suite
   tasks: Sequence[Task]
   chunks: Sequence[Sequence[tuple[int, int]]]
-  draw: Callable[[int], Sequence[np.ndarray]] | None
+  draw: Callable[[int], Sequence[np.ndarray | str]] | None
   path: Callable[[int, int], Place]
   num_missing: int = 0
   notes: Sequence[str] = ()
@@ -189,7 +189,8 @@ def _reference_parts(out: Folder, work: Work) -> list[Place]:
 
 
 def _pictures(work: Work, number: int, is_mine: bool) -> list[np.ndarray | str]:
-  """The pictures of a chunk, drawn unless all are there; in place of one that cannot be read stands why. Other processes' are none of this one's."""
+  """The pictures of a chunk, drawn unless all are there; in place of one that is none, or cannot be read, stands why. Other processes' are none of
+  this one's."""
   paths = [work.path(task, seed) for task, seed in work.chunks[number]]
   if work.draw is None:
     return [_read(path) for path in paths] if is_mine else []
@@ -200,7 +201,8 @@ def _pictures(work: Work, number: int, is_mine: bool) -> list[np.ndarray | str]:
     found = list(work.draw(number))
     if is_mine:
       for path, picture in zip(paths, found):
-        save_picture(picture, path)
+        if not isinstance(picture, str):
+          save_picture(picture, path)
   return found
 
 

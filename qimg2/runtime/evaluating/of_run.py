@@ -4,6 +4,7 @@ A config names suites in `config.evals`, such as {"glyphs": {"num_prompts": 200}
 any other. While a stage trains, a few prompts of each can be drawn and scored, too (`config.stages[i].evals_every_steps`).
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from qimg2.runtime.config import StageConfig, plain
 from qimg2.runtime.evaluating.drawing import Painter, learned, painter_of_run
 from qimg2.runtime.evaluating.registry import SEED, SUITES, make_suite
 from qimg2.runtime.evaluating.scoring import Scorer
-from qimg2.runtime.evaluating.summary import clusters, in_words, row_of, summarise
+from qimg2.runtime.evaluating.summary import clusters, in_words, left_out_in_words, row_of, summarise
 from qimg2.runtime.run import Run
 from qimg2.runtime.sampling import sampling_weights
 from qimg2.runtime.sheets import grid, save_picture
@@ -28,6 +29,7 @@ from qimg2.training.checkpoint import Checkpoints, newest_step
 from qimg2.training.metrics import MetricsWriter
 
 NUM_SHOWN = 48
+BLANK_PX = 16
 RIGHT = ("glyphs", "glyph_edits", "emoji", "emoji_edits")  # suites that compare pictures with clean renders
 
 
@@ -74,13 +76,15 @@ def evaluate(run: Run, stage_name: str = "", suites: Mapping[str, tuple[Suite, i
   return result
 
 
-def _cells(suite: Suite, task: Any, picture: np.ndarray, scores: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
-  """What stands on the sheet for a task."""
+def _cells(suite: Suite, task: Any, picture: np.ndarray | str, scores: Mapping[str, Any]) -> list[tuple[np.ndarray, str]]:
+  """What stands on the sheet for a task; a blank in place of a picture that is none."""
+  if isinstance(picture, str):
+    return show(dataclasses.replace(task, prompt=f"{task.prompt} ({picture})"), np.full((BLANK_PX, BLANK_PX, 3), 255, np.uint8), {})
   return show(task, picture, {}) if ERROR in scores else suite.show(task, picture, scores)
 
 
-def _scored(painter: Painter, name: str, suite: Suite, tasks: list) -> tuple[list[tuple[np.ndarray, dict]], dict[str, Any]]:
-  """([(picture, scores)] of all tasks, the suite's figures), each drawn once with the seed of the tasks."""
+def _scored(painter: Painter, name: str, suite: Suite, tasks: list) -> tuple[list[tuple[np.ndarray | str, dict]], dict[str, Any]]:
+  """([(picture or why there is none, scores)] of all tasks, the suite's figures), each drawn once with the seed of the tasks."""
   found: list = [None] * len(tasks)
   with Scorer(suite) as scorer:
     for chunk in painter.chunks((SEED,)):
@@ -91,6 +95,8 @@ def _scored(painter: Painter, name: str, suite: Suite, tasks: list) -> tuple[lis
   same = clusters(list(map(str, range(len(tasks)))), tasks)
   rows = [row_of(name, str(i), tasks[i], SEED, "", scores, same[i]) for i, (_, scores) in enumerate(found)]
   summary = summarise(suite, rows)
+  if summary["num_left_out"]:
+    logging.warning("Suite %s: %s.", name, left_out_in_words(summary))
   return found, summary | {"num_prompts": len(tasks), "shares": {
       key: value["value"] for key, value in summary["figures"].items() if value["figure"]["is_share"]}}
 

@@ -135,12 +135,14 @@ def describe(summary: Mapping[str, Any]) -> str:
   return "\n".join(found)
 
 
+def left_out_in_words(suite: Mapping[str, Any]) -> str:
+  """How many pictures of a suite are left out, of which there are some, and the most frequent reason."""
+  reason, count = next(iter(suite["left_out"].items()))
+  return f"{suite['num_left_out']} left out, {f'{count} because' if count > 1 else 'one because'}: {reason}"
+
+
 def _left_out(suite: Mapping[str, Any]) -> str:
-  parts = []
-  if suite["num_left_out"]:
-    reason, count = next(iter(suite["left_out"].items()))
-    most = f"{count} because" if count > 1 else "one because"
-    parts.append(f"{suite['num_left_out']} left out, {most}: {reason}")
+  parts = [left_out_in_words(suite)] if suite["num_left_out"] else []
   if suite["num_missing"]:
     parts.append(f"{suite['num_missing']} prompts without a picture")
   return f" ({'; '.join(parts)})" if parts else ""
