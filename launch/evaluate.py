@@ -37,11 +37,14 @@ def define_flags() -> None:
   flags.DEFINE_string("stage", "", "Stage to evaluate; the last trained one when empty.")
   cli.define_step_flag()
   flags.DEFINE_string("average", DEPLOYED, "Averaged weights to use, such as ema, or none: the weights themselves. Default: what the method deploys.")
-  flags.DEFINE_multi_string("suite", [], "Suites, with commas between; or one with settings, such as cvtg:path=FILE. Repeat the flag for more. "
+  flags.DEFINE_multi_string("suite", [], "Suites, with commas between; or one with settings, such as text:languages=en+zh,num_prompts=50. Repeat the "
+                            "flag for more. "
                             "Default: those of the run's config, into its evaluation.json.")
   flags.DEFINE_string("out", "", "Folder for pictures, scores.jsonl, summary.json and report.html; the same command goes on with it.")
-  flags.DEFINE_integer("num_prompts", None, "Prompts of each suite; default: all, or the suite's own number.", lower_bound=1)
-  flags.DEFINE_list("seeds", ["0"], "Seeds of the noise: each prompt is drawn with each.")
+  flags.DEFINE_integer("num_prompts", None, "Prompts of each suite that does not say num_prompts; default: all, or the suite's own number.",
+                       lower_bound=1)
+  flags.DEFINE_list("seeds", ["0"], "Seeds of the noise: each prompt is drawn with each. With --images: those that each prompt should have; default: "
+                    "all that are there.")
   flags.DEFINE_string("compare", "", "Another --out with the same prompts: prints the differences with intervals and p-values.")
   flags.DEFINE_integer("num_steps", 0, "Sampling steps; 0 takes the run's, or 40.", lower_bound=0)
   flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; at most 1 is none. Default: the run's, or 1.", lower_bound=0)
@@ -87,17 +90,17 @@ def _evaluate(args: flags.FlagValues) -> dict | None:
   """The summary, or None while other parts are not done."""
   if not args.suite:
     raise ValueError("Give --suite, such as --suite=text: what is to be drawn or scored.")
-  suites, share = parse_suites(args.suite, args.num_prompts), _share(args.part)
+  suites, share, seeds = parse_suites(args.suite, args.num_prompts), _share(args.part), _seeds(args.seeds)
   if args.images:
-    _refuse([name for name in MODEL if args[name].present], "is for a model: leave it out with --images")
-    return evaluate_images(args.out, args.images, suites, share, args.num_workers)
+    _refuse([name for name in MODEL if args[name].present and name != "seeds"], "is for a model: leave it out with --images")
+    return evaluate_images(args.out, args.images, suites, share, args.num_workers, seeds if args["seeds"].present else ())
   if args.pretrained:
     _refuse([name for name in ("stage", "step", "average") if args[name].present], "chooses among a run's weights: leave it out with --pretrained")
   else:
     _refuse([name for name in ("transformer", "output_resolution") if args[name].present], "goes with --pretrained: leave it out with --workdir")
   drawer = Drawer(args.pretrained, args.workdir, args.stage, args.average, args.dtype, args.transformer, args.step,
                   tuple(args.lora))
-  asked = Asked(suites, _seeds(args.seeds), args.num_steps, args.guidance, args.output_resolution, args.batch_size, args.offload)
+  asked = Asked(suites, seeds, args.num_steps, args.guidance, args.output_resolution, args.batch_size, args.offload)
   return evaluate_model(args.out, drawer, asked, share, args.num_workers)
 
 
@@ -112,7 +115,7 @@ def _seeds(texts: list[str]) -> tuple[int, ...]:
   Raises:
     ValueError: one that is no whole number from 0, or twice.
   """
-  if not texts or not all(text.strip().isdigit() and int(text) < 2**31 for text in texts):
+  if not texts or not all(re.fullmatch(r"\s*[0-9]+\s*", text) and int(text) < 2**31 for text in texts):
     raise ValueError(f"--seeds={','.join(texts)} is not understood: give whole numbers from 0, such as 0,1,2,3.")
   seeds = tuple(map(int, texts))
   if len(set(seeds)) < len(seeds):
@@ -121,7 +124,7 @@ def _seeds(texts: list[str]) -> tuple[int, ...]:
 
 
 def _share(text: str) -> Share:
-  found = re.fullmatch(r"(\d+)/(\d+)", text)
+  found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
   if not found or not int(found[1]) < int(found[2]):
     raise ValueError(f"--part={text} is not understood: give I/N with I from 0 to N - 1, such as 3/64.")
   return Share(int(found[1]), int(found[2]))

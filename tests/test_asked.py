@@ -12,6 +12,7 @@ from PIL import Image
 from qimg2.evaluation import Figure, Suite, Task, ocr
 from qimg2.runtime.evaluating import asked, comparing, job, of_run
 from qimg2.runtime.evaluating.folder import Folder, read_manifest
+from qimg2.runtime.evaluating.registry import parse_suites
 
 TASKS = [Task(f"prompt {i}", (8, 8)) for i in range(40)]
 
@@ -62,6 +63,21 @@ def test_what_files_hold_is_compared_and_not_where_they_are(pictures):
   assert comparing.compare(one, same)["rows"][0]["value"] == 0
   with pytest.raises(ValueError, match="Suite fidelity had another network in .*other than in .*out, by what its files hold"):
     comparing.compare(one, other)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("text:languages=en,zh", "has 'zh' where SETTING=VALUE should stand: .* several values have + between: languages=en+zh; for another suite"),
+    ("text:,", "has '' where SETTING=VALUE should stand: .* between: SETTING=VALUE+VALUE"), ("text:languages", "several values have + between"),
+    ("text:languages=en,languages=zh", "gives languages twice: once is enough"), ("text, text", "--suite names text twice"),
+    ("text,glyphs:num_prompts=3", "names several suites before its settings: give the flag again"), ("", "names no suite ''"), ("text:num_prompts=²", "num_prompts is '²': give a whole")])
+def test_a_suite_that_is_named_wrongly_is_one_sentence(text, said):
+  with pytest.raises(ValueError, match=said.replace("+", "[+]")):
+    parse_suites([text])
+
+
+def test_a_suite_that_says_its_number_of_prompts_has_it():
+  found = parse_suites(["text: num_prompts = 3 ,languages=en+zh", "glyphs, glyph_edits"], 5)
+  assert [settings["num_prompts"] for settings in found.values()] == [3, 5, 5] and found["text"]["languages"] == "en,zh"
 
 
 def test_lines_of_a_manifest_are_counted_as_an_editor_counts_them(pictures):

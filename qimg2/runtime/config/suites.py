@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ def check_settings(name: str, given: Mapping[str, Any], where: str) -> dict[str,
 def _value(setting: Setting, value: Any, where: str) -> Any:
   """A value as its setting wants it."""
   if setting.kind is int:
-    number = int(value) if isinstance(value, str) and value.strip().lstrip("-").isdigit() else value
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value) else value
     if not isinstance(number, int) or isinstance(number, bool):
       raise ValueError(f"{where} is {value!r}: give a whole number.")
     if number < setting.least:

@@ -19,7 +19,7 @@ from qimg2.runtime.evaluating.drawing import Painter, groups_of_sizes, learned, 
 from qimg2.runtime.evaluating.folder import Folder
 from qimg2.runtime.evaluating.job import Share, Work, evaluate_into, versions, work_of_images, work_of_painter
 from qimg2.runtime.evaluating.registry import SEED, make_suite
-from qimg2.runtime.evaluating.summary import prompt_set
+from qimg2.runtime.evaluating.summary import missing_in_words, prompt_set
 from qimg2.runtime.loras import parse_lora
 from qimg2.runtime.processes import from_first
 from qimg2.runtime.rehearsal.drawing import Drawer, Opened
@@ -81,9 +81,10 @@ def _at_one_step(drawer: Drawer) -> Drawer:
   return dataclasses.replace(drawer, stage=stage, step=step)
 
 
-def evaluate_images(out: str, images: str, suites: Mapping[str, Mapping[str, Any]], share: Share = Share(),
-                    num_workers: int = 0) -> dict[str, Any] | None:
-  """Scores pictures that something else made, by the manifest.jsonl of their folder; see `evaluate_model`.
+def evaluate_images(out: str, images: str, suites: Mapping[str, Mapping[str, Any]], share: Share = Share(), num_workers: int = 0,
+                    seeds: Sequence[int] = ()) -> dict[str, Any] | None:
+  """Scores pictures that something else made, by the manifest.jsonl of their folder; see `evaluate_model`. Of `seeds` each prompt should have one;
+  none for all that are there.
 
   Raises:
     ValueError: no manifest, one that does not fit a suite, no such suite, or a folder with another evaluation.
@@ -91,15 +92,15 @@ def evaluate_images(out: str, images: str, suites: Mapping[str, Mapping[str, Any
   folder, place, works, facts = Folder(out), as_absolute(find_place(images, "--images")), [], {}
   for name, settings in suites.items():
     suite, tasks = _tasks(name, settings, None)
-    work = work_of_images(place, name, suite, tasks)
+    work = work_of_images(place, name, suite, tasks, seeds)
     for note in work.notes[:5]:
       logging.warning("Left out of %s: %s.", place, note)
-    if work.num_missing:
-      logging.warning("Suite %s: %d of %d prompts have no picture in %s; figures are of the others.", name, work.num_missing, len(tasks), place)
+    for note in missing_in_words(work.missing._asdict()):
+      logging.warning("Suite %s, in %s: of %d prompts %s; figures are of what is there.", name, place, len(tasks), note)
     works.append(work)
     facts[name] = {**settings, "num_tasks": len(tasks), "prompt_set": prompt_set(tasks), "files": _scored_with(settings, suite),
                    "pictures": _digest_of_pictures(place, work)}
-  request = {"format": 1, "model": {"images": os.fspath(place)}, "suites": facts, "versions": versions()}
+  request = {"format": 1, "model": {"images": os.fspath(place)}, "suites": facts, **({"seeds": list(seeds)} if seeds else {}), "versions": versions()}
   return evaluate_into(folder, request, works, share, num_workers)
 
 

@@ -13,6 +13,7 @@
 Every file appears whole or not at all, and depends only on the request: not on the order of the chunks, on how many processes did them, or on kills.
 """
 
+import collections
 import difflib
 import io
 import json
@@ -184,7 +185,7 @@ def task_names(suite: str, tasks: Sequence[Task]) -> list[str]:
     ValueError: two tasks have one name.
   """
   names = [task.name or f"{number:05d}" for number, task in enumerate(tasks)]
-  twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+  twice = next((name for name, num in collections.Counter(names).items() if num > 1), None)
   if twice is not None:
     raise ValueError(f"Suite {suite} has two tasks of the name {twice}: each needs its own.")
   return names
@@ -202,10 +203,11 @@ def read_lines(path: Place) -> list[dict[str, Any]]:
     FileNotFoundError: there is none.
     ValueError: it is not UTF-8, or a line is no JSON.
   """
-  return [row for _, row in _numbered_rows(path)]
+  return [row for _, row in numbered_rows(path)]
 
 
-def _numbered_rows(path: Place) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: Place) -> Iterator[tuple[int, dict[str, Any]]]:
+  """(number of the line from 1, row) of each row of a file; raises as `read_lines`."""
   for number, text in numbered_lines(decode_text(path.read_bytes(), str(path))):
     try:
       row = json.loads(text)
@@ -228,41 +230,50 @@ def read_json(path: Place) -> dict[str, Any]:
     raise ValueError(f"{path} is no JSON file ({error}): it was changed; remove it and run the same command again.") from error
 
 
-def read_manifest(folder: Place, suite: str, tasks: Sequence[Task]) -> tuple[list[tuple[int, int, Place]], list[str]]:
+def read_manifest(folder: Place, suite: str, tasks: Sequence[Task],
+                  seeds: Sequence[int] = ()) -> tuple[list[tuple[int, int, Place]], list[str]]:
   """((number of the task, seed, file) in the order of the tasks and seeds, what was left out and why) of a folder of pictures with a manifest.jsonl.
 
   A line has "file", relative to the folder, "prompt" or "task" (the task's name), and "seed", 0 where it is missing. Pictures of a prompt that
-  several tasks have belong to them in the order of the lines. Where a line names the suite, those that name another one are passed over.
+  several tasks have belong to them in the order of the lines. Where a line names the suite, those that name another one are passed over. Where
+  `seeds` are given, pictures of others are left out.
 
   Raises:
-    ValueError: no manifest, a line without a field, more pictures of a prompt and seed than it has tasks, or no line that belongs to the suite.
+    ValueError: no manifest, a line without a field, more pictures of a prompt and seed than it has tasks, a file that a task has twice, or no line
+      that belongs to the suite.
   """
   path = folder / MANIFEST
   if not path.is_file():
     raise ValueError(f"--images={folder} has no {MANIFEST}: give it one with a line for each picture, such as "
                      '{"file": "a.png", "prompt": "a red cat", "seed": 0}.')
-  rows = list(_numbered_rows(path))
+  rows = list(numbered_rows(path))
   if any(row.get("suite") == suite for _, row in rows):
     rows = [(number, row) for number, row in rows if row.get("suite", suite) == suite]
-  names, prompts = {name: number for number, name in enumerate(task_names(suite, tasks))}, {}
-  for number, task in enumerate(tasks):
-    prompts.setdefault(_same(task.prompt), []).append(number)
-  found, left_out = {}, []
+  asked, found, files, left_out, unknown = _Asked(suite, tasks), {}, set(), [], []
   for number, row in rows:
     _check_row(row, number, path)
     seed = int(row.get("seed") or 0)
-    task = _task_of(row, seed, names, prompts, tasks, found)
+    task = asked.task_of(row, seed, found)
     if task is None:
-      text = row.get("prompt") or row.get("task")
-      left_out.append((number, text))
+      unknown.append((number, row.get("prompt") or row.get("task")))
+      left_out.append(f"line {number}: {_short(unknown[-1][1])} is no prompt of {suite}")
+      continue
+    if seeds and seed not in seeds:
+      left_out.append(f"line {number}: seed {seed} is none of those that are asked for")
       continue
     if (task, seed) in found:
       raise ValueError(f"Line {number} of {path} is another picture of {_short(tasks[task].prompt)} with seed {seed}: give each its own seed.")
+    if (task, row["file"]) in files:
+      raise ValueError(f"Line {number} of {path} names the file {row['file']} again for {_short(tasks[task].prompt)}: it would count as two pictures.")
     found[task, seed] = folder / row["file"]
-  if not found:
-    raise ValueError(f"No line of {path} belongs to suite {suite}{_nearest(left_out, [task.prompt for task in tasks])}. The prompts must be "
+    files.add((task, row["file"]))
+  if not found and unknown:
+    raise ValueError(f"No line of {path} belongs to suite {suite}{_nearest(unknown, [task.prompt for task in tasks])}. The prompts must be "
                      "those of the suite, word for word.")
-  return [(*key, found[key]) for key in sorted(found)], [f"line {number}: {_short(text)} is no prompt of {suite}" for number, text in left_out]
+  if not found:
+    why = f"{len(left_out)} of them have another seed than {', '.join(map(str, seeds))}: give --seeds that are there" if left_out else "it has no line"
+    raise ValueError(f"No line of {path} is a picture for suite {suite}; {why}.")
+  return [(*key, found[key]) for key in sorted(found)], left_out
 
 
 def _same(prompt: str) -> str:
@@ -270,14 +281,27 @@ def _same(prompt: str) -> str:
   return unicodedata.normalize("NFC", prompt)
 
 
-def _task_of(row: Mapping[str, Any], seed: int, names: Mapping[str, int], prompts: Mapping[str, Sequence[int]], tasks: Sequence[Task],
-             found: Mapping) -> int | None:
-  """The number of a line's task; None where the suite has none."""
-  if row.get("task") is not None:
-    task = names.get(row["task"])
-    return None if task is None or (row.get("prompt") is not None and _same(row["prompt"]) != _same(tasks[task].prompt)) else task
-  numbers = prompts.get(_same(row["prompt"]), ())
-  return next((task for task in numbers if (task, seed) not in found), numbers[-1] if numbers else None)
+class _Asked:
+  """The tasks of a suite as lines of a manifest name them."""
+
+  def __init__(self, suite: str, tasks: Sequence[Task]):
+    self._tasks, self._names = tasks, {name: number for number, name in enumerate(task_names(suite, tasks))}
+    self._prompts: dict[str, list[int]] = {}
+    self._turns: dict[tuple[str, int], int] = {}  # (prompt, seed) -> how many of its tasks have a picture: those before are not looked at again
+    for number, task in enumerate(tasks):
+      self._prompts.setdefault(_same(task.prompt), []).append(number)
+
+  def task_of(self, row: Mapping[str, Any], seed: int, found: Mapping) -> int | None:
+    """The number of a line's task, of several that ask the same the first that is not `found` with this seed; None where the suite has none."""
+    if row.get("task") is not None:
+      task = self._names.get(row["task"])
+      return None if task is None or (row.get("prompt") is not None and _same(row["prompt"]) != _same(self._tasks[task].prompt)) else task
+    prompt = _same(row["prompt"])
+    numbers, turn = self._prompts.get(prompt, ()), self._turns.get((prompt, seed), 0)
+    while turn < len(numbers) and (numbers[turn], seed) in found:
+      turn += 1
+    self._turns[prompt, seed] = turn
+    return numbers[min(turn, len(numbers) - 1)] if numbers else None
 
 
 def _nearest(left_out: Sequence[tuple[int, str]], prompts: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ The work is cut into chunks. What a chunk is depends on the request alone, and a
 killed goes on, and parts of it may be other jobs' (`Share`). Processes of one job draw together, and each scores its own chunks.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -30,7 +31,7 @@ from qimg2.runtime.evaluating.drawing import Painter
 from qimg2.runtime.evaluating.folder import Folder
 from qimg2.runtime.evaluating.page import write_page
 from qimg2.runtime.evaluating.scoring import Pending, Scorer
-from qimg2.runtime.evaluating.summary import clusters, row_of, summarise
+from qimg2.runtime.evaluating.summary import Missing, clusters, row_of, summarise
 from qimg2.runtime.sheets import save_picture
 
 IMAGES_AT_ONCE = 32  # of a folder of pictures, a chunk
@@ -56,7 +57,7 @@ class Work:
     chunks: [(task, seed)] of each chunk.
     draw: number of a chunk -> its pictures [H, W, 3] uint8, in place of one that is none why; None where files are read.
     path: (task, seed) -> the file of a picture.
-    num_missing: tasks without a picture.
+    missing: what a folder of pictures lacks, see `summary.Missing`.
     notes: what was left out of a manifest.
   """
   name: str
@@ -65,7 +66,7 @@ class Work:
   chunks: Sequence[Sequence[tuple[int, int]]]
   draw: Callable[[int], Sequence[np.ndarray | str]] | None
   path: Callable[[int, int], Place]
-  num_missing: int = 0
+  missing: Missing = Missing()
   notes: Sequence[str] = ()
 
   @functools.cached_property
@@ -86,16 +87,19 @@ def work_of_painter(out: Folder, name: str, suite: Suite, tasks: Sequence[Task],
               lambda number: painter.draw(chunks[number]), lambda task, seed: out.picture(name, names[task], seed))
 
 
-def work_of_images(images: Place, name: str, suite: Suite, tasks: Sequence[Task]) -> Work:
-  """Pictures that are there, by their manifest.
+def work_of_images(images: Place, name: str, suite: Suite, tasks: Sequence[Task], seeds: Sequence[int] = ()) -> Work:
+  """Pictures that are there, by their manifest: of these seeds, or all.
 
   Raises:
     ValueError: as `folder.read_manifest`.
   """
-  found, notes = files.read_manifest(images, name, tasks)
+  found, notes = files.read_manifest(images, name, tasks, seeds)
+  nums = collections.Counter(task for task, _, _ in found)
+  wanted = len(seeds) or max(nums.values())
+  missing = Missing(len(tasks) - len(nums), sum(num < wanted for num in nums.values()), wanted * len(tasks) - len(found))
   places = {(task, seed): path for task, seed, path in found}
   chunks = [[(task, seed) for task, seed, _ in found[start:start + IMAGES_AT_ONCE]] for start in range(0, len(found), IMAGES_AT_ONCE)]
-  return Work(name, suite, tasks, chunks, None, lambda task, seed: places[task, seed], len(tasks) - len({task for task, _ in places}), notes)
+  return Work(name, suite, tasks, chunks, None, lambda task, seed: places[task, seed], missing, notes)
 
 
 def evaluate_into(out: Folder, request: Mapping[str, Any], works: Sequence[Work], share: Share = Share(), num_workers: int = 0) -> dict | None:
@@ -237,7 +241,7 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
   for work in works:
     mine, features = _merged(out, work)
     rows += mine
-    summaries[work.name] = summarise(work.suite, mine, work.num_missing)
+    summaries[work.name] = summarise(work.suite, mine, work.missing)
     if work.notes:
       summaries[work.name]["left_out_of_manifest"] = list(work.notes)
     if features is not None and work.suite.of_set is not None:

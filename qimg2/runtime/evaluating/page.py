@@ -12,7 +12,7 @@ from qimg2.evaluation import ERROR, Suite, Task
 from qimg2.places import write_file
 from qimg2.runtime import html_parts
 from qimg2.runtime.evaluating import folder as files
-from qimg2.runtime.evaluating.summary import figures_of, in_words, of_set_in_words, scores_of, test_in_words
+from qimg2.runtime.evaluating.summary import figures_of, in_words, missing_in_words, of_set_in_words, scores_of, test_in_words
 from qimg2.runtime.sheets import strips
 
 NUM_SHOWN = 6  # pictures of each end of a metric
@@ -47,7 +47,7 @@ def write_comparison(out: files.Folder, comparison: Mapping[str, Any]) -> None:
 def _counts(found: Mapping[str, Any]) -> str:
   parts = [f"{found['num_prompts']} prompts, {found['num_pictures']} pictures"]
   parts += [f"{count} left out: {reason}" for reason, count in found["left_out"].items()]
-  parts += [f"{found['num_missing']} prompts have no picture"] if found["num_missing"] else []
+  parts += missing_in_words(found)
   parts += list(found.get("left_out_of_manifest", ()))[:NUM_SHOWN]
   return f"<p>{'<br>'.join(map(html.escape, parts))}</p>"
 

@@ -52,17 +52,35 @@ def make_suite(name: str, settings: Mapping[str, Any], source: Any = None) -> tu
 def parse_suites(texts: list[str], num_prompts: int | None = None) -> dict[str, dict[str, Any]]:
   """{name: settings} of what `--suite` says: names with commas between, or a name with settings, "cvtg:path=FILE,areas=2".
 
-  Args: the flags' texts; number of prompts for all suites, None for all prompts of a suite, or 200 of one that makes as many as are asked for.
+  Args: the flags' texts; number of prompts of suites that do not say their own, None for all prompts of a suite, or 200 of one that makes as many as
+  are asked for.
 
   Raises:
-    ValueError: an unknown suite or setting, one that is missing, or one suite twice.
+    ValueError: an unknown suite or setting, one that is missing, or a suite or a setting twice.
   """
   found: dict[str, dict[str, Any]] = {}
   for text in texts:
     name, colon, rest = text.partition(":")
-    for one in [name] if colon else text.split(","):
+    if colon and "," in name:
+      raise ValueError(f"--suite={text} names several suites before its settings: give the flag again for each.")
+    for one in map(str.strip, [name] if colon else text.split(",")):
       if one in found:
         raise ValueError(f"--suite names {one} twice: once is enough.")
-      given = dict(part.partition("=")[::2] for part in rest.split(",")) if colon else {}
-      found[one.strip()] = check_settings(one.strip(), given | ({} if num_prompts is None else {"num_prompts": num_prompts}), "--suite")
+      given = _settings(one, rest) if colon else {}
+      found[one] = check_settings(one, ({} if num_prompts is None else {"num_prompts": num_prompts}) | given, "--suite")
+  return found
+
+
+def _settings(suite: str, text: str) -> dict[str, str]:
+  """{setting: value} of "languages=en+zh,num_prompts=50"."""
+  found: dict[str, str] = {}
+  for part in text.split(","):
+    key, equals, value = (one.strip() for one in part.partition("="))
+    if not equals:
+      *_, last = found or ("SETTING",)
+      why = f"a comma stands between settings, and several values have + between: {last}={found.get(last, 'VALUE')}+{key or 'VALUE'}"
+      raise ValueError(f"--suite={suite}:{text} has {part!r} where SETTING=VALUE should stand: {why}; for another suite give the flag again.")
+    if key in found:
+      raise ValueError(f"--suite={suite}:{text} gives {key} twice: once is enough.")
+    found[key] = value
   return found

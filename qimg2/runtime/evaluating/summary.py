@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,14 @@ from qimg2.evaluation.statistics import intervals, paired
 from qimg2.evaluation.statistics.sums import Scores
 
 MOST_REASONS = 5
+
+
+class Missing(NamedTuple):
+  """Tasks without any picture, tasks with fewer than they should have, and pictures that both lack: of the seeds that were asked for, or of as many
+  as the task with most pictures has."""
+  num_missing: int = 0
+  num_incomplete: int = 0
+  num_missing_pictures: int = 0
 
 
 def row_of(suite: str, name: str, task: Task, seed: int, file: str, scores: Mapping[str, Any], cluster: str = "") -> dict[str, Any]:
@@ -25,13 +33,13 @@ def row_of(suite: str, name: str, task: Task, seed: int, file: str, scores: Mapp
                 "details": {key: value for key, value in scores.items() if not is_metric(value)}}
 
 
-def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]], num_missing: int = 0) -> dict[str, Any]:
-  """The figures of a suite: {"num_prompts", "num_pictures", "num_left_out", "left_out", "num_missing", "figures", "categories"}.
+def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]], missing: Missing = Missing()) -> dict[str, Any]:
+  """The figures of a suite: {"num_prompts", "num_pictures", "num_left_out", "left_out", those of `Missing`, "figures", "categories"}.
 
   "figures" is {name: {"value", "low", "high", ...}}, an interval of `qimg2.evaluation.statistics.figure` each; "categories" the same for each
   category, where there is more than one. Pictures that have no scores are left out and counted, with the most frequent reasons.
 
-  Args: the suite; the rows of all its pictures; number of tasks that have no picture.
+  Args: the suite; the rows of all its pictures; what it lacks.
   """
   good = [row for row in rows if ERROR not in row]
   reasons = collections.Counter(row[ERROR] for row in rows if ERROR in row)
@@ -39,7 +47,7 @@ def summarise(suite: Suite, rows: Sequence[Mapping[str, Any]], num_missing: int 
   categories = sorted({row["category"] for row in good})
   result = {
       "num_prompts": len({row["cluster"] for row in good}), "num_pictures": len(good), "num_left_out": len(rows) - len(good),
-      "left_out": dict(reasons.most_common(MOST_REASONS)), "num_missing": num_missing,
+      "left_out": dict(reasons.most_common(MOST_REASONS)), **missing._asdict(),
       "figures": {name: interval(figure, good) for name, figure in figures.items()}}
   if len(categories) > 1:
     result["categories"] = {one: {name: interval(figure, [row for row in good if row["category"] == one]) for name, figure in figures.items()}
@@ -143,6 +151,13 @@ def left_out_in_words(suite: Mapping[str, Any]) -> str:
 
 def _left_out(suite: Mapping[str, Any]) -> str:
   parts = [left_out_in_words(suite)] if suite["num_left_out"] else []
-  if suite["num_missing"]:
-    parts.append(f"{suite['num_missing']} prompts without a picture")
+  parts += missing_in_words(suite)
   return f" ({'; '.join(parts)})" if parts else ""
+
+
+def missing_in_words(suite: Mapping[str, Any]) -> list[str]:
+  """What a suite lacks, see `Missing`; nothing for nothing."""
+  parts = [f"{suite['num_missing']} prompts without a picture"] if suite["num_missing"] else []
+  if some := suite.get("num_incomplete", 0):  # a summary of before has it not
+    parts.append(f"{some} prompts with some of their pictures only, {suite['num_missing_pictures']} pictures missing in all")
+  return parts
