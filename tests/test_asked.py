@@ -69,7 +69,8 @@ def test_what_files_hold_is_compared_and_not_where_they_are(pictures):
     ("text:languages=en,zh", "has 'zh' where SETTING=VALUE should stand: .* several values have + between: languages=en+zh; for another suite"),
     ("text:,", "has '' where SETTING=VALUE should stand: .* between: SETTING=VALUE+VALUE"), ("text:languages", "several values have + between"),
     ("text:languages=en,languages=zh", "gives languages twice: once is enough"), ("text, text", "--suite names text twice"),
-    ("text,glyphs:num_prompts=3", "names several suites before its settings: give the flag again"), ("", "names no suite ''"), ("text:num_prompts=²", "num_prompts is '²': give a whole")])
+    ("text,glyphs:num_prompts=3", "names several suites before its settings: give the flag again"),
+    ("", "names no suite ''"), ("text:num_prompts=²", "num_prompts is '²': give a whole")])
 def test_a_suite_that_is_named_wrongly_is_one_sentence(text, said):
   with pytest.raises(ValueError, match=said.replace("+", "[+]")):
     parse_suites([text])

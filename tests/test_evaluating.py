@@ -181,7 +181,8 @@ def test_what_is_no_picture_has_no_file_and_no_score(tmp_path):
     rows = out.rows()
   assert files(tmp_path / "whole") == files(tmp_path / "killed") and found["whole"] == found["killed"]
   assert found["whole"]["num_left_out"] == 4 and found["whole"]["left_out"] == {"it is not finite": 4} and found["whole"]["num_pictures"] == 10
-  assert {row["task"] for row in rows if "error" in row} == {"00000", "00003"} == {row["task"] for row in rows if not out.picture_of(row["file"]).exists()}
+  no_file = {row["task"] for row in rows if not out.picture_of(row["file"]).exists()}
+  assert {row["task"] for row in rows if "error" in row} == {"00000", "00003"} == no_file
   again = evaluate_into(Folder(tmp_path / "again"), REQUEST, [work_of_images(out.place, "toy", *with_features())])["suites"]["toy"]
   same = ("figures", "of_set", "num_left_out", "num_pictures", "num_missing")
   assert [again[key] for key in same] == [found["whole"][key] for key in same]
@@ -314,9 +315,10 @@ def test_pictures_that_were_drawn_are_scored_again_alike(tmp_path):
     ([{"file": "1.png"}], "Line 1 of .* has no 'prompt' or 'task'"),
     ([{"file": "1.png", "prompt": "prompt 1", "seed": "a"}], "Line 1 of .* has the seed 'a'"),
     ([{"file": "1.png", "task": None}], "Line 1 of .* has no 'prompt' or 'task'"), ([{"file": "1.png", "task": ["a"]}], "has no 'prompt' or 'task'"),
-    (["{"], "Line 1 of .* is no JSON"), (["[1]"], "each line must be an object"),
+    (["{"], "Line 1 of .* is no JSON"), (["[" * 100_000], "Line 1 of .* nests too many"),
+    (['{"file": "\\ud800.png", "prompt": "prompt 1"}'], r"Line 1 of .* holds '.ud800', half of a character: write"), (["[1]"], "each line must be an object"),
     ([{"file": "1.png", "prompt": "prompt 1"}] * 2, 'Line 2 of .* is another picture of "prompt 1" with seed 0: '),
-    ([{"file": "1.png", "prompt": "prompt 1", "seed": i} for i in range(2)], 'Line 2 of .* names the file 1.png again for "prompt 1": it would count'),
+    ([{"file": "1.png", "prompt": "prompt 1", "seed": i} for i in range(2)], 'Line 2 of .* names 1.png again for "prompt 1"'),
     ([""], "No line of .* is a picture for suite toy; it has no line"),
     ([{"file": "1.png", "prompt": "promt 1"}], 'No line of .* belongs to suite toy: line 1 has "promt 1", whose nearest is "prompt 1"'),
     ([{"file": "1.png", "task": "00001", "prompt": "other"}], "No line of .* belongs to suite toy")])

@@ -218,7 +218,7 @@ def test_cvtg_is_read_and_scored(tmp_path, picture):
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"prompt_id": 0, "prompt": "a"}', r"lacks the field 'text' \(.*, line 1\)"), ("{", "is no JSON .*, line 1"), ("", "is empty"),
+    ('{"prompt_id": 0, "prompt": "a"}', r"lacks the field 'text' \(.*, line 1\)"), ("{", ", line 1 is no JSON"), ("", "is empty"),
     ("[1]", "lacks the field"), ('\n{"prompt_id": 0, "prompt": "a", "text": null}', r"'text' is null \(.*, line 2\): give a file in the published"),
     ('{"prompt_id": 0, "prompt": "a", "text": [1, 2]}', r"'text' is \[1, 2\] \(.*, line 1\): it must be a text, or a list of texts"),
     ('{"prompt_id": 0, "prompt": 7, "text": "a"}', "'prompt' is 7"), (b'{"a":\n"\xfc"}', "line 2, is not UTF-8 .*: save the file as UTF-8"),

@@ -14,12 +14,11 @@ So `geneval2_data.jsonl` of GenEval 2 (arXiv 2512.16853) is read as it is.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from typing import Any
 
-from qimg2.evaluation.prompt_files import numbered_lines, read_text
+from qimg2.evaluation.prompt_files import numbered_lines, parse_json, read_text
 
 DEFAULT_PX = 1024
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -94,15 +93,8 @@ def read_prompts(path: str | pathlib.Path) -> list[Prompt]:
 def _entries(path: pathlib.Path) -> list[Any]:
   text = read_text(path, "a JSON list, or JSON lines, of objects with the field 'prompt'")
   if text.lstrip().startswith("["):
-    return _parsed(text, str(path))
-  return [_parsed(line, f"{path}, line {number},") for number, line in numbered_lines(text)]
-
-
-def _parsed(text: str, where: str) -> Any:
-  try:
-    return json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{where} is neither a JSON list nor JSON lines ({error}): mend it.") from error
+    return parse_json(text, str(path))
+  return [parse_json(line, f"{path}, line {number},") for number, line in numbered_lines(text)]
 
 
 def _prompt(entry: Any, number: int, folder: pathlib.Path) -> Prompt:

@@ -2,8 +2,11 @@
 that Unicode calls the end of a line, as U+2028.
 """
 
+import collections
+import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 def read_text(path: str | pathlib.Path, wanted: str) -> str:
@@ -38,3 +41,28 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
   for number, line in enumerate(text.split("\n"), 1):
     if line.strip():
       yield number, line.strip(" \t\r")
+
+
+def parse_json(text: str, where: str) -> Any:
+  """What a text in JSON says.
+
+  Raises:
+    ValueError: it is none, has a half of a surrogate pair, which no file in UTF-8 can hold, or nests thousands of lists; the sentence begins with
+      `where`.
+  """
+  try:
+    found = json.loads(text)
+    if "\\u" in text:
+      json.dumps(found, ensure_ascii=False).encode()
+  except RecursionError as error:
+    raise ValueError(f"{where} nests too many lists or objects: mend it or copy the file again.") from error
+  except UnicodeEncodeError as error:
+    raise ValueError(f"{where} holds {error.object[error.start]!a}, half of a character: write characters themselves, in UTF-8.") from error
+  except ValueError as error:
+    raise ValueError(f"{where} is no JSON ({error}): mend it or copy the file again.") from error
+  return found
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+  """The first of the names that is there again; None where none is."""
+  return next((name for name, num in collections.Counter(names).items() if num > 1), None)

@@ -183,7 +183,8 @@ class Generator:
     return [rows[start:start + self._size.batch_size] for start in range(0, len(rows), self._size.batch_size)]
 
   def _draw(self, weights: Mapping, job: "_Job", rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(latents, pixels, whether they are finite) of some rows, a multiple of the batch size; the last picture fills what is left. One network after the other."""
+    """(latents, pixels, whether they are finite) of some rows, a multiple of the batch size; the last picture fills what is left. One network after
+    the other."""
     real = np.minimum(rows, len(job.prompts) - 1)
     seen = [tuple(image[row] for image in job.images) for row in real]
     names = [tuple(map(digest, pictures)) for pictures in seen]

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qimg2.evaluation.prompt_files import numbered_lines, read_text
+from qimg2.evaluation.prompt_files import first_repeated, numbered_lines, parse_json, read_text
 from qimg2.evaluation.text_benchmarks import LANGUAGES as LONGTEXT_LANGUAGES
 from qimg2.evaluation.text_benchmarks import cvtg_words
 
@@ -88,7 +88,7 @@ def longtext_bench(path: str, language: str) -> list[TextPrompt]:
   prompts = []
   for number, line in numbered_lines(read_text(path, "LongText-Bench's text_prompts.jsonl or text_prompts_zh.jsonl")):
     where = f"{path}, line {number}"
-    fields = _fields(_parsed(line, where), {"prompt_id": (str, int), "prompt": str, "text": (str, list)}, where)
+    fields = _fields(parse_json(line, where), {"prompt_id": (str, int), "prompt": str, "text": (str, list)}, where)
     texts = [fields["text"]] if isinstance(fields["text"], str) else fields["text"]
     if not texts or not all(isinstance(text, str) for text in texts):
       raise ValueError(f"The field 'text' is {texts!r} ({where}): it must be a text, or a list of texts.")
@@ -109,20 +109,13 @@ def cvtg(path: str) -> list[TextPrompt]:
 
 
 def _read_cvtg(file: pathlib.Path) -> list[TextPrompt]:
-  content = _parsed(read_text(file, "CVTG-2K's folder with CVTG/2.json to CVTG-Style/5.json, or one of these files"), str(file))
+  content = parse_json(read_text(file, "CVTG-2K's folder with CVTG/2.json to CVTG-Style/5.json, or one of these files"), str(file))
   part, area, prompts = file.parent.name, file.stem, []
   for number, entry in enumerate(_fields(content, {"data_list": list}, str(file))["data_list"]):
     fields = _fields(entry, {"index": (str, int), "prompt": str}, f"{file}, entry {number} of data_list")
     name = "-".join(map(_plain, (part, area, fields["index"])))
     prompts.append(TextPrompt(name, fields["prompt"], tuple(cvtg_words(fields["prompt"])), "en", f"{part} {area}"))
   return prompts
-
-
-def _parsed(text: str, where: str) -> Any:
-  try:
-    return json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"The prompt set is no JSON ({where}: {error}): copy the file again.") from error
 
 
 def _fields(entry: Any, kinds: Mapping[str, type | tuple[type, ...]], where: str) -> Mapping[str, Any]:
@@ -141,8 +134,7 @@ def _plain(name: Any) -> str:
 
 
 def _checked(prompts: list[TextPrompt], path: str) -> list[TextPrompt]:
-  names = [prompt.name for prompt in prompts]
-  twice = next((name for name in names if names.count(name) > 1), "")
+  twice = first_repeated(prompt.name for prompt in prompts)
   if twice or not prompts:
     raise ValueError(f"The prompt set {path} has two prompts {twice}: give each its own number." if twice else f"The prompt set {path} is empty.")
   return prompts

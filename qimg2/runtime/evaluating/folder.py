@@ -13,7 +13,6 @@
 Every file appears whole or not at all, and depends only on the request: not on the order of the chunks, on how many processes did them, or on kills.
 """
 
-import collections
 import difflib
 import io
 import json
@@ -30,7 +29,7 @@ import numpy as np
 
 from data_pipelines.transforms import decode_image
 from qimg2.evaluation import Task
-from qimg2.evaluation.prompt_files import decode_text, numbered_lines
+from qimg2.evaluation.prompt_files import decode_text, first_repeated, numbered_lines, parse_json
 from qimg2.places import Place, find_place, is_remote, write_file
 
 REQUEST, MANIFEST, SCORES, SUMMARY, REPORT = "request.json", "manifest.jsonl", "scores.jsonl", "summary.json", "report.html"
@@ -185,7 +184,7 @@ def task_names(suite: str, tasks: Sequence[Task]) -> list[str]:
     ValueError: two tasks have one name.
   """
   names = [task.name or f"{number:05d}" for number, task in enumerate(tasks)]
-  twice = next((name for name, num in collections.Counter(names).items() if num > 1), None)
+  twice = first_repeated(names)
   if twice is not None:
     raise ValueError(f"Suite {suite} has two tasks of the name {twice}: each needs its own.")
   return names
@@ -209,10 +208,7 @@ def read_lines(path: Place) -> list[dict[str, Any]]:
 def numbered_rows(path: Place) -> Iterator[tuple[int, dict[str, Any]]]:
   """(number of the line from 1, row) of each row of a file; raises as `read_lines`."""
   for number, text in numbered_lines(decode_text(path.read_bytes(), str(path))):
-    try:
-      row = json.loads(text)
-    except ValueError as error:
-      raise ValueError(f"Line {number} of {path} is no JSON ({error}): mend it or make the file anew.") from error
+    row = parse_json(text, f"Line {number} of {path}")
     if not isinstance(row, dict):
       raise ValueError(f"Line {number} of {path} is {text[:60]!r}: each line must be an object, such as {{\"file\": \"a.png\", \"prompt\": \"a\"}}.")
     yield number, row
@@ -264,14 +260,15 @@ def read_manifest(folder: Place, suite: str, tasks: Sequence[Task],
     if (task, seed) in found:
       raise ValueError(f"Line {number} of {path} is another picture of {_short(tasks[task].prompt)} with seed {seed}: give each its own seed.")
     if (task, row["file"]) in files:
-      raise ValueError(f"Line {number} of {path} names the file {row['file']} again for {_short(tasks[task].prompt)}: it would count as two pictures.")
+      raise ValueError(f"Line {number} of {path} names {row['file']} again for {_short(tasks[task].prompt)}: it would count as two pictures.")
     found[task, seed] = folder / row["file"]
     files.add((task, row["file"]))
   if not found and unknown:
     raise ValueError(f"No line of {path} belongs to suite {suite}{_nearest(unknown, [task.prompt for task in tasks])}. The prompts must be "
                      "those of the suite, word for word.")
   if not found:
-    why = f"{len(left_out)} of them have another seed than {', '.join(map(str, seeds))}: give --seeds that are there" if left_out else "it has no line"
+    asked_for = ", ".join(map(str, seeds))
+    why = f"{len(left_out)} of them have another seed than {asked_for}: give --seeds that are there" if left_out else "it has no line"
     raise ValueError(f"No line of {path} is a picture for suite {suite}; {why}.")
   return [(*key, found[key]) for key in sorted(found)], left_out
 
