@@ -100,6 +100,11 @@ def write_file(place: Place, content: str | bytes) -> None:
   part.replace(place)
 
 
+def leftovers(folder: Place) -> list[Place]:
+  """Files below a folder that `write_file` had not completed when its process ended, and those that it is at; a bucket has none."""
+  return [] if is_remote(folder) else [path for path in folder.rglob("*.part") if re.fullmatch(r".*\.[0-9a-f]{32}\.part", path.name)]
+
+
 def list_files(folder: Place) -> dict[str, File]:
   """All files below a folder by their names in it, sorted; none where it does not exist."""
   if not is_remote(folder):

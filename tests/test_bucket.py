@@ -8,6 +8,7 @@ import time
 
 import commands
 import jax
+import numpy as np
 import pytest
 from bucket import ROOT, Bucket
 from etils import epath
@@ -15,9 +16,12 @@ from kill_points import assert_same_bits
 from many import PATIENCE_S, UNHURRIED_S, ends, start, together, toy
 from test_checkpoint import assert_equal, make, specs
 from test_evaluating import REQUEST, files, with_features, work
+from test_evaluating import toy as toy_suite
 
+from data_pipelines.transforms import encode_png
 from qimg2 import places
 from qimg2.runtime import lock
+from qimg2.runtime.evaluating import asked
 from qimg2.runtime.evaluating import folder as evaluating
 from qimg2.runtime.evaluating.job import Share, evaluate_into, work_of_images
 from qimg2.training import checkpoint, faults, manifest, metrics
@@ -272,3 +276,33 @@ def test_an_evaluation_in_a_bucket_writes_the_files_of_one_on_a_disk(bucket, fol
   images = places.find_place(str(folder), "--images")
   again = evaluate_into(evaluating.Folder(tmp_path / "again"), REQUEST, [work_of_images(images, "toy", suite, tasks)])
   assert again["suites"] == one["suites"]
+
+
+def test_pictures_in_a_bucket_are_found_by_any_of_their_names_and_a_change_is_seen(bucket, folder, tmp_path, monkeypatch):
+  """Relative, with .., or of another folder: one that is listed once. None of their bytes is read for that."""
+  suite, _ = toy_suite(4)
+  monkeypatch.setattr(asked, "make_suite", lambda name, settings, source: (suite, 4))
+  other = places.find_place(f"{folder}-other", "x")
+  names = {"0.png": folder, "./1.png": folder, "../" + other.name + "/2.png": other, f"{other}/3.png": other, "none.png": None}
+  png = lambda level: encode_png(np.full((8, 8, 3), level, np.uint8))
+  for i, (name, place) in enumerate(names.items()):
+    if place is not None:
+      places.write_file(place / f"{i}.png", png(i))
+  rows = [{"file": name, "prompt": f"prompt {i % 4}", "seed": i // 4} for i, name in enumerate(names)]
+  places.write_file(folder / "manifest.jsonl", evaluating.lines(rows))
+  listed, before = [], places.list_files
+  monkeypatch.setattr(asked, "list_files", lambda place: listed.append(str(place)) or before(place))
+  evaluate = lambda out: asked.evaluate_images(str(tmp_path / out), str(folder), {"toy": {}})
+  found = evaluate("out")["suites"]["toy"]
+  assert found["num_pictures"] == 4 and list(found["left_out"]) == [f"There is no picture {folder}/none.png."]
+  assert found["figures"]["bright"]["value"] == pytest.approx(1.5 / 255) and listed == [str(folder), str(other)]
+  assert evaluate("out")["suites"]["toy"] == found
+  for place in (folder / "1.png", other / "3.png"):
+    places.write_file(place, png(9))
+    with pytest.raises(ValueError, match="another evaluation: suites.toy.pictures was"):
+      evaluate("out")
+    places.write_file(place, png(int(place.stem)))  # another object, whatever it holds
+    with pytest.raises(ValueError, match="another evaluation: suites.toy.pictures was"):
+      evaluate("out")
+    (tmp_path / "out").rename(tmp_path / place.stem)
+    evaluate("out")

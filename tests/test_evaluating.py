@@ -136,6 +136,20 @@ def test_killed_while_it_scores_or_writes_it_goes_on(whole, tmp_path, monkeypatc
   assert evaluate_into(out, REQUEST, [work(out, suite, tasks, most=0)]) == json.loads(whole["summary.json"])  # nothing is drawn again
 
 
+def test_what_a_killed_process_left_behind_is_swept(whole, tmp_path):
+  """A file that it was at, and parts that it had not yet taken away."""
+  out, (suite, tasks) = Folder(tmp_path / "out"), with_features()
+  half = out.place / "pictures" / "toy" / f"00000_0.png.{'0f' * 16}.part"
+  with pytest.raises(KeyboardInterrupt):
+    evaluate_into(out, REQUEST, [work(out, suite, tasks, most=2)])
+  half.write_bytes(b"\x89PN")
+  evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  assert files(out.place) == whole
+  out.write_part("toy", 0, [{}], np.zeros((1, 1)))
+  assert evaluate_into(out, REQUEST, [work(out, suite, tasks, most=0)]) == json.loads(whole["summary.json"])
+  assert files(out.place) == whole
+
+
 def test_64_jobs_in_any_order_write_the_same_files(whole, tmp_path):
   """More than there are chunks; one that was lost is done by another."""
   out, (suite, tasks) = Folder(tmp_path / "out"), with_features(computed := [])
@@ -316,7 +330,8 @@ def test_pictures_that_were_drawn_are_scored_again_alike(tmp_path):
     ([{"file": "1.png", "prompt": "prompt 1", "seed": "a"}], "Line 1 of .* has the seed 'a'"),
     ([{"file": "1.png", "task": None}], "Line 1 of .* has no 'prompt' or 'task'"), ([{"file": "1.png", "task": ["a"]}], "has no 'prompt' or 'task'"),
     (["{"], "Line 1 of .* is no JSON"), (["[" * 100_000], "Line 1 of .* nests too many"),
-    (['{"file": "\\ud800.png", "prompt": "prompt 1"}'], r"Line 1 of .* holds '.ud800', half of a character: write"), (["[1]"], "each line must be an object"),
+    (['{"file": "\\ud800.png", "prompt": "prompt 1"}'], r"Line 1 of .* holds '.ud800', half of a character: write"),
+    (["[1]"], "each line must be an object"),
     ([{"file": "1.png", "prompt": "prompt 1"}] * 2, 'Line 2 of .* is another picture of "prompt 1" with seed 0: '),
     ([{"file": "1.png", "prompt": "prompt 1", "seed": i} for i in range(2)], 'Line 2 of .* names 1.png again for "prompt 1"'),
     ([""], "No line of .* is a picture for suite toy; it has no line"),
@@ -359,6 +374,11 @@ def test_other_prompts_are_not_compared(tmp_path):
     comparing.compare(one, other)
   with pytest.raises(ValueError, match="holds no finished evaluation"):
     comparing.compare(one, Folder(tmp_path / "3"))
+  for name, text, said in (("scores.jsonl", "{}", "scores.jsonl has lines that no evaluation wrote"), ("summary.json", "{}", "is not that of an"),
+                           ("summary.json", "[]", "summary.json is not that of an evaluation"), ("summary.json", "{", "is no JSON file")):
+    (one.place / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+      comparing.compare(one, one)
 
 
 def test_what_is_not_comparable_is_refused_or_said(tmp_path):

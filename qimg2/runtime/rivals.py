@@ -61,7 +61,8 @@ class Rivals:
     by_prompt: dict[str, list[tuple[str, Place]]] = {}
     by_name: dict[str, str] = {}
     for number, row in files.numbered_rows(root / files.MANIFEST):
-      path, prompt, name = root / _text(row, "file", root, number), _text(row, "prompt", root, number), str(row.get("task", ""))
+      path = files.picture_place(root, _text(row, "file", root, number), f"Line {number} of {root / files.MANIFEST}")
+      prompt, name = _text(row, "prompt", root, number), str(row.get("task", ""))
       if (row.get("seed") or 0) == self._seed and path.is_relative_to(self._place):
         by_prompt.setdefault(prompt, []).append((name, path))
         by_name.setdefault(name, prompt)

@@ -171,11 +171,18 @@ def _scored_with(settings: Mapping[str, Any], suite: Suite) -> dict[str, list[st
 def _digest_of_pictures(images: Place, work: Work) -> str:
   """Of which file belongs to which task and seed, and of sizes and times of the files: they must stay while they are scored."""
   found, listed = hashlib.sha256(), {}
-  if is_remote(images):  # one answer for a thousand files, in place of two for each
-    listed = {os.fspath(file.path): (file.size, file.mark) for file in list_files(images).values()}
+
+  def list_once(folder: Place) -> None:  # one answer for a thousand files, in place of two for each
+    listed[os.fspath(folder)] = ()
+    listed.update((os.fspath(file.path), (file.size, file.mark)) for file in list_files(folder).values())
+  if is_remote(images):
+    list_once(images)
   for chunk in work.chunks:
     for task, seed in chunk:
-      path = os.fspath(work.path(task, seed))
+      place = work.path(task, seed)
+      path = os.fspath(place)
+      if is_remote(place) and not path.startswith(f"{os.fspath(images)}/") and os.fspath(place.parent) not in listed:
+        list_once(place.parent)
       found.update(repr((task, seed, path, listed.get(path) or _size_and_time(path))).encode())
   return found.hexdigest()
 

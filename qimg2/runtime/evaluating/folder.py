@@ -18,6 +18,7 @@ import io
 import json
 import os
 import pathlib
+import posixpath
 import shutil
 import tempfile
 import unicodedata
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.transforms import decode_image
-from qimg2.evaluation import Task
+from qimg2.evaluation import ERROR, Task
 from qimg2.evaluation.prompt_files import decode_text, first_repeated, numbered_lines, parse_json
 from qimg2.places import Place, find_place, is_remote, write_file
 
@@ -66,7 +67,7 @@ class Folder:
 
   def picture_of(self, file: str) -> Place:
     """The picture that a line names: relative to the folder, or anywhere."""
-    return find_place(file, "a line of scores.jsonl") if "://" in file or os.path.isabs(file) else self.place / file
+    return picture_place(self.place, file, "A line of scores.jsonl")
 
   def picture(self, suite: str, name: str, seed: int) -> Place:
     """Where a picture is."""
@@ -127,7 +128,10 @@ class Folder:
     """
     if not (self.place / SUMMARY).exists() or not (self.place / SCORES).exists():
       raise ValueError(f"{self.place} holds no finished evaluation: run launch.evaluate with --out={self.place} to its end first.")
-    return read_lines(self.place / SCORES)
+    found = read_lines(self.place / SCORES)
+    if any(not {"suite", "task", "cluster"} <= row.keys() or not {"metrics", ERROR} & row.keys() for row in found):
+      raise ValueError(f"{self.place / SCORES} has lines that no evaluation wrote: run launch.evaluate into another --out.")
+    return found
 
   def summary(self) -> dict[str, Any]:
     """summary.json.
@@ -137,14 +141,30 @@ class Folder:
     """
     if not (self.place / SUMMARY).exists():
       raise ValueError(f"{self.place} holds no finished evaluation: run launch.evaluate with --out={self.place} to its end first.")
-    return read_json(self.place / SUMMARY)
+    found = read_json(self.place / SUMMARY)
+    if not isinstance(found, dict) or not {"request", "versions", "suites"} <= found.keys():
+      raise ValueError(f"{self.place / SUMMARY} is not that of an evaluation: name a folder that launch.evaluate wrote.")
+    return found
+
+
+def picture_place(folder: Place, file: str, what: str) -> Place:
+  """The picture that a line names: relative to the folder, or anywhere. A bucket has no folders, so that .. must be resolved before it is asked.
+
+  Raises:
+    ValueError: a URL of another kind than gs://; it calls the line `what`.
+  """
+  if "://" in file or os.path.isabs(file):
+    return find_place(file, what)
+  if not is_remote(folder):
+    return folder / file
+  return find_place(f"gs://{posixpath.normpath(os.path.join(os.fspath(folder).removeprefix('gs://'), file))}", what)
 
 
 def make_folder(place: Place) -> None:
   """Makes the folder of --out where there is none; in a bucket it comes with its first file.
 
   Raises:
-    ValueError: it, or a part of its path, is a file.
+    ValueError: it, or a part of its path, is a file, or it may not be made there.
   """
   if is_remote(place):
     return
@@ -152,6 +172,8 @@ def make_folder(place: Place) -> None:
     place.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:
     raise ValueError(f"--out={place} cannot be made, because {error.filename} is a file, or below one: name another folder.") from error
+  except OSError as error:
+    raise ValueError(f"--out={place} cannot be made ({error.strerror}: {error.filename}): name another folder.") from error
 
 
 def write_array(path: Place, array: np.ndarray) -> None:
@@ -261,7 +283,7 @@ def read_manifest(folder: Place, suite: str, tasks: Sequence[Task],
       raise ValueError(f"Line {number} of {path} is another picture of {_short(tasks[task].prompt)} with seed {seed}: give each its own seed.")
     if (task, row["file"]) in files:
       raise ValueError(f"Line {number} of {path} names {row['file']} again for {_short(tasks[task].prompt)}: it would count as two pictures.")
-    found[task, seed] = folder / row["file"]
+    found[task, seed] = picture_place(folder, row["file"], f"Line {number} of {path}")
     files.add((task, row["file"]))
   if not found and unknown:
     raise ValueError(f"No line of {path} belongs to suite {suite}{_nearest(unknown, [task.prompt for task in tasks])}. The prompts must be "

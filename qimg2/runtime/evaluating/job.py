@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data_pipelines
 import qimg2
 from qimg2.evaluation import ERROR, Suite, Task
-from qimg2.places import Place, write_file
+from qimg2.places import Place, leftovers, write_file
 from qimg2.runtime import processes
 from qimg2.runtime.evaluating import folder as files
 from qimg2.runtime.evaluating.drawing import Painter
@@ -117,12 +117,14 @@ def evaluate_into(out: Folder, request: Mapping[str, Any], works: Sequence[Work]
     _do(out, work, share, num_workers)
   processes.barrier("scored")
   if _is_finished(out) or not any(_num_missing(out, work) for work in works):
-    if processes.is_first() and not _is_finished(out):
+    if processes.is_first():
       try:
-        _finish(out, request, works)
+        if not _is_finished(out):
+          _finish(out, request, works)
       except FileNotFoundError:  # another job was faster, and has taken the parts away
         if not _is_finished(out):
           raise
+      _sweep(out, works)
     processes.barrier("summary")
     return out.summary()
   return None
@@ -254,6 +256,12 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
   summary = {"request": request, "versions": versions(), "suites": summaries}
   write_page(out, summary, rows, {work.name: (work.suite, work.tasks) for work in works})
   write_file(out.place / files.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _sweep(out: Folder, works: Sequence[Work]) -> None:
+  """Removes what nobody needs of an evaluation that is finished: the parts, and files that were being written when something was killed."""
+  for path in leftovers(out.place):
+    path.unlink(missing_ok=True)
   for work in works:
     of_reference = out.reference_part(work.name, "", 0).parent.glob("*") if work.suite.reference else ()  # those of changed pictures, too
     for path in [*out.part(work.name, 0).parent.glob("*"), *of_reference]:
