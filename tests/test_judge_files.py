@@ -93,7 +93,7 @@ def test_prompts_of_both_forms(tmp_path):
 
 @pytest.mark.parametrize("content,message", [
     ([{"text": "x"}], "Entry 1 of .*no object with a text in the field 'prompt'"), ([], "holds no prompts"),
-    ('{"prompt": "x"}\n\n{', "p.json, line 3, is neither a JSON list"),
+    ('{"prompt": "x"}\n\n{', "p.json, line 3, is no JSON"),
     ([{"prompt": "x", "questions": [["Is it?", "maybe"]]}], "'maybe' is neither yes nor no"),
     ([{"prompt": "x", "questions": [["How many?", "11"]]}], "'11' is neither"), ([{"prompt": "x", "questions": ["Is it?"]}], "no list of"),
     ([{"prompt": "x", "name": "a"}, {"prompt": "y", "name": "a"}], "Entry 2 .* 'a' is there twice"),
