@@ -134,7 +134,10 @@ def from_run(cfg: ConfigDict, workdir: str) -> None:
 
 def last_generator(workdir: str) -> tuple[RunConfig, StageConfig]:
   """A run of launch.train, and its last stage that trains a generator."""
-  run = read_record(pathlib.Path(workdir) / "config.json")
+  record = pathlib.Path(workdir) / "config.json"
+  if not record.is_file():
+    raise ValueError(f"There is no run in {workdir}: name the --workdir of a launch.train that trained a generator.")
+  run = read_record(record)
   last = next((one for one in reversed(run.stages) if one.kind == "generator"), None)
   if last is None:
     raise ValueError(f"The run in {workdir} trains no generator: name another one.")
