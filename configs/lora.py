@@ -13,6 +13,9 @@ between. They count as much as yours, `PRIOR_WEIGHT`; --config.stages[0].mixture
   python -m launch.prepare_data --source=CLASS --name=dogs --out=runs/data --config=configs/curation.py:small
   ... --config=configs/lora.py:mine+dogs:diffusers:DIR
 
+Of pairs, pictures of a prompt of which one is better than the other (docs/post_training.md), it learns by DPO what is better: dpo@NAME in place of
+NAME.
+
 The argument is NAME:SOURCE, or NAME:PLAN:SOURCE. NAME is the name that launch.prepare_data gave your pictures; SOURCE is diffusers:DIR, a folder in
 the published layout, or run:RUN, the --workdir of a run of launch.train, whose networks, tokenizer and last generator are taken. PLAN, of `PLANS`,
 says which chips there are and how large pictures are: v6e-1-512 is one chip of v6e with pictures of 512 px.
@@ -38,7 +41,7 @@ from qimg2.runtime.config import RunConfig, StageConfig, plain
 from qimg2.runtime.config.records import read_record
 from qimg2.runtime.config.sources import DIFFUSERS, STAGE, parse_source
 
-RUN = "run:"
+RUN, PAIRS = "run:", "dpo@"
 PRIOR_WEIGHT = 1.0  # of the loss on pictures of the class, as in the paper
 RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4")
 
@@ -72,10 +75,11 @@ def get_config(arg: str = "") -> ConfigDict:
     ValueError: no such plan or source.
   """
   name, _, rest = arg.partition(":")
+  name, is_dpo = name.removeprefix(PAIRS), name.startswith(PAIRS)
   plan, _, source = rest.partition(":") if rest.partition(":")[0] in PLANS else ("", "", rest)
-  if source and not source.startswith((DIFFUSERS, RUN)) or name != "smoke" and not (source or plan):
+  if source and not source.startswith((DIFFUSERS, RUN)) or name != "smoke" and not (name and (source or plan)) or is_dpo and "+" in name:
     raise ValueError(f"--config=configs/lora.py:{arg} is not understood: say NAME:diffusers:DIR or NAME:run:RUN, with one of {', '.join(PLANS)} and "
-                     "a colon before the source for a plan, or smoke.")
+                     f"a colon before the source for a plan, {PAIRS}NAME for pairs, or smoke.")
   cfg = base.base()
   cfg.num_tokens, cfg.prompt_classes = 512, (64, 128)
   cfg.model, cfg.encoder, cfg.vae = sizes.mmdit_7b(), sizes.qwen3_vl("8B"), sizes.vae_f16c64(image_channels=4)
@@ -83,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
   parts = (base.part("glyphs" if name == "smoke" else own),)
   if prior:
     parts += (base.part(prior) | dict(loss_weight=PRIOR_WEIGHT),)
-  cfg.stages = (stage(parts),)
+  cfg.stages = (stage(parts, "dpo" if is_dpo else "flow_matching"),)
   if name == "smoke":
     return smoke(cfg)
   if source.startswith(RUN):
@@ -93,10 +97,10 @@ def get_config(arg: str = "") -> ConfigDict:
   return planned(cfg, PLANS[plan]) if plan else cfg
 
 
-def stage(parts: tuple[dict, ...]) -> ConfigDict:
+def stage(parts: tuple[dict, ...], method: str) -> ConfigDict:
   """The stage that trains the adapter on some data sets, in equal shares."""
   return base.stage(
-      "lora", "flow_matching", start_from="scratch", frozen=dict(encoder="default", vae="default"), adapter=dict(rank=32, alpha=32.0),
+      "lora", method, start_from="scratch", frozen=dict(encoder="default", vae="default"), adapter=dict(rank=32, alpha=32.0),
       algorithm=dict(ema_decay=0.99), num_steps=1000, mixture=parts, max_crop=0.4, evaluation=dict(num_samples=64),
       resolutions=(dict(base_px=1024, batch_size=4, ratios=RATIOS, weight=1.0),),
       optimizer=dict(learning_rate=1e-4, warmup_steps=20, b2=0.999, weight_decay=0.0),
@@ -134,7 +138,10 @@ def from_run(cfg: ConfigDict, workdir: str) -> None:
 
 def last_generator(workdir: str) -> tuple[RunConfig, StageConfig]:
   """A run of launch.train, and its last stage that trains a generator."""
-  run = read_record(pathlib.Path(workdir) / "config.json")
+  record = pathlib.Path(workdir) / "config.json"
+  if not record.is_file():
+    raise ValueError(f"There is no run in {workdir}: name the --workdir of a launch.train that trained a generator.")
+  run = read_record(record)
   last = next((one for one in reversed(run.stages) if one.kind == "generator"), None)
   if last is None:
     raise ValueError(f"The run in {workdir} trains no generator: name another one.")

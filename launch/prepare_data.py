@@ -1,6 +1,7 @@
 """Prepares a data set and its tokenizer on disk: your own pictures, or one that comes with the project.
 
   python -m launch.prepare_data --source=DIR --name=mine --out=/data       your pictures, curated; see docs/data.md
+  python -m launch.prepare_data --source=SCORES --pairs_by=METRIC --name=pairs --out=/data   pairs of what launch.evaluate drew
   python -m launch.prepare_data --dataset=glyphs --out=/data     20800 letters and shapes, 10800 edits, half a minute
   python -m launch.prepare_data --dataset=emoji --out=/data      8202 emoji on paper, captions in 114 languages, 8085 edits
   python -m launch.prepare_data --dataset=rendered_text --out=/data   text in sixteen languages, drawn while training reads it
@@ -51,6 +52,8 @@ def define_flags() -> None:
   flags.DEFINE_enum("uncaptioned", None, ["drop", "keep", "file_name"],
                     "What becomes of a picture without a caption: it is dropped, kept (for a VAE), or has its file name as caption.")
   flags.DEFINE_string("picture_root", None, "Folder that the paths in a table are below, absolute ones too; unset takes the table's own folder.")
+  flags.DEFINE_string("pairs_by", None, "With an evaluation's folder as --source: the metric by which the best and the worst picture of each prompt "
+                      "become a pair, METRIC or SUITE/METRIC, with a - before it where less is better.")
   flags.DEFINE_string("runner", "DirectRunner", "The Beam runner: this machine's cores, or DataflowRunner, FlinkRunner, SparkRunner.")
   flags.DEFINE_integer("num_workers", 0, "Processes of the DirectRunner; 0 for one per core.", lower_bound=0)
   flags.DEFINE_string("beam_options", "", 'Further options of the runner, such as "--project=P --region=R --temp_location=gs://B/tmp".')
@@ -100,6 +103,17 @@ def curate(source: str, name: str, out: str, cfg: Mapping[str, Any], runner: str
   _say_funnel(funnel)
   print(f"Report: {facts['path']}/report.html")
   return facts
+
+
+def curate_pairs(folder: str, by: str, name: str, out: str, *arguments: Any) -> dict:
+  """Returns the facts of the data set of pairs that an evaluation gives, after printing them; see `data_pipelines.curation.evaluated.write_pairs` and
+  `curate`."""
+  from data_pipelines.curation import evaluated
+  os.makedirs(out, exist_ok=True)
+  table = f"{out}/{name}-pairs.jsonl"
+  found = evaluated.write_pairs(folder, by, table)
+  print(f"{table}: {found['pairs']} pairs; {found['tied']} prompts whose pictures are worth the same and {found['single']} with one give none.")
+  return curate(table, name, out, *arguments, reading={"picture_root": folder})
 
 
 def _say_funnel(funnel: dict) -> None:
@@ -159,6 +173,9 @@ def main(_: Sequence[str]) -> None:
   given = [name for name in READING if not args.source and args[name].present]
   if given:
     raise ValueError(f"--{given[0]} is for --source: it says how your own pictures are read.")
+  if args.pairs_by and (not args.source or "://" in args.source + args.out or any(args[name].present for name in READING)):
+    raise ValueError(f"--pairs_by={args.pairs_by} is for --source=FOLDER of an evaluation on this machine, and --out on it, without "
+                     f"{', '.join(f'--{name}' for name in READING)}.")
   given = [name for name in ("num_examples", "seed", "vocab_size") if not args.dataset and args[name].present]
   if given:
     raise ValueError(f"--{given[0]} is for --dataset: of --source, set --config.vocab_size, and see configs/curation.py for the rest.")
@@ -168,6 +185,8 @@ def main(_: Sequence[str]) -> None:
   if args.verify:
     found = verify(out, args.name)
     print(f"{out}/{args.name}: {found['files']} files and {found['records']} records are as written.")
+  elif args.pairs_by:
+    curate_pairs(args.source, args.pairs_by, args.name, out, args.config, args.runner, args.num_workers, args.beam_options)
   elif args.source:
     reading = {name: args[name].value for name in READING if args[name].present}
     curate(args.source, args.name, out, args.config, args.runner, args.num_workers, args.beam_options, reading)

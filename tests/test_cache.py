@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kill_points import last_arrays
 from ml_collections import ConfigDict
 
 from configs import base, quickstart
@@ -16,6 +17,7 @@ from data_pipelines import records
 from data_pipelines.cache import check_use
 from data_pipelines.transforms import DECODING
 from launch import cache_latents as launch_cache_latents
+from qimg2.runtime import curriculum
 from qimg2.runtime.caching import latents as launcher
 from qimg2.runtime.caching.latents import cache_latents
 from qimg2.runtime.caching.networks import Encoder, Options
@@ -153,7 +155,7 @@ def test_what_stands_at_padding_changes_nothing(run, config, caches, params, los
   assert one == other
 
 
-def test_a_stage_trains_on_a_cache_and_draws(config, caches, workdir):
+def test_a_stage_trains_on_a_cache_and_draws(config, caches, workdir, tmp_path, monkeypatch):
   cfg = with_data(config, cache_name("float16", True), small=True)
   cfg.stages[0].mixture, cfg.sampling.guidance = cfg.stages[0].mixture[1:], 1.0  # edits: their pictures need most of what a cache holds
   train(cfg, workdir)
@@ -161,6 +163,15 @@ def test_a_stage_trains_on_a_cache_and_draws(config, caches, workdir):
   assert sum("loss" in row for row in rows) == 1 and all(np.isfinite(value) for row in rows for value in row.values())
   assert any("ti2i/val_loss" in row for row in rows)
   assert [path.name for path in (workdir / STAGE / "samples").iterdir()] == ["00000002_ti2i.png"]
+
+  # Off the devices: the same losses, weights and sheets to the bit, and no frozen weight beside the steps.
+  cfg.stages[0].offload_frozen, kept, run_stage = True, [], curriculum.train_stage
+  monkeypatch.setattr(curriculum, "train_stage", lambda *given: kept.append(given[8]) or run_stage(*given))
+  train(cfg, tmp_path)
+  assert kept == [{"encoder": {}, "vae": {}}]
+  for name in ("metrics.jsonl", "samples/00000002_ti2i.png"):
+    assert (tmp_path / STAGE / name).read_bytes() == (workdir / STAGE / name).read_bytes(), name
+  jax.tree.map(np.testing.assert_array_equal, last_arrays(tmp_path / STAGE), last_arrays(workdir / STAGE))
 
 
 # Writing.

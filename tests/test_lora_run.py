@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from qimg2 import adapters
 from qimg2.runtime.config import parse
 from qimg2.runtime.curriculum import train
 from qimg2.runtime.exporting import export
+from qimg2.runtime.methods import stage_algorithm
 from qimg2.runtime.pretrained import Pretrained
 from qimg2.runtime.rehearsal.drawing import Drawer
 from qimg2.runtime.run import load_run
@@ -59,6 +61,18 @@ def test_a_lora_of_a_run_is_trained_and_draws_the_same_from_its_file(smoke_run, 
   assert "flow_matching, LoRA of rank 32" in (folder / "README.md").read_text(encoding="utf-8")
   with pytest.raises(ValueError, match="'sft' trained all weights of its generator, not an adapter"):
     export(load_run(theirs), tmp_path / "y.safetensors", lora=True)
+
+
+def test_pairs_are_learned_from_by_preference(tmp_path):
+  cfg = parse(lora.get_config("dpo@smoke"))
+  stage, = cfg.stages
+  method = stage_algorithm(stage, cfg.schedule)
+  assert method.pairs and method.switched_off == ("ref",) and method.trained == ("adapter",)
+  for arg in ("dpo@", "dpo@:run:x", "dpo@a+b:diffusers:x"):
+    with pytest.raises(ValueError, match=f"lora.py:{re.escape(arg)} is not understood: say .*, dpo@NAME for pairs, or smoke"):
+      lora.get_config(arg)
+  with pytest.raises(ValueError, match=f"There is no run in {tmp_path}: name the --workdir of a launch.train that trained a generator"):
+    lora.get_config(f"mine:run:{tmp_path}")
 
 
 def test_the_config_follows_its_argument(smoke_run):

@@ -120,12 +120,17 @@ def test_a_step_that_is_dropped_between_micro_batches_ends_with_the_same_bits(tm
     np.testing.assert_allclose([mine[key] for key in sorted(mine)], [its[key] for key in sorted(its)], rtol=1e-5)
 
 
-def test_frozen_weights_that_changed_meanwhile_are_refused(tmp_path):
+def test_frozen_weights_that_changed_meanwhile_are_refused(tmp_path, caplog):
   job = lambda step: toy.Job("supervised", description={"frozen_steps": {"judge": ("runs/a/judge", step)}}, **ONE)
   with pytest.raises(faults.Preempted):
     toy.run(job(100), tmp_path, stop=lambda step: step == 5)
   with pytest.raises(ValueError, match="Stage toy was trained with judge of step 100 of runs/a/judge, which has step 200 now: put that checkpoint"):
     toy.run(job(200), tmp_path)
+  with pytest.raises(faults.Preempted):
+    toy.run(dataclasses.replace(job(200), may_change=True), tmp_path, stop=lambda step: step == 9)
+  assert "Stage toy goes on all the same, but was trained with judge of step 100 of runs/a/judge, which has step 200 now" in caplog.text
+  with pytest.raises(ValueError, match="judge of step 200 of runs/a/judge, which has step 100 now"):
+    toy.run(job(100), tmp_path)
 
 
 def test_what_is_not_due_is_left_out_of_the_row(whole):

@@ -12,6 +12,7 @@ from raw_sources import parquet, tar, write
 from configs import base, curation, quickstart
 from data_pipelines import records
 from data_pipelines.curation import encode
+from data_pipelines.curation.evaluated import write_pairs
 from data_pipelines.curation.reading import Reading
 from data_pipelines.curation.sources import look_up, plan_units, read_unit
 from data_pipelines.loader import Loader
@@ -64,6 +65,9 @@ def in_tar(at):
 
 
 KINDS = {"folder": in_folder, "table": in_table, "tar": in_tar, "parquet": lambda at: parquet(str(at), rows()),
+         "pick_a_pic": lambda at: parquet(str(at), [
+             {f"jpg_{i % 2}": ENCODED[i, False], f"jpg_{1 - i % 2}": ENCODED[i, True], f"label_{i % 2}": 1.0, f"label_{1 - i % 2}": 0.0,
+              "caption": f"picture {i}"} for i in range(3)]),
          "huggingface": lambda at: parquet(str(at), rows(lambda data, i: {"bytes": data, "path": None}, "chosen_image", "rejected_image"))}
 
 
@@ -74,6 +78,23 @@ def test_every_source_gives_both_pictures(kind, tmp_path):
       ("", ENCODED[i, False], ENCODED[i, True], [f"picture {i}"], {}) for i in range(3)]
 
 
+@pytest.mark.parametrize("record, message", [
+    ({"jpg_0": "good0.png", "jpg_1": "bad0.png", "label_0": 0.5, "label_1": 0.5}, "two pictures of the pair are worth the same, 0.5: nothing says"),
+    ({"image_path": ["good0.png", "bad0.png", "bad1.png"], "human_preference": [1, 0, 0]}, "is two pictures and two numbers: of more pictures write"),
+    ({"image_path": ["good0.png", "bad0.png"], "human_preference": [1, None]}, "`human_preference` are worth what is no number"),
+    ({"chosen": "good0.png", "rejected": "good0.png"}, "chosen and the rejected picture of the pair are the same: name two"),
+    ({"chosen": "good0.png"}, "The pair has no rejected picture: name it in `rejected`"),
+    ({"chosen": "good0.png", "rejected": None}, "The pair has no rejected picture: name it in `rejected`"),
+    ({"image_path": ["bad0.png", "good0.png"], "human_preference": [0, 1]}, ""), ({"path1": "good0.png", "path2": "bad0.png"}, "")])
+def test_what_is_no_pair_is_left_out_with_its_reason(record, message, tmp_path):
+  in_table(tmp_path)
+  (tmp_path / "metadata.jsonl").write_text(json.dumps(record | {"prompt": "a"}))
+  one, = [one for one in read(tmp_path / "metadata.jsonl")]
+  assert message in one.error and bool(message) == bool(one.error)
+  if not message:
+    assert (one.image, one.rejected, one.attributes) == (ENCODED[0, False], ENCODED[0, True], {})
+
+
 def test_a_pair_of_two_shapes_is_refused(tmp_path):
   in_folder(tmp_path, 1)
   (tmp_path / "00.rejected.png").write_bytes(encoded(picture(7, 72, 120), "PNG"))
@@ -82,6 +103,45 @@ def test_a_pair_of_two_shapes_is_refused(tmp_path):
     _ = one.rejected_pixels
   (tmp_path / "00.rejected.png").write_bytes(encoded(picture(7, 36, 48), "PNG"))
   assert read(tmp_path)[0].rejected_pixels.shape == (36, 48, 3)
+
+
+def evaluated(at, *scores, **more):
+  """An evaluation's folder with a picture for each (prompt, seed, score); None for one that has none."""
+  (at / "pictures").mkdir(parents=True, exist_ok=True)
+  lines = []
+  for prompt, seed, score in scores:
+    (at / "pictures" / f"{prompt}_{seed}.png").write_bytes(ENCODED[prompt, bool(seed)])
+    given = {"error": "no letters"} if score is None else {"metrics": {"glyph": score, "other": 0.0}}
+    lines.append(json.dumps({"suite": "glyphs", "cluster": str(prompt), "prompt": f"picture {prompt}", "seed": seed,
+                             "file": f"pictures/{prompt}_{seed}.png"} | given | more))
+  (at / "scores.jsonl").write_text("\n".join(lines))
+  return at
+
+
+@pytest.mark.parametrize("by, better", [("glyph", 0), ("glyphs/glyph", 0), ("-glyph", 1)])
+def test_the_best_and_the_worst_picture_of_a_prompt_become_a_pair(by, better, tmp_path):
+  folder = evaluated(tmp_path / "scores", (0, 0, 0.9), (0, 1, 0.2), (1, 0, 0.5), (1, 1, 0.5), (2, 0, 1.0), (2, 1, None))
+  table = tmp_path / "pairs.jsonl"
+  assert write_pairs(folder, by, table) == {"pairs": 1, "tied": 1, "single": 1}
+  made = table.stat().st_mtime_ns
+  write_pairs(folder, by, table)
+  assert table.stat().st_mtime_ns == made, "the same source"
+  found = look_up(str(table), Reading("lines", picture_root=str(folder)))
+  one, = [sample for unit in plan_units(found, 512) for sample in read_unit(unit)]
+  assert (one.error, one.image, one.rejected) == ("", ENCODED[0, bool(better)], ENCODED[0, not better])
+  assert [caption.text for caption in one.captions] == ["picture 0"] and one.attributes["chosen_worth"] > one.attributes["rejected_worth"]
+
+
+@pytest.mark.parametrize("by, more, message", [
+    ("clarity", {}, "has no metric 'clarity': choose one of glyphs/glyph, glyphs/other; a - before"),
+    ("other", {}, "gives no pair by other: 0 of 1 prompts have one picture, and 1 only such as are worth the same"),
+    ("glyph", {"num_sources": 1}, "suite glyphs are edits, whose condition images an evaluation does not keep")])
+def test_what_gives_no_pairs_is_said(by, more, message, tmp_path):
+  folder = evaluated(tmp_path, (0, 0, 0.9), (0, 1, 0.2), **more)
+  with pytest.raises(ValueError, match=message):
+    write_pairs(folder, by, tmp_path / "pairs.jsonl")
+  with pytest.raises(ValueError, match="nowhere has no scores.jsonl: name the --out of launch.evaluate"):
+    write_pairs(tmp_path / "nowhere", by, tmp_path / "pairs.jsonl")
 
 
 def build(out, name, samples):

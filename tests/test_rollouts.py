@@ -1,12 +1,14 @@
 """Methods that learn from their own pictures, on the toy job: on-policy where they say so, killed, on eight devices, and better after it."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from kill_points import last_arrays
+from many import UNHURRIED_S, together
 from small_networks import FEATURES, NETS, PIXELS, abstract_batch
 
 from qimg2 import params as P
@@ -16,7 +18,7 @@ from qimg2.algorithms.flow_grpo import flow_grpo
 from qimg2.flow import Schedule
 from qimg2.training import optim
 from qimg2.training.metrics import read_rows
-from tests.jobs import toy
+from tests.jobs import rollout, toy
 from tests.jobs.toy_methods import HEAPS, Nets
 
 SCHEDULE = Schedule(shift="none", terminal=None)
@@ -164,3 +166,19 @@ def test_settings_that_do_not_fit_are_one_sentence(make, settings, message):
 def test_numbers_that_do_not_divide_the_batch_are_one_sentence(settings, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     train(tmp_path, grpo(**settings))
+
+
+@pytest.mark.slow
+def test_four_processes_of_sixteen_devices_make_the_rollout_of_one(tmp_path, monkeypatch):
+  """Prompts, noise, what is drawn, rewards, which groups are trained, and the order of the minibatches. Each process scores its own samples alone."""
+  monkeypatch.setattr(toy, "ROWS", toy.ROWS)  # which the job changes
+  alone, order = rollout.rolled(1)
+  together(4, "-m", "tests.jobs.rollout", f"--workdir={tmp_path}", num_devices=16, heartbeat_s=UNHURRIED_S)
+  with np.load(tmp_path / "rollout.npz") as found:
+    assert set(found) == set(alone) and len(alone) > 10
+    for name, x in alone.items():
+      exact = x.dtype.kind in "iub" or "noise" in name or name.endswith("['weight']")
+      np.testing.assert_allclose(found[name], x, err_msg=name, **(dict(rtol=0) if exact else dict(rtol=2e-4, atol=2e-5)))
+  parts = [json.loads((tmp_path / f"scored{i}.json").read_text()) for i in range(4)]
+  assert sorted(one for part in parts for one in part) == sorted(order) and len({*order}) == rollout.ROWS
+  assert [len({*part}) for part in parts] == [rollout.ROWS // 4] * 4

@@ -87,7 +87,7 @@ def test_evaluations_of_steps_that_are_trained_again_go(steps, left, tmp_path):
     for ending in ("json", "png"):
       (tmp_path / f"{name}.{ending}").touch()
   with pytest.raises(Begins):
-    train_one(types.SimpleNamespace(workdir=tmp_path, frozen_steps=begin), types.SimpleNamespace(name="sft"))
+    train_one(types.SimpleNamespace(workdir=tmp_path, read_outside=begin), types.SimpleNamespace(name="sft"))
   assert sorted(path.name for path in (tmp_path / "sft").glob("*.*")) == [
       f"{name}.{ending}" for name in [*left, "evaluation_of_mine"] for ending in ("json", "png")]
   assert not (tmp_path / "evaluation.json").exists()

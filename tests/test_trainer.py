@@ -273,12 +273,17 @@ def test_waiting_counts_only_while_no_step_runs(monkeypatch):
 
 
 def test_frozen_weights_of_a_run_that_trained_on_are_refused():
-  steps = lambda step: {"vae": ("runs/a/vae", step)}
-  saved = json.loads(json.dumps({"frozen_steps": steps(100)}))
+  steps = lambda step: {"frozen_steps": {"vae": ("runs/a/vae", step)}}
+  saved = json.loads(json.dumps(steps(100)))
   for unchanged in ((steps(100), saved), (steps(200), {}), (steps(200), {"frozen_steps": {"vae": ["runs/b/vae", 100]}}), ({}, saved)):
     changes.check_frozen("s", *unchanged)
   with pytest.raises(ValueError, match="Stage s was trained with vae of step 100 of runs/a/vae, which has step 200 now: put that checkpoint back"):
     changes.check_frozen("s", steps(200), saved)
+  holds = lambda place, digest: {"contents": {"reward dark": (place, digest)}}
+  changes.check_frozen("s", holds("b.py", "1"), holds("a.py", "1"))
+  for place, message in (("a.py", "a.py does not hold what it held when the stage began"), ("b.py", "b.py does not hold what a.py held when")):
+    with pytest.raises(ValueError, match=f"Stage s was trained with another reward dark: {message}"):
+      changes.check_frozen("s", holds(place, "2"), holds("a.py", "1"))
 
 
 def test_going_on_with_another_mixture_is_said_once(caplog):

@@ -98,7 +98,8 @@ class Run(StageWeights):
   def __init__(self, workdir, method):
     self.workdir, self.mesh = workdir, sharding.make_mesh({"fsdp": -1}, jax.devices()[:1])
     stage = lambda name, method, start_from: types.SimpleNamespace(name=name, method=method, start_from=start_from, frozen={},
-                                                                   save_every_steps=4, keep=2, keep_every_steps=0, adapter=adapters.Settings())
+                                                                   save_every_steps=4, keep=2, keep_every_steps=0, rewards={},
+                                                                   adapter=adapters.Settings())
     self.stages = {"toy": stage("toy", "supervised", "scratch"), "next": stage("next", method, "stage:toy")}
 
   def algorithm(self, stage):

@@ -10,7 +10,7 @@ The keys of a record; all but a picture and a text may be left out:
   sources      the condition images of an edit in prompt order, each like `image`; or one of them. Also called control_image(s), edit_image(s) and
                so on, see `_CONDITION`, or numbered: control_image_1, control_image_2
   rejected     the worse picture of a pair, like `image`, which is then the better one, also called chosen or chosen_image; also called
-               rejected_image, rejected_path
+               rejected_image, rejected_path; or both as two pictures and what they are worth, see `_PAIRS`
   instruction  the text of an edit; also called edit_prompt, edit_instruction
   quality      0 to 1
   attributes   an object; keys that are not in this list are added to it
@@ -23,6 +23,7 @@ is left out: {"subject": "a cat", "colours": ["red", "white"], "light": {"from":
 """
 
 import base64
+import contextlib
 import json
 import math
 import posixpath
@@ -34,11 +35,15 @@ from data_pipelines.curation.reading import NeedsAnswer, Reading
 from data_pipelines.curation.sample import Caption, Sample
 from data_pipelines.records import KINDS
 
+CHOSEN = ("chosen", "chosen_image", "chosen_path")
 IMAGES = ("image", "target", "image_bytes", "bytes", "image_path", "file_name", "image_file_name", "path", "target_image", "target_img",
-          "edited_image", "output_image", "chosen", "chosen_image", "chosen_path")
+          "edited_image", "output_image", *CHOSEN)
 REJECTED = ("rejected", "rejected_image", "rejected_path")
 TEXTS = ("caption", "text", "prompt")
 INSTRUCTIONS = ("instruction", "edit_prompt", "edit_instruction")
+# (two pictures, what each is worth) in the columns of data sets of preferences: Pick-a-Pic, HPDv2 (both in lists), HPDv3 (the first is the better)
+_PAIRS = ((("jpg_0", "jpg_1"), ("label_0", "label_1")), (("image_path",), ("human_preference",)), (("path1", "path2"), ()))
+PICTURES_OF_PAIRS = tuple(name for names, _ in _PAIRS for name in names)
 _BYTES_COLUMNS = ("image_bytes", "bytes")
 # Not `source` or `source_path`: they tell where a picture comes from.
 _CONDITION = re.compile(r"sources|(?:(?:source|control|edit|condition|conditioning|input|original|reference|ref)_(?:image|img)s?|"
@@ -106,10 +111,15 @@ def record_sample(key: str, record: dict[str, Any], read: Callable[[str], bytes]
   `read` opens the paths in the record. `image` with its file name, `sources`, `texts` and `rejected` come from files beside the record: the picture,
   the condition images, further captions, and the rejected picture.
   """
-  record = {name: value for name, value in record.items() if value is not None and value != ""}
+  record = in_order({name: value for name, value in record.items() if value is not None and value != ""})
+  is_pair = any(name in record for name in CHOSEN)
   if image is None:
     image, name = _image(record, read)
   rejected = _rejected(record, read, rejected)
+  if is_pair and not rejected:
+    raise ValueError(f"The pair has no rejected picture: name it in `{REJECTED[0]}`, or call the chosen one `image` if it is no pair.")
+  if rejected and image == rejected:
+    raise ValueError("The chosen and the rejected picture of the pair are the same: name two pictures, or remove the record.")
   conditions = _conditions(record)
   if conditions and sources:
     raise ValueError("The condition images are given twice, in the record and as files beside the picture: remove one of the two.")
@@ -130,9 +140,42 @@ def record_sample(key: str, record: dict[str, Any], read: Callable[[str], bytes]
   return Sample(key, _filled(image), captions, sources, _plain(attributes | record), quality, rejected=rejected)
 
 
+def in_order(record: dict[str, Any]) -> dict[str, Any]:
+  """Returns a record in which two pictures and what they are worth (`_PAIRS`) have become `chosen` and `rejected`; any other as it is.
+
+  Raises:
+    ValueError: not two pictures with a number each, or two that are worth the same.
+  """
+  for names, labels in _PAIRS:
+    if not all(name in record for name in (*names, *labels)):
+      continue
+    values, worth = ([record[name] for name in some] for some in (names, labels or names))
+    if len(names) == 1:
+      values, worth = values[0], worth[0]
+    if not labels:
+      worth = [1, 0]
+    what = f"`{'`, `'.join((*names, *labels))}`"
+    if not isinstance(values, list) or not isinstance(worth, list) or len(values) != 2 or len(worth) != 2:
+      raise ValueError(f"A pair of {what} is two pictures and two numbers: of more pictures write the best and the worst as `chosen` and `rejected`.")
+    try:
+      worth = [float(one) for one in worth]  # texts in a CSV file
+    except (TypeError, ValueError):
+      worth = [math.nan] * 2
+    if not all(map(math.isfinite, worth)):
+      raise ValueError(f"The pictures of a pair of {what} are worth what is no number: write two, of which the larger is the better picture's.")
+    if worth[0] == worth[1]:
+      raise ValueError(f"The two pictures of the pair are worth the same, {worth[0]:g}: nothing says which is better, so remove the record.")
+    better = int(worth[1] > worth[0])
+    left = {name: value for name, value in record.items() if name not in (*names, *labels)}
+    return left | {CHOSEN[0]: values[better], REJECTED[0]: values[1 - better]}
+  return record
+
+
 def picture_paths(record: dict[str, Any]) -> tuple[list[str], list[str]]:
   """Returns the paths of the picture, and of the condition images and the rejected picture, that a record names; none for what it does not name by a
   path."""
+  with contextlib.suppress(ValueError):  # its own sample will say why
+    record = in_order(record)
   name = next((name for name in IMAGES if record.get(name)), None)
   images = [] if name is None or name in _BYTES_COLUMNS else [record[name]]
   conditions = [*(_conditions(dict(record)) or []), *(record[name] for name in REJECTED if name in record)]

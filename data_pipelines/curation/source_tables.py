@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from data_pipelines.curation.source_places import Place
-from data_pipelines.curation.source_records import IMAGES, INSTRUCTIONS, TEXTS, is_condition, parse_object, short
+from data_pipelines.curation.source_records import IMAGES, INSTRUCTIONS, PICTURES_OF_PAIRS, TEXTS, is_condition, parse_object, short
 
 Piece = tuple[int, int, dict[str, Any]]
 Rows = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
@@ -28,7 +28,7 @@ def check_columns(names: Iterable[str], place: Place) -> None:
   for what, wanted in (("picture", IMAGES), ("caption", (*TEXTS, "captions", *INSTRUCTIONS, "tags"))):
     if what == "caption" and place.reading.uncaptioned != "drop":
       continue
-    if not set(wanted) & set(names):
+    if not {*wanted, *(PICTURES_OF_PAIRS if what == "picture" else ())} & set(names):
       raise ValueError(f"{place.path} has no {what} column, only {short(list(names))}: name one of them {' or '.join(wanted)}"
                        + ("." if what == "picture" else ", or see --uncaptioned."))
 

@@ -22,7 +22,15 @@ from tensorflow_datasets.core import read_only_builder
 from data_pipelines.curation.reading import Reading
 from data_pipelines.curation.sample import Sample
 from data_pipelines.curation.source_places import LeftOut, Place, full_location, normal, open_location
-from data_pipelines.curation.source_records import IMAGES, guarded, in_prompt_order, parse_object, parse_text, record_sample
+from data_pipelines.curation.source_records import (
+  IMAGES,
+  PICTURES_OF_PAIRS,
+  guarded,
+  in_prompt_order,
+  parse_object,
+  parse_text,
+  record_sample,
+)
 from data_pipelines.curation.source_tables import Piece, Rows, check_columns, ranges
 from data_pipelines.transforms import encode_png
 
@@ -206,7 +214,7 @@ def names_pictures(place: Place) -> bool:
   """Whether a Parquet file names its pictures by paths, and does not hold them: whether their column has texts."""
   with place.open() as file:
     schema = pq.ParquetFile(file).schema_arrow
-  names = [name for name in IMAGES if name in schema.names]
+  names = [name for name in (*IMAGES, *PICTURES_OF_PAIRS) if name in schema.names]
   return bool(names) and (pa.types.is_string(schema.field(names[0]).type) or pa.types.is_large_string(schema.field(names[0]).type))
 
 

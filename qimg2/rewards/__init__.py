@@ -39,6 +39,11 @@ def ready() -> None:
   """The check of a reward that needs nothing of its machine."""
 
 
+def no_files() -> tuple[str, ...]:
+  """The files of a reward that reads none of the user's."""
+  return ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Reward:
   """One reward. It has a `score`, a `score_batch` or a `judge`.
@@ -53,6 +58,7 @@ class Reward:
     check_machine: raises `ValueError` where this machine lacks what the reward needs, such as a package.
     sees_pictures: whether it looks at those of the task. Others get a task without them, because to send them takes time.
     setup_timeout_s: seconds that `score.setup` may take.
+    files: gives the paths of files that change what it computes, but for those of the judge's folder; a run notices when they change.
   """
   score: Callable[[np.ndarray, Task], float] | None = None
   score_batch: Callable[[np.ndarray, Sequence[Task]], Sequence[Scored]] | None = None
@@ -61,6 +67,7 @@ class Reward:
   check_machine: Callable[[], None] = ready
   sees_pictures: bool = False
   setup_timeout_s: float = 600.0
+  files: Callable[[], tuple[str, ...]] = no_files
 
 
 def scored(number: float) -> Scored:

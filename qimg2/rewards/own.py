@@ -24,6 +24,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 
@@ -47,8 +48,8 @@ def own(function: str, setup_timeout_s: float = 600.0) -> Reward:
   module, _, name = function.partition(":")
   if not all(part.isidentifier() for part in (*module.split("."), name)):
     raise ValueError(f"function is {function!r}: write module:function, such as my_rewards:darkness for that of my_rewards.py.")
-  return Reward(Lazy(function), check_machine=functools.partial(_check_module, function), sees_pictures=True,
-                setup_timeout_s=setup_timeout_s)
+  return Reward(Lazy(function), check_machine=functools.partial(_find_module, function), sees_pictures=True,
+                setup_timeout_s=setup_timeout_s, files=functools.partial(_file_of, function))
 
 
 class Lazy:
@@ -67,14 +68,20 @@ class Lazy:
 def load(function: str) -> Function:
   """The function of "module:function"; `ValueError` where the module has none of this name."""
   module, _, name = function.partition(":")
-  _check_module(function)
+  _find_module(function)
   found = getattr(importlib.import_module(module), name, None)
   if not callable(found):
     raise ValueError(f"the module {module} has no function {name!r}")
   return found
 
 
-def _check_module(function: str) -> None:
+def _file_of(function: str) -> tuple[str, ...]:
+  """The file of its module; what this imports, or loads in `setup`, is not known."""
+  origin = _find_module(function).origin
+  return (origin,) if origin else ()
+
+
+def _find_module(function: str) -> ModuleSpec:
   module = function.partition(":")[0]
   try:
     known = importlib.util.find_spec(module)
@@ -82,3 +89,4 @@ def _check_module(function: str) -> None:
     known = None
   if known is None:
     raise ValueError(f"there is no module {module!r} for the function {function!r}: start the run where it lies, or set PYTHONPATH.")
+  return known

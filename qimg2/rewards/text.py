@@ -9,6 +9,8 @@ so that what was not asked for costs as much as what is missing.
 """
 
 import dataclasses
+import functools
+import pathlib
 import re
 
 import numpy as np
@@ -37,7 +39,13 @@ def read_text(units: str = "characters", model: str = "") -> Reward:
   """
   if units not in UNITS:
     raise ValueError(f"units is {units!r}: choose one of {', '.join(UNITS)}.")
-  return Reward(_Score(units, model), check=_Check(model), check_machine=_Check(model).check_machine)
+  return Reward(_Score(units, model), check=_Check(model), check_machine=_Check(model).check_machine,
+                files=functools.partial(_files, model))
+
+
+def _files(model: str) -> tuple[str, ...]:
+  """The recogniser's, where it is not the one that comes with the OCR: the network, and its characters where they have a file of their own."""
+  return tuple(filter(None, (model, ocr.dictionary(pathlib.Path(model))))) if model else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """A vision-language model as a judge: its settings. It is a frozen role, and looks at pictures on the device (`qimg2.runtime.judged`)."""
 
 import dataclasses
+import os
 
-from qimg2.evaluation.rubrics import find_rubric
+from qimg2.evaluation.rubrics import find_rubric, rubric_file
 from qimg2.rewards import Reward
 
 
@@ -31,4 +32,4 @@ def judge(pretrained: str, rubric: str = "prompt_following", side_px: int = 512,
     find_rubric(rubric)
   if min(side_px, num_tokens) < 1:
     raise ValueError(f"side_px is {side_px} and num_tokens {num_tokens}: give at least 1.")
-  return Reward(judge=Judge(pretrained, rubric, side_px, num_tokens))
+  return Reward(judge=Judge(pretrained, rubric, side_px, num_tokens), files=lambda: (os.fspath(rubric_file(rubric)),))

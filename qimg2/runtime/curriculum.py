@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2.places import Place, find_place
@@ -122,10 +121,8 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
   `stop` and `began` are as for `qimg2.training.trainer.train_stage`, `profile` and `allow_config_change` as for `train`, `tracker` as for `Stage`.
   """
   _forget_evaluations(run, config.name)
-  frozen_steps = run.frozen_steps(config)  # before they are read, so that a step which is saved meanwhile is noticed, not missed
-  if frozen_steps and allow_config_change:
-    logging.warning("Stage %s goes on with %s, whatever it began with.", config.name, frozen_steps)
-    frozen_steps = {}
+  outside = run.read_outside(config)  # before it is read, so that a step which is saved meanwhile is noticed, not missed
+  processes.agree(f"weights and rewards of stage {config.name}", json.dumps(outside))
   algorithm = run.algorithm(config)
   loader, specs = run.loader(config), run.role_specs(config)
   processes.agree("order of batches", loader.mixture.digest)
@@ -139,10 +136,10 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
   stage = Stage(
       config.name, algorithm, make_optimizers(algorithm, specs, config.optimizer, config.num_steps, config.optimizers), specs, config.num_steps,
       run.batch_shapes(config, loader), tuple(hooks), config.optimizer.accumulate, config.log_every_steps, config.save_every_steps, config.keep,
-      config.faults, {**description(run.cfg, config), "frozen_steps": frozen_steps, "batches": loader.mixture.digest}, profile,
+      config.faults, {**description(run.cfg, config), **outside, "batches": loader.mixture.digest}, profile,
       variants(run.cfg, config, loader.buckets, run.nets) if algorithm.rollout is None else (), config.save_every_s,
       (lambda start: loader.mixture.first_needed(start, config.num_steps)) if run.cfg.compile == "background" else None,
-      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker, config.watch)
+      (run.cfg.local_copies.folder, run.cfg.local_copies.every_s), config.keep_every_steps, tracker, config.watch, allow_config_change)
   if processes.is_first():
     report.save_counts(run, config, loader)
     left_out.say(config, loader, run.workdir / config.name)

@@ -5,6 +5,7 @@ The host writes the questions, without pictures, because it has the prompts; the
 """
 
 import dataclasses
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -144,6 +145,11 @@ class StageJudge:
     self._is_asked = is_asked
     self._first = next(iter(self.rewards.values())).judge
     self.specs = self._first.specs
+
+  @property
+  def folders(self) -> tuple[pathlib.Path, ...]:
+    """Those of the weights and of the tokenizer, which may be one."""
+    return tuple(dict.fromkeys((self._first.folder.weights, self._first.folder.processor)))
 
   def load(self, shardings: dict) -> dict:
     """The weights on the devices."""

@@ -23,14 +23,13 @@ from qimg2.runtime.config import StageConfig
 from qimg2.runtime.config.sources import Source, parse_source
 from qimg2.runtime.held_adapters import HeldAdapters
 from qimg2.runtime.offload import Loaded, Offloaded, from_host
-from qimg2.training.changes import check_frozen, saved_description
+from qimg2.runtime.outside import LANGUAGE, OutsideWeights
 from qimg2.training.checkpoint import Checkpoints, newest_step, restore_weights, save_weights, saved_steps
 
-LANGUAGE = "language"  # source of the judge's weights: the folder that its rewards name
 DEPLOYED, NONE = "deployed", "none"  # in place of the name of an average: what the method deploys, and the weights themselves
 
 
-class StageWeights(HeldAdapters):
+class StageWeights(OutsideWeights, HeldAdapters):
   """What a `qimg2.runtime.run.Run` knows of weights; see there for its attributes."""
 
   def role_specs(self, stage: StageConfig) -> dict[str, dict]:
@@ -82,31 +81,6 @@ class StageWeights(HeldAdapters):
     if not self._trained:
       self.check_data(stage, weights)
     return weights
-
-  def frozen_steps(self, stage: StageConfig, intact: bool = True) -> dict[str, tuple[str, int]]:
-    """{frozen role: (folder, newest intact step)} of those that are read from a stage of another run, which may train on meanwhile. Where it need not
-    be `intact`, no byte of a checkpoint is read."""
-    sources = {role: self._frozen_source(stage, role) for role in self.algorithm(stage).frozen}
-    sources |= {role: list(self.adapter_chain(source))[-1] for role, source in sources.items() if self._is_base(stage, role)}
-    folders = {role: self._folder(source) / "checkpoints" for role, source in sources.items() if source.kind == "folder"}
-    newest = lambda folder: Checkpoints(folder).latest_step() if intact else newest_step(folder)
-    return {role: (str(folder.parent), newest(folder)) for role, folder in folders.items() if folder.is_dir()}
-
-  def check_others(self, stage: StageConfig, allow_change: bool = False) -> None:
-    """Looks at the stages of other runs from which the weights of a stage come: whether they hold any, and, unless a change is allowed, whether
-    those of frozen roles are the ones that the stage began with. No weight is read.
-
-    Raises:
-      ValueError: a folder without weights, or one that was trained on.
-    """
-    own = self.workdir / stage.name / "checkpoints"
-    begun, sources = newest_step(own), [self._frozen_source(stage, role) for role in self.algorithm(stage).frozen]
-    for source in sources if begun is not None else [*sources, parse_source(stage.start_from)]:
-      folder = self._folder(source) if source.kind == "folder" else None
-      if folder is not None and folder.is_dir() and not (folder / "_METADATA").is_file() and newest_step(folder / "checkpoints") is None:
-        raise self._no_checkpoint(source)
-    if begun is not None and not allow_change:
-      check_frozen(stage.name, self.frozen_steps(stage, intact=False), saved_description(own / str(begun)))
 
   def read_stages(self, stage: StageConfig) -> set[str]:
     """Names of the stages of this run whose weights are read where `stage` begins to train or goes on: those of its frozen roles, and until it has a

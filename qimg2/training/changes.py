@@ -30,16 +30,23 @@ def saved_description(folder: Place) -> dict[str, Any]:
                      "the one before it.") from error
 
 
-def check_frozen(name: str, now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-  """Raises a `ValueError` where a frozen role is read from a run that has trained on since a stage began.
+def check_frozen(name: str, now: Mapping[str, Any], saved: Mapping[str, Any], may_change: bool = False) -> None:
+  """Raises a `ValueError` where a stage reads something else at each start than it began with, see `qimg2.training.stage.Stage.description`.
 
-  Args: name of the stage; {role: (folder, step)} as it is now; what a checkpoint of the stage says of it.
+  Args: name of the stage; what its description says now; what a checkpoint of it says; whether the log says it, and nothing is raised.
   """
-  for role, (folder, step) in saved.get("frozen_steps", {}).items():
-    if role in now and now[role][0] == folder and now[role][1] != step:
-      raise ValueError(f"Stage {name} was trained with {role} of step {step} of {folder}, which has step {now[role][1]} now: put that "
-                       "checkpoint back and move newer ones away, begin the stage anew with a copy of the folder that stays as it is, or take what "
-                       "is there with --allow_config_change.")
+  steps, contents = now.get("frozen_steps", {}), now.get("contents", {})
+  changes = [(f"{role} of step {step} of {folder}, which has step {steps[role][1]} now", "put that checkpoint back and move newer ones away")
+             for role, (folder, step) in saved.get("frozen_steps", {}).items()
+             if role in steps and steps[role][0] == folder and steps[role][1] != step]
+  changes += [(f"another {what}: {contents[what][0]} does not hold what {'it' if contents[what][0] == place else place} held when the stage began",
+               "put that back") for what, (place, digest) in saved.get("contents", {}).items() if what in contents and contents[what][1] != digest]
+  if changes and may_change:
+    logging.warning("Stage %s goes on all the same, but was trained with %s.", name, "; and with ".join(change for change, _ in changes))
+  elif changes:
+    change, mend = changes[0]
+    raise ValueError(f"Stage {name} was trained with {change}: {mend}, begin the stage anew with a copy that stays as it is, or take what is there "
+                     "with --allow_config_change.")
 
 
 def warn_of_another_order(stage: Stage, step: int, saved: Mapping[str, Any]) -> None:

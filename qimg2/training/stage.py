@@ -48,8 +48,8 @@ class Stage:
     log_every_steps, save_every_steps, keep, keep_every_steps: how often to log and to save, and which checkpoints to keep, see `Checkpoints`.
     faults: fault-tolerance settings.
     profile: (first, last) step, counted from 1, to trace for XProf and Perfetto, into the folder `profile`; None for none.
-    description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and "frozen_steps", {role:
-      (folder, step)} of frozen weights that another run may change.
+    description: JSON-serialisable, saved with each checkpoint; a run that goes on compares what it says of the data, and of what it reads at each
+      start and others may change: "frozen_steps", {role: (folder, step)}, and "contents", {role or another name: (place, digest)}.
     variants: (networks, micro-batches) of each bucket's step, where they are not `nets` and `accumulate` for all.
     save_every_s: seconds after a save when another one is due, wherever the step stands; 0 for never.
     local_copies: folder on a disk of each machine, "" for none, and seconds from a copy there to the next, see `qimg2.training.local_copy`.
@@ -57,6 +57,7 @@ class Stage:
       order while training runs. None compiles all before the first step.
     tracker: gets the metrics and pictures, beside TensorBoard; on the first process alone.
     watch: rules that end the stage early.
+    may_change: whether it goes on with whatever it reads at its start, and with a warning in the log.
   """
   name: str
   algorithm: Algorithm
@@ -79,6 +80,7 @@ class Stage:
   keep_every_steps: int = 0
   tracker: Tracker | None = None
   watch: WatchSettings = WatchSettings()
+  may_change: bool = False
 
 
 def compile_rollouts(stage: Stage, nets: Any, abstract: TrainState, frozen: dict[str, Any], mesh: jax.sharding.Mesh,

@@ -148,7 +148,7 @@ def _first_state(stage: Stage, checkpoints: Checkpoints, copies: LocalCopies, ab
     begin = lambda params, averages: init_state(stage.algorithm, stage.optimizers, params, averages, key)  # jitted, for arrays that span processes
     return jax.jit(begin, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(*start()), {}
   state, meta = restored or checkpoints.restore(abstract, latest)
-  check_frozen(stage.name, stage.description.get("frozen_steps", {}), meta.get("stage", {}))
+  check_frozen(stage.name, stage.description, meta.get("stage", {}), stage.may_change)
   warn_of_another_order(stage, int(state.step), meta.get("stage", {}))
   return state, meta
 

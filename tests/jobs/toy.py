@@ -93,6 +93,7 @@ class Job:
   profile: tuple | None = None
   description: dict = dataclasses.field(default_factory=lambda: {"seed": 0})
   save_every_s: float = 0.0
+  may_change: bool = False
   local_copies: tuple = ("", 0.0)
   watch: WatchSettings = WatchSettings()
 
@@ -152,7 +153,7 @@ def stage_of(job):
   optimizers = make_optimizers(algorithm, specs, job.settings, job.num_steps, job.own)
   return trainer.Stage("toy", algorithm, optimizers, specs, job.num_steps, (shapes,), (), job.settings.accumulate, job.log_every, job.save_every, 2,
                        job.tolerance, job.description, job.profile, save_every_s=job.save_every_s, local_copies=job.local_copies,
-                       watch=job.watch), mesh, rules
+                       watch=job.watch, may_change=job.may_change), mesh, rules
 
 
 def run(job, workdir, stop=lambda step: False, wrap=lambda loader: loader):

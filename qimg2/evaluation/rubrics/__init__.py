@@ -65,6 +65,11 @@ class Rubric:
     return tuple(parts)
 
 
+def rubric_file(name: str) -> pathlib.Path:
+  """The file of the rubric of a name, or that `name` is, if it ends in .toml."""
+  return pathlib.Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+
+
 def find_rubric(name: str, kind: str = POINTWISE) -> Rubric:
   """The rubric of that name beside this module, or of the file `name` if it ends in .toml.
 
@@ -73,7 +78,7 @@ def find_rubric(name: str, kind: str = POINTWISE) -> Rubric:
   Raises:
     ValueError: no such rubric, a file that is no TOML, or one of another form than this module's docstring says.
   """
-  path = pathlib.Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+  path = rubric_file(name)
   if not path.is_file():
     known = ", ".join(sorted(one.stem for one in FOLDER.glob("*.toml")))
     raise ValueError(f"There is no rubric {name!r}: choose one of {known}, or name a .toml file.")

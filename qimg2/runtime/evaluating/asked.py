@@ -15,6 +15,7 @@ from absl import logging
 from qimg2.evaluation import Suite, Task
 from qimg2.places import Place, as_absolute, find_place, is_remote, list_files
 from qimg2.runtime.config import plain
+from qimg2.runtime.contents import digest_of_file, digest_of_folder
 from qimg2.runtime.evaluating.drawing import Painter, groups_of_sizes, learned, painter_of_run
 from qimg2.runtime.evaluating.folder import Folder
 from qimg2.runtime.evaluating.job import Share, Work, evaluate_into, versions, work_of_images, work_of_painter
@@ -28,7 +29,6 @@ from qimg2.runtime.sampling import sampling_stage
 from qimg2.training import manifest
 from qimg2.training.checkpoint import Checkpoints
 
-SMALL_BYTES, PIECE_BYTES, NUM_PIECES = 1 << 20, 1 << 12, 1024  # what is read of a file to tell it from others: all of a small one, pieces of others
 SCORERS = ("network", "model", "pretrained", "rubrics", "rubric", "reference")  # settings that name files which score
 
 
@@ -133,7 +133,7 @@ def _painter(opened: Opened, drawer: Drawer, weights: Callable[[], Mapping], tas
 
 def _model(drawer: Drawer, opened: Opened) -> dict[str, Any]:
   """What tells a model from another one; loras, (name, scale, content), where it has some."""
-  loras = [[pathlib.Path(path).name, scale, _sampled(pathlib.Path(path))] for path, scale in map(parse_lora, drawer.loras)]
+  loras = [[pathlib.Path(path).name, scale, digest_of_file(pathlib.Path(path))] for path, scale in map(parse_lora, drawer.loras)]
   return _weights(drawer, opened) | ({"loras": loras} if loras else {})
 
 
@@ -143,10 +143,10 @@ def _weights(drawer: Drawer, opened: Opened) -> dict[str, Any]:
     checkpoints = run.workdir / stage / "checkpoints"
     return {"run": run.workdir.name, "stage": stage, "step": drawer.step, "average": drawer.average, "dtype": drawer.dtype,
             "weights": manifest.identity(checkpoints / str(drawer.step))}
-  found = {"pretrained": pathlib.Path(drawer.pretrained).resolve().name, "files": _digest_of_folder(pathlib.Path(drawer.pretrained))}
+  found = {"pretrained": pathlib.Path(drawer.pretrained).resolve().name, "files": digest_of_folder(pathlib.Path(drawer.pretrained))}
   if drawer.transformer:
     path = pathlib.Path(drawer.transformer)
-    found |= {"transformer": path.name, "transformer_content": _sampled(path)}
+    found |= {"transformer": path.name, "transformer_content": digest_of_file(path)}
   return found | {"dtype": drawer.dtype}
 
 
@@ -159,8 +159,8 @@ def _scored_with(settings: Mapping[str, Any], suite: Suite) -> dict[str, list[st
     names = [text] if pathlib.Path(text).exists() else map(str.strip, re.split("[+,]", text))  # a path may have these signs
     paths = [pathlib.Path(name) for name in names if name]
     paths += [path.with_suffix(".txt") for path in paths if key == "model"]  # characters of an OCR
-    digests = [_sampled(path) for path in paths if path.is_file()]
-    digests += [_digest_of_folder(path) for path in paths if path.is_dir() and key in ("network", "pretrained")]
+    digests = [digest_of_file(path) for path in paths if path.is_file()]
+    digests += [digest_of_folder(path) for path in paths if path.is_dir() and key in ("network", "pretrained")]
     if key == "reference" and suite.reference is not None:
       digests = [suite.reference.name]
     if digests:
@@ -193,24 +193,3 @@ def _size_and_time(path: str) -> tuple[Any, ...]:
     return ()
   stat = os.stat(path)
   return stat.st_size, stat.st_mtime_ns
-
-
-def _digest_of_folder(folder: pathlib.Path) -> str:
-  """Of names and contents of all files below a folder, see `_sampled`."""
-  found = hashlib.sha256()
-  for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-    found.update(f"{path.relative_to(folder).as_posix()} {_sampled(path)}".encode())
-  return found.hexdigest()
-
-
-def _sampled(path: pathlib.Path) -> str:
-  """A digest of a file's size and content; of a large one of pieces that are spread evenly over it: weights of another training differ in nearly
-  all of them."""
-  size, found = path.stat().st_size, hashlib.sha256()
-  found.update(str(size).encode())
-  with open(path, "rb") as file:
-    starts = range(0, size, max(PIECE_BYTES, size // NUM_PIECES)) if size > SMALL_BYTES else range(0, size, PIECE_BYTES)
-    for start in starts:
-      file.seek(start)
-      found.update(file.read(PIECE_BYTES))
-  return found.hexdigest()

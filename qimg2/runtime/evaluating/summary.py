@@ -26,6 +26,7 @@ class Missing(NamedTuple):
 def row_of(suite: str, name: str, task: Task, seed: int, file: str, scores: Mapping[str, Any], cluster: str = "") -> dict[str, Any]:
   """A line of scores.jsonl; `cluster` names the prompt, see `clusters`, "" for the task's name."""
   row = {"suite": suite, "task": name, "cluster": cluster or name, "category": task.category, "prompt": task.prompt, "seed": seed, "file": file}
+  row |= {"num_sources": len(task.sources)} if task.sources else {}
   if ERROR in scores:
     return row | {ERROR: scores[ERROR]}
   is_metric = lambda value: isinstance(value, (bool, int, float))
