@@ -8,7 +8,7 @@
   python -m benchmarks.text_rendering --measure=pod [--num=4096]
   python -m benchmarks.text_rendering --measure=need [--num=100]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--kind=complex] [--layout=menu]
-  python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...]
+  python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...] [--kind=complex]
 
 speed: pictures with captions per second of processor time, median and range of rounds, and how many a core could draw if it did nothing but fill
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
@@ -59,7 +59,7 @@ def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS
   if layout_name and kind not in named:
     raise ValueError(f"--layout={layout_name} is for the kinds {' and '.join(named)}: leave it out with --kind={kind}.")
   only = {named[kind]: {layout_name: 1.0}} if layout_name else {}
-  return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), kinds={kind: 1.0},
+  return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), kinds={kind: 1.0}, edits={},
                                pictures=flags.FLAGS.pictures, **only), "train", 2**20)
 
 
@@ -270,11 +270,12 @@ def sheet(base_px: int, codes: Sequence[str], columns: int, kind: str, layout_na
   return Image.fromarray(np.vstack(rows))
 
 
-def edit_sheet(base_px: int, codes: Sequence[str], columns: int) -> Image.Image:
-  """Edits: source, target, and the instructions in English and in the language; a row for each language, `columns` edits in it."""
+def edit_sheet(base_px: int, codes: Sequence[str], columns: int, kind: str) -> Image.Image:
+  """Edits of a kind: source, target, and the instructions in English and in the language; a row for each language, `columns` edits in it."""
   rows = []
   for code in codes:
-    settings = Settings(base_px=base_px, languages=dict.fromkeys([code, *(one for one in codes if one != code)], 1.0), ratios=("1:1",))
+    settings = Settings(base_px=base_px, languages=dict.fromkeys([code, *(one for one in codes if one != code)], 1.0), ratios=("1:1",),
+                        edit_kinds={kind: 1.0}, pictures=flags.FLAGS.pictures)
     source, found = RenderedText(settings, "train", 2**20, are_edits=True), []
     faces = next(one for one in typefaces(find_faces(), languages.load(code)) if one.main.style == "Regular")
     for number in itertools.count(1000 * codes.index(code)):
@@ -309,7 +310,7 @@ def main(_: Sequence[str]) -> None:
   elif f.measure == "nasty":
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(survey(f.num, codes).items())))
   elif f.measure in ("sheet", "edits"):
-    drawn = edit_sheet(f.base_px, codes, f.columns) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.kind, f.layout)
+    drawn = edit_sheet(f.base_px, codes, f.columns, f.kind) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.kind, f.layout)
     (drawn.quantize(200) if f.out.endswith(".png") else drawn).save(f.out, optimize=True)
   else:
     for code in codes:
@@ -323,7 +324,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
   flags.DEFINE_integer("columns", 6, "Of a sheet: pictures or edits of each language.", lower_bound=1)
   flags.DEFINE_list("languages", [], "Their codes; all where none is given.")
-  flags.DEFINE_enum("kind", "pure", KINDS, "The kind of pictures, of speed, memory, ocr and a sheet.")
+  flags.DEFINE_enum("kind", "pure", KINDS, "The kind of pictures, of speed, memory, ocr, edits and a sheet.")
   flags.DEFINE_string("pictures", "", "A folder of pictures for the compositional kind.")
   flags.DEFINE_string("layout", "", "Of a sheet: one layout, or template, in place of all.")
   flags.DEFINE_string("out", "sheet.png", "Of a sheet, of edits too: its file.")

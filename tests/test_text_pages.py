@@ -92,7 +92,7 @@ def chart(kind, code="en", seed=0):
   sheet = regions.Sheet(schemes.Scheme(rng, paper), languages.load(code).is_rtl)
   sizes = complex.sizes_of(region, (20, 20, 300, 300), 8.0, 14.0)
   region.place((20, 20, 300, 300), sizes, sheet, sheet.scheme.paper)
-  complex.draw(paper.picture, sheet)
+  complex.draw(paper.picture, sheet.shapes, sheet.blocks)
   return region, np.asarray(paper.picture), sheet
 
 

@@ -45,6 +45,8 @@ class Chart(Region):
     number = len(sheet.structures)
     for text in self.texts():
       text.structure = number
+    for text in self.values:
+      text.is_fixed = True
     colours = sheet.scheme.series(ground, len(self.labels) if self.kind == "pie" else 1)
     if len(colours) < len(self.labels) and self.kind == "pie":
       raise Misfit("label")
