@@ -217,7 +217,8 @@ def read_back(base_px: int, code: str, num: int, kind: str) -> str:
   source, errors, characters, right = source_of(base_px, [code], ("1:1",), kind), 0, 0, 0
   for number in range(num):
     record = source.record(number)
-    score = score_text(RenderedText.truth(record)["texts"], [line.text for line in ocr.read(record["image"])])
+    lines = [line["text"] for block in RenderedText.truth(record)["blocks"] for line in block["lines"]]  # a break is a space on both sides
+    score = score_text(lines, [line.text for line in ocr.read(record["image"])])
     errors, characters, right = errors + score["errors"], characters + score["characters"], right + (score["errors"] == 0)
   return f"{code} at {base_px} px: {1 - errors / characters:.2%} of {characters} characters, {right} of {num} pictures without an edit"
 
