@@ -124,6 +124,10 @@ def test_a_folder_of_before_there_were_edits_has_none(folder):
   path = folder / stored.NAME
   meta = records.read_meta(path)
   new = stored.open_source(path, "train", meta, 96)
+  edits = stored.open_source(path, "train", meta, 96)._edits.settings
+  assert edits.edit_shares == {"pure": 0.5, "complex": 0.5}
+  del meta[records.RENDERED]["settings"]["edit_kinds"]  # before they were of other kinds
+  assert stored.open_source(path, "train", meta, 96)._edits.settings.edit_shares == {"pure": 1.0}
   del meta[records.RENDERED]["edits"]
   old = stored.open_source(path, "train", meta, 64)
   assert len(old) == 64 and old[3] == new[3] and not old[63]["sources"]

@@ -72,8 +72,8 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
     if found:
       break
   else:
-    raise ValueError(f"No edit ({', '.join(shares)}) can be made of pages of {page.corpus.language.name} of {page.height}x{page.width} px with the "
-                     f"kinds {', '.join(page.settings.edit_shares)} and the layouts {', '.join(page.settings.layouts)}: allow more of them.")
+    raise ValueError(f"No edit ({', '.join(shares)}) can be made of pages of {page.corpus.language.name} of {page.height}x{page.width} px of the "
+                     f"kinds {', '.join(page.settings.edit_shares)}: allow more edits, kinds, layouts or templates, or larger pages.")
   before, after, boxes = found
   source, target = (composed.truth("edits", texts) for texts in (edit.source, edit.target))
   return after, {**target, "page": kind, "change": change, "values": edit.values, "source": source, "boxes": boxes}, before
@@ -234,11 +234,17 @@ def _pick_free(rng: np.random.Generator, page: Page, composed: Composition) -> i
 
 
 def _translate(rng: np.random.Generator, page: Page, composed: Composition) -> _Edit | None:
-  blocks, own = composed.blocks, page.corpus.language
-  number, others = _pick(rng, page, blocks, _could_be_a_name), [code for code in page.others if code != own.code]
-  if number is None or not others or blocks[number].setting.style.vertical:
+  number = _pick(rng, page, composed.blocks, _could_be_a_name)
+  others = [code for code in page.others if code != page.corpus.language.code]
+  if number is None or not others or composed.blocks[number].setting.style.vertical:
     return None
-  code = others[rng.integers(len(others))]
+  tries = 1 if composed.blocks[number].frame is None else TRIES  # on paper there is room for most names
+  return next(filter(None, (_translated(rng, page, composed, number, others) for _ in range(tries))), None)
+
+
+def _translated(rng: np.random.Generator, page: Page, composed: Composition, number: int, others: Sequence[str]) -> _Edit | None:
+  """The edit by which a name in the place of a text becomes that of one of other languages; None where one of them does not fit."""
+  blocks, own, code = composed.blocks, page.corpus.language, others[rng.integers(len(others))]
   other, style = languages.load(code), blocks[number].setting.style
   before, after = translations(rng, own, other)
   texts = [joined(block).lower() for i, block in enumerate(blocks) if i != number]
