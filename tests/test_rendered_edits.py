@@ -144,8 +144,13 @@ def test_edits_are_of_the_kinds_that_there_are():
     Settings(**own, edit_kinds={"letters": 1.0})
   with pytest.raises(ValueError, match=r"edit_kinds=\{'pure': 1.0\} says of what edits are made, but edits is empty"):
     Settings(**own, edit_kinds={"pure": 1.0}, edits={})
-  with pytest.raises(ValueError, match=r"edit_kinds=\{'pure': 0\}: give shares above 0"):
+  with pytest.raises(ValueError, match=r"edit_kinds=\{'pure': 0\}: give numbers above 0"):
     Settings(**own, edit_kinds={"pure": 0})
+  for odd in ("x", True, float("inf")):
+    with pytest.raises(ValueError, match="edits=.* give numbers above 0"):
+      Settings(**own, edits={"word": odd})
+  with pytest.raises(ValueError, match=r"edits=\{'translate': 1.0\} needs two languages, but languages=\{'en': 1.0\}: add one"):
+    Settings(languages={"en": 1.0}, edits={"translate": 1.0})
 
 
 def test_a_mixture_takes_edits(tmp_path, monkeypatch):

@@ -190,7 +190,7 @@ def test_pictures_can_be_stored(tmp_path):
 
 @pytest.mark.parametrize("wrong, sentence", [
     (dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 64"),
-    (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single"),
+    (dict(layouts={"single": 0.0}), "give numbers above 0"), (dict(layouts={"sheet": 1.0}), "choose among single"),
     (dict(kinds={"plain": 1.0}), "choose among pure")])
 def test_settings_that_make_no_sense_are_refused(wrong, sentence):
   with pytest.raises(ValueError, match=sentence):

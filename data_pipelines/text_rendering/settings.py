@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,11 +84,13 @@ class Settings:
         raise ValueError(f"{name} has {odd[0]!r}: choose among {', '.join(known)}.")
     for name in ("languages", "kinds", "layouts", "edits", "edit_kinds", "templates"):
       some = getattr(self, name)
-      if any(not share > 0 for share in some.values()) or not some and name in ("kinds", "layouts"):
-        raise ValueError(f"{name}={dict(some)}: give shares above 0, and leave out what is not wanted.")
+      if not all(map(_is_share, some.values())) or not some and name in ("kinds", "layouts"):
+        raise ValueError(f"{name}={dict(some)}: give numbers above 0, and leave out what is not wanted.")
     if self.edits and not any(change in EDITED[kind] for kind in self.edit_shares for change in self.edits):
       raise ValueError(f"edits={dict(self.edits)} cannot be made of the kinds {', '.join(self.edit_shares or self.kinds)}: give edit_kinds among "
                        f"{', '.join(EDITED)}, other edits, or edits={{}} for none.")
+    if set(self.edits) == {"translate"} and len(self.shares) < 2:
+      raise ValueError(f"edits={dict(self.edits)} needs two languages, but languages={dict(self.languages)}: add one, or other edits.")
     if self.edit_kinds and not self.edits:
       raise ValueError(f"edit_kinds={dict(self.edit_kinds)} says of what edits are made, but edits is empty: give both, or neither.")
     if self.pictures and "compositional" not in {*self.kinds, *self.edit_shares}:
@@ -108,6 +111,10 @@ class Settings:
   def plain(self) -> dict[str, Any]:
     """The settings as JSON, without the user's texts."""
     return {key: json.loads(json.dumps(value)) for key, value in dataclasses.asdict(self).items() if key != "texts"}
+
+
+def _is_share(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def draw_key(rng: np.random.Generator, shares: Mapping[str, float]) -> str:
