@@ -98,18 +98,22 @@ def test_the_truth_is_what_was_asked(kind, change):
       assert ("slanted" in values["looks"]) == (new[0]["slanted"] and not old[0]["slanted"])
 
 
-def test_a_number_in_a_table_changes_its_row():
-  source, seen = source_of("number", "complex", templates={"menu": 1.0}, ratios=("1:1",)), 0
-  for number in range(4):
+@pytest.mark.parametrize("name, change", [("menu", "number"), ("menu", "word"), ("survey", "translate")])
+def test_tables_and_charts_change_with_their_texts(name, change):
+  source, seen = source_of(change, "complex", templates={name: 1.0}, ratios=("1:1",), languages={"en": 1.0, "de": 1.0}), 0
+  for number in range(6):
     record = source.record(number)
     truth = source.truth(record)
-    new, old = ([row for one in some["structures"] for row in one["rows"]] for some in (truth, truth["source"]))
-    changed = [(a, b) for a, b in zip(old, new, strict=True) if a != b]
+    _check_structures(truth["structures"], truth["source"]["structures"], truth["source"]["blocks"], truth["blocks"])
+    sides = [[*one.get("rows", []), *([label] for label in one.get("labels", []))] for some in (truth["source"], truth) for one in some["structures"]]
+    half = len(sides) // 2
+    changed = [(a, b) for old, new in zip(sides[:half], sides[half:], strict=True) for a, b in zip(old, new, strict=True) if a != b]
     seen += len(changed)
     for a, b in changed:
-      assert a[0] == b[0] and a[1].replace(truth["values"]["old"], truth["values"]["new"]) == b[1]
-    for (_, top, right, _), (left, *_) in zip(truth["boxes"]["source"], truth["boxes"]["target"]):
-      assert 0 <= top and left < right
+      assert len(a) == len(b) and sum(one != other for one, other in zip(a, b)) == 1
+      if name == "menu" and change == "word":  # the dots beside a dish follow it: they are in its box
+        price = next(block for block in truth["blocks"] if block["text"] == a[1])
+        assert truth["boxes"]["source"][0][2] >= price["box"][0] - 1 and truth["boxes"]["target"][0][2] >= price["box"][0] - 1
   assert seen
 
 
