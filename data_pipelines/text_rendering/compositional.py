@@ -278,7 +278,8 @@ def _block(rng: np.random.Generator, page: Page, frame: Sequence[float], text: s
   style = dataclasses.replace(style, typeface=typeface or style.typeface)
   if what != "paragraph":
     style = short_style(style, "middle", text)
-    style = dataclasses.replace(style, breaks="never" if len(text) <= _UNBROKEN else style.breaks)
+    leading = style.leading if what == "heading" else style.language.leading[0]
+    style = dataclasses.replace(style, leading=leading, breaks="never" if len(text) <= _UNBROKEN else style.breaks)
   setting = fit([text], style, right - left, bottom - top, (least, max(least, most * (bottom - top))))
   if setting is None:
     return None
