@@ -6,14 +6,16 @@
   python -m benchmarks.text_rendering --measure=nasty [--num=2000]
   python -m benchmarks.text_rendering --measure=memory [--base_px=128] [--num=100000] [--kind=complex]
   python -m benchmarks.text_rendering --measure=pod [--num=4096]
+  python -m benchmarks.text_rendering --measure=tokens [--base_px=1024] [--num=1000] [--kind=complex] [--tokenizer=FILE]
   python -m benchmarks.text_rendering --measure=need [--num=100]
   python -m benchmarks.text_rendering --measure=sheet --out=F.png [--base_px=256] [--columns=6] [--languages=...] [--kind=complex] [--layout=menu]
-  python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...]
+  python -m benchmarks.text_rendering --measure=edits --out=F.png [--base_px=192] [--columns=2] [--languages=...] [--kind=complex]
 
 speed: pictures with captions per second of processor time, median and range of rounds, and how many a core could draw if it did nothing but fill
 outlines (the same glyphs, nothing else). ocr: 1 - edits / characters over all pictures, and the share of pictures read without an edit. pango: ink
 boxes of strings beside those that pango-view draws unhinted at the same size, by width and height; needs Debian's pango1.0-tools. memory: of the
 process, after each power of ten of pictures and their thirds, from all over the first 10^9. nasty: what becomes of strings that no one would write.
+tokens: how many a caption has, without the template, in a tokenizer.json, or in one that is trained on the captions of a tenth of the pictures.
 pod: which pictures 64 processes with 8 workers each read of `num` slots in three epochs, and far on. need: how many pictures a second a pod's runs
 ask for, with a twentieth of their batches, and how many cores of each host draw them.
 """
@@ -40,9 +42,10 @@ from data_pipelines.mixture import Mixture
 from data_pipelines.specs import DatasetSpec, Resolution
 from data_pipelines.text_rendering import drawing, languages, layout, words
 from data_pipelines.text_rendering.fonts import FOLDERS, find_faces, typefaces
-from data_pipelines.text_rendering.settings import KINDS, RATIOS, Settings
+from data_pipelines.text_rendering.settings import BUDGETS, KINDS, RATIOS, Settings
 from data_pipelines.text_rendering.source import RenderedText, WithEdits
-from data_pipelines.tokenizer import train_tokenizer
+from data_pipelines.text_rendering.stored import VOCAB_SIZE
+from data_pipelines.tokenizer import PromptTokenizer, train_tokenizer
 from launch import cli
 from qimg2.evaluation import ocr
 from qimg2.evaluation.text import score_text
@@ -59,7 +62,7 @@ def source_of(base_px: int, codes: Sequence[str], ratios: Sequence[str] = RATIOS
   if layout_name and kind not in named:
     raise ValueError(f"--layout={layout_name} is for the kinds {' and '.join(named)}: leave it out with --kind={kind}.")
   only = {named[kind]: {layout_name: 1.0}} if layout_name else {}
-  return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), kinds={kind: 1.0},
+  return RenderedText(Settings(base_px=base_px, languages=dict.fromkeys(codes, 1.0), ratios=tuple(ratios), kinds={kind: 1.0}, edits={},
                                pictures=flags.FLAGS.pictures, **only), "train", 2**20)
 
 
@@ -92,6 +95,22 @@ def memory(base_px: int, codes: Sequence[str], num: int, kind: str) -> Iterator[
     source.record(number * STRIDE % FAR)
     if number in told:
       yield f"{number} pictures of {base_px} px: {_resident_mib()} MiB"
+
+
+def count_tokens(base_px: int, codes: Sequence[str], num: int, kind: str, path: str) -> str:
+  """How many tokens the captions of pictures have, in a sentence.
+
+  Raises:
+    AssertionError: one has more than the settings allow.
+  """
+  plain = source_of(base_px, codes, kind=kind)
+  said = (text for number in range(max(1, num // 10)) for text in plain.record(number)["captions"])
+  tokenizer = PromptTokenizer.load(path) if path else train_tokenizer(said, VOCAB_SIZE)
+  source, template, limit = RenderedText(plain.settings, "train", 2**20, tokenizer), int(tokenizer.count([""])[0]), min(base_px, BUDGETS[-1])
+  counts = np.concatenate([tokenizer.count(source.record(number)["captions"][1:]) - template for number in range(num)])
+  assert counts.max() <= limit, f"A caption has {counts.max()} tokens, {limit} are allowed."
+  return (f"{kind} at {base_px} px, {len(codes)} languages, {num} pictures: captions that quote their texts have {np.median(counts):.0f} tokens in "
+          f"the median, {np.percentile(counts, 95):.0f} or less in 95 of 100, and {counts.max()} at most, of {limit} that they may have")
 
 
 def _resident_mib() -> int:
@@ -217,7 +236,8 @@ def read_back(base_px: int, code: str, num: int, kind: str) -> str:
   source, errors, characters, right = source_of(base_px, [code], ("1:1",), kind), 0, 0, 0
   for number in range(num):
     record = source.record(number)
-    score = score_text(RenderedText.truth(record)["texts"], [line.text for line in ocr.read(record["image"])])
+    lines = [line["text"] for block in RenderedText.truth(record)["blocks"] for line in block["lines"]]  # a break is a space on both sides
+    score = score_text(lines, [line.text for line in ocr.read(record["image"])])
     errors, characters, right = errors + score["errors"], characters + score["characters"], right + (score["errors"] == 0)
   return f"{code} at {base_px} px: {1 - errors / characters:.2%} of {characters} characters, {right} of {num} pictures without an edit"
 
@@ -270,11 +290,12 @@ def sheet(base_px: int, codes: Sequence[str], columns: int, kind: str, layout_na
   return Image.fromarray(np.vstack(rows))
 
 
-def edit_sheet(base_px: int, codes: Sequence[str], columns: int) -> Image.Image:
-  """Edits: source, target, and the instructions in English and in the language; a row for each language, `columns` edits in it."""
+def edit_sheet(base_px: int, codes: Sequence[str], columns: int, kind: str) -> Image.Image:
+  """Edits of a kind: source, target, and the instructions in English and in the language; a row for each language, `columns` edits in it."""
   rows = []
   for code in codes:
-    settings = Settings(base_px=base_px, languages=dict.fromkeys([code, *(one for one in codes if one != code)], 1.0), ratios=("1:1",))
+    settings = Settings(base_px=base_px, languages=dict.fromkeys([code, *(one for one in codes if one != code)], 1.0), ratios=("1:1",),
+                        edit_kinds={kind: 1.0}, pictures=flags.FLAGS.pictures)
     source, found = RenderedText(settings, "train", 2**20, are_edits=True), []
     faces = next(one for one in typefaces(find_faces(), languages.load(code)) if one.main.style == "Regular")
     for number in itertools.count(1000 * codes.index(code)):
@@ -304,12 +325,14 @@ def main(_: Sequence[str]) -> None:
   elif f.measure == "need":
     for line in need(f.num):
       print(line, flush=True)
+  elif f.measure == "tokens":
+    print(count_tokens(f.base_px, codes, f.num, f.kind, f.tokenizer))
   elif f.measure == "pod":
     print(count_pod(f.num))
   elif f.measure == "nasty":
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(survey(f.num, codes).items())))
   elif f.measure in ("sheet", "edits"):
-    drawn = edit_sheet(f.base_px, codes, f.columns) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.kind, f.layout)
+    drawn = edit_sheet(f.base_px, codes, f.columns, f.kind) if f.measure == "edits" else sheet(f.base_px, codes, f.columns, f.kind, f.layout)
     (drawn.quantize(200) if f.out.endswith(".png") else drawn).save(f.out, optimize=True)
   else:
     for code in codes:
@@ -318,13 +341,14 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "nasty", "pod", "need", "ocr", "pango", "sheet", "edits"], "What is measured.")
+  flags.DEFINE_enum("measure", "speed", ["speed", "memory", "tokens", "nasty", "pod", "need", "ocr", "pango", "sheet", "edits"], "What is measured.")
   flags.DEFINE_integer("base_px", 256, "About the square root of a picture's area.", lower_bound=64)
   flags.DEFINE_integer("num", 200, "Pictures of a round, or strings of a language.", lower_bound=1)
   flags.DEFINE_integer("columns", 6, "Of a sheet: pictures or edits of each language.", lower_bound=1)
   flags.DEFINE_list("languages", [], "Their codes; all where none is given.")
-  flags.DEFINE_enum("kind", "pure", KINDS, "The kind of pictures, of speed, memory, ocr and a sheet.")
+  flags.DEFINE_enum("kind", "pure", KINDS, "The kind of pictures, of speed, memory, tokens, ocr, edits and a sheet.")
   flags.DEFINE_string("pictures", "", "A folder of pictures for the compositional kind.")
+  flags.DEFINE_string("tokenizer", "", "Of tokens: a tokenizer.json, such as that of a published model's processor; empty to train one.")
   flags.DEFINE_string("layout", "", "Of a sheet: one layout, or template, in place of all.")
   flags.DEFINE_string("out", "sheet.png", "Of a sheet, of edits too: its file.")
 

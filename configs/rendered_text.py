@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 
 _LETTERS = dict(base_px=48, ratios=("2:1",), languages=dict(en=1.0), kinds=dict(letters=1.0), edits={}, min_px=7.0, max_tokens=24)  # 64x32 px
 # What --config=configs/rendered_text.py:ARG changes.
-CHANGES = {"": {}, "signs": dict(kinds=dict(compositional=1.0), edits={}), "word": dict(_LETTERS, fonts=("DejaVu Sans Mono Bold",)),
+CHANGES = {"": {}, "signs": dict(kinds=dict(compositional=1.0)), "word": dict(_LETTERS, fonts=("DejaVu Sans Mono Bold",)),
            "words": dict(_LETTERS, fonts=("DejaVu Sans Mono Bold", "DejaVu Serif Bold", "DejaVu Sans Bold", "DejaVu Sans Mono Bold Oblique"))}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """All settings with their defaults; `arg` is "", "signs" for the compositional kind alone, or "word" or "words" for what configs/typography.py
-  learns from.
+  """All settings with their defaults; `arg` is "", "signs" for the compositional kind alone with its edits, or "word" or "words" for what
+  configs/typography.py learns from.
 
   Raises:
     ValueError: another word.
@@ -34,8 +34,9 @@ def get_config(arg: str = "") -> ConfigDict:
   cfg.languages = ConfigDict()  # code -> how often, such as {"en": 3.0, "ja": 1.0}; empty for all languages alike
   cfg.kinds = ConfigDict(dict(pure=0.5, complex=0.5))  # kind of pictures -> how often; compositional and letters are further ones
   cfg.layouts = ConfigDict(dict(single=0.25, lines=0.2, paragraph=0.3, columns=0.1, list=0.15))  # of the pure kind -> how often
-  # Change of an edit, of pages of the pure kind -> how often; empty for no edits.
+  # Change of an edit -> how often; empty for no edits. Signs and complex pages have all but move.
   cfg.edits = ConfigDict(dict(word=2.0, number=1.0, colour=1.0, font=1.0, move=1.0, remove=1.0, add=1.0, translate=1.0))
+  cfg.edit_kinds = ConfigDict()  # pure, complex or compositional, of which edits are made -> how often; empty for those of kinds
   cfg.templates = ConfigDict()  # of the complex kind -> how often, such as {"menu": 1.0}; empty for all alike
   cfg.template_folders = ()  # where your own are, one JSON file each
   cfg.min_px = 10.0  # least size of Latin letters; others are as much larger as they need to be

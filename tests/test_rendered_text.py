@@ -1,5 +1,7 @@
 """Rendered text as a data set: any picture by its number, and the folder by which a mixture names it."""
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -8,13 +10,14 @@ import pickle
 import hypothesis
 import numpy as np
 import pytest
+from absl import flags
 from hypothesis import strategies as st
 
 from configs import rendered_text
 from data_pipelines import identity, records
 from data_pipelines.loader import Loader
 from data_pipelines.specs import DatasetSpec, Resolution
-from data_pipelines.text_rendering import captions, languages, stored, words
+from data_pipelines.text_rendering import captions, languages, source, stored, words
 from data_pipelines.text_rendering.fonts import find_faces, typefaces
 from data_pipelines.text_rendering.settings import LAYOUTS, Settings
 from data_pipelines.text_rendering.source import RenderedText
@@ -120,10 +123,48 @@ def test_a_mixture_draws_new_pictures_in_every_epoch(folder):
   assert verify(folder, stored.NAME)["records"] == 108
 
 
+WORKERS = 2
+
+
+@pytest.mark.slow
+def test_workers_of_two_processes_draw_what_one_process_draws(folder):
+  flags.FLAGS.mark_as_parsed()
+  tokenizer = records.load_tokenizer(folder, stored.NAME)
+  make = lambda **options: Loader([DatasetSpec(str(folder), stored.NAME), DatasetSpec(str(folder), stored.NAME, task="ti2i")], [Resolution(256, 4)],
+                                  300, tokenizer, 0, **options)
+  shares, alone = [], list(itertools.islice(make().iterate(7), WORKERS + 2))
+  for process in range(2):
+    with contextlib.closing(make(process_index=process, process_count=2, num_workers=WORKERS).iterate(7)) as batches:
+      shares.append(list(itertools.islice(batches, WORKERS + 2)))
+  assert {bool(batch["sources"]) for _, batch in alone} == {True, False}
+  for (bucket, whole), *parts in zip(alone, *shares, strict=True):
+    assert [one for one, _ in parts] == [bucket] * 2 and [len(part["target"]) for _, part in parts] == [2, 2]
+    for key in ("target", "tokens", "token_count", "sample_id"):
+      assert (np.concatenate([part[key] for _, part in parts]) == whole[key]).all()
+    for place, pictures in enumerate(whole["sources"]):
+      assert (np.concatenate([part["sources"][place] for _, part in parts]) == pictures).all()
+
+
+def test_no_caption_passes_the_limit(monkeypatch):
+  """Pages at 1024 px, whose captions would have more than 128 tokens by far, in a tokenizer that makes them long."""
+  settings = Settings(base_px=1024, kinds={"complex": 1.0}, ratios=("1:1",), **SETTINGS)
+  small = train_tokenizer(["A text in English."], 300)  # about a token a byte
+  monkeypatch.setattr(source, "_OVERHEAD", 0)
+  for tokens in (1024, 300):
+    some = RenderedText(dataclasses.replace(settings, max_tokens=tokens), "train", 64, small)
+    counts = [small.count(some.record(number)["captions"]) - small.count([""])[0] for number in range(3)]
+    assert 0.2 * tokens < np.max(counts) <= tokens
+    assert all(np.max(one) <= some.slot(number).tokens for number, one in enumerate(counts))
+
+
 def test_a_folder_of_before_there_were_edits_has_none(folder):
   path = folder / stored.NAME
   meta = records.read_meta(path)
   new = stored.open_source(path, "train", meta, 96)
+  edits = stored.open_source(path, "train", meta, 96)._edits.settings
+  assert edits.edit_shares == {"pure": 0.5, "complex": 0.5}
+  del meta[records.RENDERED]["settings"]["edit_kinds"]  # before they were of other kinds
+  assert stored.open_source(path, "train", meta, 96)._edits.settings.edit_shares == {"pure": 1.0}
   del meta[records.RENDERED]["edits"]
   old = stored.open_source(path, "train", meta, 64)
   assert len(old) == 64 and old[3] == new[3] and not old[63]["sources"]
@@ -149,7 +190,7 @@ def test_pictures_can_be_stored(tmp_path):
 
 @pytest.mark.parametrize("wrong, sentence", [
     (dict(languages={"xx": 1.0}), "languages has 'xx': choose among ar, de"), (dict(base_px=8), "at least 0, 64"),
-    (dict(layouts={"single": 0.0}), "give shares above 0"), (dict(layouts={"sheet": 1.0}), "choose among single"),
+    (dict(layouts={"single": 0.0}), "give numbers above 0"), (dict(layouts={"sheet": 1.0}), "choose among single"),
     (dict(kinds={"plain": 1.0}), "choose among pure")])
 def test_settings_that_make_no_sense_are_refused(wrong, sentence):
   with pytest.raises(ValueError, match=sentence):

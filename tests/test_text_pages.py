@@ -92,7 +92,7 @@ def chart(kind, code="en", seed=0):
   sheet = regions.Sheet(schemes.Scheme(rng, paper), languages.load(code).is_rtl)
   sizes = complex.sizes_of(region, (20, 20, 300, 300), 8.0, 14.0)
   region.place((20, 20, 300, 300), sizes, sheet, sheet.scheme.paper)
-  complex.draw(paper.picture, sheet)
+  complex.draw(paper.picture, sheet.shapes, sheet.blocks)
   return region, np.asarray(paper.picture), sheet
 
 
@@ -106,6 +106,34 @@ def test_bars_are_as_long_as_their_values():
     bars = [box for box in boxes if len(box) == 4]
     lengths = [box[3] - box[1] if kind == "bars" else box[2] - box[0] for box in bars]
     np.testing.assert_allclose(np.array(lengths) / lengths[0], np.array(region.numbers) / region.numbers[0], rtol=1e-6)
+
+
+def test_labels_of_a_chart_have_one_base_line():
+  for kind, is_same in (("bars", True), ("lines", True), ("rows", False)):
+    _, _, sheet = chart(kind, "ar")
+    bases = [block.setting.placed[0].y for block in sheet.blocks]
+    if is_same:
+      assert len(set(bases[::2])) == 1  # whatever stands above their letters
+    else:
+      assert bases[::2] == pytest.approx(bases[1::2])  # of a label and its value
+
+
+def test_no_sentence_comes_twice():
+  for seed in range(6):
+    _, truth, _ = drawn("de", "newspaper", seed)
+    for sentence in languages.load("de").sentences:
+      assert "\n".join(truth["texts"]).count(sentence) <= 1, (seed, sentence)
+
+
+def test_a_title_that_does_not_fit_is_drawn_again(monkeypatch):
+  titles, place = [], complex._place
+
+  def placed(rng, page, template, *rest):
+    titles.append(template is complex._LAST)
+    return place(rng, page, template, *rest) if sum(titles) > 3 else None
+
+  monkeypatch.setattr(complex, "_place", placed)
+  assert complex.render(np.random.default_rng(0), page_of("de", "menu"))[1]["layout"] == "title" and sum(titles) == 4
 
 
 def test_a_pie_is_cut_by_its_shares():

@@ -20,6 +20,7 @@ _STUCK = frozenset("\u00a0\u202f")  # no-break spaces
 _SIGNS = frozenset("、。，．・：；？！）］｝〕〉》」』】〙〗,.:;?!)]}»›؟،؛।॥ๆฯ")
 NOT_FIRST = _STUCK | _SIGNS | frozenset("ーぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶ々〻…‥–—”’%％℃°")
 NOT_LAST = _STUCK | frozenset("（［｛〔〈《「『【〘〖“‘([{«‹¿¡¥￥$＄£€#＃")
+_PARTICLES = frozenset("的了着著过過吗嗎呢吧们們得")  # Chinese ones, which belong to what is before them; budoux may tell them apart
 _DASHES = "-–—/"
 _CJK = re.compile(r"[\u2e80-\u303f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 _LEAST_HYPHENATED = 6  # letters of a word, and 3 on each side of the hyphen
@@ -59,7 +60,8 @@ def _ends(word: str, language: Language, breaks: str) -> list[tuple[int, bool]]:
   if language.breaking == "thai":
     found |= dict.fromkeys(_allowed(word, _thai_words(word)), False)
   if language.breaking == "cjk" and breaks == "phrases":
-    found = {end: False for end in _allowed(word, _phrases(language.code).parse(word)) if end in found}
+    ends = _allowed(word, _phrases(language.code).parse(word))
+    found = {end: False for end in ends if end in found and not (word[end] in _PARTICLES and language.code.startswith("zh"))}
   if language.hyphenation and breaks == "hyphenated":
     for letters in re.finditer(r"[^\W\d_]{%d,}" % _LEAST_HYPHENATED, word):
       if not letters[0].isupper():

@@ -22,6 +22,7 @@ from data_pipelines.text_rendering.tables import Table
 
 _OPTIONAL = 0.5  # richness from which optional regions are there
 _CODE_LEADING = 1.45
+_LARGE = 1.5  # factor of letters from which their lines may be nearer to each other than those of running text
 _SENTENCE = 60  # characters of Chinese and Japanese up to which a text is set ragged, in lines that are about equally long
 
 
@@ -85,13 +86,15 @@ class Builder:
     own = ROLES.get(role, ROLES["body"])
     language, running = self._page.corpus.language, role == "body"
     style = Style(self._faces[own.is_bold], language, self._leading, align)
-    if running and language.breaking == "cjk" and align == "start":
-      is_long = sum(map(len, paragraphs)) > _SENTENCE
+    if running and language.breaking == "cjk":
+      is_long = sum(map(len, paragraphs)) > _SENTENCE and align == "start"
       style = dataclasses.replace(style, align="justified") if is_long else dataclasses.replace(style, breaks="phrases")
     if running and len(paragraphs) > 1:
       style = dataclasses.replace(style, indent=language.indent)
     if not running:
       style = short_style(style, align, paragraphs[0])
+      if own.factor < _LARGE:
+        style = dataclasses.replace(style, leading=language.leading[0])
     return Text(paragraphs, style, role, own.factor, lines or own.most_lines, accent=own.accent)
 
   # ---- contents

@@ -45,6 +45,8 @@ class Chart(Region):
     number = len(sheet.structures)
     for text in self.texts():
       text.structure = number
+    for text in self.values:
+      text.is_fixed = True
     colours = sheet.scheme.series(ground, len(self.labels) if self.kind == "pie" else 1)
     if len(colours) < len(self.labels) and self.kind == "pie":
       raise Misfit("label")
@@ -56,7 +58,11 @@ class Chart(Region):
 
   def _pitch(self, sizes: Sizes) -> float:
     """From one label to the next one below it."""
-    return max(sum(one.reach(1e6, sizes)) for one in self.texts()) + 0.75 * sizes.em
+    return self._above(self.texts(), sizes) + max(one.reach(1e6, sizes)[1] for one in self.texts()) + 0.75 * sizes.em
+
+  def _above(self, texts: Sequence[Text], sizes: Sizes) -> float:
+    """How far the letters of texts reach above their base line, so that it is the same of all."""
+    return max(one.reach(1e6, sizes)[0] for one in texts)
 
   def _slot(self, width: float) -> float:
     return width / len(self.labels)
@@ -66,7 +72,7 @@ class Chart(Region):
   def _base(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground) -> tuple[float, float]:
     """Draws the axis and the labels below it; returns (its y, how far up the greatest value reaches)."""
     left, _, right, bottom = frame
-    below = max(sum(one.reach(1e6, sizes)) for one in self.labels)
+    below = self._above(self.labels, sizes) + max(one.reach(1e6, sizes)[1] for one in self.labels)
     base = bottom - below - _GAP * sizes.em
     thin = max(1.0, 0.07 * sizes.em)
     sheet.draw(shapes.draw_rule, (left, base), right - left, sheet.scheme.hairline(ground), thin)
@@ -78,9 +84,10 @@ class Chart(Region):
     middles = [(i + 0.5) * slot for i in range(len(self.numbers))]
     return [(frame[2] - x if sheet.is_rtl else frame[0] + x, base - room * value / most) for x, value in zip(middles, self.numbers)]
 
-  def _write(self, pairs: Sequence[tuple[Text, float, float]], slot: float, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
-    for text, x, y in pairs:
-      text.place((x - slot / 2, y, x + slot / 2, y + 1e6), sizes, sheet, ground)
+  def _write(self, label: Text, value: Text, x: float, ys: tuple[float, float], slot: float, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
+    """Puts a label below the axis, on the base line of all of them, and a value above its point; `ys` are their tops."""
+    for text, y, above in zip((label, value), ys, (self._above(self.labels, sizes), None)):
+      text.place((x - slot / 2, y, x + slot / 2, y + 1e6), sizes, sheet, ground, above)
 
   def _bars(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground, colours) -> None:
     base, room = self._base(frame, sizes, sheet, ground)
@@ -88,7 +95,8 @@ class Chart(Region):
     wide = min(_THICK[0] * slot, 4 * sizes.em)
     for (x, y), label, value in zip(self._points(frame, base, room, sheet), self.labels, self.values):
       sheet.draw(shapes.fill_box, (x - wide / 2, y, x + wide / 2, base), colours[0][1])
-      self._write([(label, x, base + _GAP * sizes.em), (value, x, y - _GAP * sizes.em - sum(value.reach(1e6, sizes)))], slot, sizes, sheet, ground)
+      tops = base + _GAP * sizes.em, y - _GAP * sizes.em - sum(value.reach(1e6, sizes))
+      self._write(label, value, x, tops, slot, sizes, sheet, ground)
 
   def _lines(self, frame: Frame, sizes: Sizes, sheet: Sheet, ground: Ground, colours) -> None:
     base, room = self._base(frame, sizes, sheet, ground)
@@ -105,7 +113,7 @@ class Chart(Region):
       top = min([y, *near]) - clear - sum(value.reach(1e6, sizes))
       if top < frame[1]:
         raise Misfit(value.role, value.factor)
-      self._write([(label, x, base + _GAP * sizes.em), (value, x, top)], slot, sizes, sheet, ground)
+      self._write(label, value, x, (base + _GAP * sizes.em, top), slot, sizes, sheet, ground)
 
   # ---- lying bars
 
@@ -121,16 +129,22 @@ class Chart(Region):
     left, top, right, bottom = frame
     label_wide, value_wide, room = self._bar_room(right - left, sizes)
     pitch = min((bottom - top) / len(self.labels), 1.8 * self._pitch(sizes))
-    thick = min(_THICK[1] * sizes.em, 0.75 * pitch)
+    thick, above = min(_THICK[1] * sizes.em, 0.75 * pitch), self._above(self.texts(), sizes)
     for i, (label, value, number) in enumerate(zip(self.labels, self.values, self.numbers)):
       y = top + (i + 0.5) * pitch
       rest = sheet.after((left, y - pitch / 2, right, y + pitch / 2), label_wide + 2 * _GAP * sizes.em)
-      label.place(sheet.start((left, *_middle(label, y, sizes, right)), label_wide), sizes, sheet, ground)
+      label.place(sheet.start((left, *self._middle(label, y, sizes, right)), label_wide), sizes, sheet, ground, above)
       long = room * number / max(self.numbers)
       bar = sheet.start(rest, long)
       sheet.draw(shapes.fill_box, (bar[0], y - thick / 2, bar[2], y + thick / 2), colours[0][1])
       rest = sheet.after(rest, long + _GAP * sizes.em)
-      value.place(sheet.start((rest[0], *_middle(value, y, sizes, rest[2])), value_wide), sizes, sheet, ground)
+      value.place(sheet.start((rest[0], *self._middle(value, y, sizes, rest[2])), value_wide), sizes, sheet, ground, above)
+
+  def _middle(self, text: Text, y: float, sizes: Sizes, right: float) -> tuple[float, float, float]:
+    """(top, right, bottom) of the frame of a line whose letters have their middle at y."""
+    above, below = self._above(self.texts(), sizes), text.reach(1e6, sizes)[1]
+    top = y - above / 2  # what hangs below the base line does not count
+    return top, right, top + above + below
 
   # ---- pies
 
@@ -153,7 +167,7 @@ class Chart(Region):
     middle_y = (top + bottom) / 2
     center_x = (lambda box: (box[0] + box[2]) / 2)(sheet.start(frame, 2 * radius))
     ends = np.cumsum([0.0, *self.numbers]) / sum(self.numbers)
-    pitch = self._pitch(sizes)
+    pitch, above = self._pitch(sizes), self._above(self.texts(), sizes)
     y = middle_y - (len(self.labels) - 1) * pitch / 2
     for i, (label, value) in enumerate(zip(self.labels, self.values)):
       sheet.draw(shapes.fill_sector, (center_x, middle_y), radius, (ends[i], ends[i + 1]), colours[i][1])
@@ -161,18 +175,11 @@ class Chart(Region):
       swatch = sheet.start(rest, em)
       sheet.draw(shapes.fill_box, (swatch[0], y - em / 2, swatch[2], y + em / 2), colours[i][1])
       rest = sheet.after(rest, 1.6 * em)
-      label.place(sheet.start((rest[0], *_middle(label, y, sizes, rest[2])), label_wide), sizes, sheet, ground)
+      label.place(sheet.start((rest[0], *self._middle(label, y, sizes, rest[2])), label_wide), sizes, sheet, ground, above)
       rest = sheet.after(rest, label_wide + 0.8 * em)
-      value.place(sheet.start((rest[0], *_middle(value, y, sizes, rest[2])), value_wide), sizes, sheet, ground)
+      value.place(sheet.start((rest[0], *self._middle(value, y, sizes, rest[2])), value_wide), sizes, sheet, ground, above)
       y += pitch
     for end in ends[:-1]:  # sectors are apart
       turn = 2 * np.pi * end
       rim = (center_x + radius * 1.01 * np.sin(turn), middle_y - radius * 1.01 * np.cos(turn))
       sheet.draw(shapes.draw_path, [(center_x, middle_y), rim], ground.rgb, max(1.0, 0.012 * radius))
-
-
-def _middle(text: Text, y: float, sizes: Sizes, right: float) -> tuple[float, float, float]:
-  """(top, right, bottom) of the frame of a line whose letters have their middle at y."""
-  above, below = text.reach(1e6, sizes)
-  top = y - above / 2  # what hangs below the base line does not count
-  return top, right, top + above + below

@@ -5,8 +5,10 @@ in proportion. Where it does not fit, or holds more characters than captions may
 how often. Where no template fits the page shows a title.
 """
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from data_pipelines.text_rendering.drawing import Paper, draw_on, make_paper
 from data_pipelines.text_rendering.fonts import Typeface
 from data_pipelines.text_rendering.languages import Language
 from data_pipelines.text_rendering.layout import Setting
-from data_pipelines.text_rendering.pages import Page, margins, outwards, truth_of
+from data_pipelines.text_rendering.pages import Block, Box, Composition, Page, joined, margins, outwards
 from data_pipelines.text_rendering.regions import Frame, Misfit, Region, Sheet, Sizes
 from data_pipelines.text_rendering.schemes import Scheme
 from data_pipelines.text_rendering.settings import Settings, draw_key
@@ -27,7 +29,7 @@ from data_pipelines.text_rendering.templates import Template
 from data_pipelines.text_rendering.words import Corpus
 
 captions = page_captions.captions
-_TRIES, _OF_ONE = 12, 4  # in all, and for a template before another is taken
+_TRIES, _OF_ONE, _OF_LAST = 11, 4, 5  # of templates, of one before another is taken, and of a title
 _POORER = 0.6  # richness, from one try to the next
 _RICHNESS = (0.55, 1.0)
 _STEPS = 5  # of the search for a size
@@ -43,11 +45,53 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
   Raises:
     ValueError: nothing fits, not even a title.
   """
+  found = compose(rng, page)
+  return found.picture(found.blocks), found.truth("complex", found.blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composition(Composition):
+  """A page from a template; `redrawn` says how often it was too full."""
+  template: Template
+  sheet: Sheet
+  redrawn: int
+
+  def picture(self, blocks: Sequence[Block]) -> np.ndarray:
+    picture = self.paper.picture.copy()
+    draw(picture, self.sheet.shapes, blocks)
+    return np.asarray(picture)
+
+  def truth(self, kind: str, blocks: Sequence[Block]) -> dict[str, Any]:
+    structures = [_with_texts(one, [joined(block) for block in blocks if block.structure == number]) | {"box": outwards(one["box"])}
+                  for number, one in enumerate(self.sheet.structures)]
+    return super().truth(kind, blocks) | {"about": self.template.about, "structures": structures, "redrawn": self.redrawn}
+
+  def extremes(self, block: Block) -> Sequence[Sequence[float]]:
+    return block.ground.extremes
+
+  def reach(self, block: Block, box: Box | None = None) -> Box:
+    ink = box or block.setting.ink
+    return ink if block.leader is None else tuple(end(*some) for end, *some in zip((min, min, max, max), ink, block.leader.box(ink)))
+
+
+def _with_texts(structure: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+  """A structure that has the texts of its blocks, which are in the order in which they are read."""
+  if structure["type"] == "table":
+    wide = len(structure["rows"][0])
+    rows = [list(texts[begin:begin + wide]) for begin in range(0, len(texts), wide)]
+    return structure | ({"head": rows[0], "rows": rows[1:]} if structure["head"] else {"rows": rows})
+  if structure["type"] == "chart":
+    return structure | {"labels": list(texts[::2]), "texts": list(texts[1::2])}
+  return structure | ({"lines": texts[0].split("\n")} if structure["type"] == "code" else {})
+
+
+def compose(rng: np.random.Generator, page: Page) -> Composition:
+  """Returns everything in its place, not yet drawn; errors as `render`."""
   paper = make_paper(rng, page.height, page.width)
   known = _fit_for(page)
   template, richness = _LAST, 1.0
-  for number in range(_TRIES):
-    if page.is_simple or not known or number == _TRIES - 1:
+  for number in range(_TRIES + _OF_LAST):
+    if page.is_simple or not known or number >= _TRIES:
       template = _LAST
     elif number % _OF_ONE == 0:
       template, richness = known[draw_key(rng, {name: page.settings.templates.get(name, 1.0) for name in known})], rng.uniform(*_RICHNESS)
@@ -58,10 +102,7 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
   else:
     raise ValueError(f"No title of {page.corpus.language.name} fits on {page.height}x{page.width} px at {page.settings.min_px} px: give smaller "
                      "letters.")
-  draw(paper.picture, sheet)
-  found = [one | {"box": outwards(one["box"])} for one in sheet.structures]
-  truth = truth_of("complex", template.name, sheet.blocks, paper, page)
-  return np.asarray(paper.picture), truth | {"about": template.about, "structures": found, "redrawn": number}
+  return _Composition(page, template.name, paper, sheet.blocks, template, sheet, number)
 
 
 def _fit_for(page: Page) -> dict[str, Template]:
@@ -142,11 +183,13 @@ def _is_clean(sheet: Sheet, page: Page) -> bool:
   return all(block.ink[2] >= CONTRAST for block in sheet.blocks)
 
 
-def draw(picture: Image.Image, sheet: Sheet) -> None:
-  """Draws what has been placed on a picture."""
-  for shape in sheet.shapes:
+def draw(picture: Image.Image, shapes: Sequence[Callable[[Image.Image], None]], blocks: Sequence[Block]) -> None:
+  """Draws shapes on a picture, and texts on them."""
+  for shape in shapes:
     shape(picture)
-  for block in sheet.blocks:
+  for block in blocks:
+    if block.leader:
+      block.leader.draw(picture, block.setting.ink)
     if isinstance(block.setting, Setting):
       draw_on(picture, block.setting, block.ink[1])
     else:

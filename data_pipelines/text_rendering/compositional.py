@@ -15,9 +15,9 @@ import numpy as np
 
 from data_pipelines.text_rendering import objects_said, surfaces, walls
 from data_pipelines.text_rendering.captions import place_of
-from data_pipelines.text_rendering.inking import Part, add_grain, paint
+from data_pipelines.text_rendering.inking import Part, add_grain, draw_grain, extremes, paint, paint_object, paint_text
 from data_pipelines.text_rendering.layout import fit
-from data_pipelines.text_rendering.pages import TRIES, Block, Page, describe, draw_new, draw_style, outwards, put, short_style
+from data_pipelines.text_rendering.pages import TRIES, Block, Box, Composition, Page, describe, draw_new, draw_style, outwards, put, short_style
 from data_pipelines.text_rendering.pictures import Pictures, find_regions
 from data_pipelines.text_rendering.settings import draw_key
 from data_pipelines.text_rendering.surfaces import SURFACES, Surface
@@ -57,6 +57,47 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
   Raises:
     ValueError: nothing fits, or no picture of the user has room.
   """
+  found = compose(rng, page)
+  return found.pixels, found.truth("compositional", found.blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composition(Composition):
+  """Texts on objects, the noise of the picture, and the picture with all of them."""
+  ground: Ground
+  parts: Sequence[Part]
+  grain: np.ndarray | None
+  pixels: np.ndarray
+
+  def picture(self, blocks: Sequence[Block]) -> np.ndarray | None:
+    picture = self.ground.pixels.copy()
+    for number, part in enumerate(self.parts):
+      paint_object(picture, part)
+      if not all(paint_text(picture, part, block) for block in blocks if block.part == number):
+        return None
+    _add_grain(picture, self.ground, self.parts, self.grain)
+    return picture
+
+  def truth(self, kind: str, blocks: Sequence[Block]) -> dict[str, Any]:
+    described = [_describe(self.page, self.parts[block.part], block) for block in blocks]
+    return {"kind": kind, "layout": self.layout, "language": self.page.corpus.language.code,
+            "texts": [block["text"] for block in described], "blocks": described,
+            "ground": {"name": self.ground.name, "file": self.ground.source, "skipped": self.ground.skipped, "captions": self.ground.captions}}
+
+  def extremes(self, block: Block) -> Sequence[Sequence[float]]:
+    left, top, right, bottom = self.reach(block)
+    behind = self.picture([one for one in self.blocks if one is not block])[top:bottom, left:right]
+    return extremes(behind, np.ones(behind.shape[:2], bool))
+
+  def reach(self, block: Block, box: Box | None = None) -> Box:
+    return self.parts[block.part].reach(box or block.setting.ink, self.pixels)
+
+  def scale(self, block: Block) -> float:
+    return self.parts[block.part].warp.scale(block.setting.ink)
+
+
+def compose(rng: np.random.Generator, page: Page) -> Composition:
+  """Returns texts in their places on objects, with the picture; errors as `render`."""
   pictures = Pictures.open(page.settings.pictures) if page.settings.pictures else None
   page = dataclasses.replace(page, typefaces=[one for one in page.typefaces if not one.main.is_thin] or page.typefaces)
   skipped = 0
@@ -67,9 +108,12 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
       skipped += 1
       continue
     picture = ground.pixels.copy()
-    parts = _compose(rng, short, picture, ground)
+    parts = _place_all(rng, short, picture, ground)
     if parts:
-      return picture, _truth_of(page, dataclasses.replace(ground, skipped=skipped), parts)
+      grain = draw_grain(rng, page.height, page.width, ground.noise)
+      _add_grain(picture, ground, parts, grain)
+      return _Composition(page, "picture" if ground.source else "scene", None, [block for part in parts for block in part.blocks],
+                          dataclasses.replace(ground, skipped=skipped), parts, grain, picture)
   if pictures and skipped == TRIES:
     raise ValueError(f"None of {TRIES} pictures of {page.settings.pictures} has an even part with room for letters of {page.least_px:.0f} px at "
                      f"{page.height}x{page.width} px: give other pictures or smaller letters.")
@@ -135,7 +179,7 @@ def _noise(gray: np.ndarray, frame: Sequence[float]) -> float:
 # ---- objects ------------------------------------------------------------------------------------------
 
 
-def _compose(rng: np.random.Generator, page: Page, picture: np.ndarray, ground: Ground) -> list[Part]:
+def _place_all(rng: np.random.Generator, page: Page, picture: np.ndarray, ground: Ground) -> list[Part]:
   """Draws objects with texts into a picture and returns them in the order in which they are read; none where nothing fits."""
   parts, light, share = [], rng.uniform((-1, 0.4), (1, 1)), page.num_characters // len(ground.frames)
   frames = sorted(ground.frames, key=lambda frame: (frame[1] // (page.height / 2), frame[0] * (-1 if page.corpus.language.is_rtl else 1)))
@@ -144,13 +188,19 @@ def _compose(rng: np.random.Generator, page: Page, picture: np.ndarray, ground: 
     for _ in range(TRIES // 2):
       part = _place(rng, own, frame, ground, [block.paragraphs[0] for part in parts for block in part.blocks])
       trial = picture.copy()
-      if part and paint(rng, trial, part, light):
+      part = part and paint(rng, trial, part, light)
+      if part:
         picture[:] = trial
+        for block in part.blocks:
+          block.part = len(parts)
         parts.append(part)
         break
-  if parts:
-    add_grain(rng, picture, ground.noise, [part.warp for part in parts if part.face] if ground.source else None)
   return parts
+
+
+def _add_grain(picture: np.ndarray, ground: Ground, parts: Sequence[Part], grain: np.ndarray | None) -> None:
+  """Adds noise to a scene, or to the objects on a user's picture, which has its own."""
+  add_grain(grain, picture, [part.warp for part in parts if part.face] if ground.source else None)
 
 
 def _place(rng: np.random.Generator, page: Page, frame: Sequence[float], ground: Ground, known: Sequence[str]) -> Part | None:
@@ -228,24 +278,18 @@ def _block(rng: np.random.Generator, page: Page, frame: Sequence[float], text: s
   style = dataclasses.replace(style, typeface=typeface or style.typeface)
   if what != "paragraph":
     style = short_style(style, "middle", text)
-    style = dataclasses.replace(style, breaks="never" if len(text) <= _UNBROKEN else style.breaks)
+    leading = style.leading if what == "heading" else style.language.leading[0]
+    style = dataclasses.replace(style, leading=leading, breaks="never" if len(text) <= _UNBROKEN else style.breaks)
   setting = fit([text], style, right - left, bottom - top, (least, max(least, most * (bottom - top))))
   if setting is None:
     return None
   setting = put(setting, frame, 0.5, 0.5)
   ink = setting.ink
   is_inside = ink[0] >= left - 1 and ink[1] >= top - 1 and ink[2] <= right + 1 and ink[3] <= bottom + 1
-  return Block([text], setting, what) if is_inside else None
+  return Block([text], setting, what, frame=frame) if is_inside else None
 
 
 # ---- truth --------------------------------------------------------------------------------------------
-
-
-def _truth_of(page: Page, ground: Ground, parts: Sequence[Part]) -> dict[str, Any]:
-  blocks = [_describe(page, part, block) for part in parts for block in part.blocks]
-  return {"kind": "compositional", "layout": "scene" if not ground.source else "picture", "language": page.corpus.language.code,
-          "texts": [block["text"] for block in blocks], "blocks": blocks,
-          "ground": {"name": ground.name, "file": ground.source, "skipped": ground.skipped, "captions": ground.captions}}
 
 
 def _describe(page: Page, part: Part, block: Block) -> dict[str, Any]:

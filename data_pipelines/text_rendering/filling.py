@@ -32,6 +32,7 @@ class Filler:
 
   def __init__(self, rng: np.random.Generator, page: Page):
     self._rng, self._corpus, self._known = rng, page.corpus, []
+    self._said: set[str] = set()
     self._total, self._minutes = 0.0, int(rng.integers(60, 100)) * 5
 
   @property
@@ -41,8 +42,14 @@ class Filler:
   def paragraphs(self, filling: Any, index: int, num_characters: int) -> list[str]:
     """Returns the paragraphs of a filling; `num_characters` bounds those of "paragraphs", which has one sentence at least."""
     if filling == "paragraphs":
-      return self._corpus.paragraphs(self._rng, 1 + (num_characters > 240), num_characters, figures=False)
+      return self._sentences(1 + (num_characters > 240), num_characters)
     return [self.text(filling, index)]
+
+  def _sentences(self, num: int, num_characters: int) -> list[str]:
+    """Paragraphs of sentences that do not stand on the page yet."""
+    found = self._corpus.paragraphs(self._rng, num, num_characters, figures=False, known=self._said)
+    self._said |= {one for one in self._language.sentences if any(one in text for text in found)}
+    return found
 
   def text(self, filling: Any, index: int) -> str:
     """Returns a text of a filling other than "paragraphs"."""
@@ -123,6 +130,6 @@ _OWN: dict[str, Callable[[Filler, int], str]] = {
     "word": Filler._word, "cost": Filler._cost, "later": Filler._later, "day": Filler._day,
     "index": lambda filler, index: filler.number(index), "heading": lambda filler, _: filler._corpus.heading(filler._rng),
     "line": lambda filler, _: filler._corpus.figures(filler._rng), "total": lambda filler, _: write_cost(filler._total, filler._language.locale),
-    "sentence": lambda filler, _: filler._corpus.paragraphs(filler._rng, 1, 1, figures=False)[0],
+    "sentence": lambda filler, _: filler._sentences(1, 1)[0],
     "page": lambda filler, _: filler.number(int(filler._rng.integers(2, 400))),
     "opening": lambda filler, _: filler._between(7, 12), "closing": lambda filler, _: filler._between(14, 22)}

@@ -143,6 +143,6 @@ class Formula(Region):
     y = (frame[1] + frame[3] + top + bottom) / 2
     style = Style(Typeface((_face(""),)), load("en"), 1.0, "middle")
     block = Block([self.formula], FormulaSetting(self.formula, size, x, y, style), "formula")
-    block.ink, block.structure, block.ground = sheet.scheme.ink("formula", ground), len(sheet.structures), ground.name
+    block.ink, block.structure, block.ground = sheet.scheme.ink("formula", ground), len(sheet.structures), ground
     sheet.blocks.append(block)
     sheet.structures.append({"type": "formula", "box": list(block.setting.ink), "tex": self.formula})

@@ -24,7 +24,7 @@ OVERHANG = 0.25  # of letters that reach out of a line's length, such as slanted
 _MOST_STRETCH, _MOST_SPACING = 0.45, 0.12  # of a gap between words, or between characters, in ems; beyond it a justified line looks torn
 _STEPS = 9  # of the search for a size
 _SMALLER, _TRIES = 0.96, 8  # by which a size is made smaller where the ink does not fit, and how often
-_NARROWEST = 0.8  # share of the length of a line that ragged lines have at least, to be equally long
+_NARROWEST, _OF_PHRASES = 0.8, 0.5  # share of the length of a line that ragged lines have at least, to be equally long; the same of headings
 _USUAL_INK = 0.95  # height of a line's ink, in ems
 _COLUMN_GAP = 1.6  # in ems
 
@@ -182,7 +182,8 @@ class _Text:
       return None
     if self.style.align == "justified" or self.style.columns > 1 or self.style.language.breaking == "cjk" and self.style.breaks == "anywhere":
       return found
-    return [one.balanced(length, self.style.indent, len(lines)) for one, lines in zip(self._measured, found)]
+    narrowest = _OF_PHRASES if self.style.breaks == "phrases" else _NARROWEST
+    return [one.balanced(length, self.style.indent, len(lines), narrowest) for one, lines in zip(self._measured, found)]
 
 
 class _Measured:
@@ -212,9 +213,9 @@ class _Measured:
       first = last + 1
     return lines
 
-  def balanced(self, length: float, indent: float, num_lines: int) -> list[tuple[int, int, bool]]:
+  def balanced(self, length: float, indent: float, num_lines: int, narrowest: float) -> list[tuple[int, int, bool]]:
     """As many lines, as equally long as they can be, so that no word stands alone in the last one."""
-    low, high, best = _NARROWEST * length, length, self.broken(length, indent)
+    low, high, best = narrowest * length, length, self.broken(length, indent)
     for _ in range(6):
       middle = (low + high) / 2
       lines = self.broken(middle, indent)

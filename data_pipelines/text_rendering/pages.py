@@ -2,6 +2,7 @@
 
 A *kind* is a module named in `settings.KINDS` with two functions. `render(rng, page)` returns (the picture H W 3 uint8, its truth), the truth as
 `truth_of` returns it, with whatever more the kind has to say. `captions(rng, truth, language)` returns what is said of it, see `captions.captions`.
+Kinds of which there are edits have a third, `compose(rng, page)`, which returns a `Composition`.
 """
 
 import dataclasses
@@ -9,17 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from data_pipelines.text_rendering import shapes
 from data_pipelines.text_rendering.captions import place_of
-from data_pipelines.text_rendering.drawing import Paper
+from data_pipelines.text_rendering.drawing import Paper, draw_on
 from data_pipelines.text_rendering.fonts import Typeface
 from data_pipelines.text_rendering.layout import Setting, Style
+from data_pipelines.text_rendering.schemes import Ground
 from data_pipelines.text_rendering.settings import Settings
 from data_pipelines.text_rendering.words import Corpus
 
 TRIES = 12  # for a text that is not yet on the page
 _TIGHTER = 0.88  # leading of headings, as a share of the least of running text
 _MARGINS = (0.05, 0.11)  # of the shorter side
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +56,89 @@ class Page:
 
 @dataclasses.dataclass
 class Block:
-  """A text in its place, and what it is: a word, heading, line, paragraph or list, or a region of a template."""
+  """A text in its place.
+
+  Attributes:
+    paragraphs, setting: what it says, and where.
+    what: a word, heading, line, paragraph or list, or the role of a region of a template.
+    ink: of `colours.draw_ink`.
+    ground: what it stands on, where that is not the paper.
+    structure: number of the table, chart, code or formula of the page to which it belongs.
+    frame: where it may be set anew; None for wherever there is room.
+    is_fixed: whether it must say what it says, because something drawn shows the same.
+    leader: dots from it to the text beside it, which follow its ink.
+    part: number of the object on which it stands.
+  """
   paragraphs: list[str]
   setting: Setting
   what: str
-  ink: tuple[str, tuple[int, int, int], float] | None = None  # of `colours.draw_ink`
-  ground: str = ""  # the colour that it stands on, where that is not the paper's
-  structure: int | None = None  # the table, chart, code or formula of the page to which it belongs
+  ink: tuple[str, tuple[int, int, int], float] | None = None
+  ground: Ground | None = None
+  structure: int | None = None
+  frame: Box | None = None
+  is_fixed: bool = False
+  leader: "Leader | None" = None
+  part: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Leader:
+  """Dots on a base line at y between the ink of a text and a box beside it, each a square of `dot` px, `step` px apart."""
+  to: Box
+  y: float
+  step: float
+  dot: float
+  rgb: tuple[int, int, int]
+
+  def box(self, ink: Box) -> Box:
+    """What lies between the ink and the box."""
+    return min(ink[2], self.to[2]), self.y - self.dot, max(ink[0], self.to[0]), self.y
+
+  def draw(self, picture: Image.Image, ink: Box) -> None:
+    """Draws the dots, at multiples of their distance, so that those of rows stand below each other."""
+    begin, _, end, _ = self.box(ink)
+    number = int(begin / self.step) + 2
+    while number * self.step < end - self.step:
+      shapes.fill_box(picture, (number * self.step, self.y - self.dot, number * self.step + self.dot, self.y), self.rgb)
+      number += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+  """Texts in their places on what is behind them; here paper, in other kinds more. `edits` gives its methods other texts than its own.
+
+  Attributes:
+    page, layout: what was composed.
+    paper: what is behind.
+    blocks: the texts in the order in which they are read.
+  """
+  page: Page
+  layout: str
+  paper: Paper
+  blocks: list[Block]
+
+  def picture(self, blocks: Sequence[Block]) -> np.ndarray | None:
+    """Returns the picture H W 3 uint8 with these texts; None where one cannot be read."""
+    picture = self.paper.picture.copy()
+    for block in blocks:
+      draw_on(picture, block.setting, block.ink[1])
+    return np.asarray(picture)
+
+  def truth(self, kind: str, blocks: Sequence[Block]) -> dict[str, Any]:
+    """Returns the truth of that picture, of which `truth_of` is a part."""
+    return truth_of(kind, self.layout, blocks, self.paper, self.page)
+
+  def extremes(self, block: Block) -> Sequence[Sequence[float]]:
+    """Returns the darkest and the lightest colour behind a text."""
+    return self.paper.extremes
+
+  def reach(self, block: Block, box: Box | None = None) -> Box:
+    """Returns the box in px outside of which nothing of a text is drawn, or of the part of it that is in a box of its setting."""
+    return box or block.setting.ink
+
+  def scale(self, block: Block) -> float:
+    """Returns how many px a unit of a text's setting has at least."""
+    return 1.0
 
 
 def draw_new(draw: Callable[[np.random.Generator], str], rng: np.random.Generator, known: Sequence[str]) -> str:
@@ -133,7 +214,7 @@ def describe(block: Block, page: Page) -> dict[str, Any]:
   """What is said of a block in the truth, see `truth_of`."""
   setting, face = block.setting, block.setting.style.typeface.main
   whole, (colour, rgb, contrast) = outwards(setting.ink), block.ink
-  more = {name: value for name, value in (("ground", block.ground), ("structure", block.structure)) if value not in ("", None)}
+  more = {name: value for name, value in (("ground", block.ground and block.ground.name), ("structure", block.structure)) if value is not None}
   return {"text": joined(block), "paragraphs": block.paragraphs,
           "what": block.what, "box": whole,
           "lines": [{"text": one.line.text, "box": outwards(setting.box(one))} for one in setting.placed],

@@ -14,9 +14,9 @@ import numpy as np
 
 from data_pipelines.text_rendering import captions as said
 from data_pipelines.text_rendering.colours import draw_ink
-from data_pipelines.text_rendering.drawing import Paper, draw_on, make_paper
+from data_pipelines.text_rendering.drawing import make_paper
 from data_pipelines.text_rendering.layout import fit
-from data_pipelines.text_rendering.pages import TRIES, Block, Page, draw_new, draw_style, is_vertical, margins, put, short_style, truth_of
+from data_pipelines.text_rendering.pages import TRIES, Block, Composition, Page, draw_new, draw_style, is_vertical, margins, put, short_style
 from data_pipelines.text_rendering.settings import draw_key
 
 captions = said.captions
@@ -30,14 +30,12 @@ def render(rng: np.random.Generator, page: Page) -> tuple[np.ndarray, dict[str, 
   Raises:
     ValueError: nothing fits, however short.
   """
-  paper, layout, blocks = compose(rng, page)
-  for block in blocks:
-    draw_on(paper.picture, block.setting, block.ink[1])
-  return np.asarray(paper.picture), truth_of("pure", layout, blocks, paper, page)
+  found = compose(rng, page)
+  return found.picture(found.blocks), found.truth("pure", found.blocks)
 
 
-def compose(rng: np.random.Generator, page: Page) -> tuple[Paper, str, list[Block]]:
-  """Returns (the paper, the name of the layout, the texts in their places, not yet drawn); errors as `render`."""
+def compose(rng: np.random.Generator, page: Page) -> Composition:
+  """Returns the texts in their places, not yet drawn; errors as `render`."""
   drawn = "single" if page.is_simple else draw_key(rng, page.settings.layouts)
   paper = make_paper(rng, page.height, page.width)
   for number in range(TRIES):
@@ -52,7 +50,7 @@ def compose(rng: np.random.Generator, page: Page) -> tuple[Paper, str, list[Bloc
   for block in blocks:
     own = layout == "lines" and rng.random() < 0.6 or block.what == "heading" and rng.random() < 0.3
     block.ink = draw_ink(rng, paper.extremes) if own else ink
-  return paper, layout, blocks
+  return Composition(page, layout, paper, blocks)
 
 
 # ---- layouts ------------------------------------------------------------------------------------------

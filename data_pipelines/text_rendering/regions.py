@@ -124,6 +124,7 @@ class Text(Region):
   what: str = ""
   accent: bool = False  # whether its colour may be that of the page's accents
   structure: int | None = None  # of the sheet, to which it belongs
+  is_fixed: bool = False  # whether a shape shows what it says
 
   def __post_init__(self):
     self._set: dict[tuple[float, float], Setting | None] = {}
@@ -177,7 +178,7 @@ class Text(Region):
     setting = self._setting(right - left, sizes)
     block = Block(self.paragraphs, setting.moved(left, top + above - setting.placed[0].y), self.what or self.role)
     block.ink = sheet.scheme.ink(self.role, ground, self.accent)
-    block.structure, block.ground = self.structure, ground.name
+    block.structure, block.ground, block.frame, block.is_fixed = self.structure, ground, frame, self.is_fixed
     sheet.blocks.append(block)
 
   def texts(self) -> "list[Text]":

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ RATIOS = ("1:1", "1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 KINDS = ("pure", "complex", "compositional", "letters")  # of pictures: each is the module of its name, see `pages`
 DEFAULT_KINDS = {"pure": 0.5, "complex": 0.5}  # and how often
 LAYOUTS = {"single": 0.25, "lines": 0.2, "paragraph": 0.3, "columns": 0.1, "list": 0.15}  # of the pure kind, and how often
+EDITED = {"pure": ("word", "number", "colour", "font", "move", "remove", "add", "translate"),  # kind -> changes that there are of it
+          "complex": ("word", "number", "colour", "font", "remove", "add", "translate"),
+          "compositional": ("word", "number", "colour", "font", "remove", "add", "translate")}
 EDITS = {"word": 2.0, "number": 1.0, "colour": 1.0, "font": 1.0, "move": 1.0, "remove": 1.0, "add": 1.0, "translate": 1.0}  # and how often
 LEAST_TOKENS = 16  # of a caption of the letters kind
 _LEAST_PX = (64, 32)  # of base_px, and of that of the letters kind alone
@@ -33,6 +37,7 @@ class Settings:
     kinds: those of `KINDS` -> how often.
     layouts: those of `LAYOUTS`, of the pure kind -> how often.
     edits: those of `EDITS` -> how often; empty for a data set without edits.
+    edit_kinds: those of `EDITED`, of which edits are made -> how often; empty for those of `kinds`.
     templates: those of the complex kind -> how often; empty for all that there are, alike.
     template_folders: where further ones are, see `templates`.
     min_px: least size of Latin letters in px; other scripts are as much larger as they need to be.
@@ -52,6 +57,7 @@ class Settings:
   kinds: Mapping[str, float] = dataclasses.field(default_factory=lambda: DEFAULT_KINDS)
   layouts: Mapping[str, float] = dataclasses.field(default_factory=lambda: LAYOUTS)
   edits: Mapping[str, float] = dataclasses.field(default_factory=lambda: EDITS)
+  edit_kinds: Mapping[str, float] = dataclasses.field(default_factory=dict)
   templates: Mapping[str, float] = dataclasses.field(default_factory=dict)
   template_folders: tuple[str, ...] = ()
   min_px: float = 10.0
@@ -71,16 +77,23 @@ class Settings:
                        f"{least_px}, 5 and {least_tokens} (or 0); less than 64 px and 128 tokens are for the letters kind alone, without edits.")
     if not 1 <= self.letters[0] <= self.letters[-1] or len(self.letters) != 2 or len(set(self.alphabet)) < 2 or '"' in self.alphabet:
       raise ValueError(f"letters={self.letters} and alphabet={self.alphabet!r}: give two numbers from 1 on in order, and at least two letters.")
-    for name, known in (("languages", languages.codes()), ("kinds", KINDS), ("layouts", LAYOUTS), ("edits", EDITS),
+    for name, known in (("languages", languages.codes()), ("kinds", KINDS), ("layouts", LAYOUTS), ("edits", EDITS), ("edit_kinds", EDITED),
                         ("templates", templates.load(self.template_folders)), ("texts", self.languages or languages.codes())):
       odd = [one for one in getattr(self, name) if one not in known]
       if odd:
         raise ValueError(f"{name} has {odd[0]!r}: choose among {', '.join(known)}.")
-    for name in ("languages", "kinds", "layouts", "edits", "templates"):
+    for name in ("languages", "kinds", "layouts", "edits", "edit_kinds", "templates"):
       some = getattr(self, name)
-      if any(not share > 0 for share in some.values()) or not some and name in ("kinds", "layouts"):
-        raise ValueError(f"{name}={dict(some)}: give shares above 0, and leave out what is not wanted.")
-    if self.pictures and "compositional" not in self.kinds:
+      if not all(map(_is_share, some.values())) or not some and name in ("kinds", "layouts"):
+        raise ValueError(f"{name}={dict(some)}: give numbers above 0, and leave out what is not wanted.")
+    if self.edits and not any(change in EDITED[kind] for kind in self.edit_shares for change in self.edits):
+      raise ValueError(f"edits={dict(self.edits)} cannot be made of the kinds {', '.join(self.edit_shares or self.kinds)}: give edit_kinds among "
+                       f"{', '.join(EDITED)}, other edits, or edits={{}} for none.")
+    if set(self.edits) == {"translate"} and len(self.shares) < 2:
+      raise ValueError(f"edits={dict(self.edits)} needs two languages, but languages={dict(self.languages)}: add one, or other edits.")
+    if self.edit_kinds and not self.edits:
+      raise ValueError(f"edit_kinds={dict(self.edit_kinds)} says of what edits are made, but edits is empty: give both, or neither.")
+    if self.pictures and "compositional" not in {*self.kinds, *self.edit_shares}:
       raise ValueError(f"pictures={self.pictures} is for the compositional kind: add it to kinds={dict(self.kinds)}.")
     if not self.ratios:
       raise ValueError("ratios is empty: give at least one, such as \"1:1\".")
@@ -90,9 +103,18 @@ class Settings:
     """Language -> how often."""
     return dict(self.languages) or dict.fromkeys(languages.codes(), 1.0)
 
+  @property
+  def edit_shares(self) -> dict[str, float]:
+    """Kind of which edits are made -> how often."""
+    return dict(self.edit_kinds) or {kind: share for kind, share in self.kinds.items() if kind in EDITED and self.edits}
+
   def plain(self) -> dict[str, Any]:
     """The settings as JSON, without the user's texts."""
     return {key: json.loads(json.dumps(value)) for key, value in dataclasses.asdict(self).items() if key != "texts"}
+
+
+def _is_share(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def draw_key(rng: np.random.Generator, shares: Mapping[str, float]) -> str:

@@ -162,7 +162,7 @@ class RenderedText(Sequence):
   def fonts(self) -> str:
     """What tells the fonts of this machine from others, as far as they are used."""
     some = dict(self._typefaces)
-    if "complex" in self.settings.kinds:
+    if "complex" in {*self.settings.kinds, *self.settings.edit_shares}:
       some["code"] = tuple(monospaced(one) for one in next(iter(some.values()))[:1])
       from data_pipelines.text_rendering import formulas  # with Matplotlib, which takes a while
       some["formulas"] = (formulas.typeface(),)

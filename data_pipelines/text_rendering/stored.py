@@ -31,7 +31,7 @@ VOCAB_SIZE = 8192
 _TRAINED_ON = 2500  # pictures whose captions a tokenizer is trained on, and half as many edits
 _HELD_OUT = 25  # of stored pictures one in so many is for validation, and as many more
 _TEXTS = "texts.json"
-_BEFORE_KINDS = {"pure": 1.0}  # of a folder that was prepared when there were no others
+_BEFORE = {"kinds": {"pure": 1.0}, "edit_kinds": {"pure": 1.0}}  # of a folder that was prepared when there were no others
 
 
 def read_settings(seed: int, texts: Mapping[str, str | Sequence[str]], **settings: Any) -> tuple[Settings, dict[str, int]]:
@@ -128,7 +128,8 @@ def open_source(folder: str, split: str, meta: Mapping[str, Any], num_slots: int
   with open(os.path.join(folder, _TEXTS), encoding="utf-8") as file:
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in said["settings"].items()}
     num_edits = said.get("edits", {}).get(split, 0)  # none in a folder that was prepared when there were none
-    settings = {"kinds": _BEFORE_KINDS} | settings
+    settings = _BEFORE | settings
+    settings["edit_kinds"] = settings["edit_kinds"] if settings.get("edits") else {}
     source = _source(Settings(**settings, texts=json.load(file)), split, num_slots - num_edits, num_edits, PromptTokenizer.load(folder))
   if source.fonts != said["fonts"]:
     raise ValueError(f"{folder} was prepared with other fonts than this machine has ({said['fonts']}, here {source.fonts}): install the same "

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from data_pipelines.text_rendering import shapes
+from data_pipelines.text_rendering.pages import Leader
 from data_pipelines.text_rendering.regions import Frame, Misfit, Region, Sheet, Sizes, Text
 from data_pipelines.text_rendering.schemes import Ground
 
@@ -94,17 +95,11 @@ class Table(Region):
       cell.place(sheet.start(rest, width), sizes, sheet, ground, above)
       rest = sheet.after(rest, width + self.gap * sizes.em)
     if self.lines == "leaders":
-      self._draw_dots(sheet.blocks[-len(row)].setting.ink, sheet.blocks[-len(row) + 1].setting.ink, top + above, sizes, sheet, ground)
-
-  @staticmethod
-  def _draw_dots(first: Frame, second: Frame, base: float, sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
-    """Dots on the base line from one text to the next."""
-    begin, end = min(first[2], second[2]), max(first[0], second[0])
-    step, dot = _DOTS * sizes.em, max(1.0, _DOT * sizes.em)
-    number, rgb = int(begin / step) + 2, sheet.scheme.hairline(ground)
-    while number * step < end - step:
-      sheet.draw(shapes.fill_box, (number * step, base - dot, number * step + dot, base), rgb)
-      number += 1
+      first, second = sheet.blocks[-len(row):][:2]
+      first.leader = Leader(second.setting.ink, top + above, _DOTS * sizes.em, max(1.0, _DOT * sizes.em), sheet.scheme.hairline(ground))
+      slack = _DOTS * sizes.em  # beyond it the dots would not fit any more
+      left, top, right, bottom = second.setting.ink
+      second.frame = left - slack, top - slack, right + slack, bottom + slack
 
   def _draw_lines(self, frame: Frame, ends: Sequence[float], widths: Sequence[float], sizes: Sizes, sheet: Sheet, ground: Ground) -> None:
     left, top, right, bottom = frame

@@ -8,7 +8,7 @@ import datetime
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from babel import Locale, dates, numbers
@@ -173,12 +173,14 @@ class Corpus:
       return self.word(rng)
     return self.heading(rng) if kind < 0.65 else self.figures(rng)
 
-  def paragraphs(self, rng: np.random.Generator, num: int, num_characters: int, figures: bool = True) -> list[str]:
-    """At most `num` paragraphs of sentences, at least one, each of at most `num_characters` or of one sentence; none comes twice. `figures` allows
-    sentences with numbers and names. Half of them are the user's where there are such."""
+  def paragraphs(self, rng: np.random.Generator, num: int, num_characters: int, figures: bool = True,
+                 known: Collection[str] = ()) -> list[str]:
+    """At most `num` paragraphs of sentences, at least one, each of at most `num_characters` or of one sentence; none comes twice, and none of the
+    `known` ones while there are others. `figures` allows sentences with numbers and names. Half of them are the user's where there are such."""
     if self.own and rng.random() < 0.5:
       return list(dict.fromkeys(self._own(rng, num_characters) for _ in range(num)))
-    between, left, found = _SPACED.get(self.language.breaking, " "), rng.permutation(len(self.language.sentences)).tolist(), []
+    between, order, found = _SPACED.get(self.language.breaking, " "), rng.permutation(len(self.language.sentences)).tolist(), []
+    left = [i for i in order if self.language.sentences[i] not in known] or order
     while left and len(found) < num:
       text = ""
       while left:
