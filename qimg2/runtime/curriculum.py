@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from data_pipelines.specs import DatasetSpec, Resolution
 from qimg2.places import Place, find_place
