@@ -2,8 +2,10 @@
 
 What to expect. Prompts such as 'the word "KMNUH" in navy DejaVu Sans Mono Bold on orange paper', pictures of 64x32 px. A VAE, then words of two to
 five capitals in one typeface, then in four. Words are random letters, so nothing but spelling helps, and one word in eight is never drawn: the run
-asks for those at its end, and says how many words and letters came out right, told without OCR (docs/text_on_pictures.md). It has not been trained
-to its end yet, so what comes out right is not known.
+asks for those at its end, and says how many words and letters came out right, told without OCR. docs/text_on_pictures.md says what came out: 99 %
+of the words in one typeface, 64 % in four.
+
+What it costs. About three quarters of an hour on two CPU cores with nothing beside it.
 
 Commands:
   python -m launch.prepare_data --dataset=rendered_text --name=words --out=runs/data --vocab_size=400 --config=configs/rendered_text.py:words
