@@ -98,6 +98,13 @@ def test_the_truth_is_what_was_asked(kind, change):
       assert ("slanted" in values["looks"]) == (new[0]["slanted"] and not old[0]["slanted"])
 
 
+def test_figures_keep_their_typeface():  # they look alike in many
+  source = source_of("font", "complex", templates={"receipt": 1.0}, ratios=("1:1",), languages={"en": 1.0})
+  for number in range(8):
+    text = source.truth(source.record(number))["values"]["text"]
+    assert any(map(str.isalpha, text)), text
+
+
 @pytest.mark.parametrize("name, change", [("menu", "number"), ("menu", "word"), ("survey", "translate")])
 def test_tables_and_charts_change_with_their_texts(name, change):
   source, seen = source_of(change, "complex", templates={name: 1.0}, ratios=("1:1",), languages={"en": 1.0, "de": 1.0}), 0

@@ -173,7 +173,7 @@ def _colour(rng: np.random.Generator, page: Page, composed: Composition) -> _Edi
 
 
 def _font(rng: np.random.Generator, page: Page, composed: Composition) -> _Edit | None:
-  number = _pick(rng, page, composed.blocks, lambda block: not block.is_fixed and block.what != "code")
+  number = _pick(rng, page, composed.blocks, lambda block: not block.is_fixed and block.what != "code" and any(map(str.isalpha, joined(block))))
   if number is None:
     return None
   block, style = composed.blocks[number], composed.blocks[number].setting.style
