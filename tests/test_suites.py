@@ -112,8 +112,9 @@ def test_suites_are_drawn_while_a_stage_trains(smoke_run, tmp_path, one_device):
   hook, first = of_run.suites_hook(run, stage, lambda given: given), algorithm.deployed(weights)
   seen = []
   with pytest.MonkeyPatch.context() as patch:  # of each call its own weights, not those of the first
-    blank = lambda self, given, prompts, *_, **__: (None, seen.append(given) or np.zeros((len(prompts), 64, 64, 3), np.uint8))
-    patch.setattr(Generator, "draw", blank)
+    blank = lambda self, given, prompts, *_, **__: (
+        None, seen.append(given) or np.zeros((len(prompts), 64, 64, 3), np.uint8), [""] * len(prompts))
+    patch.setattr(Generator, "draw_each", blank)
     hook(first, 2, None), hook(dict(first), 4, None)
   assert seen[0] is first and seen[-1] is not first
   low = of_run.suites_hook(run, dataclasses.replace(run.stages["low_resolution"], evals_num_prompts=1), algorithm.deployed)
