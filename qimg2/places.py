@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import fcntl
 import io
+import itertools
 import logging as python_logging
 import os
 import pathlib
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import fsspec
@@ -100,9 +101,13 @@ def write_file(place: Place, content: str | bytes) -> None:
   part.replace(place)
 
 
-def leftovers(folder: Place) -> list[Place]:
-  """Files below a folder that `write_file` had not completed when its process ended, and those that it is at; a bucket has none."""
-  return [] if is_remote(folder) else [path for path in folder.rglob("*.part") if re.fullmatch(r".*\.[0-9a-f]{32}\.part", path.name)]
+def leftovers(folder: Place, below: Sequence[str]) -> list[Place]:
+  """Files in a folder, and anywhere below those of its folders that are named, that `write_file` had not completed when its process ended, and those
+  that it is at; a bucket has none."""
+  if is_remote(folder):
+    return []
+  found = itertools.chain(folder.glob("*.part"), *((folder / name).rglob("*.part") for name in below))
+  return [path for path in found if re.fullmatch(r".*\.[0-9a-f]{32}\.part", path.name)]
 
 
 def list_files(folder: Place) -> dict[str, File]:

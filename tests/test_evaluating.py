@@ -135,13 +135,18 @@ def test_killed_while_it_scores_or_writes_it_goes_on(whole, tmp_path, monkeypatc
 
 
 def test_what_a_killed_process_left_behind_is_swept(whole, tmp_path):
-  """A file that it was at, and parts that it had not yet taken away."""
+  """A file that it was at, and parts that it had not yet taken away. What others write below the same folder is theirs."""
   out, (suite, tasks) = Folder(tmp_path / "out"), with_features()
   half = out.place / "pictures" / "toy" / f"00000_0.png.{'0f' * 16}.part"
   with pytest.raises(KeyboardInterrupt):
     evaluate_into(out, REQUEST, [work(out, suite, tasks, most=2)])
   half.write_bytes(b"\x89PN")
+  (out.place / half.name).touch()
+  others = out.place / "other" / "pictures" / "toy" / half.name
+  others.parent.mkdir(parents=True)
+  others.touch()
   evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  others.unlink()
   assert files(out.place) == whole
   out.write_part("toy", 0, [{}], np.zeros((1, 1)))
   assert evaluate_into(out, REQUEST, [work(out, suite, tasks, most=0)]) == json.loads(whole["summary.json"])

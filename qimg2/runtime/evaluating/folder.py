@@ -34,6 +34,7 @@ from qimg2.evaluation.prompt_files import decode_text, first_repeated, numbered_
 from qimg2.places import Place, find_place, is_remote, write_file
 
 REQUEST, MANIFEST, SCORES, SUMMARY, REPORT = "request.json", "manifest.jsonl", "scores.jsonl", "summary.json", "report.html"
+PICTURES, PARTS, FEATURES = "pictures", "parts", "features"  # folders
 
 
 class Folder:
@@ -71,15 +72,15 @@ class Folder:
 
   def picture(self, suite: str, name: str, seed: int) -> Place:
     """Where a picture is."""
-    return self.place / "pictures" / suite / f"{name}_{seed}.png"
+    return self.place / PICTURES / suite / f"{name}_{seed}.png"
 
   def part(self, suite: str, number: int) -> Place:
     """Where the scores of a chunk are until all are there."""
-    return self.place / "parts" / suite / f"{number:06d}.jsonl"
+    return self.place / PARTS / suite / f"{number:06d}.jsonl"
 
   def features(self, suite: str) -> Place:
     """Where the features of a suite's pictures are."""
-    return self.place / "features" / f"{suite}.npy"
+    return self.place / FEATURES / f"{suite}.npy"
 
   def write_part(self, suite: str, number: int, rows: Sequence[Mapping[str, Any]], features: np.ndarray | None) -> None:
     """Keeps what was found of a chunk. Features come first: a part is there when its scores are."""
@@ -113,7 +114,7 @@ class Folder:
 
   def reference_part(self, suite: str, name: str, number: int) -> Place:
     """Where the features of a block of a suite's reference are until all are there."""
-    return self.place / "parts" / f"{suite}.reference" / f"{name}-{number:06d}.npy"
+    return self.place / PARTS / f"{suite}.reference" / f"{name}-{number:06d}.npy"
 
   def done_parts(self, suite: str) -> set[int]:
     """Numbers of the chunks whose scores are there."""

@@ -260,7 +260,7 @@ def _finish(out: Folder, request: Mapping[str, Any], works: Sequence[Work]) -> N
 
 def _sweep(out: Folder, works: Sequence[Work]) -> None:
   """Removes what nobody needs of an evaluation that is finished: the parts, and files that were being written when something was killed."""
-  for path in leftovers(out.place):
+  for path in leftovers(out.place, (files.PICTURES, files.PARTS, files.FEATURES)):
     path.unlink(missing_ok=True)
   for work in works:
     of_reference = out.reference_part(work.name, "", 0).parent.glob("*") if work.suite.reference else ()  # those of changed pictures, too
