@@ -99,6 +99,7 @@ def test_pictures_that_were_drawn_are_scored_again_alike(tmp_path):
     (["[1]"], "each line must be an object"),
     ([{"file": "1.png", "prompt": "prompt 1"}] * 2, 'Line 2 of .* is another picture of "prompt 1" with seed 0: '),
     ([{"file": "1.png", "prompt": "prompt 1", "seed": i} for i in range(2)], 'Line 2 of .* names 1.png again for "prompt 1"'),
+    ([{"file": f"{i * './'}1.png", "prompt": "prompt 1", "seed": i} for i in range(2)], 'Line 2 of .* names ./1.png again for "prompt 1"'),
     ([""], "No line of .* is a picture for suite toy; it has no line"),
     ([{"file": "1.png", "prompt": "promt 1"}], 'No line of .* belongs to suite toy: line 1 has "promt 1", whose nearest is "prompt 1"'),
     ([{"file": "1.png", "task": "00001", "prompt": "other"}], "No line of .* belongs to suite toy")])

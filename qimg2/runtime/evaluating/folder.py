@@ -282,10 +282,11 @@ def read_manifest(folder: Place, suite: str, tasks: Sequence[Task],
       continue
     if (task, seed) in found:
       raise ValueError(f"Line {number} of {path} is another picture of {_short(tasks[task].prompt)} with seed {seed}: give each its own seed.")
-    if (task, row["file"]) in files:
+    place = picture_place(folder, row["file"], f"Line {number} of {path}")
+    if (task, place) in files:
       raise ValueError(f"Line {number} of {path} names {row['file']} again for {_short(tasks[task].prompt)}: it would count as two pictures.")
-    found[task, seed] = picture_place(folder, row["file"], f"Line {number} of {path}")
-    files.add((task, row["file"]))
+    found[task, seed] = place
+    files.add((task, place))
   if not found and unknown:
     raise ValueError(f"No line of {path} belongs to suite {suite}{_nearest(unknown, [task.prompt for task in tasks])}. The prompts must be "
                      "those of the suite, word for word.")
