@@ -57,6 +57,21 @@ def test_what_changes_outside_a_run_is_noticed(adapter, changed, what, tmp_path,
       check_frozen("s", {"contents": after}, {"contents": before})
 
 
+def test_a_lora_that_an_earlier_stage_went_on_with_is_not_read_again(tmp_path):
+  """It is in the adapter of that stage; what is read at each start is the base under it."""
+  for name in ("published/transformer/a.safetensors", "lora.safetensors"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("as it was")
+  run = Outside(tmp_path)
+  run.stages = {"earlier": types.SimpleNamespace(start_from=run.stage.start_from, adapter=adapters.Settings(2, 1.0))}
+  run.stage.start_from, run.stage.rewards, run.stage.frozen = "stage:earlier", {}, {"vae": "scratch", "judge": "scratch"}
+  before = run.contents()["ref"]
+  (tmp_path / "lora.safetensors").unlink()
+  assert run.contents()["ref"] == before
+  (tmp_path / "published/transformer/a.safetensors").write_text("as it is!")
+  assert run.contents()["ref"] != before
+
+
 def test_a_stage_of_another_run_that_was_trained_anew_is_noticed(tmp_path):
   """Its newest checkpoint has the same step and other weights."""
   for name in ("a", "b"):

@@ -57,8 +57,8 @@ class OutsideWeights:
     if BASE not in (role, self.algorithm(stage).roles[role].start):
       return [source]
     *_, root = self.adapter_chain(source)
-    base = dataclasses.replace(root, lora="") if self._is_base(stage, role) else root
-    return [base] if self._is_base(stage, role) or root == source else [source, base]
+    base = dataclasses.replace(root, lora="")  # an adapter that began as a LoRA's holds it
+    return [base] if self._is_base(stage, role) else [source] if root == source else [source, base]
 
   def _content(self, source: Source, role: str, stage: StageConfig, steps: Mapping[str, tuple[str, int]]) -> tuple[str, str] | None:
     """(place, digest) of a source; None where it belongs to this run, or is not there."""
