@@ -83,6 +83,8 @@ def test_every_source_gives_both_pictures(kind, tmp_path):
     ({"image_path": ["good0.png", "bad0.png", "bad1.png"], "human_preference": [1, 0, 0]}, "is two pictures and two numbers: of more pictures write"),
     ({"image_path": ["good0.png", "bad0.png"], "human_preference": [1, None]}, "`human_preference` are worth what is no number"),
     ({"chosen": "good0.png", "rejected": "good0.png"}, "chosen and the rejected picture of the pair are the same: name two"),
+    ({"image": "good0.png", "path1": "good1.png", "path2": "bad0.png"}, "names `image` beside the pair of `path1`, `path2`: remove"),
+    ({"path1": "good0.png", "path2": "bad0.png", "rejected": "bad1.png"}, "names `rejected` beside the pair of `path1`, `path2`: remove"),
     ({"chosen": "good0.png"}, "The pair has no rejected picture: name it in `rejected`"),
     ({"chosen": "good0.png", "rejected": None}, "The pair has no rejected picture: name it in `rejected`"),
     ({"image_path": ["bad0.png", "good0.png"], "human_preference": [0, 1]}, ""), ({"path1": "good0.png", "path2": "bad0.png"}, "")])

@@ -144,17 +144,19 @@ def in_order(record: dict[str, Any]) -> dict[str, Any]:
   """Returns a record in which two pictures and what they are worth (`_PAIRS`) have become `chosen` and `rejected`; any other as it is.
 
   Raises:
-    ValueError: not two pictures with a number each, or two that are worth the same.
+    ValueError: not two pictures with a number each, two that are worth the same, or a further picture beside them.
   """
   for names, labels in _PAIRS:
     if not all(name in record for name in (*names, *labels)):
       continue
+    what = f"`{'`, `'.join((*names, *labels))}`"
+    if more := next((name for name in (*IMAGES, *REJECTED) if name in record and name not in names), ""):
+      raise ValueError(f"The record names `{more}` beside the pair of {what}: remove the one or the other.")
     values, worth = ([record[name] for name in some] for some in (names, labels or names))
     if len(names) == 1:
       values, worth = values[0], worth[0]
     if not labels:
       worth = [1, 0]
-    what = f"`{'`, `'.join((*names, *labels))}`"
     if not isinstance(values, list) or not isinstance(worth, list) or len(values) != 2 or len(worth) != 2:
       raise ValueError(f"A pair of {what} is two pictures and two numbers: of more pictures write the best and the worst as `chosen` and `rejected`.")
     try:
