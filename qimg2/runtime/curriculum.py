@@ -123,7 +123,8 @@ def train_one(run: Run, config: StageConfig, stop: Callable[[int | None], bool] 
   """
   _forget_evaluations(run, config.name)
   outside = run.read_outside(config)  # before it is read, so that a step which is saved meanwhile is noticed, not missed
-  processes.agree(f"weights and rewards of stage {config.name}", json.dumps(outside))
+  without_places = [{what: held for what, (_, held) in some.items()} for some in outside.values()]  # a machine may keep them elsewhere
+  processes.agree(f"weights and rewards of stage {config.name}", json.dumps(without_places))
   algorithm = run.algorithm(config)
   loader, specs = run.loader(config), run.role_specs(config)
   processes.agree("order of batches", loader.mixture.digest)
