@@ -87,18 +87,34 @@ def as_absolute(place: str | os.PathLike) -> Place:
 
 
 def write_file(place: Place, content: str | bytes) -> None:
-  """Writes a whole file, which is on the disk when this returns; whoever reads it sees the old one or the new one. Its folder is made."""
+  """Writes a whole file, which is on the disk when this returns; whoever reads it sees the old one or the new one. Its folder is made.
+
+  Raises:
+    OSError: it cannot be written, as on a full disk: it names the file, and nothing of it stays.
+  """
   content, place = content.encode() if isinstance(content, str) else content, as_absolute(place)
   if is_remote(place):
     place.write_bytes(content)
     return
   place.parent.mkdir(parents=True, exist_ok=True)
   part = place.with_name(f"{place.name}.{uuid.uuid4().hex}.part")  # processes of two machines may have one number
-  with open(part, "wb") as file:
+  with opened_part(part, place) as file:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
   part.replace(place)
+
+
+@contextlib.contextmanager
+def opened_part(part: pathlib.Path, place: pathlib.Path) -> Iterator[io.BufferedWriter]:
+  """Opens the file that is to become `place`. Where it cannot be written, as on a full disk, nothing of it stays, and the `OSError` names `place`."""
+  try:
+    with open(part, "wb") as file:
+      yield file
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      part.unlink()
+    raise OSError(error.errno, error.strerror, os.fspath(place)) from error
 
 
 def leftovers(folder: Place, below: Sequence[str]) -> list[Place]:

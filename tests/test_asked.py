@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import mmap
+import os
 
 import numpy as np
 import pytest
@@ -114,3 +116,12 @@ def test_a_picture_without_a_denominator_is_neither_best_nor_worst(tmp_path):
 def test_a_strip_is_left_to_no_ocr():
   with pytest.raises(ValueError, match="OCR cannot read a strip of 2000 x 16 px: one side may be at most 32 times the other"):
     ocr.read(np.zeros((2000, 16, 3), np.uint8))
+
+
+def test_features_have_their_room_before_they_are_mapped(tmp_path, monkeypatch):
+  """What is written through a map to a disk that is full ends the process with a bus error, without a word."""
+  map_file, found = mmap.mmap, []
+  monkeypatch.setattr(mmap, "mmap", lambda file, *rest, **names: found.append(os.fstat(file)) or map_file(file, *rest, **names))
+  features = Folder(tmp_path).write_features("toy", 600, [(np.arange(1, 600), np.ones((599, 100), np.float32))])
+  assert found[0].st_blocks * 512 >= found[0].st_size == 128 + 4 * 600 * 100
+  assert np.isnan(features[0]).all() and (features[1:] == 1).all()

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import functools
 import io
 import itertools
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from jobs.brightness import score
 
+from qimg2 import places
 from qimg2.evaluation import Figure, Reference, Suite, Task
 from qimg2.runtime.evaluating import comparing, job, scoring, summary
 from qimg2.runtime.evaluating.drawing import Group, chunks_of
@@ -132,6 +134,18 @@ def test_killed_while_it_scores_or_writes_it_goes_on(whole, tmp_path, monkeypatc
   evaluate_into(out, REQUEST, [work(out, suite, tasks)])
   assert files(out.place) == whole
   assert evaluate_into(out, REQUEST, [work(out, suite, tasks, most=0)]) == json.loads(whole["summary.json"])  # nothing is drawn again
+
+
+@pytest.mark.parametrize("kept", (0, 3, 20))
+def test_a_full_disk_is_said_with_the_file_and_nothing_of_that_stays(whole, tmp_path, monkeypatch, kept):
+  out, (suite, tasks), left = Folder(tmp_path / "out"), with_features(), itertools.count()
+  with monkeypatch.context() as patch:
+    patch.setattr(places.os, "fsync", lambda file: next(left) == kept and (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: '[^']*/out/[^']*\.(json|png|npy|jsonl)'$"):
+      evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  assert not places.leftovers(out.place)
+  evaluate_into(out, REQUEST, [work(out, suite, tasks)])
+  assert files(out.place) == whole
 
 
 def test_what_a_killed_process_left_behind_is_swept(whole, tmp_path):

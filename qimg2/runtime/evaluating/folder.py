@@ -31,7 +31,7 @@ import numpy as np
 from data_pipelines.transforms import decode_image
 from qimg2.evaluation import ERROR, Task
 from qimg2.evaluation.prompt_files import decode_text, first_repeated, numbered_lines, parse_json
-from qimg2.places import Place, find_place, is_remote, write_file
+from qimg2.places import Place, find_place, is_remote, opened_part, write_file
 
 REQUEST, MANIFEST, SCORES, SUMMARY, REPORT = "request.json", "manifest.jsonl", "scores.jsonl", "summary.json", "report.html"
 PICTURES, PARTS, FEATURES = "pictures", "parts", "features"  # folders
@@ -98,8 +98,7 @@ class Folder:
       local.parent.mkdir(parents=True, exist_ok=True)
       for rows, block in blocks:
         if found is None and block.shape[1]:
-          found = np.lib.format.open_memmap(local, "w+", np.float32, (num, block.shape[1]))
-          found[:] = np.nan
+          found = _map_of_nan(local, path, num, block.shape[1])
         if block.shape[1]:
           found[rows] = block
       if found is None:
@@ -182,6 +181,20 @@ def write_array(path: Place, array: np.ndarray) -> None:
   content = io.BytesIO()
   np.save(content, array)
   write_file(path, content.getvalue())
+
+
+def _map_of_nan(part: pathlib.Path, path: Place, num: int, width: int) -> np.ndarray:
+  """A new .npy file [num, width] float32, the part of `path`, to be written to. It has its room before: what a full disk does not take of a map ends
+  the process.
+
+  Raises:
+    OSError: there is no room.
+  """
+  with opened_part(part, path) as file:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (num, width)})
+    for _ in range(num):
+      file.write(np.full(width, np.nan, np.float32).tobytes())
+  return np.load(part, mmap_mode="r+")
 
 
 def read_array(path: Place) -> np.ndarray:
