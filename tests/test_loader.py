@@ -225,7 +225,9 @@ def test_a_worker_ends_when_all_is_sent_and_says_what_went_wrong(tmp_path):
   (tmp_path / "ends.py").write_text(ENDS)
   env = {**os.environ, "PYTHONPATH": str(commands.ROOT)}
   result = subprocess.run([sys.executable, tmp_path / "ends.py"], env=env, capture_output=True, text=True, timeout=300)
-  assert result.stdout.splitlines() == ["1000000", "ended with 0", "1000000", "taken down piece by piece", "ended with 1"], result
+  lines = result.stdout.splitlines()
+  assert lines[:2] + lines[4:] == ["1000000", "ended with 0", "ended with 1"], result
+  assert sorted(lines[2:4]) == ["1000000", "taken down piece by piece"]  # of two processes, in any order
   assert "ValueError: a defect" in result.stderr
 
 
