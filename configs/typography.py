@@ -5,7 +5,7 @@ five capitals in one typeface, then in four. Words are random letters, so nothin
 asks for those at its end, and says how many words and letters came out right, told without OCR. docs/text_on_pictures.md says what came out: 99 %
 of the words in one typeface, 64 % in four.
 
-What it costs. About three quarters of an hour on two CPU cores with nothing beside it.
+What it costs. It took an hour on two CPU cores that other work used, too.
 
 Commands:
   python -m launch.prepare_data --dataset=rendered_text --name=words --out=runs/data --vocab_size=400 --config=configs/rendered_text.py:words
